@@ -1,0 +1,162 @@
+// sigmoid and tanh for every value type: float, double, and SIMD vectors of them.
+//
+// Only + - * / and comparisons, so every device can give the same bits. Both functions rest on one core,
+//
+//   exp(x) = 2^n (1 + p),   n = round(x / ln 2),   r = x - n ln 2,   p = r + r^2 q(r),   |r| <= ln(2)/2
+//
+// with q a minimax polynomial of (e^r - 1 - r) / r^2 (error of p below 5e-10 and 5e-19 relative to r). Keeping p apart
+// from 1 makes e^x - 1 accurate near zero, which is what tanh needs.
+//
+// | function | float | double | at -inf, +inf | NaN    |
+// |----------|-------|--------|---------------|--------|
+// | sigmoid  | 2 ulp | 2 ulp  | 0, 1          | passed |
+// | tanh     | 2 ulp | 2 ulp  | -1, 1         | passed |
+//
+// Results of sigmoid below the smallest normal number are zero.
+#pragma once
+
+#include <cstdint>
+
+#ifndef RNNKERN_NAMESPACE
+#define RNNKERN_NAMESPACE portable
+#endif
+
+#ifdef __CUDACC__
+#define RNNKERN_INLINE __host__ __device__ __forceinline__
+#else
+#define RNNKERN_INLINE inline __attribute__((always_inline))
+#endif
+
+namespace rnnkern {
+namespace RNNKERN_NAMESPACE {
+
+// What the functions below must know of a value type: its element, and integers of the same width and count.
+template <typename V>
+struct ValueTraits {  // a compiler vector
+  using Element = typename ValueTraits<decltype(V{}[0] + V{}[0])>::Element;
+  typedef typename ValueTraits<Element>::Bits Bits __attribute__((vector_size(sizeof(V))));
+};
+template <>
+struct ValueTraits<float> {
+  using Element = float;
+  using Bits = int32_t;
+};
+template <>
+struct ValueTraits<double> {
+  using Element = double;
+  using Bits = int64_t;
+};
+
+template <typename To, typename From>
+RNNKERN_INLINE To bit_cast(const From& from) {
+  static_assert(sizeof(To) == sizeof(From), "bit_cast keeps the size");
+  To to;
+  __builtin_memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
+template <typename T>
+struct ExpConstants;
+
+template <>
+struct ExpConstants<float> {
+  static constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
+  static constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440054690582770e-4f;
+  static constexpr int kMantissaBits = 23, kBias = 127;
+  static constexpr float kExpMin = -87.0f, kExpMax = 89.0f;  // e^min is normal, n(max) is the exponent of inf
+  static constexpr float kTanhMax = 10.0f;                   // tanh is 1 from 9.02 on
+  static constexpr int kTerms = 6;
+  static constexpr float kQ[kTerms] = {0.50000000134981778643f,   0.16666666681659179129f,
+                                       0.041666464602026541557f,  0.0083333108895820771937f,
+                                       0.0013933685862617173589f, 0.00019891030654370327738f};
+};
+
+template <>
+struct ExpConstants<double> {
+  static constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52
+  static constexpr double kLn2High = 0x1.62e42feep-1, kLn2Low = 1.908214929270587816144266e-10;
+  static constexpr int kMantissaBits = 52, kBias = 1023;
+  static constexpr double kExpMin = -708.0, kExpMax = 710.0;
+  static constexpr double kTanhMax = 20.0;  // tanh is 1 from 19.07 on
+  static constexpr int kTerms = 11;
+  static constexpr double kQ[kTerms] = {
+      0.5,
+      0.16666666666666671008,
+      0.041666666666666669767,
+      0.0083333333333261120526,
+      0.0013888888888883731828,
+      0.00019841269874901259234,
+      0.000024801587325605322782,
+      2.7557255297969644392e-6,
+      2.7557273570102139673e-7,
+      2.5105259538448493419e-8,
+      2.0914717341716375952e-9,
+  };
+};
+
+// e^x as scale * (1 + p), scale a power of two; x within [kExpMin, kExpMax] or NaN.
+template <typename V>
+struct SplitExp {
+  V scale, p;
+};
+
+template <typename V>
+RNNKERN_INLINE SplitExp<V> split_exp(V x) {
+  using Element = typename ValueTraits<V>::Element;
+  using Bits = typename ValueTraits<V>::Bits;
+  using C = ExpConstants<Element>;
+  constexpr Element kLog2E = Element(1.442695040888963407359925);
+  const V shifted = x * kLog2E + C::kRound;
+  const V n = shifted - C::kRound;
+  V r = x - n * C::kLn2High;
+  r = r - n * C::kLn2Low;
+  V q = r * C::kQ[C::kTerms - 1] + C::kQ[C::kTerms - 2];
+#pragma GCC unroll 16
+  for (int i = C::kTerms - 3; i >= 0; --i) q = q * r + C::kQ[i];
+  const V p = (r * r) * q + r;
+  const Bits scale = (bit_cast<Bits>(shifted) + C::kBias) << C::kMantissaBits;
+  return {bit_cast<V>(scale), p};
+}
+
+// Comparisons are written so that NaN fails them and stays.
+template <typename V, typename S>
+RNNKERN_INLINE V clamp_above(V x, S high) {
+  const V limit = V{} + high;
+  return x > limit ? limit : x;
+}
+
+template <typename V, typename S>
+RNNKERN_INLINE V clamp_below(V x, S low) {
+  const V limit = V{} + low;
+  return x < limit ? limit : x;
+}
+
+template <typename V>
+RNNKERN_INLINE V sigmoid(V x) {
+  using Element = typename ValueTraits<V>::Element;
+  using C = ExpConstants<Element>;
+  const SplitExp<V> e = split_exp(clamp_below(clamp_above(-x, C::kExpMax), C::kExpMin));
+  return Element(1) / (e.scale * e.p + (e.scale + Element(1)));
+}
+
+template <typename V>
+RNNKERN_INLINE V tanh(V x) {
+  using Element = typename ValueTraits<V>::Element;
+  using Bits = typename ValueTraits<V>::Bits;
+  constexpr int kSignShift = int(sizeof(Element) * 8) - 1;
+  const Bits sign = bit_cast<Bits>(x) & ((bit_cast<Bits>(V{}) + 1) << kSignShift);
+  const V magnitude = bit_cast<V>(bit_cast<Bits>(x) ^ sign);
+  const V twice = clamp_above(magnitude, ExpConstants<Element>::kTanhMax) * Element(2);
+  const SplitExp<V> e = split_exp(twice);
+  const V expm1 = e.scale * e.p + (e.scale - Element(1));
+  const V result = expm1 / (expm1 + Element(2));
+  return bit_cast<V>(bit_cast<Bits>(result) | sign);
+}
+
+template <typename V>
+RNNKERN_INLINE V relu(V x) {
+  return clamp_below(x, typename ValueTraits<V>::Element(0));
+}
+
+}  // namespace RNNKERN_NAMESPACE
+}  // namespace rnnkern

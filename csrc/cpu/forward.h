@@ -1,0 +1,321 @@
+// Forward pass of one layer:  slots(t) = W_ih x(t) + W_hh h(t-1) + biases,  (h, c)(t) = cell(slots, c(t-1), h(t-1)).
+//
+//   x [T, N, I]   y [T, N, D*O]   saved: slots [D, total, S*H], cells [D, total, H]
+//
+// Who owns what. A task is one direction of one block of batch rows, and runs through all steps with no word to any other
+// task. Its team (one thread, or unit_blocks of them) splits the hidden units; h(t) is read by the whole team, so there
+// is one barrier a step. Nothing is copied to feed a product: h(t-1) is read from y through row pointers, c lives in
+// the saved states or in c_n.
+//
+// The input product of block_steps steps is made at once, into the accumulators where the recurrent product of each
+// step then adds: weights of the input are read once per block instead of once per step. Of one step and row that
+// costs 2 G H (I + O) operations and, per block of rows, G H O weights from the cache.
+#pragma once
+
+#include "cells/cells.h"
+#include "cpu/panels.h"
+#include "cpu/rows.h"
+#include "cpu/threads.h"
+#include "cpu/workspace.h"
+#include "plan.h"
+
+namespace rnnkern {
+namespace RNNKERN_NAMESPACE {
+
+template <typename T, typename Cell>
+class ForwardScan {
+  using Panels = UnitPanels<T, Cell>;
+  static constexpr CellShape kShape = Cell::kShape;
+  static constexpr int64_t kWidth = kPanelWidth<T>;
+
+ public:
+  ForwardScan(const Forward<T>& f, const Plan& plan, Carver& carver) : f_(f), plan_(plan), panels_{f.sizes.H} {
+    const Sizes& z = f.sizes;
+    block_rows_ = ceil_div(f.steps.N, plan.row_blocks) + kTileRows;
+    zeros_ = carver.take<T>(max_of(z.H, z.O));
+    barriers_ = carver.take<Barrier>(1 + plan.threads);
+    for (int d = 0; d < z.D; ++d) {
+      bias_[d] = carver.take<T>(panels_.count() * kWidth);
+      const Weights<T>& w = f.weights[d];
+      input_[d] = {panels_, w.w_ih, w.w_ih_row, z.I, nullptr};
+      recurrent_[d] = {panels_, w.w_hh, w.w_hh_row, z.O, nullptr};
+      if (plan.packed) {
+        input_[d].packed = carver.take<T>(panels_.packed_elements(z.I));
+        recurrent_[d].packed = carver.take<T>(panels_.packed_elements(z.O));
+      }
+      if (z.projected) {
+        projection_[d] = {z.H, z.O, nullptr};
+        projection_[d].packed = carver.take<T>(projection_[d].elements());
+      }
+    }
+    const int64_t batch = f.steps.N;
+    if (z.projected && !f.unprojected) unprojected_ = carver.take<T>(z.D * batch * z.H);
+    capacity_ = plan.block_steps * block_rows_;
+    Carver count(nullptr);
+    scratch(count);
+    scratch_bytes_ = int64_t(count.used());
+    scratch_ = carver.take<char>(plan.threads * scratch_bytes_);
+  }
+
+  void run() {
+    zero_row(zeros_, 0, max_of(f_.sizes.H, f_.sizes.O));
+    for (int i = 0; i <= plan_.threads; ++i) barriers_[i] = Barrier();
+    parallel(plan_.threads, [this](int thread, int threads) {
+      pack(thread, threads);
+      barriers_[plan_.threads].wait(threads);
+      const int unit_blocks = threads < plan_.threads ? 1 : plan_.unit_blocks;
+      const int teams = threads / unit_blocks, team = thread / unit_blocks;
+      for (int task = team; team < teams && task < f_.sizes.D * plan_.row_blocks; task += teams) {
+        scan(task, thread % unit_blocks, unit_blocks, barriers_[team], scratch_of(thread));
+      }
+    });
+  }
+
+ private:
+  // Where one row of one step stands.
+  struct RowPointers {
+    const T *h_prev, *c_prev;
+    T *h, *c, *slots;
+  };
+  struct Scratch {
+    T* acc;                 // [panels][capacity_][kWidth]
+    const T** x_rows;       // [capacity_]
+    const T** h_rows;       // [block_rows_]
+    RowPointers* pointers;  // [block_rows_]
+  };
+  // One thread's part of one task.
+  struct Part {
+    int direction;
+    int64_t row_begin, row_end;
+    int64_t panel_begin, panel_end;
+    int64_t column_begin, column_end;  // of y
+    int members;
+    Barrier& barrier;
+    const Scratch& scratch;
+    Rows<T> y, slots, cells, unprojected;
+  };
+
+  Scratch scratch(Carver& carver) const {
+    return {carver.take<T>(panels_.count() * capacity_ * kWidth), carver.take<const T*>(capacity_),
+            carver.take<const T*>(block_rows_), carver.take<RowPointers>(block_rows_)};
+  }
+  Scratch scratch_of(int thread) const {
+    Carver carver(scratch_ + thread * scratch_bytes_);
+    return scratch(carver);
+  }
+
+  void pack(int thread, int threads) {
+    for (int d = 0; d < f_.sizes.D; ++d) {
+      for (int64_t p = thread; p < panels_.count(); p += threads) {
+        pack_bias(d, p);
+        if (!plan_.packed) continue;
+        input_[d].pack(p);
+        recurrent_[d].pack(p);
+      }
+      if (!f_.sizes.projected) continue;
+      for (int64_t p = thread; p < projection_[d].count(); p += threads) {
+        projection_[d].pack_transpose(p, f_.weights[d].w_hr, f_.weights[d].w_hr_row);
+      }
+    }
+  }
+
+  // The accumulator row a product starts from: the biases of each slot, b_ih + b_hh where both products meet.
+  void pack_bias(int d, int64_t p) {
+    const int64_t H = f_.sizes.H, width = panels_.unit_vectors(p) * kLanes<T>;
+    T* to = bias_[d] + p * kWidth;
+    for (int slot = 0; slot < kShape.slots; ++slot) {
+      for (int64_t i = 0; i < width; ++i) {
+        const int64_t u = panels_.first_unit(p) + i;
+        const T* b_ih = slot >= kShape.input_slot && u < H ? f_.weights[d].b_ih : nullptr;
+        const T* b_hh = slot < kShape.gates && u < H ? f_.weights[d].b_hh : nullptr;
+        to[slot * width + i] = (b_ih ? b_ih[kShape.input_gate(slot) * H + u] : T(0)) +
+                               (b_hh ? b_hh[kShape.recurrent_gate(slot) * H + u] : T(0));
+      }
+    }
+  }
+
+  void scan(int task, int member, int members, Barrier& barrier, const Scratch& scratch) {
+    const Sizes& z = f_.sizes;
+    const int d = task % z.D;
+    const Range rows = split(f_.steps.N, plan_.row_blocks, task / z.D, kTileRows);
+    const Range panels = split(panels_.count(), members, member);
+    const Range units = {min_of(panels.begin * Panels::kUnits, z.H), min_of(panels.end * Panels::kUnits, z.H)};
+    const Range columns_of_y = z.projected ? split(z.O, members, member, kWidth) : units;
+    T* unprojected = f_.unprojected ? f_.unprojected : unprojected_;
+    Rows<T> unprojected_rows = saved_rows(f_.steps, f_.unprojected, d, z.H);
+    if (unprojected_) unprojected_rows = {unprojected + d * f_.steps.N * z.H, 0, z.H};
+    const Part part = {d,
+                       rows.begin,
+                       rows.end,
+                       panels.begin,
+                       panels.end,
+                       columns_of_y.begin,
+                       columns_of_y.end,
+                       members,
+                       barrier,
+                       scratch,
+                       columns(f_.y, d * z.O),
+                       saved_rows(f_.steps, f_.slots, d, kShape.slots * z.H),
+                       saved_rows(f_.steps, f_.cells, d, z.H),
+                       unprojected_rows};
+    for (int64_t i = 0; i < f_.steps.T; i += plan_.block_steps) {
+      const int64_t end = min_of(i + plan_.block_steps, f_.steps.T);
+      input_product(part, i, end);
+      int64_t first = 0;
+      for (int64_t j = i; j < end; ++j) {
+        const Visit v = visit(f_.steps, d == 0, j, part.row_begin, part.row_end);
+        step(part, v, first);
+        first += v.active_end - part.row_begin;
+      }
+    }
+    finish_idle_rows(part);
+  }
+
+  // acc = biases + W_ih x for all active rows of the steps [begin, end), one after the other.
+  void input_product(const Part& part, int64_t begin, int64_t end) const {
+    int64_t count = 0;
+    for (int64_t j = begin; j < end; ++j) {
+      const Visit v = visit(f_.steps, part.direction == 0, j, part.row_begin, part.row_end);
+      for (int64_t slot = part.row_begin; slot < v.active_end; ++slot) {
+        part.scratch.x_rows[count++] = row_at(f_.steps, f_.x, v.t, slot);
+      }
+    }
+    for (int64_t p = part.panel_begin; p < part.panel_end; ++p) {
+      T* acc = part.scratch.acc + p * capacity_ * kWidth;
+      const T* bias = bias_[part.direction] + p * kWidth;
+      for (int64_t m = 0; m < count; ++m) copy_vectors(acc + m * kWidth, bias);
+      input_[part.direction].add(p, count, part.scratch.x_rows, acc, kWidth);
+    }
+  }
+
+  static void copy_vectors(T* to, const T* from) {
+#pragma GCC unroll 4
+    for (int64_t i = 0; i < kWidth; i += kLanes<T>) store(to + i, load(from + i));
+  }
+
+  void step(const Part& part, const Visit& v, int64_t first) const {
+    const int64_t count = v.active_end - part.row_begin;
+    for (int64_t k = 0; k < count; ++k) {
+      part.scratch.pointers[k] = pointers(part, v.t, part.row_begin + k);
+      part.scratch.h_rows[k] = part.scratch.pointers[k].h_prev;
+    }
+    for (int64_t p = part.panel_begin; p < part.panel_end; ++p) {
+      T* acc = part.scratch.acc + (p * capacity_ + first) * kWidth;
+      recurrent_[part.direction].add(p, count, part.scratch.h_rows, acc, kWidth);
+      for (int64_t k = 0; k < count; ++k) cell(p, part.scratch.pointers[k], acc + k * kWidth);
+    }
+    if (f_.sizes.projected) project(part, v, count);
+    if (f_.steps.active && !f_.steps.start) {
+      for (int64_t slot = v.active_end; slot < part.row_end; ++slot) {
+        zero_row(row_at(f_.steps, part.y, v.t, slot), part.column_begin, part.column_end);
+      }
+    }
+    for (int64_t slot = v.leaving; slot < v.active_end; ++slot) finish_row(part, v.t, slot);
+    part.barrier.wait(part.members);
+  }
+
+  RowPointers pointers(const Part& part, int64_t t, int64_t slot) const {
+    const Steps& s = f_.steps;
+    const int d = part.direction;
+    RowPointers r = {};
+    const Rows<const T> y = {part.y.data, part.y.step, part.y.row};
+    r.h_prev = previous_state(s, d, t, slot, y, f_.h0, zeros_);
+    r.h = f_.sizes.projected ? row_at(s, part.unprojected, unprojected_ ? 0 : t, slot) : row_at(s, part.y, t, slot);
+    if (part.slots.data) r.slots = row_at(s, part.slots, t, slot);
+    if constexpr (kShape.cell_state) {
+      if (part.cells.data) {
+        const Rows<const T> cells = {part.cells.data, part.cells.step, part.cells.row};
+        r.c_prev = previous_state(s, d, t, slot, cells, f_.c0, zeros_);
+        r.c = row_at(s, part.cells, t, slot);
+      } else {  // kept in place, in c_n
+        r.c = state_at(s, f_.cn, d, slot);
+        r.c_prev = r.c;
+        if (enters(s, d, t, slot)) r.c_prev = f_.c0.data ? state_at(s, f_.c0, d, slot) : zeros_;
+        if (cut(s, d, t, slot)) r.c_prev = zeros_;
+      }
+    }
+    return r;
+  }
+
+  // The cell on all units of a panel of one row.
+  void cell(int64_t p, const RowPointers& row, T* acc) const {
+    const int64_t H = f_.sizes.H;
+    const int vectors = panels_.unit_vectors(p);
+    for (int v = 0; v < vectors; ++v) {
+      const int64_t u = panels_.first_unit(p) + v * kLanes<T>, n = H - u;
+      Step<Vec<T>> s;
+#pragma GCC unroll 4
+      for (int i = 0; i < kShape.slots; ++i) s.slot[i] = load(acc + (i * vectors + v) * kLanes<T>);
+      if constexpr (kShape.reads_h) s.h_prev = load_up_to(row.h_prev + u, n);
+      if constexpr (kShape.cell_state) s.c_prev = load_up_to(row.c_prev + u, n);
+      Cell::forward(s);
+      store_up_to(row.h + u, s.h, n);
+      if constexpr (kShape.cell_state) store_up_to(row.c + u, s.c, n);
+      if (kShape.saves_slots && row.slots) {
+#pragma GCC unroll 4
+        for (int i = 0; i < kShape.slots; ++i) store_up_to(row.slots + i * H + u, s.slot[i], n);
+      }
+    }
+  }
+
+  // y = W_hr h, once the whole team has written h.
+  void project(const Part& part, const Visit& v, int64_t count) const {
+    part.barrier.wait(part.members);
+    const ColumnPanels<T>& w = projection_[part.direction];
+    const T* from[kGroupRows];
+    T* to[kGroupRows];
+    for (int64_t begin = 0; begin < count; begin += kGroupRows) {
+      const int64_t rows = min_of(kGroupRows, count - begin);
+      for (int64_t p = part.column_begin / kWidth; p * kWidth < part.column_end; ++p) {
+        for (int64_t k = 0; k < rows; ++k) {
+          from[k] = part.scratch.pointers[begin + k].h;
+          to[k] = row_at(f_.steps, part.y, v.t, part.row_begin + begin + k) + p * kWidth;
+        }
+        product_to(rows, w.K, from, w.panel(p), to, w.columns(p), false);
+      }
+    }
+  }
+
+  // The final states of a row that takes part for the last time at step t.
+  void finish_row(const Part& part, int64_t t, int64_t slot) const {
+    const Steps& s = f_.steps;
+    copy_row(state_at(s, f_.hn, part.direction, slot), row_at(s, part.y, t, slot), part.column_begin, part.column_end);
+    if (kShape.cell_state && part.cells.data) {
+      copy_row(state_at(s, f_.cn, part.direction, slot), row_at(s, part.cells, t, slot), unit_begin(part), unit_end(part));
+    }
+  }
+
+  // Rows that never take part end where they began.
+  void finish_idle_rows(const Part& part) const {
+    const Steps& s = f_.steps;
+    const int64_t first = s.T == 0 ? part.row_begin : max_of(part.row_begin, active_rows(s, 0));
+    for (int64_t slot = first; slot < part.row_end; ++slot) {
+      const T* h = f_.h0.data ? state_at(s, f_.h0, part.direction, slot) : zeros_;
+      copy_row(state_at(s, f_.hn, part.direction, slot), h, part.column_begin, part.column_end);
+      if constexpr (kShape.cell_state) {
+        const T* c = f_.c0.data ? state_at(s, f_.c0, part.direction, slot) : zeros_;
+        copy_row(state_at(s, f_.cn, part.direction, slot), c, unit_begin(part), unit_end(part));
+      }
+    }
+  }
+
+  int64_t unit_begin(const Part& part) const { return min_of(part.panel_begin * Panels::kUnits, f_.sizes.H); }
+  int64_t unit_end(const Part& part) const { return min_of(part.panel_end * Panels::kUnits, f_.sizes.H); }
+
+  const Forward<T>& f_;
+  const Plan& plan_;
+  Panels panels_;
+  int64_t block_rows_, capacity_;
+  T* zeros_;
+  Barrier* barriers_;
+  T* bias_[kMaxDirections];
+  StepWeights<T, Cell, Role::kInput> input_[kMaxDirections];
+  StepWeights<T, Cell, Role::kRecurrent> recurrent_[kMaxDirections];
+  ColumnPanels<T> projection_[kMaxDirections];
+  T* unprojected_ = nullptr;
+  char* scratch_;
+  int64_t scratch_bytes_;
+};
+
+}  // namespace RNNKERN_NAMESPACE
+}  // namespace rnnkern

@@ -1,0 +1,255 @@
+// After the backward loop: products over all active rows (t, n) at once, R of them.
+//
+//   dW_ih[G*H, I] = dslots^T x x        db_ih = sum of dslots        (slots of the input product)
+//   dW_hh[G*H, O] = dslots^T x h(t-1)   db_hh = sum of dslots        (slots of the recurrent product)
+//   dW_hr[P, H]   = dprojected^T x h before the projection
+//   dx[R, I]      = dslots x W_ih
+//
+// The operands are found through row pointers like everywhere else, so packed, ragged, reset and batch-first sequences
+// need no copy, and a call of a few microseconds needs no further library calls. Blocks of kBlockRows rows are packed
+// (the right operand into panels, the left one transposed) and each block's sum is added to the result: the rounding
+// error grows with R / kBlockRows + kBlockRows, not with R. Threads own rows of the weight gradients and blocks of dx.
+#pragma once
+
+#include "cpu/gemm.h"
+#include "cpu/panels.h"
+#include "cpu/rows.h"
+#include "cpu/threads.h"
+#include "cpu/workspace.h"
+#include "plan.h"
+
+namespace rnnkern {
+namespace RNNKERN_NAMESPACE {
+
+constexpr int64_t kBlockRows = 192;
+
+// Walks all active rows, step by step.
+class ActiveRows {
+ public:
+  explicit ActiveRows(const Steps& steps) : steps_(steps) {}
+
+  // The next rows, at most `limit`; 0 at the end.
+  int64_t next(int64_t* t, int64_t* slot, int64_t limit) {
+    int64_t count = 0;
+    while (count < limit && t_ < steps_.T) {
+      const int64_t active = active_rows(steps_, t_);
+      for (; slot_ < active && count < limit; ++slot_, ++count) {
+        t[count] = t_;
+        slot[count] = slot_;
+      }
+      if (slot_ < active) break;
+      slot_ = 0;
+      ++t_;
+    }
+    return count;
+  }
+
+ private:
+  const Steps& steps_;
+  int64_t t_ = 0, slot_ = 0;
+};
+
+template <typename T, typename Cell>
+class Gradients {
+  static constexpr CellShape kShape = Cell::kShape;
+  static constexpr int64_t kWidth = kPanelWidth<T>;
+  static_assert(kBlockRows % kLanes<T> == 0 && kGroupRows % kLanes<T> == 0, "transposition works on whole vectors");
+
+ public:
+  Gradients(const Backward<T>& b, const Plan& plan, Carver& carver) : b_(b) {
+    const Sizes& z = b.sizes;
+    zeros_ = carver.take<T>(max_of(z.H, z.O));
+    for (int d = 0; b.dx.data && d < z.D; ++d) {
+      input_[d] = {kShape.gates * z.H, z.I, nullptr};
+      input_[d].packed = carver.take<T>(input_[d].elements());
+    }
+    Carver count(nullptr);
+    scratch(count);
+    scratch_bytes_ = int64_t(count.used());
+    scratch_ = carver.take<char>(plan.threads * scratch_bytes_);
+  }
+
+  const T* zeros() const { return zeros_; }
+
+  void prepare() { zero_row(zeros_, 0, max_of(b_.sizes.H, b_.sizes.O)); }
+
+  // Before the barrier that precedes the loop.
+  void pack(int thread, int threads) {
+    for (int d = 0; b_.dx.data && d < b_.sizes.D; ++d) {
+      const auto row = [&](int64_t k) { return b_.weights[d].w_ih + k * b_.weights[d].w_ih_row; };
+      for (int64_t p = thread; p < input_[d].count(); p += threads) input_[d].pack(p, row);
+    }
+  }
+
+  void run(int thread, int threads) const {
+    Carver carver(scratch_ + thread * scratch_bytes_);
+    const Scratch s = scratch(carver);
+    for (int d = 0; d < b_.sizes.D; ++d) weight_gradients(d, thread, threads, s);
+    if (b_.dx.data) input_gradient(thread, threads, s);
+  }
+
+ private:
+  struct Scratch {
+    T* right;                          // [panels][kBlockRows][kWidth]
+    T* left;                           // [kGroupRows][kBlockRows]
+    int64_t *t, *slot;                 // [kBlockRows]
+    const T **left_rows, **right_rows;  // [kBlockRows]
+  };
+  // One weight gradient: out[row_of(j)] (+)= sum over rows of left[j] * right, and the sum of left itself.
+  struct Target {
+    int64_t rows, width;
+    T* weight;
+    T* bias;
+    int64_t H;     // rows of one gate
+    bool rotated;  // recurrent slots stand in another order than the gates
+
+    int64_t row_of(int64_t j) const { return rotated ? kShape.recurrent_gate(int(j / H)) * H + j % H : j; }
+    explicit operator bool() const { return weight || bias; }
+  };
+
+  Scratch scratch(Carver& carver) const {
+    const Sizes& z = b_.sizes;
+    const int64_t widest = max_of(max_of(z.I, z.O), z.H);
+    return {carver.take<T>(ceil_div(widest, kWidth) * kWidth * kBlockRows),
+            carver.take<T>(kGroupRows * kBlockRows),
+            carver.take<int64_t>(kBlockRows),
+            carver.take<int64_t>(kBlockRows),
+            carver.take<const T*>(kBlockRows),
+            carver.take<const T*>(kBlockRows)};
+  }
+
+  void weight_gradients(int d, int thread, int threads, const Scratch& s) const {
+    const Sizes& z = b_.sizes;
+    const WeightGradients<T>& g = b_.gradients[d];
+    const Target input = {kShape.gates * z.H, z.I, g.w_ih, g.b_ih, z.H, false};
+    const Target recurrent = {kShape.gates * z.H, z.O, g.w_hh, g.b_hh, z.H, true};
+    const Target projection = {z.O, z.H, g.w_hr, nullptr, z.H, false};
+    const Rows<const T> dslots = saved_rows(b_.steps, static_cast<const T*>(b_.dslots), d, kShape.slots * z.H);
+    const Rows<const T> dprojected = saved_rows(b_.steps, static_cast<const T*>(b_.dprojected), d, z.O);
+    const Rows<const T> unprojected = saved_rows(b_.steps, b_.unprojected, d, z.H);
+    const Rows<const T> y = columns(b_.y, d * z.O);
+    ActiveRows rows(b_.steps);
+    bool add = false;
+    do {
+      const int64_t count = rows.next(s.t, s.slot, kBlockRows);
+      if (count == 0 && add) break;
+      const auto gather = [&](const T** to, auto row) {
+        for (int64_t r = 0; r < count; ++r) to[r] = row(s.t[r], s.slot[r]);
+      };
+      const auto of = [&](const Rows<const T>& from, int64_t first) {
+        return [&, first](int64_t t, int64_t slot) { return row_at(b_.steps, from, t, slot) + first; };
+      };
+      if (input) {
+        gather(s.left_rows, of(dslots, kShape.input_slot * z.H));
+        gather(s.right_rows, of(b_.x, 0));
+        accumulate(input, count, thread, threads, s, add);
+      }
+      if (recurrent) {
+        gather(s.left_rows, of(dslots, 0));
+        gather(s.right_rows,
+               [&](int64_t t, int64_t slot) { return previous_state(b_.steps, d, t, slot, y, b_.h0, zeros_); });
+        accumulate(recurrent, count, thread, threads, s, add);
+      }
+      if (projection) {
+        gather(s.left_rows, of(dprojected, 0));
+        gather(s.right_rows, of(unprojected, 0));
+        accumulate(projection, count, thread, threads, s, add);
+      }
+      add = true;
+    } while (true);
+  }
+
+  // One block of rows of one weight gradient, the thread's own rows of the result.
+  void accumulate(const Target& target, int64_t count, int thread, int threads, const Scratch& s, bool add) const {
+    const Range own = split(target.rows, threads, thread, kGroupRows);
+    if (own.begin == own.end) return;
+    const ColumnPanels<T> right = {count, target.width, s.right};
+    for (int64_t p = 0; target.weight && p < right.count(); ++p) {
+      right.pack(p, [&](int64_t r) { return s.right_rows[r]; });
+    }
+    const T* left[kGroupRows];
+    T* out[kGroupRows];
+    for (int64_t i = 0; i < kGroupRows; ++i) left[i] = s.left + i * kBlockRows;
+    for (int64_t j = own.begin; j < own.end; j += kGroupRows) {
+      const int64_t rows = min_of(kGroupRows, own.end - j);
+      if (target.bias) add_bias(target, count, j, rows, s, add);
+      if (!target.weight) continue;
+      transpose_left(count, j, rows, s);
+      for (int64_t p = 0; p < right.count(); ++p) {
+        for (int64_t i = 0; i < rows; ++i) out[i] = target.weight + target.row_of(j + i) * target.width + p * kWidth;
+        product_to(rows, count, left, right.panel(p), out, right.columns(p), add);
+      }
+    }
+  }
+
+  void add_bias(const Target& target, int64_t count, int64_t j, int64_t rows, const Scratch& s, bool add) const {
+    for (int64_t i = 0; i < rows; i += kLanes<T>) {
+      Vec<T> sum{};
+      for (int64_t r = 0; r < count; ++r) sum += load_up_to(s.left_rows[r] + j + i, rows - i);
+      alignas(kVectorBytes) T lanes[kLanes<T>];
+      store(lanes, sum);
+      for (int64_t lane = 0; lane < min_of(kLanes<T>, rows - i); ++lane) {
+        T& to = target.bias[target.row_of(j + i + lane)];
+        to = add ? to + lanes[lane] : lanes[lane];
+      }
+    }
+  }
+
+  // s.left[i][r] = left row r, column j + i.
+  void transpose_left(int64_t count, int64_t j, int64_t rows, const Scratch& s) const {
+    constexpr int kL = kLanes<T>;
+    for (int64_t i = 0; i < rows; i += kL) {
+      for (int64_t r = 0; r < count; r += kL) {
+        Vec<T> block[kL];
+#pragma GCC unroll 16
+        for (int l = 0; l < kL; ++l) {
+          block[l] = r + l < count ? load_up_to(s.left_rows[r + l] + j + i, rows - i) : Vec<T>{};
+        }
+        transpose<T>(block);
+#pragma GCC unroll 16
+        for (int l = 0; l < kL; ++l) store(s.left + (i + l) * kBlockRows + r, block[l]);
+      }
+    }
+  }
+
+  void input_gradient(int thread, int threads, const Scratch& s) const {
+    const Sizes& z = b_.sizes;
+    T* out[kGroupRows];
+    T* shifted[kGroupRows];
+    ActiveRows rows(b_.steps);
+    int64_t count;
+    for (int64_t block = 0; (count = rows.next(s.t, s.slot, kGroupRows)) > 0; ++block) {
+      if (block % threads != thread) continue;
+      for (int64_t r = 0; r < count; ++r) out[r] = row_at(b_.steps, b_.dx, s.t[r], s.slot[r]);
+      for (int d = 0; d < z.D; ++d) {
+        const Rows<const T> dslots = saved_rows(b_.steps, static_cast<const T*>(b_.dslots), d, kShape.slots * z.H);
+        for (int64_t r = 0; r < count; ++r) {
+          s.left_rows[r] = row_at(b_.steps, dslots, s.t[r], s.slot[r]) + kShape.input_slot * z.H;
+        }
+        for (int64_t p = 0; p < input_[d].count(); ++p) {
+          for (int64_t r = 0; r < count; ++r) shifted[r] = out[r] + p * kWidth;
+          product_to(count, input_[d].K, s.left_rows, input_[d].panel(p), shifted, input_[d].columns(p), d > 0);
+        }
+      }
+    }
+    zero_idle_rows(thread, threads);
+  }
+
+  void zero_idle_rows(int thread, int threads) const {
+    if (!b_.steps.active || b_.steps.start) return;
+    for (int64_t t = thread; t < b_.steps.T; t += threads) {
+      for (int64_t slot = active_rows(b_.steps, t); slot < b_.steps.N; ++slot) {
+        zero_row(row_at(b_.steps, b_.dx, t, slot), 0, b_.sizes.I);
+      }
+    }
+  }
+
+  const Backward<T>& b_;
+  T* zeros_;
+  ColumnPanels<T> input_[kMaxDirections];
+  char* scratch_;
+  int64_t scratch_bytes_;
+};
+
+}  // namespace RNNKERN_NAMESPACE
+}  // namespace rnnkern

@@ -1,0 +1,43 @@
+// The entry points of one instruction set, compiled from the same source each, and the choice among them.
+#pragma once
+
+#include <cstddef>
+#include <string>
+#include <vector>
+
+#include "plan.h"
+#include "scan.h"
+
+namespace rnnkern {
+
+// Called with workspace null these return the bytes of workspace they need, else they run.
+template <typename T>
+struct Kernels {
+  size_t (*forward)(const Forward<T>&, const Plan&, char* workspace);
+  size_t (*backward)(const Backward<T>&, const Plan&, char* workspace);
+};
+
+struct InstructionSet {
+  const char* name;
+  int vector_bytes, tile_rows;
+  bool (*supported)();
+  Kernels<float> f32;
+  Kernels<double> f64;
+};
+
+// Compiled in, best first.
+const std::vector<InstructionSet>& instruction_sets();
+
+// The one in use: the best that the CPU has, or the one named by RNNKERN_ISA. Throws std::runtime_error for a name that
+// is unknown or that the CPU lacks.
+const InstructionSet& instruction_set();
+
+// One call: plans, allocates the workspace, runs.
+template <typename T>
+void forward(const Forward<T>& scan, int threads, bool deterministic);
+template <typename T>
+void backward(const Backward<T>& scan, int threads, bool deterministic);
+
+Machine machine_for(int threads, int element_bytes);
+
+}  // namespace rnnkern

@@ -1,0 +1,110 @@
+// Weight matrices as the step products read them: panels of units with all their gates side by side, so that one register
+// tile holds every slot of its units and the cell can finish them without leaving the cache.
+//
+//   panel p = units [p*kUnits, ...): [K][gates][unit vectors][lanes]       acc row = [slots][unit vectors][lanes]
+#pragma once
+
+#include "cpu/gemm.h"
+#include "scan.h"
+
+namespace rnnkern {
+namespace RNNKERN_NAMESPACE {
+
+template <typename T, typename Cell>
+struct UnitPanels {
+  static constexpr CellShape kShape = Cell::kShape;
+  static constexpr int kUnitVectors = kPanelVectors / kShape.slots;
+  static constexpr int64_t kUnits = kUnitVectors * kLanes<T>;
+  static constexpr int64_t kDepthElements = kShape.gates * kUnits;  // of one k of a whole panel
+  static_assert(kPanelVectors % kShape.slots == 0, "all slots of a unit stand in one tile");
+
+  int64_t H;
+
+  int64_t count() const { return ceil_div(H, kUnits); }
+  int64_t first_unit(int64_t p) const { return p * kUnits; }
+  int unit_vectors(int64_t p) const { return int(min_of(kUnitVectors, ceil_div(H - first_unit(p), kLanes<T>))); }
+  int64_t packed_elements(int64_t K) const { return count() * kDepthElements * K; }
+};
+
+enum class Role { kInput, kRecurrent };
+
+// One of W_ih and W_hh: packed, or as it lies where `packed` is null.
+template <typename T, typename Cell, Role role>
+struct StepWeights {
+  using Panels = UnitPanels<T, Cell>;
+  static constexpr CellShape kShape = Cell::kShape;
+  static constexpr int kFirstSlot = role == Role::kInput ? kShape.input_slot : 0;
+
+  Panels panels;
+  const T* w;
+  int64_t row, K;
+  T* packed;
+
+  static constexpr int gate_of(int i) {
+    return role == Role::kInput ? kShape.input_gate(i + kFirstSlot) : kShape.recurrent_gate(i);
+  }
+
+  void pack(int64_t p) const {
+    const int vectors = panels.unit_vectors(p);
+    const int64_t unit = panels.first_unit(p), panel_row = kShape.gates * vectors * kLanes<T>;
+    T* panel = packed + p * Panels::kDepthElements * K;
+    for (int i = 0; i < kShape.gates; ++i) {
+      for (int v = 0; v < vectors; ++v) {
+        const int64_t u = unit + v * kLanes<T>;
+        pack_transposed(K, w + (gate_of(i) * panels.H + u) * row, row, panels.H - u,
+                        panel + (i * vectors + v) * kLanes<T>, panel_row);
+      }
+    }
+  }
+
+  // acc[m][the slots of this product] += a[m] x this matrix, for the units of panel p.
+  void add(int64_t p, int64_t rows, const T* const* a, T* acc, int64_t acc_row) const {
+    const int vectors = panels.unit_vectors(p);
+    acc += kFirstSlot * vectors * kLanes<T>;
+    if (packed) {
+      product(kShape.gates * vectors, rows, K, a, packed + p * Panels::kDepthElements * K, acc, acc_row);
+      return;
+    }
+    for (int i = 0; i < kShape.gates; ++i) {
+      for (int v = 0; v < vectors; ++v) {
+        const int64_t u = panels.first_unit(p) + v * kLanes<T>;
+        const T* first = w + (gate_of(i) * panels.H + u) * row;
+        for (int64_t m = 0; m < rows; ++m) {
+          T* to = acc + m * acc_row + (i * vectors + v) * kLanes<T>;
+          store(to, load(to) + dot_rows(K, a[m], first, row, min_of(kLanes<T>, panels.H - u)));
+        }
+      }
+    }
+  }
+};
+
+// A matrix [K, width] packed by columns into panels of kPanelWidth: panel p holds [K][its columns, whole vectors].
+template <typename T>
+struct ColumnPanels {
+  int64_t K, width;
+  T* packed;
+
+  int64_t count() const { return ceil_div(width, kPanelWidth<T>); }
+  int64_t elements() const { return count() * kPanelWidth<T> * K; }
+  int64_t columns(int64_t p) const { return min_of(kPanelWidth<T>, width - p * kPanelWidth<T>); }
+  int vectors(int64_t p) const { return int(ceil_div(columns(p), kLanes<T>)); }
+  T* panel(int64_t p) const { return packed + p * kPanelWidth<T> * K; }
+
+  // From the rows k of the matrix.
+  template <typename RowOf>
+  void pack(int64_t p, RowOf row_of) const {
+    for (int64_t k = 0; k < K; ++k) {
+      pack_row(row_of(k) + p * kPanelWidth<T>, columns(p), panel(p) + k * vectors(p) * kLanes<T>);
+    }
+  }
+  // From the transposed matrix [width, K].
+  void pack_transpose(int64_t p, const T* w, int64_t row) const {
+    for (int v = 0; v < vectors(p); ++v) {
+      const int64_t column = p * kPanelWidth<T> + v * kLanes<T>;
+      pack_transposed(K, w + column * row, row, width - column, panel(p) + v * kLanes<T>, vectors(p) * kLanes<T>);
+    }
+  }
+};
+
+}  // namespace RNNKERN_NAMESPACE
+}  // namespace rnnkern

@@ -1,0 +1,70 @@
+// Threads of one scan: OpenMP's pool (torch's own), teams that share rows, and the barrier between their steps.
+#pragma once
+
+#include <omp.h>
+#include <sched.h>
+
+#include <cstdint>
+
+#include "cells/math.h"
+
+namespace rnnkern {
+namespace RNNKERN_NAMESPACE {
+
+RNNKERN_INLINE void spin_pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+// A barrier that spins briefly and then yields: on a machine with other work no one waits for a thread that cannot run.
+class Barrier {
+ public:
+  void wait(int members) {
+    if (members == 1) return;
+    const int generation = __atomic_load_n(&generation_, __ATOMIC_ACQUIRE);
+    if (__atomic_add_fetch(&arrived_, 1, __ATOMIC_ACQ_REL) == members) {
+      __atomic_store_n(&arrived_, 0, __ATOMIC_RELAXED);
+      __atomic_store_n(&generation_, generation + 1, __ATOMIC_RELEASE);
+      return;
+    }
+    constexpr int kSpins = 4096;
+    for (int spins = 0; __atomic_load_n(&generation_, __ATOMIC_ACQUIRE) == generation; ++spins) {
+      if (spins < kSpins) {
+        spin_pause();
+      } else {
+        sched_yield();
+      }
+    }
+  }
+
+ private:
+  alignas(64) int arrived_ = 0;
+  alignas(64) int generation_ = 0;
+};
+
+// Part `index` of `parts` of [0, count), in whole multiples of `unit`.
+struct Range {
+  int64_t begin, end;
+};
+RNNKERN_INLINE Range split(int64_t count, int64_t parts, int64_t index, int64_t unit = 1) {
+  const int64_t units = (count + unit - 1) / unit;
+  const int64_t begin = units * index / parts * unit, end = units * (index + 1) / parts * unit;
+  return {begin < count ? begin : count, end < count ? end : count};
+}
+
+// Calls f(thread, threads) on at most `threads` threads; fewer may be granted.
+template <typename F>
+void parallel(int threads, const F& f) {
+  if (threads <= 1) {
+    f(0, 1);
+    return;
+  }
+#pragma omp parallel num_threads(threads)
+  f(omp_get_thread_num(), omp_get_num_threads());
+}
+
+}  // namespace RNNKERN_NAMESPACE
+}  // namespace rnnkern

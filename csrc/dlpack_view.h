@@ -1,0 +1,100 @@
+// A torch tensor as plain C data, through the DLPack exchange table (a C function table that torch >= 2.10 publishes as
+// torch.Tensor.__dlpack_c_exchange_api__). No copy, no ownership, no Python work: a view lives as long as the call.
+//
+// The structures below state the binary interface of DLPack 1.x, as far as it is used here.
+#pragma once
+
+#include <cstdint>
+#include <initializer_list>
+#include <stdexcept>
+#include <string>
+
+namespace rnnkern {
+namespace dlpack {
+
+enum DeviceType : int32_t { kCpu = 1, kCuda = 2 };
+enum TypeCode : uint8_t { kInt = 0, kUInt = 1, kFloat = 2, kBfloat = 4, kBool = 6 };
+
+struct Device {
+  int32_t type, id;
+};
+struct DataType {
+  uint8_t code, bits;
+  uint16_t lanes;
+};
+struct Tensor {
+  void* data;
+  Device device;
+  int32_t ndim;
+  DataType dtype;
+  int64_t* shape;
+  int64_t* strides;
+  uint64_t byte_offset;
+};
+struct Header {
+  uint32_t major, minor;
+  Header* previous;
+};
+struct ExchangeTable {
+  Header header;
+  int (*allocate)(Tensor*, void**, void*, void (*)(void*, const char*, const char*));
+  int (*managed_from_object)(void*, void**);
+  int (*managed_to_object)(void*, void**);
+  int (*view_of_object)(void* object, Tensor* view);  // 0, or -1 with a Python exception set
+  int (*current_stream)(int32_t device_type, int32_t device_id, void** stream);
+};
+
+}  // namespace dlpack
+
+inline std::string shape_text(const int64_t* sizes, int64_t count) {
+  std::string text = "[";
+  for (int64_t i = 0; i < count; ++i) text += (i ? ", " : "") + std::to_string(sizes[i]);
+  return text + "]";
+}
+
+// A view with the name that errors call it by.
+struct TensorView {
+  dlpack::Tensor tensor;
+  const char* name;
+
+  int64_t size(int i) const { return tensor.shape[i]; }
+  // The stride of an axis with at most one element is never used; torch leaves anything there.
+  int64_t stride(int i) const { return tensor.strides ? tensor.strides[i] : dense_stride(i); }
+
+  template <typename T>
+  T* data() const {
+    return reinterpret_cast<T*>(static_cast<char*>(tensor.data) + tensor.byte_offset);
+  }
+
+  void expect_dtype(dlpack::TypeCode code, int bits, const char* wanted) const {
+    if (tensor.device.type != dlpack::kCpu) fail("is not on the CPU");
+    if (tensor.dtype.code != code || tensor.dtype.bits != bits || tensor.dtype.lanes != 1) {
+      fail(std::string("has another dtype than ") + wanted);
+    }
+  }
+
+  // Sizes, and a last axis without gaps.
+  void expect_shape(std::initializer_list<int64_t> sizes) const {
+    bool equal = tensor.ndim == int32_t(sizes.size());
+    int i = 0;
+    for (int64_t wanted : sizes) equal = equal && size(i++) == wanted;
+    if (!equal) {
+      fail("has shape " + shape_text(tensor.shape, tensor.ndim) + ", expected " +
+           shape_text(sizes.begin(), int64_t(sizes.size())));
+    }
+    if (tensor.ndim && size(tensor.ndim - 1) > 1 && stride(tensor.ndim - 1) != 1) {
+      fail("must be contiguous along its last axis");
+    }
+  }
+
+  [[noreturn]] void fail(const std::string& what) const { throw std::runtime_error(std::string(name) + " " + what); }
+
+ private:
+  int64_t dense_stride(int axis) const {
+    int64_t stride = 1;
+    for (int i = axis + 1; i < tensor.ndim; ++i) stride *= tensor.shape[i];
+    return stride;
+  }
+};
+
+}  // namespace rnnkern

@@ -1,0 +1,78 @@
+#include "plan.h"
+
+#include <algorithm>
+#include <cstdio>
+
+namespace rnnkern {
+
+namespace {
+
+// Operations that make it worth waking another thread: a parallel region costs some 3 us, which one core spends on
+// about 200 kFLOP; a barrier a step costs some 0.5 us.
+constexpr double kFlopsPerThread = 400e3;
+constexpr double kFlopsPerThreadStep = 80e3;
+// Rows of one block of the input product: enough to read the weights of the input once for many rows.
+constexpr int64_t kInputRows = 48;
+// Packing reads and writes all weights once; reading them as they lie costs this many times a packed step per row.
+constexpr int64_t kPackingSteps = 3;
+
+double flops_per_row(const Sizes& z) {
+  const CellShape shape = cell_shape(z.cell);
+  return 2.0 * shape.gates * double(z.H) * double(z.I + z.O) + (z.projected ? 2.0 * double(z.H) * double(z.O) : 0.0);
+}
+
+// Rows are split where every part still fills its register tiles, for no barrier is needed then; else units.
+void split_work(const Problem& problem, const Machine& machine, double work, Plan* plan) {
+  const int64_t tasks = problem.sizes.D;
+  const int64_t wanted = std::min<int64_t>(machine.threads, int64_t(work * double(problem.total) / kFlopsPerThread));
+  if (wanted <= 1) return;
+  const int64_t per_direction = std::max<int64_t>(1, wanted / tasks);
+  const int64_t tiles = (problem.N + machine.tile_rows - 1) / machine.tile_rows;
+  plan->threads = int(std::min(wanted, std::max(tasks, per_direction * tasks)));
+  if (tiles >= 2 * per_direction) {
+    plan->row_blocks = int(per_direction);
+    return;
+  }
+  const double step = work * double(problem.N);
+  const int64_t panels = (problem.sizes.H + 4 * machine.lanes - 1) / (4 * machine.lanes);
+  const int64_t units = std::min({per_direction, panels, int64_t(step / kFlopsPerThreadStep)});
+  plan->unit_blocks = int(std::max<int64_t>(1, units));
+  plan->threads = int(std::min<int64_t>(plan->threads, tasks * plan->unit_blocks));
+}
+
+}  // namespace
+
+Plan plan_forward(const Problem& problem, const Machine& machine) {
+  Plan plan;
+  split_work(problem, machine, flops_per_row(problem.sizes), &plan);
+  const int64_t rows = std::max<int64_t>(1, problem.N / plan.row_blocks);
+  plan.block_steps = std::clamp<int64_t>(kInputRows / rows, 1, std::max<int64_t>(1, problem.T));
+  const int64_t reads = problem.T * rows;
+  const bool long_rows = std::min(problem.sizes.I, problem.sizes.O) >= 2 * machine.lanes;
+  plan.packed = problem.deterministic || reads > kPackingSteps || !long_rows;
+  return plan;
+}
+
+Plan plan_backward(const Problem& problem, const Machine& machine) {
+  Plan plan;
+  split_work(problem, machine, 2.0 * flops_per_row(problem.sizes), &plan);
+  return plan;
+}
+
+std::string describe(const Plan& plan, const Problem& problem, const Machine& machine) {
+  char line[512];
+  const char* split = plan.row_blocks > 1    ? "batch rows split: each thread runs its rows through all steps, no barrier"
+                      : plan.unit_blocks > 1 ? "hidden units split: one barrier a step"
+                      : plan.threads > 1     ? "one thread per direction"
+                      : machine.threads > 1  ? "one thread: too little work to wake another"
+                                             : "one thread: no more are allowed";
+  std::snprintf(line, sizeof(line),
+                "threads %d of %d (%s); weights %s; input product of %lld step%s at once; %.3g MFLOP", plan.threads,
+                machine.threads, split,
+                plan.packed ? "packed into panels of units with all gates" : "read as they lie: too few rows to repay packing",
+                static_cast<long long>(plan.block_steps), plan.block_steps == 1 ? "" : "s",
+                flops_per_row(problem.sizes) * double(problem.total) * 1e-6);
+  return line;
+}
+
+}  // namespace rnnkern

@@ -1,0 +1,39 @@
+// Which kernel, from sizes alone: threads, how rows and units are split among them, and how the weights are read.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "scan.h"
+
+namespace rnnkern {
+
+// What the plan must know of the machine and of the code that will run.
+struct Machine {
+  int threads = 1;      // at most
+  int lanes = 4;        // elements of one vector
+  int tile_rows = 3;    // rows of one register tile
+};
+
+struct Problem {
+  Sizes sizes;
+  int64_t T = 0, N = 0;
+  int64_t total = 0;           // rows over all steps
+  bool deterministic = false;  // one order of summation for every N and T
+};
+
+struct Plan {
+  int threads = 1;
+  int row_blocks = 1;   // independent parts of the batch
+  int unit_blocks = 1;  // parts of the hidden units, one barrier a step between them
+  bool packed = true;   // weights repacked into panels; else read as they lie
+  int64_t block_steps = 1;  // steps whose input product is made at once
+};
+
+Plan plan_forward(const Problem& problem, const Machine& machine);
+Plan plan_backward(const Problem& problem, const Machine& machine);
+
+// The choice and its reason, for people.
+std::string describe(const Plan& plan, const Problem& problem, const Machine& machine);
+
+}  // namespace rnnkern

@@ -1,0 +1,124 @@
+// What one scan is: one recurrent layer, all its directions, over all its steps. Plain data, no behaviour.
+//
+// T time, N batch, I input, H hidden, O output (H, or the projected size P), D directions, G gates, S slots (what a
+// cell keeps per unit: its gates, and for GRU one more). Strides are in elements; the last axis of every tensor is
+// contiguous.
+#pragma once
+
+#include <cstdint>
+
+namespace rnnkern {
+
+enum class CellId : int { kRnnTanh = 0, kRnnRelu = 1, kLstm = 2, kGru = 3 };
+
+constexpr int kMaxSlots = 4;
+constexpr int kMaxDirections = 2;
+
+// Of S slots the recurrent product owns the first G, the input product G from input_slot on.
+struct CellShape {
+  int gates, slots, input_slot;
+  bool cell_state;   // c beside h
+  bool saves_slots;  // backward needs the slots (else the output is enough)
+  bool reads_h;      // the cell itself reads h_prev, and has dh_direct
+
+  // Which gate (block of H rows of the weight matrix) stands in a slot of the recurrent or the input product.
+  constexpr int recurrent_gate(int slot) const { return (slot - input_slot + gates) % gates; }
+  constexpr int input_gate(int slot) const { return slot - input_slot; }
+};
+
+constexpr CellShape kElmanShape = {1, 1, 0, false, false, false};
+constexpr CellShape kLstmShape = {4, 4, 0, true, true, false};
+constexpr CellShape kGruShape = {3, 4, 1, false, true, true};
+
+constexpr CellShape cell_shape(CellId id) {
+  return id == CellId::kLstm ? kLstmShape : id == CellId::kGru ? kGruShape : kElmanShape;
+}
+
+// Which rows are active at which step, and in which order they stand. The kernel works on slots 0..N-1 sorted so that
+// the active ones are always the first active[t].
+struct Steps {
+  int64_t T = 0, N = 0;
+  int64_t total = 0;                // rows over all steps that have storage: T*N, or the packed length
+  const int64_t* active = nullptr;  // [T] rows active at step t, not increasing; null: all N
+  const int64_t* start = nullptr;   // [T] packed layout: storage row of the first row of step t; null: padded layout
+  const int64_t* order = nullptr;   // [N] batch row that stands in slot k; null: k itself
+  const bool* reset = nullptr;      // [T, N] an episode begins at step t of row n; null: never
+  int64_t reset_step = 0, reset_row = 0;
+};
+
+// A [T, N, F] tensor: row n of step t begins at data + t*step + n*row; in packed layout at data + (start[t] + k)*row.
+template <typename T>
+struct Rows {
+  T* data = nullptr;
+  int64_t step = 0, row = 0;
+};
+
+// A [D, N, F] tensor; data null stands for zeros where it is read, and for "not wanted" where it is written.
+template <typename T>
+struct State {
+  T* data = nullptr;
+  int64_t direction = 0, row = 0;
+};
+
+template <typename T>
+struct Weights {
+  const T* w_ih = nullptr;  // [G*H, I]
+  const T* w_hh = nullptr;  // [G*H, O]
+  const T* b_ih = nullptr;  // [G*H] or null
+  const T* b_hh = nullptr;  // [G*H] or null
+  const T* w_hr = nullptr;  // [P, H] or null: no projection
+  int64_t w_ih_row = 0, w_hh_row = 0, w_hr_row = 0;
+};
+
+// Same shapes, contiguous; null: not wanted.
+template <typename T>
+struct WeightGradients {
+  T* w_ih = nullptr;
+  T* w_hh = nullptr;
+  T* b_ih = nullptr;
+  T* b_hh = nullptr;
+  T* w_hr = nullptr;
+};
+
+struct Sizes {
+  CellId cell = CellId::kRnnTanh;
+  int64_t I = 0, H = 0, O = 0;
+  int D = 1;
+  bool projected = false;
+};
+
+template <typename T>
+struct Forward {
+  Sizes sizes;
+  Steps steps;
+  Rows<const T> x;                           // [T, N, I]
+  State<const T> h0, c0;                     // [D, N, O], [D, N, H]
+  Weights<T> weights[kMaxDirections];        //
+  Rows<T> y;                                 // [T, N, D*O], direction d at column d*O
+  State<T> hn, cn;                           // [D, N, O], [D, N, H]
+  T* slots = nullptr;                        // [D, total, S*H] saved for backward, or null: inference
+  T* cells = nullptr;                        // [D, total, H] saved cell states, likewise
+  T* unprojected = nullptr;                  // [D, total, H] saved h before the projection, likewise
+};
+
+template <typename T>
+struct Backward {
+  Sizes sizes;
+  Steps steps;
+  Rows<const T> x;
+  State<const T> h0, c0;
+  Weights<T> weights[kMaxDirections];
+  Rows<const T> y;
+  const T* slots = nullptr;        // as forward left them (null where the cell saves none)
+  const T* cells = nullptr;
+  const T* unprojected = nullptr;
+  Rows<const T> dy;                // [T, N, D*O] or null
+  State<const T> dhn, dcn;         // or null
+  T* dslots = nullptr;             // [D, total, S*H], may be the memory of slots
+  T* dprojected = nullptr;         // [D, total, O] workspace where there is a projection
+  Rows<T> dx;                      // [T, N, I] or null
+  State<T> dh0, dc0;               // or null
+  WeightGradients<T> gradients[kMaxDirections];
+};
+
+}  // namespace rnnkern

@@ -1,0 +1,41 @@
+"""Drives CMake with Ninja; CMakeLists.txt is the one build definition, pyproject.toml holds the metadata."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pybind11
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+
+
+class CMakeBuild(build_ext):
+    """Builds rnnkern._C where setuptools wants it: in the wheel, or beside the sources (editable)."""
+
+    def build_extension(self, ext: Extension) -> None:
+        target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        build = Path(self.build_temp).resolve() / ext.name
+        build.mkdir(parents=True, exist_ok=True)
+        configure = [
+            "cmake",
+            "-S",
+            str(ROOT),
+            "-B",
+            str(build),
+            "-G",
+            "Ninja",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target}",
+            f"-DRNNKERN_SANITIZE={os.environ.get('RNNKERN_SANITIZE', '')}",
+        ]
+        subprocess.run(configure, check=True)
+        subprocess.run(["cmake", "--build", str(build), "--target", "_C"], check=True)
+
+
+setup(ext_modules=[Extension("rnnkern._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
