@@ -1,0 +1,30 @@
+"""RNN, LSTM and GRU for PyTorch on hand-written kernels: a drop-in for ``torch.nn``.
+
+    >>> import torch, rnnkern
+    >>> lstm = rnnkern.LSTM(input_size=3, hidden_size=3)
+    >>> output, (h_n, c_n) = lstm(torch.randn(10, 1, 3))
+"""
+
+import torch  # noqa: F401  first: its OpenMP runtime is the one that the kernels share
+
+from rnnkern.build import build_info, explain
+from rnnkern.convert import convert, revert
+from rnnkern.functional import FallbackWarning
+from rnnkern.modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+
+__version__ = str(build_info()["version"])
+
+__all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
+    "FallbackWarning",
+    "GRUCell",
+    "LSTMCell",
+    "RNNCell",
+    "__version__",
+    "build_info",
+    "convert",
+    "explain",
+    "revert",
+]

@@ -1,0 +1,118 @@
+"""The eager door: one ``torch.autograd.Function`` around the scan of one layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rnnkern import kernels, reference
+from rnnkern.kernels import Layer
+from rnnkern.sequence import Steps
+
+
+def _graph_is_kept() -> bool:
+    return torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+class Scan(torch.autograd.Function):
+    """Output and final states of one layer, differentiable any number of times.
+
+    The first derivative is a kernel. Asked for a derivative of the derivative (``create_graph=True``), or under
+    a transform such as vmap, backward recomputes the layer in plain PyTorch and differentiates that.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        layer: Layer,
+        steps: Steps | None,
+        x: Tensor,
+        h0: Tensor | None,
+        c0: Tensor | None,
+        *weights: Tensor,
+    ) -> tuple[Tensor, ...]:
+        y, hn, cn, saved = kernels.forward(layer, x, h0, c0, weights, steps, True)
+        ctx.layer = layer
+        ctx.steps = steps
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, h0, c0, y, *saved, *weights)
+        return (y, hn) if cn is None else (y, hn, cn)
+
+    @staticmethod
+    def backward(  # type: ignore[override]
+        ctx: Any, dy: Tensor | None, dhn: Tensor | None, dcn: Tensor | None = None
+    ) -> tuple[Tensor | None, ...]:
+        x, h0, c0, y, slots, cells, unprojected, *weights = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[2:]
+        differentiable = torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
+        if differentiable or torch._C._len_torch_dispatch_stack():
+            return _differentiable_backward(ctx, x, h0, c0, weights, (dy, dhn, dcn), wanted)
+        present = [g for g in (dy, dhn, dcn) if g is not None]
+        reason = kernels.refusal(x, None, None, present)
+        if reason == kernels.GAPS:
+            dy, dhn, dcn = (g if g is None else g.contiguous() for g in (dy, dhn, dcn))
+        elif reason is not None:
+            return _differentiable_backward(ctx, x, h0, c0, weights, (dy, dhn, dcn), wanted)
+        gradients = kernels.backward(
+            ctx.layer,
+            x,
+            h0,
+            c0,
+            weights,
+            ctx.steps,
+            y,
+            (slots, cells, unprojected),
+            (dy, dhn, dcn),
+            wanted,
+            not _graph_is_kept(),
+        )
+        return (None, None, *gradients)
+
+
+scan = super(torch.autograd.Function, Scan).apply
+"""``Scan.apply`` without its look for functorch transforms: `functional` has looked already."""
+
+
+def _differentiable_backward(
+    ctx: Any,
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: list[Tensor],
+    incoming: tuple[Tensor | None, ...],
+    wanted: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:
+    layer: Layer = ctx.layer
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Aliases, so that one input being a function of another does not count twice.
+        inputs = [None if t is None else t.view_as(t) for t in (x, h0, c0, *weights)]
+        needed = [t for t, need in zip(inputs, wanted, strict=True) if need and t is not None]
+        outputs = reference.layer(
+            layer.mode,
+            inputs[0],  # type: ignore[arg-type]
+            inputs[1],
+            inputs[2],
+            inputs[3:],  # type: ignore[arg-type]
+            directions=layer.directions,
+            bias=layer.bias,
+            batch_first=layer.batch_first,
+            steps=ctx.steps,
+        )
+    pairs = [(o, g) for o, g in zip(outputs, incoming, strict=False) if g is not None]
+    found = iter(
+        torch.autograd.grad(
+            [o for o, _ in pairs],
+            needed,
+            [g for _, g in pairs],
+            create_graph=create_graph,
+            allow_unused=True,
+        )
+    )
+    gradients = [
+        next(found) if need and t is not None else None
+        for t, need in zip(inputs, wanted, strict=True)
+    ]
+    return (None, None, *gradients)

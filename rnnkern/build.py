@@ -1,0 +1,96 @@
+"""What this build has, and what it would do: `build_info` and `explain`."""
+
+from __future__ import annotations
+
+from importlib import metadata
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from rnnkern import _C, functional, kernels
+
+
+def _version() -> str:
+    try:
+        return metadata.version("rnnkern")
+    except metadata.PackageNotFoundError:  # run from the sources without installation
+        return "unknown"
+
+
+def build_info() -> dict[str, Any]:
+    """Version, compiler, CUDA, and the instruction sets compiled and in use.
+
+    Returns:
+        A dict with the keys ``version``, ``compiler``, ``cuda`` (None: built without), ``isa_compiled`` (list, best first),
+        ``isa`` (in use; the environment variable ``RNNKERN_ISA`` forces a lower one), ``openmp``,
+        ``torch``, ``threads``.
+    """
+    return {
+        "version": _version(),
+        "compiler": _C.compiler,
+        "cuda": None,
+        "isa_compiled": _C.compiled_sets(),
+        "isa": _C.instruction_set(),
+        "openmp": True,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+    }
+
+
+class Explanation(str):
+    """Text that shows itself as it is at a prompt."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+def explain(module: Any, input: Any, hx: Any = None) -> Explanation:
+    """Which kernel ``module(input, hx)`` would run, and why.
+
+    Args:
+        module: `rnnkern.RNN`, `rnnkern.LSTM` or `rnnkern.GRU`.
+        input: as for the call; nothing is computed.
+
+    Raises:
+        TypeError: ``module`` is none of these.
+    """
+    if not hasattr(module, "_torch_forward") or not hasattr(module, "num_layers"):
+        raise TypeError(
+            f"explain wants an rnnkern.RNN, LSTM or GRU, got {type(module).__name__}"
+        )
+    packed = isinstance(input, PackedSequence)
+    x: Tensor = input.data if packed else input
+    states = (None, None) if hx is None else tuple(hx) if isinstance(hx, (tuple, list)) else (hx, None)
+    reason = functional.mode_refusal() or kernels.refusal(x, *states, functional.current_weights(module))
+    if reason is not None and reason != kernels.GAPS:
+        return Explanation(f"torch.nn carries this out: {reason}")
+    if packed:
+        T, N = len(input.batch_sizes), int(input.batch_sizes[0])
+    elif x.dim() == 2:
+        T, N = x.size(0), 1
+    else:
+        T, N = (x.size(1), x.size(0)) if module.batch_first else (x.size(0), x.size(1))
+    return Explanation("\n".join(_lines(module, x, T, N, reason)))
+
+
+def _lines(module: Any, x: Tensor, T: int, N: int, reason: str | None) -> list[str]:
+    D = 2 if module.bidirectional else 1
+    layer = kernels.layer(module.mode, D, module.bias, module.proj_size > 0, module.batch_first)
+    out = module.proj_size or module.hidden_size
+    lines = [
+        f"{module.mode} on the CPU, {_C.instruction_set()}, {str(x.dtype).removeprefix('torch.')}: "
+        f"T={T} N={N} I={module.input_size} H={module.hidden_size} "
+        f"layers={module.num_layers} directions={D}"
+    ]
+    if reason == kernels.GAPS:
+        lines.append("a tensor has gaps along its last axis: copied first")
+    for i in range(module.num_layers):
+        features = module.input_size if i == 0 else D * out
+        for name, back in (("forward", False), ("backward", True)):
+            plan = kernels.describe(layer, x, (T, N), (features, module.hidden_size, out), back)
+            lines.append(f"layer {i} {name}: {plan}")
+    return lines

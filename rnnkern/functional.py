@@ -1,0 +1,310 @@
+"""Layers, directions, dropout between them, and the decision where a call is carried out.
+
+Every call ends in one of three places: the kernels; ``torch.nn``'s own path, for whatever no kernel covers (it also
+raises torch's own errors for wrong input); or the pure PyTorch reference, for ``lengths`` and ``reset`` on inputs that
+no kernel covers.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.utils.rnn import PackedSequence
+
+from rnnkern import kernels, reference
+from rnnkern.autograd import scan
+from rnnkern.kernels import GAPS, Layer
+from rnnkern.sequence import Steps, packed_steps, padded_steps
+
+
+class FallbackWarning(UserWarning):
+    """A call is carried out by ``torch.nn`` because no kernel covers it. Given once for each reason."""
+
+
+_warned: set[str] = set()
+
+WRONG = "input that torch.nn refuses"
+"""The reason of a fallback that is expected to end in torch's own error."""
+
+
+def recurrent(
+    module: Any, input: Any, hx: Any, lengths: Tensor | None = None, reset: Tensor | None = None
+) -> Any:
+    """``forward`` of `rnnkern.RNN`, `rnnkern.LSTM` and `rnnkern.GRU`."""
+    if traced():
+        return _elsewhere(module, input, hx, lengths, reset, None)
+    if isinstance(input, PackedSequence):
+        return _packed(module, input, hx, lengths, reset)
+    if input.dim() == 2:
+        return _unbatched(module, input, hx, lengths, reset)
+    if input.dim() != 3:
+        return _elsewhere(module, input, hx, lengths, reset, WRONG)
+    batch_first = module.batch_first
+    first, second, features = input.shape
+    T, N = (second, first) if batch_first else (first, second)
+    h0, c0, fits = _initial_states(module, hx, N)
+    if not fits or features != module.input_size or T == 0:
+        return _elsewhere(module, input, hx, lengths, reset, WRONG)
+    weights = current_weights(module)
+    reason = mode_refusal() or kernels.refusal(input, h0, c0, weights)
+    if reason is not None:
+        if reason != GAPS:
+            return _elsewhere(module, input, hx, lengths, reset, reason)
+        input, h0, c0, *weights = (t if t is None else t.contiguous() for t in (input, h0, c0, *weights))
+    steps = None
+    if lengths is not None or reset is not None:
+        steps = padded_steps(lengths, reset, T, N, batch_first)
+    y, hn, cn = _layers(module, input, h0, c0, weights, steps)
+    return y, (hn if cn is None else (hn, cn))
+
+
+def cell(module: Any, input: Tensor, hx: Any) -> Any:
+    """``forward`` of `rnnkern.RNNCell`, `rnnkern.LSTMCell` and `rnnkern.GRUCell`: a scan of one step."""
+    states = _cell_states(module, input, hx)
+    if traced() or states is None:
+        return _warn(WRONG, module._torch_forward(input, hx)) if not traced() else module._torch_forward(input, hx)
+    h0, c0 = states
+    x = input.view(1, 1, -1) if input.dim() == 1 else input.unsqueeze(0)
+    bias = (module.bias_ih, module.bias_hh) if module.bias_ih is not None else ()
+    weights = [module.weight_ih, module.weight_hh, *bias]
+    reason = mode_refusal() or kernels.refusal(x, h0, c0, weights)
+    if reason is not None:
+        if reason != GAPS:
+            return _warn(reason, module._torch_forward(input, hx))
+        x, h0, c0, *weights = (t if t is None else t.contiguous() for t in (x, h0, c0, *weights))
+    layer = kernels.layer(module.mode, 1, bool(bias), False, False)
+    _, hn, cn = _one_layer(layer, x, h0, c0, weights, None)
+    shape = (module.hidden_size,) if input.dim() == 1 else (input.size(0), module.hidden_size)
+    return hn.view(shape) if cn is None else (hn.view(shape), cn.view(shape))
+
+
+def traced() -> bool:
+    """A graph of torch operators is being recorded: kernels cannot be part of it."""
+    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+
+
+def mode_refusal() -> str | None:
+    """Why no kernel may run in the present mode of torch, or None."""
+    if torch._C._are_functorch_transforms_active():
+        return "torch.func transform"
+    if torch._C._len_torch_dispatch_stack():
+        return "torch dispatch mode"
+    if torch._C._is_any_autocast_enabled():
+        return "autocast"
+    if forward_ad._current_level >= 0:
+        return "forward-mode differentiation"
+    return None
+
+
+def current_weights(module: Any) -> list[Tensor]:
+    """The weights as the module's attributes have them now, in torch's flat order."""
+    parameters = module._parameters
+    try:
+        return [parameters[name] for name in module._flat_weights_names]
+    except KeyError:  # parametrized, or replaced by plain tensors
+        return [getattr(module, name) for name in module._flat_weights_names]
+
+
+def _initial_states(module: Any, hx: Any, N: int) -> tuple[Tensor | None, Tensor | None, bool]:
+    """``h_0, c_0`` and whether they are what a batch of N needs."""
+    if hx is None:
+        return None, None, True
+    count = module.num_layers * (2 if module.bidirectional else 1)
+    wanted = (count, N, module.proj_size or module.hidden_size)
+    if module.mode != "LSTM":
+        return hx, None, isinstance(hx, Tensor) and hx.shape == wanted
+    if not isinstance(hx, (tuple, list)) or len(hx) != 2:
+        return None, None, False
+    h0, c0 = hx
+    fits = isinstance(h0, Tensor) and isinstance(c0, Tensor)
+    return h0, c0, fits and h0.shape == wanted and c0.shape == (count, N, module.hidden_size)
+
+
+def _cell_states(module: Any, input: Any, hx: Any) -> tuple[Tensor | None, Tensor | None] | None:
+    """``h_0, c_0`` of a cell as ``[1, N, H]``, or None where torch must look at the call."""
+    if input.dim() not in (1, 2) or input.size(-1) != module.input_size:
+        return None
+    if hx is None:
+        return None, None
+    is_lstm = module.mode == "LSTM"
+    if is_lstm != isinstance(hx, (tuple, list)) or (is_lstm and len(hx) != 2):
+        return None
+    wanted = (*input.shape[:-1], module.hidden_size)
+    parts = tuple(hx) if is_lstm else (hx,)
+    if any(not isinstance(part, Tensor) or part.shape != wanted for part in parts):
+        return None
+    shaped = [p.view(1, 1, -1) if p.dim() == 1 and p.is_contiguous() else p.unsqueeze(0) for p in parts]
+    if input.dim() == 1:
+        shaped = [p.reshape(1, 1, -1) for p in shaped]
+    return shaped[0], shaped[1] if is_lstm else None
+
+
+def _layers(
+    module: Any,
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: list[Tensor],
+    steps: Steps | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    D = 2 if module.bidirectional else 1
+    layer = kernels.layer(module.mode, D, module.bias, module.proj_size > 0, module.batch_first)
+    if module.num_layers == 1:
+        return _one_layer(layer, x, h0, c0, weights, steps)
+    count = D * layer.tensors
+    finals: list[tuple[Tensor, Tensor | None]] = []
+    for i in range(module.num_layers):
+        if i:
+            x = _dropout(module, x, steps)
+        x, hn, cn = _one_layer(
+            layer,
+            x,
+            None if h0 is None else h0[i * D : (i + 1) * D],
+            None if c0 is None else c0[i * D : (i + 1) * D],
+            weights[i * count : (i + 1) * count],
+            steps,
+        )
+        finals.append((hn, cn))
+    hn = torch.cat([h for h, _ in finals])
+    return x, hn, torch.cat([c for _, c in finals if c is not None]) if layer.has_cell_state else None
+
+
+def _one_layer(
+    layer: Layer,
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: list[Tensor],
+    steps: Steps | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    if torch.is_grad_enabled() and _requires_grad(x, h0, c0, weights):
+        outputs = scan(layer, steps, x, h0, c0, *weights)
+        return outputs if layer.has_cell_state else (*outputs, None)
+    y, hn, cn, _ = kernels.forward(layer, x, h0, c0, weights, steps, False)
+    return y, hn, cn
+
+
+def _requires_grad(x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: list[Tensor]) -> bool:
+    for weight in weights:
+        if weight.requires_grad:
+            return True
+    return (
+        x.requires_grad
+        or (h0 is not None and h0.requires_grad)
+        or (c0 is not None and c0.requires_grad)
+    )
+
+
+def _dropout(module: Any, x: Tensor, steps: Steps | None) -> Tensor:
+    if not module.training or module.dropout == 0:
+        return x
+    packed = steps is not None and steps.packed
+    if module.batch_first and not packed:  # the same random numbers as torch.nn, which draws time first
+        time_first = x.transpose(0, 1).contiguous()
+        return nn.functional.dropout(time_first, module.dropout).transpose(0, 1).contiguous()
+    return nn.functional.dropout(x, module.dropout)
+
+
+def _unbatched(module: Any, input: Tensor, hx: Any, lengths: Any, reset: Any) -> Any:
+    batch = 0 if module.batch_first else 1
+    if hx is None:
+        states = None
+    elif module.mode == "LSTM":
+        states = tuple(h.unsqueeze(1) for h in hx) if _are_2d(hx) else None
+    else:
+        states = hx.unsqueeze(1) if _are_2d((hx,)) else None
+    if hx is not None and states is None:
+        return _elsewhere(module, input, hx, lengths, reset, WRONG)
+    if isinstance(lengths, Tensor) and lengths.dim() == 0:
+        lengths = lengths.unsqueeze(0)
+    if isinstance(reset, Tensor) and reset.dim() == 1:
+        reset = reset.unsqueeze(batch)
+    y, final = recurrent(module, input.unsqueeze(batch), states, lengths, reset)
+    if isinstance(final, tuple):
+        return y.squeeze(batch), tuple(f.squeeze(1) for f in final)
+    return y.squeeze(batch), final.squeeze(1)
+
+
+def _are_2d(states: Any) -> bool:
+    return isinstance(states, (tuple, list)) and all(
+        isinstance(s, Tensor) and s.dim() == 2 for s in states
+    )
+
+
+def _packed(module: Any, input: PackedSequence, hx: Any, lengths: Any, reset: Any) -> Any:
+    if lengths is not None or reset is not None:
+        raise ValueError(
+            "lengths and reset describe a padded batch; a PackedSequence brings its own lengths"
+        )
+    data, batch_sizes, sorted_indices, unsorted_indices = input
+    N = int(batch_sizes[0]) if batch_sizes.numel() else 0
+    h0, c0, fits = _initial_states(module, hx, N)
+    if not fits or N == 0 or data.dim() != 2 or data.size(-1) != module.input_size:
+        return _elsewhere(module, input, hx, None, None, WRONG)
+    weights = current_weights(module)
+    reason = mode_refusal() or kernels.refusal(data, h0, c0, weights)
+    if reason is not None:
+        if reason != GAPS:
+            return _elsewhere(module, input, hx, None, None, reason)
+        data, h0, c0, *weights = (t if t is None else t.contiguous() for t in (data, h0, c0, *weights))
+    y, hn, cn = _layers(
+        module, data, h0, c0, weights, packed_steps(batch_sizes, sorted_indices)
+    )
+    output = PackedSequence(y, batch_sizes, sorted_indices, unsorted_indices)
+    return output, (hn if cn is None else (hn, cn))
+
+
+def _warn(reason: str, result: Any) -> Any:
+    if reason not in _warned:
+        _warned.add(reason)
+        warnings.warn(
+            f"no rnnkern kernel covers this call ({reason}); torch.nn carries it out",
+            FallbackWarning,
+            stacklevel=4,
+        )
+    return result
+
+
+def _elsewhere(
+    module: Any, input: Any, hx: Any, lengths: Any, reset: Any, reason: str | None
+) -> Any:
+    """Without kernels: by ``torch.nn``, or by the reference where ``lengths`` or ``reset`` are given."""
+    if lengths is None and reset is None:
+        result = module._torch_forward(input, hx)
+    else:
+        if reason == WRONG:  # torch.nn raises its error; lengths cannot make the input right
+            module._torch_forward(input, hx)
+        result = _by_reference(module, input, hx, lengths, reset)
+    return result if reason is None else _warn(reason, result)
+
+
+def _by_reference(module: Any, x: Tensor, hx: Any, lengths: Any, reset: Any) -> Any:
+    batch_first = module.batch_first
+    T, N = (x.size(1), x.size(0)) if batch_first else (x.size(0), x.size(1))
+    h0, c0, _ = _initial_states(module, hx, N)
+    steps = padded_steps(lengths, reset, T, N, batch_first)
+    weights = current_weights(module)
+    D = 2 if module.bidirectional else 1
+    count = len(weights) // module.num_layers
+    finals = []
+    for i in range(module.num_layers):
+        if i:
+            x = _dropout(module, x, steps)
+        x, *final = reference.layer(
+            module.mode,
+            x,
+            None if h0 is None else h0[i * D : (i + 1) * D],
+            None if c0 is None else c0[i * D : (i + 1) * D],
+            weights[i * count : (i + 1) * count],
+            directions=D,
+            bias=module.bias,
+            batch_first=batch_first,
+            steps=steps,
+        )
+        finals.append(final)
+    states = tuple(torch.cat(parts) for parts in zip(*finals, strict=True))
+    return x, (states if len(states) == 2 else states[0])

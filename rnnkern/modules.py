@@ -1,0 +1,115 @@
+"""Drop-in modules: subclasses of torch.nn's with the same constructor, parameters and state_dict."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from rnnkern import functional
+
+_EXTRA = """
+    Beyond ``torch.nn``, ``forward(input, hx=None, *, lengths=None, reset=None)`` takes
+
+    Args:
+        lengths: int64 ``(N,)``, any order, any device, ``0 <= lengths[n] <= T``: row n ends after that many steps.
+            Outputs past the end are zero, final states are those of the last step taken. No packing, no
+            sorting.
+        reset: bool ``(T, N)``, ``(N, T)`` with ``batch_first``: an episode begins at that step, the state is zeroed
+            before it. In the reverse direction nothing passes from the episode's first step to the step before it.
+
+    Raises:
+        TypeError, ValueError: ``lengths`` or ``reset`` of the wrong type, dtype, shape or range, or given with a
+            `PackedSequence`. For all else, what ``torch.nn`` raises.
+
+    float32 and float64 on the CPU run on rnnkern's kernels; anything else is carried out by ``torch.nn`` with one
+    `FallbackWarning` that says why.
+"""
+
+
+class RNN(nn.RNN):
+    __doc__ = f"""Elman RNN (tanh or relu): `torch.nn.RNN` on rnnkern's kernels.
+{_EXTRA}
+    Example::
+
+        >>> rnn = rnnkern.RNN(3, 5, nonlinearity="relu")
+        >>> output, h_n = rnn(torch.randn(10, 1, 3))
+    """
+
+    _torch_forward = nn.RNN.forward
+
+    def forward(  # type: ignore[override]
+        self, input: Any, hx: Any = None, *, lengths: Tensor | None = None, reset: Tensor | None = None
+    ) -> Any:
+        return functional.recurrent(self, input, hx, lengths, reset)
+
+
+class LSTM(nn.LSTM):
+    __doc__ = f"""Long short-term memory, with projections: `torch.nn.LSTM` on rnnkern's kernels.
+{_EXTRA}
+    Example::
+
+        >>> rnn = rnnkern.LSTM(3, 5)
+        >>> output, (h_n, c_n) = rnn(torch.randn(10, 4, 3), lengths=torch.tensor([3, 10, 1, 7]))
+    """
+
+    _torch_forward = nn.LSTM.forward
+
+    def forward(  # type: ignore[override]
+        self, input: Any, hx: Any = None, *, lengths: Tensor | None = None, reset: Tensor | None = None
+    ) -> Any:
+        return functional.recurrent(self, input, hx, lengths, reset)
+
+
+class GRU(nn.GRU):
+    __doc__ = f"""Gated recurrent unit: `torch.nn.GRU` on rnnkern's kernels.
+{_EXTRA}
+    Example::
+
+        >>> rnn = rnnkern.GRU(3, 5, bidirectional=True)
+        >>> output, h_n = rnn(torch.randn(10, 4, 3))
+    """
+
+    _torch_forward = nn.GRU.forward
+
+    def forward(  # type: ignore[override]
+        self, input: Any, hx: Any = None, *, lengths: Tensor | None = None, reset: Tensor | None = None
+    ) -> Any:
+        return functional.recurrent(self, input, hx, lengths, reset)
+
+
+class RNNCell(nn.RNNCell):
+    """One step of an Elman RNN: `torch.nn.RNNCell` on rnnkern's kernels. Arguments, shapes and errors are torch's."""
+
+    _torch_forward = nn.RNNCell.forward
+
+    @property
+    def mode(self) -> str:
+        return f"RNN_{self.nonlinearity.upper()}"
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        if self.nonlinearity not in ("tanh", "relu"):
+            return self._torch_forward(input, hx)
+        return functional.cell(self, input, hx)
+
+
+class LSTMCell(nn.LSTMCell):
+    """One step of an LSTM: `torch.nn.LSTMCell` on rnnkern's kernels. Arguments, shapes and errors are torch's."""
+
+    _torch_forward = nn.LSTMCell.forward
+    mode = "LSTM"
+
+    def forward(
+        self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        return functional.cell(self, input, hx)
+
+
+class GRUCell(nn.GRUCell):
+    """One step of a GRU: `torch.nn.GRUCell` on rnnkern's kernels. Arguments, shapes and errors are torch's."""
+
+    _torch_forward = nn.GRUCell.forward
+    mode = "GRU"
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        return functional.cell(self, input, hx)
