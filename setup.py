@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,9 @@ class CMakeBuild(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
-        build = Path(self.build_temp).resolve() / ext.name
+        # An editable build gets a new temporary folder each time; its own one keeps the objects.
+        place = ROOT / "build" / "editable" if self.editable_mode else Path(self.build_temp)
+        build = place.resolve() / ext.name
         build.mkdir(parents=True, exist_ok=True)
         configure = [
             "cmake",
@@ -29,6 +32,7 @@ class CMakeBuild(build_ext):
             str(build),
             "-G",
             "Ninja",
+            f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target}",

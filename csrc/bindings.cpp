@@ -14,7 +14,8 @@ namespace {
 const dlpack::ExchangeTable* exchange = nullptr;
 PyTypeObject* tensor_type = nullptr;
 PyTypeObject* parameter_type = nullptr;
-PyObject* is_neg = nullptr;
+// Methods of torch.Tensor, as plain functions of a tensor.
+PyObject *is_neg = nullptr, *new_empty = nullptr, *new_empty_strided = nullptr;
 
 void bind_exchange_table() {
   const py::object type = py::module_::import("torch").attr("Tensor");
@@ -31,7 +32,9 @@ void bind_exchange_table() {
   tensor_type = reinterpret_cast<PyTypeObject*>(py::object(type).release().ptr());
   const py::object parameter = py::module_::import("torch.nn").attr("Parameter");
   parameter_type = reinterpret_cast<PyTypeObject*>(py::object(parameter).release().ptr());
-  is_neg = py::str("is_neg").release().ptr();
+  is_neg = py::object(type.attr("is_neg")).release().ptr();
+  new_empty = py::object(type.attr("new_empty")).release().ptr();
+  new_empty_strided = py::object(type.attr("new_empty_strided")).release().ptr();
 }
 
 TensorView view_of(py::handle object, const char* name) {
@@ -44,15 +47,16 @@ TensorView view_of(py::handle object, const char* name) {
   return view;
 }
 
-const char kGaps[] = "gaps along the last axis";
+constexpr const char* kGaps = "gaps along the last axis";
+constexpr const char* kNoMemory = "no plain memory behind a tensor (meta, sparse, quantized or wrapped)";
 
-// Why no kernel covers this tensor, or an empty string. `like` is the tensor whose dtype it must share.
-std::string refusal_of(py::handle object, const TensorView* like, TensorView* view) {
+// Why no kernel covers this tensor, or null. `like` is the tensor whose dtype it must share.
+const char* refusal_of(py::handle object, const TensorView* like, TensorView* view) {
   const PyTypeObject* type = Py_TYPE(object.ptr());
-  if (type != tensor_type && type != parameter_type) return std::string("tensor subclass ") + type->tp_name;
+  if (type != tensor_type && type != parameter_type) return "tensor subclass";
   if (exchange->view_of_object(object.ptr(), &view->tensor) != 0) {
     PyErr_Clear();
-    return "no plain memory behind a tensor (meta, sparse, quantized or wrapped)";
+    return kNoMemory;
   }
   const dlpack::Tensor& t = view->tensor;
   if (t.device.type != dlpack::kCpu) return "device other than cpu";
@@ -62,45 +66,50 @@ std::string refusal_of(py::handle object, const TensorView* like, TensorView* vi
   if (like && like->tensor.dtype.bits != t.dtype.bits) return "mixed dtypes";
   int64_t elements = 1;
   for (int i = 0; i < t.ndim; ++i) elements *= t.shape[i];
-  if (elements && !t.data) return "no plain memory behind a tensor (meta, sparse, quantized or wrapped)";
-  const py::object negated = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(object.ptr(), is_neg));
+  if (elements && !t.data) return kNoMemory;
+  const py::object negated = py::reinterpret_steal<py::object>(PyObject_CallOneArg(is_neg, object.ptr()));
   if (!negated) throw py::error_already_set();
   if (negated.ptr() == Py_True) return "lazily negated tensor";
   if (t.ndim && elements && t.shape[t.ndim - 1] > 1 && view->stride(t.ndim - 1) != 1) return kGaps;
-  return {};
+  return nullptr;
 }
 
+// Why no kernel covers these tensors, or None; gaps only where nothing worse is found.
 py::object refusal(py::handle x, py::handle h0, py::handle c0, const py::sequence& weights) {
-  TensorView input, other;
-  std::string gaps;
-  const auto refuses = [&](py::handle object, TensorView* view) {
-    if (object.is_none()) return std::string();
-    std::string reason = refusal_of(object, view == &input ? nullptr : &input, view);
-    if (reason != kGaps) return reason;
-    gaps = reason;  // only where nothing worse is found
-    return std::string();
-  };
-  std::string reason = refuses(x, &input);
-  if (reason.empty()) reason = refuses(h0, &other);
-  if (reason.empty()) reason = refuses(c0, &other);
-  const size_t count = weights.size();
-  for (size_t i = 0; reason.empty() && i < count; ++i) reason = refuses(weights[i], &other);
-  if (reason.empty()) reason = gaps;
-  return reason.empty() ? py::object(py::none()) : py::object(py::str(reason));
+  std::vector<py::object> all = {py::reinterpret_borrow<py::object>(x), py::reinterpret_borrow<py::object>(h0),
+                                 py::reinterpret_borrow<py::object>(c0)};
+  for (py::handle weight : weights) all.push_back(py::reinterpret_borrow<py::object>(weight));
+  TensorView first, other;
+  const char* gaps = nullptr;
+  for (size_t i = 0; i < all.size(); ++i) {
+    if (all[i].is_none()) continue;
+    const char* reason = refusal_of(all[i], i ? &first : nullptr, i ? &other : &first);
+    if (reason && reason != kGaps) return py::str(reason);
+    if (reason) gaps = reason;
+  }
+  return gaps ? py::object(py::str(gaps)) : py::object(py::none());
 }
 
 // What a layer is, apart from its sizes.
 struct Layer {
   int cell, directions;
+  int64_t hidden, out;
   bool bias, projected, batch_first;
 
   int tensors() const { return 2 + 2 * bias + projected; }  // per direction
 };
 
+// A view of an operand that a kernel covers; the caller finds out with `refusal` why one is not.
 template <typename T>
-TensorView float_view(py::handle object, const char* name) {
-  TensorView view = view_of(object, name);
-  view.expect_dtype(dlpack::kFloat, 8 * sizeof(T), sizeof(T) == 4 ? "the input's float32" : "the input's float64");
+TensorView float_view(py::handle object, const char* name, bool allow_gaps = false) {
+  TensorView view;
+  view.name = name;
+  if (!PyObject_TypeCheck(object.ptr(), tensor_type)) {
+    throw py::type_error(std::string(name) + " must be a torch.Tensor, got " + Py_TYPE(object.ptr())->tp_name);
+  }
+  const char* reason = refusal_of(object, nullptr, &view);
+  if (reason && !(allow_gaps && reason == kGaps)) view.fail(std::string("is not covered: ") + reason);
+  if (view.tensor.dtype.bits != 8 * sizeof(T)) view.fail("has another dtype than the input");
   return view;
 }
 
@@ -108,13 +117,16 @@ TensorView float_view(py::handle object, const char* name) {
 template <typename T>
 class Operands {
  public:
-  Operands(const Layer& layer, py::handle x, py::handle steps) : layer_(layer), x_(float_view<T>(x, "input")) {
+  Operands(const Layer& layer, py::handle x, py::handle steps)
+      : layer_(layer), object_(x), x_(float_view<T>(x, "input")) {
     if (layer.cell < 0 || layer.cell > int(CellId::kGru) || layer.directions < 1 || layer.directions > kMaxDirections) {
       throw std::runtime_error("unknown layer");
     }
     read_steps(steps);
     sizes.cell = CellId(layer.cell);
     sizes.D = layer.directions;
+    sizes.H = layer.hidden;
+    sizes.O = layer.out;
     sizes.projected = layer.projected;
     sizes.I = x_.size(x_.tensor.ndim - 1);
   }
@@ -130,14 +142,6 @@ class Operands {
     const int gates = cell_shape(sizes.cell).gates;
     for (int d = 0, i = 0; d < layer_.directions; ++d) {
       const TensorView w_ih = float_view<T>(list[i++], "weight_ih"), w_hh = float_view<T>(list[i++], "weight_hh");
-      if (d == 0) {
-        if (w_hh.tensor.ndim != 2 || w_hh.size(0) % gates) {
-          w_hh.fail("has shape " + shape_text(w_hh.tensor.shape, w_hh.tensor.ndim) + ", expected " +
-                    std::to_string(gates) + " gates x hidden_size rows");
-        }
-        sizes.H = w_hh.size(0) / gates;
-        sizes.O = layer_.projected ? w_hh.size(1) : sizes.H;
-      }
       const int64_t rows = gates * sizes.H;
       w_ih.expect_shape({rows, sizes.I});
       w_hh.expect_shape({rows, sizes.O});
@@ -167,6 +171,16 @@ class Operands {
     return rows_of<U>(float_view<T>(object, name), features);
   }
 
+  // As rows, but the last axis may be expanded from one element, as in the gradient of a sum.
+  Rows<const T> incoming_rows(py::handle object, const char* name, int64_t features, bool* uniform) {
+    if (object.is_none()) return {};
+    const TensorView v = float_view<T>(object, name, true);
+    const int64_t stride = v.tensor.ndim ? v.stride(v.tensor.ndim - 1) : 1;
+    *uniform = features > 1 && stride == 0;
+    if (features > 1 && stride > 1) v.fail(std::string("is not covered: ") + kGaps);
+    return rows_of<const T>(v, features);
+  }
+
   template <typename U>
   State<U> state(py::handle object, const char* name, int64_t features) {
     if (object.is_none()) return {};
@@ -175,26 +189,78 @@ class Operands {
     return {v.data<U>(), v.stride(0), v.stride(1)};
   }
 
-  // A dense [D, total, features] buffer.
-  T* buffer(py::handle object, const char* name, int64_t features) {
-    if (object.is_none()) return nullptr;
-    const TensorView v = float_view<T>(object, name);
-    v.expect_shape({sizes.D, steps.total, features});
+  // A new tensor like the input, uninitialised.
+  py::object empty(std::initializer_list<int64_t> shape) const {
+    PyObject* arguments[5] = {object_.ptr()};
+    py::object owned[4];
+    size_t count = 1;
+    for (int64_t size : shape) {
+      owned[count - 1] = py::int_(size);
+      arguments[count] = owned[count - 1].ptr();
+      ++count;
+    }
+    PyObject* result = PyObject_Vectorcall(new_empty, arguments, count, nullptr);
+    if (!result) throw py::error_already_set();
+    return py::reinterpret_steal<py::object>(result);
+  }
+  // Time first in memory also where the batch is the first axis: as torch.nn's outputs lie, so that views of them work.
+  py::object empty_rows(int64_t features) const {
+    if (steps.start) return empty({steps.total, features});
+    if (!layer_.batch_first) return empty({steps.T, steps.N, features});
+    const py::tuple shape = py::make_tuple(steps.N, steps.T, features);
+    const py::tuple strides = py::make_tuple(features, steps.N * features, 1);
+    PyObject* arguments[3] = {object_.ptr(), shape.ptr(), strides.ptr()};
+    PyObject* result = PyObject_Vectorcall(new_empty_strided, arguments, 3, nullptr);
+    if (!result) throw py::error_already_set();
+    return py::reinterpret_steal<py::object>(result);
+  }
+  py::object empty_state(int64_t features) const { return empty({sizes.D, steps.N, features}); }
+
+  // What forward saves is one dense buffer of slots [D, total, S*H], cell states [D, total, H] and, where there is a
+  // projection, hidden states before it [D, total, H].
+  struct Saved {
+    int64_t slots = 0, cells = 0, unprojected = 0;  // elements
+    int64_t elements() const { return slots + cells + unprojected; }
+  };
+  Saved saved() const {
+    const CellShape shape = cell_shape(sizes.cell);
+    const int64_t one = sizes.D * steps.total * sizes.H;
+    return {shape.saves_slots * shape.slots * one, shape.cell_state * one, sizes.projected * one};
+  }
+
+  // A dense one-dimensional buffer of that many elements.
+  T* dense(py::handle object, const char* name, int64_t elements) const {
+    const TensorView v = new_view(object, name);
+    v.expect_shape({elements});
     return v.data<T>();
   }
 
-  // Gradients of the weights, in the order of the weights; None where not wanted.
-  void read_gradients(const py::sequence& list, WeightGradients<T>* out) {
-    if (int(list.size()) != layer_.directions * layer_.tensors()) throw std::runtime_error("wrong number of gradients");
+  Rows<T> new_rows(py::handle object, int64_t features) { return rows_of<T>(new_view(object, "output"), features); }
+  State<T> new_state(py::handle object) {
+    const TensorView v = new_view(object, "final state");
+    return {v.data<T>(), v.stride(0), v.stride(1)};
+  }
+
+  // Makes the gradients of the weights that are wanted, in the order of the weights.
+  void make_gradients(const py::sequence& wanted, size_t first, py::list* made, WeightGradients<T>* out) const {
     const int64_t rows = cell_shape(sizes.cell).gates * sizes.H;
-    for (int d = 0, i = 0; d < layer_.directions; ++d) {
-      out[d].w_ih = matrix(list[i++], rows, sizes.I);
-      out[d].w_hh = matrix(list[i++], rows, sizes.O);
-      if (layer_.bias) {
-        out[d].b_ih = matrix(list[i++], rows, 0);
-        out[d].b_hh = matrix(list[i++], rows, 0);
+    size_t i = first;
+    const auto make = [&](std::initializer_list<int64_t> shape) -> T* {
+      if (!wanted[i++].template cast<bool>()) {
+        made->append(py::none());
+        return nullptr;
       }
-      if (layer_.projected) out[d].w_hr = matrix(list[i++], sizes.O, sizes.H);
+      made->append(empty(shape));
+      return new_view((*made)[made->size() - 1], "gradient").template data<T>();
+    };
+    for (int d = 0; d < layer_.directions; ++d) {
+      out[d].w_ih = make({rows, sizes.I});
+      out[d].w_hh = make({rows, sizes.O});
+      if (layer_.bias) {
+        out[d].b_ih = make({rows});
+        out[d].b_hh = make({rows});
+      }
+      if (layer_.projected) out[d].w_hr = make({sizes.O, sizes.H});
     }
   }
 
@@ -287,25 +353,19 @@ class Operands {
     return v.data<const T>();
   }
 
-  T* matrix(py::handle object, int64_t rows, int64_t width) {
-    if (object.is_none()) return nullptr;
-    const TensorView v = float_view<T>(object, "gradient");
-    if (width) {
-      v.expect_shape({rows, width});
-    } else {
-      v.expect_shape({rows});
-    }
-    return v.data<T>();
-  }
+  // A view of a tensor that was made here: nothing can be wrong with it.
+  static TensorView new_view(py::handle object, const char* name) { return view_of(object, name); }
 
   const Layer& layer_;
+  py::handle object_;
   TensorView x_;
   std::vector<int64_t> start_;
 };
 
+// (output, h_n, c_n or None, what backward needs or None)
 template <typename T>
-void forward_of(const Layer& layer, py::handle x, py::handle h0, py::handle c0, const py::sequence& weights, py::handle y,
-                py::handle hn, py::handle cn, const py::tuple& saved, py::handle steps, int threads, bool deterministic) {
+py::tuple forward_of(const Layer& layer, py::handle x, py::handle h0, py::handle c0, const py::sequence& weights,
+                     py::handle steps, bool training, int threads, bool deterministic) {
   Operands<T> o(layer, x, steps);
   Forward<T> f;
   o.read_weights(weights, f.weights);
@@ -313,72 +373,95 @@ void forward_of(const Layer& layer, py::handle x, py::handle h0, py::handle c0, 
   f.x = o.input();
   f.h0 = o.template state<const T>(h0, "h_0", z.O);
   f.c0 = o.template state<const T>(c0, "c_0", z.H);
-  f.y = o.template rows<T>(y, "output", z.D * z.O);
-  f.hn = o.template state<T>(hn, "h_n", z.O);
-  f.cn = o.template state<T>(cn, "c_n", z.H);
-  const CellShape shape = cell_shape(z.cell);
-  if (!f.hn.data || !f.y.data || (shape.cell_state && !f.cn.data)) {
-    if (o.steps.N * z.O > 0) throw std::runtime_error("outputs must be given");
+  py::object y = o.empty_rows(z.D * z.O), hn = o.empty_state(z.O), cn = py::none(), saved = py::none();
+  f.y = o.new_rows(y, z.D * z.O);
+  f.hn = o.new_state(hn);
+  if (cell_shape(z.cell).cell_state) {
+    cn = o.empty_state(z.H);
+    f.cn = o.new_state(cn);
   }
-  if (saved.size() == 3) {
-    f.slots = o.buffer(saved[0], "slots", shape.slots * z.H);
-    f.cells = o.buffer(saved[1], "cells", z.H);
-    f.unprojected = o.buffer(saved[2], "unprojected", z.H);
+  const auto parts = o.saved();
+  if (training && parts.elements()) {
+    saved = o.empty({parts.elements()});
+    T* data = o.dense(saved, "saved", parts.elements());
+    if (parts.slots) f.slots = data;
+    if (parts.cells) f.cells = data + parts.slots;
+    if (parts.unprojected) f.unprojected = data + parts.slots + parts.cells;
   }
   f.sizes = z;
   f.steps = o.steps;
-  const py::gil_scoped_release release;
-  forward<T>(f, threads, deterministic);
+  {
+    const py::gil_scoped_release release;
+    forward<T>(f, threads, deterministic);
+  }
+  return py::make_tuple(std::move(y), std::move(hn), std::move(cn), std::move(saved));
 }
 
+// Gradients of x, h_0, c_0 and the weights, None where not wanted. With `overwrite` the gradients of the gates take the
+// place of what was saved.
 template <typename T>
-void backward_of(const Layer& layer, py::handle x, py::handle h0, py::handle c0, const py::sequence& weights, py::handle y,
-                 const py::tuple& saved, const py::tuple& incoming, const py::tuple& workspace, const py::tuple& outgoing,
-                 const py::sequence& gradients, py::handle steps, int threads, bool deterministic) {
+py::list backward_of(const Layer& layer, py::handle x, py::handle h0, py::handle c0, const py::sequence& weights,
+                     py::handle y, py::handle saved, py::handle dy, py::handle dhn, py::handle dcn,
+                     const py::sequence& wanted, bool overwrite, py::handle steps, int threads, bool deterministic) {
   Operands<T> o(layer, x, steps);
   Backward<T> b;
   o.read_weights(weights, b.weights);
   const Sizes& z = o.sizes;
-  const CellShape shape = cell_shape(z.cell);
+  if (wanted.size() != 3 + weights.size()) throw std::runtime_error("wanted: one flag per input and weight");
   b.x = o.input();
   b.h0 = o.template state<const T>(h0, "h_0", z.O);
   b.c0 = o.template state<const T>(c0, "c_0", z.H);
   b.y = o.template rows<const T>(y, "output", z.D * z.O);
-  b.slots = o.buffer(saved[0], "slots", shape.slots * z.H);
-  b.cells = o.buffer(saved[1], "cells", z.H);
-  b.unprojected = o.buffer(saved[2], "unprojected", z.H);
-  b.dy = o.template rows<const T>(incoming[0], "gradient of the output", z.D * z.O);
-  b.dhn = o.template state<const T>(incoming[1], "gradient of h_n", z.O);
-  b.dcn = o.template state<const T>(incoming[2], "gradient of c_n", z.H);
-  b.dslots = o.buffer(workspace[0], "gradient of the slots", shape.slots * z.H);
-  b.dprojected = o.buffer(workspace[1], "gradient before the projection", z.O);
-  b.dx = o.template rows<T>(outgoing[0], "gradient of the input", z.I);
-  b.dh0 = o.template state<T>(outgoing[1], "gradient of h_0", z.O);
-  b.dc0 = o.template state<T>(outgoing[2], "gradient of c_0", z.H);
-  o.read_gradients(gradients, b.gradients);
-  const bool empty = o.steps.total * z.H == 0;
-  if (!empty && (!b.y.data || !b.dslots || (shape.saves_slots && !b.slots) || (shape.cell_state && !b.cells) ||
-                 (z.projected && (!b.unprojected || !b.dprojected)))) {
-    throw std::runtime_error("what forward saved must be given");
+  b.dy = o.incoming_rows(dy, "gradient of the output", z.D * z.O, &b.dy_uniform);
+  b.dhn = o.template state<const T>(dhn, "gradient of h_n", z.O);
+  b.dcn = o.template state<const T>(dcn, "gradient of c_n", z.H);
+  const auto parts = o.saved();
+  T* data = parts.elements() ? o.dense(saved, "what forward saved", parts.elements()) : nullptr;
+  if (parts.slots) b.slots = data;
+  if (parts.cells) b.cells = data + parts.slots;
+  if (parts.unprojected) b.unprojected = data + parts.slots + parts.cells;
+
+  const int64_t rows = z.D * o.steps.total, dslots = rows * cell_shape(z.cell).slots * z.H;
+  py::object workspace, dprojected;
+  if (overwrite && parts.slots) {
+    b.dslots = data;
+  } else {
+    workspace = o.empty({dslots});
+    b.dslots = o.dense(workspace, "workspace", dslots);
   }
+  if (z.projected) {
+    dprojected = o.empty({rows * z.O});
+    b.dprojected = o.dense(dprojected, "workspace", rows * z.O);
+  }
+  py::list made;
+  const auto make_state = [&](int i, py::handle given, int64_t features) -> State<T> {
+    if (given.is_none() || !wanted[size_t(i)].cast<bool>()) {
+      made.append(py::none());
+      return {};
+    }
+    made.append(o.empty_state(features));
+    return o.new_state(made[size_t(i)]);
+  };
+  made.append(wanted[0].cast<bool>() ? o.empty_rows(z.I) : py::object(py::none()));
+  if (wanted[0].cast<bool>()) b.dx = o.new_rows(made[0], z.I);
+  b.dh0 = make_state(1, h0, z.O);
+  b.dc0 = make_state(2, c0, z.H);
+  o.make_gradients(wanted, 3, &made, b.gradients);
   b.sizes = z;
   b.steps = o.steps;
-  const py::gil_scoped_release release;
-  backward<T>(b, threads, deterministic);
-}
-
-bool is_double(py::handle x) {
-  const TensorView view = view_of(x, "input");
-  if (view.tensor.dtype.code != dlpack::kFloat || (view.tensor.dtype.bits != 32 && view.tensor.dtype.bits != 64)) {
-    view.fail("must be float32 or float64");
+  {
+    const py::gil_scoped_release release;
+    backward<T>(b, threads, deterministic);
   }
-  return view.tensor.dtype.bits == 64;
+  return made;
 }
 
-std::string describe_plan(const Layer& layer, int64_t T, int64_t N, int64_t I, int64_t H, int64_t O, int element_bytes,
-                          int threads, bool deterministic, bool backward) {
+bool is_double(py::handle x) { return view_of(x, "input").tensor.dtype.bits == 64; }
+
+std::string describe_plan(const Layer& layer, int64_t T, int64_t N, int64_t I, int element_bytes, int threads,
+                          bool deterministic, bool backward) {
   Problem problem;
-  problem.sizes = {CellId(layer.cell), I, H, O, layer.directions, layer.projected};
+  problem.sizes = {CellId(layer.cell), I, layer.hidden, layer.out, layer.directions, layer.projected};
   problem.T = T;
   problem.N = N;
   problem.total = T * N;
@@ -404,23 +487,21 @@ PYBIND11_MODULE(_C, m) {
   } catch (const std::runtime_error& error) {
     throw py::import_error(error.what());
   }
-  py::class_<Layer>(m, "Layer", "What a layer is, apart from its sizes: cell, directions, bias, projection, layout.")
-      .def(py::init<int, int, bool, bool, bool>(), py::arg("cell"), py::arg("directions"), py::arg("bias"),
-           py::arg("projected"), py::arg("batch_first"));
+  py::class_<Layer>(m, "Layer", "What a layer is, apart from the sizes of its input.")
+      .def(py::init<int, int, int64_t, int64_t, bool, bool, bool>(), py::arg("cell"), py::arg("directions"),
+           py::arg("hidden"), py::arg("out"), py::arg("bias"), py::arg("projected"), py::arg("batch_first"));
   m.attr("GAPS") = kGaps;
   m.def("refusal", &refusal);
-  m.def("forward",
-        [](const Layer& layer, py::handle x, py::handle h0, py::handle c0, const py::sequence& weights, py::handle y,
-           py::handle hn, py::handle cn, const py::tuple& saved, py::handle steps, int threads, bool deterministic) {
-          (is_double(x) ? forward_of<double> : forward_of<float>)(layer, x, h0, c0, weights, y, hn, cn, saved, steps,
-                                                                  threads, deterministic);
-        });
+  m.def("forward", [](const Layer& layer, py::handle x, py::handle h0, py::handle c0, const py::sequence& weights,
+                      py::handle steps, bool training, int threads, bool deterministic) {
+    return (is_double(x) ? forward_of<double> : forward_of<float>)(layer, x, h0, c0, weights, steps, training, threads,
+                                                                   deterministic);
+  });
   m.def("backward", [](const Layer& layer, py::handle x, py::handle h0, py::handle c0, const py::sequence& weights,
-                       py::handle y, const py::tuple& saved, const py::tuple& incoming, const py::tuple& workspace,
-                       const py::tuple& outgoing, const py::sequence& gradients, py::handle steps, int threads,
-                       bool deterministic) {
-    (is_double(x) ? backward_of<double> : backward_of<float>)(layer, x, h0, c0, weights, y, saved, incoming, workspace,
-                                                              outgoing, gradients, steps, threads, deterministic);
+                       py::handle y, py::handle saved, py::handle dy, py::handle dhn, py::handle dcn,
+                       const py::sequence& wanted, bool overwrite, py::handle steps, int threads, bool deterministic) {
+    return (is_double(x) ? backward_of<double> : backward_of<float>)(layer, x, h0, c0, weights, y, saved, dy, dhn, dcn,
+                                                                     wanted, overwrite, steps, threads, deterministic);
   });
   m.def("describe_plan", &describe_plan);
   m.def("compiled_sets", &compiled_sets);

@@ -73,7 +73,6 @@ struct TensorView {
     }
   }
 
-  // Sizes, and a last axis without gaps.
   void expect_shape(std::initializer_list<int64_t> sizes) const {
     bool equal = tensor.ndim == int32_t(sizes.size());
     int i = 0;
@@ -81,9 +80,6 @@ struct TensorView {
     if (!equal) {
       fail("has shape " + shape_text(tensor.shape, tensor.ndim) + ", expected " +
            shape_text(sizes.begin(), int64_t(sizes.size())));
-    }
-    if (tensor.ndim && size(tensor.ndim - 1) > 1 && stride(tensor.ndim - 1) != 1) {
-      fail("must be contiguous along its last axis");
     }
   }
 

@@ -113,6 +113,7 @@ struct Backward {
   const T* cells = nullptr;
   const T* unprojected = nullptr;
   Rows<const T> dy;                // [T, N, D*O] or null
+  bool dy_uniform = false;         // every row of dy is one element, repeated
   State<const T> dhn, dcn;         // or null
   T* dslots = nullptr;             // [D, total, S*H], may be the memory of slots
   T* dprojected = nullptr;         // [D, total, O] workspace where there is a projection

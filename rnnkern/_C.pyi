@@ -8,7 +8,14 @@ compiler: str
 
 class Layer:
     def __init__(
-        self, cell: int, directions: int, bias: bool, projected: bool, batch_first: bool
+        self,
+        cell: int,
+        directions: int,
+        hidden: int,
+        out: int,
+        bias: bool,
+        projected: bool,
+        batch_first: bool,
     ) -> None: ...
 
 def refusal(
@@ -20,14 +27,11 @@ def forward(
     h0: Tensor | None,
     c0: Tensor | None,
     weights: Sequence[Tensor],
-    y: Tensor,
-    hn: Tensor,
-    cn: Tensor | None,
-    saved: tuple[Tensor | None, ...],
     steps: tuple[Any, ...] | None,
+    training: bool,
     threads: int,
     deterministic: bool,
-) -> None: ...
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]: ...
 def backward(
     layer: Layer,
     x: Tensor,
@@ -35,22 +39,21 @@ def backward(
     c0: Tensor | None,
     weights: Sequence[Tensor],
     y: Tensor,
-    saved: tuple[Tensor | None, ...],
-    incoming: tuple[Tensor | None, ...],
-    workspace: tuple[Tensor | None, ...],
-    outgoing: tuple[Tensor | None, ...],
-    gradients: Sequence[Tensor | None],
+    saved: Tensor | None,
+    dy: Tensor | None,
+    dhn: Tensor | None,
+    dcn: Tensor | None,
+    wanted: Sequence[bool],
+    overwrite: bool,
     steps: tuple[Any, ...] | None,
     threads: int,
     deterministic: bool,
-) -> None: ...
+) -> list[Tensor | None]: ...
 def describe_plan(
     layer: Layer,
     T: int,
     N: int,
     I: int,
-    H: int,
-    O: int,
     element_bytes: int,
     threads: int,
     deterministic: bool,

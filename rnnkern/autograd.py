@@ -37,37 +37,31 @@ class Scan(torch.autograd.Function):
         ctx.layer = layer
         ctx.steps = steps
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, h0, c0, y, *saved, *weights)
+        ctx.save_for_backward(x, h0, c0, y, saved, *weights)
         return (y, hn) if cn is None else (y, hn, cn)
 
     @staticmethod
     def backward(  # type: ignore[override]
         ctx: Any, dy: Tensor | None, dhn: Tensor | None, dcn: Tensor | None = None
     ) -> tuple[Tensor | None, ...]:
-        x, h0, c0, y, slots, cells, unprojected, *weights = ctx.saved_tensors
+        x, h0, c0, y, saved, *weights = ctx.saved_tensors
         wanted = ctx.needs_input_grad[2:]
         differentiable = torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
         if differentiable or torch._C._len_torch_dispatch_stack():
             return _differentiable_backward(ctx, x, h0, c0, weights, (dy, dhn, dcn), wanted)
-        present = [g for g in (dy, dhn, dcn) if g is not None]
-        reason = kernels.refusal(x, None, None, present)
-        if reason == kernels.GAPS:
-            dy, dhn, dcn = (g if g is None else g.contiguous() for g in (dy, dhn, dcn))
-        elif reason is not None:
-            return _differentiable_backward(ctx, x, h0, c0, weights, (dy, dhn, dcn), wanted)
-        gradients = kernels.backward(
-            ctx.layer,
-            x,
-            h0,
-            c0,
-            weights,
-            ctx.steps,
-            y,
-            (slots, cells, unprojected),
-            (dy, dhn, dcn),
-            wanted,
-            not _graph_is_kept(),
-        )
+        operands = (ctx.layer, x, h0, c0, weights, ctx.steps, y, saved)
+        overwrite = not _graph_is_kept()
+        try:
+            gradients = kernels.backward(*operands, dy, dhn, dcn, wanted, overwrite)
+        except Exception:
+            given = [g for g in (dy, dhn, dcn) if g is not None]
+            reason = kernels.refusal(x, None, None, given)
+            if reason is None:
+                raise
+            if reason != kernels.GAPS:
+                return _differentiable_backward(ctx, x, h0, c0, weights, (dy, dhn, dcn), wanted)
+            dense = (None if g is None else g.contiguous() for g in (dy, dhn, dcn))
+            gradients = kernels.backward(*operands, *dense, wanted, overwrite)
         return (None, None, *gradients)
 
 

@@ -79,8 +79,9 @@ def explain(module: Any, input: Any, hx: Any = None) -> Explanation:
 
 def _lines(module: Any, x: Tensor, T: int, N: int, reason: str | None) -> list[str]:
     D = 2 if module.bidirectional else 1
-    layer = kernels.layer(module.mode, D, module.bias, module.proj_size > 0, module.batch_first)
-    out = module.proj_size or module.hidden_size
+    layer = kernels.layer(
+        module.mode, D, module.hidden_size, module.proj_size, module.bias, module.batch_first
+    )
     lines = [
         f"{module.mode} on the CPU, {_C.instruction_set()}, {str(x.dtype).removeprefix('torch.')}: "
         f"T={T} N={N} I={module.input_size} H={module.hidden_size} "
@@ -89,8 +90,8 @@ def _lines(module: Any, x: Tensor, T: int, N: int, reason: str | None) -> list[s
     if reason == kernels.GAPS:
         lines.append("a tensor has gaps along its last axis: copied first")
     for i in range(module.num_layers):
-        features = module.input_size if i == 0 else D * out
+        features = module.input_size if i == 0 else D * layer.out
         for name, back in (("forward", False), ("backward", True)):
-            plan = kernels.describe(layer, x, (T, N), (features, module.hidden_size, out), back)
+            plan = kernels.describe(layer, x, T, N, features, back)
             lines.append(f"layer {i} {name}: {plan}")
     return lines

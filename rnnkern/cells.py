@@ -22,7 +22,6 @@ class Cell:
     Attributes:
         index: its number in ``CellId`` of ``csrc/scan.h``.
         gates: blocks of ``hidden_size`` rows in the weights.
-        slots: values per unit and step that backward needs (0: the output is enough).
         states: 1 for ``h``, 2 for ``(h, c)``.
         step: ``step(a, b, state) -> state`` with ``a = W_ih x + b_ih`` and ``b = W_hh h + b_hh``,
             both ``[N, gates * H]``; ``state`` as ``[N, H]`` tensors (``h`` before any projection).
@@ -30,7 +29,6 @@ class Cell:
 
     index: int
     gates: int
-    slots: int
     states: int
     step: Step
 
@@ -58,9 +56,9 @@ def _gru(a: Tensor, b: Tensor, state: State) -> State:
 
 
 CELLS: dict[str, Cell] = {
-    "RNN_TANH": Cell(index=0, gates=1, slots=0, states=1, step=_tanh),
-    "RNN_RELU": Cell(index=1, gates=1, slots=0, states=1, step=_relu),
-    "LSTM": Cell(index=2, gates=4, slots=4, states=2, step=_lstm),
-    "GRU": Cell(index=3, gates=3, slots=4, states=1, step=_gru),
+    "RNN_TANH": Cell(index=0, gates=1, states=1, step=_tanh),
+    "RNN_RELU": Cell(index=1, gates=1, states=1, step=_relu),
+    "LSTM": Cell(index=2, gates=4, states=2, step=_lstm),
+    "GRU": Cell(index=3, gates=3, states=1, step=_gru),
 }
 """Cells by the ``mode`` that ``torch.nn`` calls them."""

@@ -49,37 +49,52 @@ def recurrent(
     h0, c0, fits = _initial_states(module, hx, N)
     if not fits or features != module.input_size or T == 0:
         return _elsewhere(module, input, hx, lengths, reset, WRONG)
-    weights = current_weights(module)
-    reason = mode_refusal() or kernels.refusal(input, h0, c0, weights)
+    reason = mode_refusal()
     if reason is not None:
-        if reason != GAPS:
-            return _elsewhere(module, input, hx, lengths, reset, reason)
-        input, h0, c0, *weights = (t if t is None else t.contiguous() for t in (input, h0, c0, *weights))
+        return _elsewhere(module, input, hx, lengths, reset, reason)
     steps = None
     if lengths is not None or reset is not None:
         steps = padded_steps(lengths, reset, T, N, batch_first)
-    y, hn, cn = _layers(module, input, h0, c0, weights, steps)
+    weights = current_weights(module)
+    try:
+        y, hn, cn = _layers(module, input, h0, c0, weights, steps)
+    except Exception:
+        reason, dense = _diagnose(input, h0, c0, weights)
+        if reason is None:
+            raise
+        if reason != GAPS:
+            return _elsewhere(module, input, hx, lengths, reset, reason)
+        y, hn, cn = _layers(module, *dense, steps)
     return y, (hn if cn is None else (hn, cn))
 
 
 def cell(module: Any, input: Tensor, hx: Any) -> Any:
     """``forward`` of `rnnkern.RNNCell`, `rnnkern.LSTMCell` and `rnnkern.GRUCell`: a scan of one step."""
+    if traced():
+        return module._torch_forward(input, hx)
     states = _cell_states(module, input, hx)
-    if traced() or states is None:
-        return _warn(WRONG, module._torch_forward(input, hx)) if not traced() else module._torch_forward(input, hx)
-    h0, c0 = states
-    x = input.view(1, 1, -1) if input.dim() == 1 else input.unsqueeze(0)
-    bias = (module.bias_ih, module.bias_hh) if module.bias_ih is not None else ()
-    weights = [module.weight_ih, module.weight_hh, *bias]
-    reason = mode_refusal() or kernels.refusal(x, h0, c0, weights)
-    if reason is not None:
-        if reason != GAPS:
-            return _warn(reason, module._torch_forward(input, hx))
-        x, h0, c0, *weights = (t if t is None else t.contiguous() for t in (x, h0, c0, *weights))
-    layer = kernels.layer(module.mode, 1, bool(bias), False, False)
+    if states is None:
+        return _warn(WRONG, module._torch_forward(input, hx))
+    weights = [module.weight_ih, module.weight_hh, *_cell_biases(module)]
+    reason = mode_refusal() or kernels.refusal(input, *states, weights)
+    if reason is not None and reason != GAPS:
+        return _warn(reason, module._torch_forward(input, hx))
+    _, (x, h0, c0, weights) = _diagnose(input, *states, weights)
+    rows = 1 if x.dim() == 1 else x.size(0)
+    x = x.reshape(1, rows, module.input_size)
+    h0, c0 = (None if s is None else s.reshape(1, rows, module.hidden_size) for s in (h0, c0))
+    layer = kernels.layer(module.mode, 1, module.hidden_size, 0, len(weights) > 2, False)
     _, hn, cn = _one_layer(layer, x, h0, c0, weights, None)
-    shape = (module.hidden_size,) if input.dim() == 1 else (input.size(0), module.hidden_size)
+    shape = (*input.shape[:-1], module.hidden_size)
     return hn.view(shape) if cn is None else (hn.view(shape), cn.view(shape))
+
+
+def _cell_biases(module: Any) -> tuple[Tensor, ...]:
+    given = (module.bias_ih, module.bias_hh)
+    if given[0] is None and given[1] is None:
+        return ()
+    other = given[0] if given[1] is None else given[1]
+    return tuple(torch.zeros_like(other) if bias is None else bias for bias in given)
 
 
 def traced() -> bool:
@@ -125,7 +140,7 @@ def _initial_states(module: Any, hx: Any, N: int) -> tuple[Tensor | None, Tensor
 
 
 def _cell_states(module: Any, input: Any, hx: Any) -> tuple[Tensor | None, Tensor | None] | None:
-    """``h_0, c_0`` of a cell as ``[1, N, H]``, or None where torch must look at the call."""
+    """``h_0, c_0`` of a cell as they were given, or None where torch must look at the call."""
     if input.dim() not in (1, 2) or input.size(-1) != module.input_size:
         return None
     if hx is None:
@@ -137,10 +152,7 @@ def _cell_states(module: Any, input: Any, hx: Any) -> tuple[Tensor | None, Tenso
     parts = tuple(hx) if is_lstm else (hx,)
     if any(not isinstance(part, Tensor) or part.shape != wanted for part in parts):
         return None
-    shaped = [p.view(1, 1, -1) if p.dim() == 1 and p.is_contiguous() else p.unsqueeze(0) for p in parts]
-    if input.dim() == 1:
-        shaped = [p.reshape(1, 1, -1) for p in shaped]
-    return shaped[0], shaped[1] if is_lstm else None
+    return parts[0], parts[1] if is_lstm else None
 
 
 def _layers(
@@ -152,14 +164,16 @@ def _layers(
     steps: Steps | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     D = 2 if module.bidirectional else 1
-    layer = kernels.layer(module.mode, D, module.bias, module.proj_size > 0, module.batch_first)
+    layer = kernels.layer(
+        module.mode, D, module.hidden_size, module.proj_size, module.bias, module.batch_first
+    )
     if module.num_layers == 1:
         return _one_layer(layer, x, h0, c0, weights, steps)
     count = D * layer.tensors
     finals: list[tuple[Tensor, Tensor | None]] = []
     for i in range(module.num_layers):
         if i:
-            x = _dropout(module, x, steps)
+            x = _dropout(module, x)
         x, hn, cn = _one_layer(
             layer,
             x,
@@ -199,14 +213,9 @@ def _requires_grad(x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: lis
     )
 
 
-def _dropout(module: Any, x: Tensor, steps: Steps | None) -> Tensor:
-    if not module.training or module.dropout == 0:
-        return x
-    packed = steps is not None and steps.packed
-    if module.batch_first and not packed:  # the same random numbers as torch.nn, which draws time first
-        time_first = x.transpose(0, 1).contiguous()
-        return nn.functional.dropout(time_first, module.dropout).transpose(0, 1).contiguous()
-    return nn.functional.dropout(x, module.dropout)
+def _dropout(module: Any, x: Tensor) -> Tensor:
+    """Between layers; with the same random numbers as torch.nn, for outputs lie in memory as torch's do."""
+    return nn.functional.dropout(x, module.dropout, module.training) if module.dropout else x
 
 
 def _unbatched(module: Any, input: Tensor, hx: Any, lengths: Any, reset: Any) -> Any:
@@ -245,17 +254,37 @@ def _packed(module: Any, input: PackedSequence, hx: Any, lengths: Any, reset: An
     h0, c0, fits = _initial_states(module, hx, N)
     if not fits or N == 0 or data.dim() != 2 or data.size(-1) != module.input_size:
         return _elsewhere(module, input, hx, None, None, WRONG)
-    weights = current_weights(module)
-    reason = mode_refusal() or kernels.refusal(data, h0, c0, weights)
+    reason = mode_refusal()
     if reason is not None:
+        return _elsewhere(module, input, hx, None, None, reason)
+    weights = current_weights(module)
+    steps = packed_steps(batch_sizes, sorted_indices)
+    try:
+        y, hn, cn = _layers(module, data, h0, c0, weights, steps)
+    except Exception:
+        reason, dense = _diagnose(data, h0, c0, weights)
+        if reason is None:
+            raise
         if reason != GAPS:
             return _elsewhere(module, input, hx, None, None, reason)
-        data, h0, c0, *weights = (t if t is None else t.contiguous() for t in (data, h0, c0, *weights))
-    y, hn, cn = _layers(
-        module, data, h0, c0, weights, packed_steps(batch_sizes, sorted_indices)
-    )
+        y, hn, cn = _layers(module, *dense, steps)
     output = PackedSequence(y, batch_sizes, sorted_indices, unsorted_indices)
     return output, (hn if cn is None else (hn, cn))
+
+
+def _diagnose(
+    x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: list[Tensor]
+) -> tuple[str | None, tuple[Tensor, Tensor | None, Tensor | None, list[Tensor]]]:
+    """Why the kernels refused these tensors (None: they did not), and dense copies of them.
+
+    Asked only after a failure: the kernels refuse before anything is written, and a call that is covered, which is nearly
+    every call, does not pay for the question.
+    """
+    reason = kernels.refusal(x, h0, c0, weights)
+    if reason != GAPS:
+        return reason, (x, h0, c0, weights)
+    x, h0, c0, *weights = (t if t is None else t.contiguous() for t in (x, h0, c0, *weights))
+    return reason, (x, h0, c0, weights)
 
 
 def _warn(reason: str, result: Any) -> Any:
@@ -283,6 +312,7 @@ def _elsewhere(
 
 
 def _by_reference(module: Any, x: Tensor, hx: Any, lengths: Any, reset: Any) -> Any:
+    module.check_input(x, None)
     batch_first = module.batch_first
     T, N = (x.size(1), x.size(0)) if batch_first else (x.size(0), x.size(1))
     h0, c0, _ = _initial_states(module, hx, N)
@@ -293,7 +323,7 @@ def _by_reference(module: Any, x: Tensor, hx: Any, lengths: Any, reset: Any) -> 
     finals = []
     for i in range(module.num_layers):
         if i:
-            x = _dropout(module, x, steps)
+            x = _dropout(module, x)
         x, *final = reference.layer(
             module.mode,
             x,

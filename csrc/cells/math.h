@@ -136,7 +136,9 @@ RNNKERN_INLINE V sigmoid(V x) {
   using Element = typename ValueTraits<V>::Element;
   using C = ExpConstants<Element>;
   const SplitExp<V> e = split_exp(clamp_below(clamp_above(-x, C::kExpMax), C::kExpMin));
-  return Element(1) / (e.scale * e.p + (e.scale + Element(1)));
+  const V sum = e.scale + Element(1);
+  const V lost = Element(1) - (sum - e.scale);  // the 1, where the scale is too large for it
+  return Element(1) / (sum + (e.scale * e.p + lost));
 }
 
 template <typename V>

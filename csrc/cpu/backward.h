@@ -127,7 +127,7 @@ class BackwardScan {
                        columns(b_.y, d * z.O),
                        saved_rows(s, b_.slots, d, kShape.slots * z.H),
                        saved_rows(s, b_.cells, d, z.H),
-                       columns(b_.dy, d * z.O),
+                       columns(b_.dy, b_.dy_uniform ? 0 : d * z.O),
                        saved_rows(s, b_.dslots, d, kShape.slots * z.H),
                        saved_rows(s, b_.dprojected, d, z.O)};
     for (int64_t i = 0; i < s.T; ++i) step(part, visit(s, d == 1, i, part.row_begin, part.row_end));
@@ -208,7 +208,8 @@ class BackwardScan {
     for (int64_t k = 0; k < count; ++k) {
       const RowPointers& r = part.scratch.pointers[k];
       T* sum = row_at(b_.steps, part.dprojected, v.t, part.row_begin + k);
-      for (int64_t i = own.begin; i < own.end; ++i) sum[i] = r.dh[i] + (r.dy ? r.dy[i] : T(0));
+      const int64_t stride = b_.dy_uniform ? 0 : 1;
+      for (int64_t i = own.begin; i < own.end; ++i) sum[i] = r.dh[i] + (r.dy ? r.dy[i * stride] : T(0));
     }
     part.barrier.wait(part.members);
     const ColumnPanels<T>& w = projection_[part.direction];
@@ -247,7 +248,11 @@ class BackwardScan {
         s.dh = load(row.dm + u);
       } else {
         s.dh = load(row.dh + u);
-        if (row.dy) s.dh += load_up_to(row.dy + u, n);
+        if (row.dy && b_.dy_uniform) {
+          s.dh += row.dy[0];
+        } else if (row.dy) {
+          s.dh += load_up_to(row.dy + u, n);
+        }
       }
       Cell::backward(s);
 #pragma GCC unroll 4

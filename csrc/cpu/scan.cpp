@@ -1,4 +1,6 @@
 // Picks the instruction set once, and runs one scan on it.
+#include <pthread.h>
+
 #include <cstdlib>
 #include <memory>
 #include <new>
@@ -59,6 +61,12 @@ class Workspace {
   std::unique_ptr<char, Delete> outside_;
 };
 
+// A forked child has none of the threads of OpenMP's pool, and waits forever for them: it runs on its own.
+bool forked = false;
+[[maybe_unused]] const int fork_watch = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+
+int usable_threads(int threads) { return forked ? 1 : threads; }
+
 template <typename T>
 const Kernels<T>& kernels() {
   if constexpr (sizeof(T) == 4) {
@@ -97,7 +105,7 @@ Machine machine_for(int threads, int element_bytes) {
 template <typename T>
 void forward(const Forward<T>& scan, int threads, bool deterministic) {
   const Problem problem = {scan.sizes, scan.steps.T, scan.steps.N, scan.steps.total, deterministic};
-  const Plan plan = plan_forward(problem, machine_for(threads, sizeof(T)));
+  const Plan plan = plan_forward(problem, machine_for(usable_threads(threads), sizeof(T)));
   Workspace workspace(kernels<T>().forward(scan, plan, nullptr));
   kernels<T>().forward(scan, plan, workspace.data());
 }
@@ -105,7 +113,7 @@ void forward(const Forward<T>& scan, int threads, bool deterministic) {
 template <typename T>
 void backward(const Backward<T>& scan, int threads, bool deterministic) {
   const Problem problem = {scan.sizes, scan.steps.T, scan.steps.N, scan.steps.total, deterministic};
-  const Plan plan = plan_backward(problem, machine_for(threads, sizeof(T)));
+  const Plan plan = plan_backward(problem, machine_for(usable_threads(threads), sizeof(T)));
   Workspace workspace(kernels<T>().backward(scan, plan, nullptr));
   kernels<T>().backward(scan, plan, workspace.data());
 }

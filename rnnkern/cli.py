@@ -1,0 +1,333 @@
+"""The command ``rnnkern``: ``rnnkern compare`` and ``rnnkern info``.
+
+All printing is here: plain ASCII, no colour, at most 100 columns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import rnnkern
+from rnnkern import compare, plot, tolerance
+from rnnkern.compare import Failure, NotebookResult, Options, Report, Row
+from rnnkern.workloads import CELLS, PASSES, load_workloads
+
+OK, FAILED, INTERRUPTED = 0, 1, 130
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+NOTEBOOK_TEXT = (
+    "The notebook's comparison: X = randn(10, 1, 3), hidden 3, every parameter 0.3; "
+    "total time of timeit"
+)
+NOTEBOOK_HEADING = (
+    f"cell  squared difference of outputs   of gradients  below {tolerance.NOTEBOOK_LIMIT:g}"
+    "      torch.nn     rnnkern  speed-up"
+)
+ROWS_HEADING = f"""\
+Timed in turn, speed-up = median of torch.nn / rnnkern over neighbouring samples. GFLOP/s of
+rnnkern, from 2 T N G H (I + H) a forward pass (G: RNN 1, GRU 3, LSTM 4), three times that with
+backward. Checked first against float64: errors at most {tolerance.FACTOR:g} x those of torch.nn + \
+{tolerance.FLOOR_EPS[torch.float32]:g} eps.
+
+cell  workload         T     N     I     H  pass             torch.nn    rnnkern speed-up GFLOP/s"""
+
+
+def _slug(pass_name: str) -> str:
+    """A pass as a word that needs no quotes: forward, forward-grad, forward-backward."""
+    return pass_name.replace(" (", "-").replace("+", "-").rstrip(")")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns the exit status.
+
+    Returns:
+        0, or 1 if a check failed, or 130 if interrupted.
+
+    Raises:
+        SystemExit: with 2 for bad usage, as argparse does it, before any work.
+    """
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    try:
+        return int(arguments.command(arguments))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="rnnkern", description="Hand-written kernels for torch.nn's RNN, LSTM and GRU."
+    )
+    commands = parser.add_subparsers(required=True, metavar="command")
+    info = commands.add_parser("info", help="what this build is and what it uses here")
+    info.set_defaults(command=lambda _: _info())
+    sub = commands.add_parser(
+        "compare",
+        help="check rnnkern against torch.nn and time both",
+        description="Checks rnnkern against torch.nn and times both, in turn. "
+        "Exit status 1 if a check fails.",
+    )
+    sub.set_defaults(command=_compare, parser=sub)
+    several: dict[str, Any] = {"action": "extend", "type": _words, "default": []}
+    names = ", ".join(load_workloads())
+    passes = ", ".join(map(_slug, PASSES))
+    sub.add_argument("--quick", action="store_true", help="seconds instead of minutes, rougher")
+    sub.add_argument("--cell", **several, metavar="C[,C]", help=", ".join(CELLS))
+    sub.add_argument("--workload", **several, metavar="W[,W]", help=f"on the CPU: {names}")
+    sub.add_argument("--pass", dest="passes", **several, metavar="P[,P]", help=passes)
+    sub.add_argument(
+        "--threads", type=_positive, metavar="N", help="threads, of torch and so of us"
+    )
+    sub.add_argument("--device", type=_device, default="cpu", help="cpu (default), cuda or cuda:N")
+    sub.add_argument("--dtype", choices=DTYPES, default="float32", help="default: float32")
+    sub.add_argument("--json", type=Path, metavar="FILE", help="write all results there")
+    sub.add_argument("--plot", type=Path, metavar="FILE", help="draw the speed-ups (extra 'plot')")
+    return parser
+
+
+def _words(text: str) -> list[str]:
+    return text.split(",")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"want a number of at least 1, got {text!r}")
+    return int(text)
+
+
+def _device(text: str) -> torch.device:
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"want cpu, cuda or cuda:N, got {text!r}")
+    count = torch.cuda.device_count() if device.type == "cuda" else 1
+    if (device.index or 0) >= count:
+        raise argparse.ArgumentTypeError(
+            f"torch sees {count or 'no'} CUDA device(s), so no {text!r}"
+        )
+    return device
+
+
+def _choose(
+    parser: argparse.ArgumentParser, option: str, given: list[str], known: dict[str, Any]
+) -> tuple[Any, ...]:
+    """The values of the names given (in any case), in the order of ``known``; all if none is."""
+    folded = {name.lower(): name for name in known}
+    names = [name.strip().lower() for name in given]
+    unknown = [name for name in names if name not in folded]
+    if unknown:
+        parser.error(f"{option}: unknown {unknown[0]!r}, known are: {', '.join(known)}")
+    chosen = {folded[name] for name in names} or set(known)
+    return tuple(value for name, value in known.items() if name in chosen)
+
+
+def _options(arguments: argparse.Namespace) -> Options:
+    parser, device = arguments.parser, arguments.device
+    passes = list(map(_slug, arguments.passes))
+    workloads = _choose(parser, "--workload", arguments.workload, load_workloads(device.type))
+    small = workloads
+    if arguments.quick and not arguments.workload:  # who names a large one gets it
+        small = compare.quick_workloads(workloads, device.type)
+    return Options(
+        cells=_choose(parser, "--cell", arguments.cell, dict(zip(CELLS, CELLS, strict=True))),
+        workloads=small,
+        passes=_choose(parser, "--pass", passes, {_slug(name): name for name in PASSES}),
+        device=device,
+        dtype=DTYPES[arguments.dtype],
+        threads=arguments.threads,
+        quick=arguments.quick,
+        left_out=tuple(w.name for w in workloads if w not in small),
+    )
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    options = _options(arguments)
+    # Minutes of work must not end in a file that cannot be written.
+    for path in filter(None, (arguments.json, arguments.plot)):
+        if not path.absolute().parent.is_dir():
+            arguments.parser.error(f"{path}: no such directory")
+    try:
+        if arguments.plot:
+            plot.require_matplotlib(arguments.plot)
+    except (ModuleNotFoundError, ValueError) as error:
+        arguments.parser.error(str(error))
+    with Printer(options) as printer:
+        report = compare.run(options, printer)
+    printer.summary(report)
+    if arguments.json:
+        text = json.dumps(report.as_json(), indent=1, allow_nan=False)
+        arguments.json.write_text(text + "\n", encoding="utf-8")
+    if arguments.plot and report.rows:
+        plot.plot_speedup(report.rows, arguments.plot)
+    return OK if report.ok else FAILED
+
+
+def _info() -> int:
+    info = rnnkern.build_info()
+    width = max(map(len, info))
+    for name, value in info.items():
+        print(f"{name:{width}}  {_plain(value)}")
+    return OK
+
+
+def _plain(value: object) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(str, value)) or "none"
+    return str(value)
+
+
+def _figures(value: float) -> str:
+    """Three significant figures, at most three decimals, never an exponent."""
+    for bound, decimals in ((0.0995, 3), (9.995, 2), (99.95, 1)):
+        if value < bound:
+            return f"{value:.{decimals}f}"
+    return f"{value:.0f}"
+
+
+def _duration(us: float) -> str:
+    """Microseconds in the unit that reads best, units below each other."""
+    for unit, scale in (("us", 1.0), ("ms", 1e3)):
+        if us / scale < 999.5:
+            return f"{_figures(us / scale)} {unit}"
+    return f"{_figures(us / 1e6)} s "
+
+
+def _ratio(value: float | None) -> str:
+    return "-" if value is None else f"{_figures(value)}x"
+
+
+def _progress_bar(total: int) -> Any:
+    """A bar on stderr, or None if that is no terminal or tqdm is not there."""
+    if not sys.stderr.isatty():
+        return None
+    try:
+        from tqdm import tqdm  # type: ignore[import-untyped,unused-ignore]
+    except ModuleNotFoundError:  # the bar is a comfort and no reason to fail
+        return None
+    shown = "{percentage:3.0f}% |{bar:30}| {elapsed} {desc}"
+    return tqdm(total=total, file=sys.stderr, leave=False, bar_format=shown)
+
+
+class Printer:
+    """Prints results as they come, with a progress bar on stderr if that is a terminal."""
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self._table = ""
+        self._case: tuple[str, str] | None = None
+        self._bar: Any = None
+
+    def __enter__(self) -> Printer:
+        self._bar = _progress_bar(compare.pieces_of_work(self.options))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def _print(self, text: str) -> None:
+        if self._bar is not None:
+            self._bar.write(text, file=sys.stdout)  # print would leave pieces of the bar behind
+        else:
+            print(text)
+        sys.stdout.flush()  # a row may take seconds: a pipe should not keep it back
+
+    def _print_row(self, table: str, text: str) -> None:
+        """Prints a row, under the table's heading if it is the first."""
+        self._print(text if table == self._table else f"\n{table}\n{text}")
+        self._table = table
+
+    def begin(self, label: str) -> None:
+        """A piece of work begins."""
+        if self._bar is not None:
+            self._bar.set_description_str(label)
+
+    def end(self, pieces: int = 1) -> None:
+        """Pieces of work are done, or left out."""
+        if self._bar is not None:
+            self._bar.update(pieces)
+
+    def start(self, header: dict[str, Any]) -> None:
+        """Says what is compared, where."""
+        threads = header["threads"]
+        self._print(
+            f"rnnkern {header['rnnkern']} ({header['isa']}) against torch.nn {header['torch']}, "
+            f"{header['dtype']}, {threads} thread{'s' if threads > 1 else ''}\n"
+            f"{header['gpu'] or header['cpu']}, {header['cores']} cores"
+        )
+        if header["quick"]:
+            left_out = f", without {', '.join(header['left_out'])}" if header["left_out"] else ""
+            self._print(
+                f"Quick run: {header['notebook_runs']} instead of 10000 timeit runs, "
+                f"{header['row_budget_s']:g} s a row{left_out}"
+            )
+
+    def notebook(self, result: NotebookResult) -> None:
+        """Prints one cell of the notebook's comparison."""
+        self._print_row(
+            f"{NOTEBOOK_TEXT}\n{NOTEBOOK_HEADING}",
+            f"{result.cell:4}{result.output_difference:31.3g}{result.gradient_difference:15.3g}"
+            f"{'yes' if result.ok else 'NO':>13}"
+            f"{_duration(result.torch_seconds * 1e6):>14}{_duration(result.seconds * 1e6):>12}"
+            f"{_ratio(result.speedup):>10}",
+        )
+
+    def row(self, row: Row) -> None:
+        """Prints one timing; the sizes only where the case is another than in the row above."""
+        name = ""
+        if self._case != (row.cell, row.workload):
+            self._case = (row.cell, row.workload)
+            w = next(w for w in self.options.workloads if w.name == row.workload)
+            name = (
+                f"{row.cell:5} {w.name:13}{w.steps:5}{w.batch:6}{w.input_size:6}{w.hidden_size:6}"
+            )
+        self._print_row(
+            ROWS_HEADING,
+            f"{name:41}  {row.pass_name:16}{_duration(row.torch_us):>9}{_duration(row.us):>11}"
+            f"{_ratio(row.speedup):>9}{_figures(row.gflops):>8}",
+        )
+
+    def failures(self, failures: list[Failure]) -> None:
+        """Prints which results of a case are wrong."""
+        for f in failures:
+            self._print_row(
+                ROWS_HEADING, f"{f.cell:5} {f.workload:13} FAILED {f.what}: {f.problem}"
+            )
+
+    def summary(self, report: Report) -> None:
+        """Prints the means, and the verdict on all checks."""
+        cells = self.options.cells
+        if report.rows:
+            heads = "".join(f"{cell:>9}" for cell in cells)
+            print(f"\n{'geometric mean of the speed-up':30}{heads}{'all':>9}   the least")
+        for pass_name in self.options.passes:
+            slowest = report.slowest(pass_name)
+            if slowest is not None:
+                means = "".join(f"{_ratio(report.mean(pass_name, cell)):>9}" for cell in cells)
+                print(
+                    f"{pass_name:30}{means}{_ratio(report.mean(pass_name)):>9}   "
+                    f"{_ratio(slowest.speedup)} {slowest.cell} {slowest.workload}"
+                )
+        if report.not_timed:
+            print(
+                f"\nTime was up: {report.not_timed} rows were checked but not timed. "
+                "This machine is slow or busy."
+            )
+        wrong = sorted({f"{f.cell} {f.workload}" for f in report.failures})
+        wrong += [f"{r.cell} notebook's comparison" for r in report.notebook if not r.ok]
+        print(f"\nFAILED: {', '.join(wrong)}" if wrong else "\nAll checks passed.")

@@ -1,0 +1,385 @@
+"""The main job, ``rnnkern compare``: the same numbers as torch.nn, and how much sooner.
+
+First the comparison of the teaching notebook as it stands there, then every cell at every workload.
+Each is checked before it is timed, and what fails its check is not timed. This file does the work
+and knows nothing of printing; a :class:`Listener` hears of every result as it comes.
+"""
+
+from __future__ import annotations
+
+import datetime
+import math
+import os
+import platform
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+import rnnkern
+from rnnkern import timing, tolerance
+from rnnkern.workloads import (
+    CELLS,
+    FORWARD_BACKWARD,
+    PASSES,
+    Case,
+    Workload,
+    check_case,
+    draw_case,
+    flops,
+    grad_mode,
+    load_workloads,
+    notebook_case,
+)
+
+#: Above this many GFLOP (LSTM, forward) a workload is left out of a quick run.
+QUICK_GFLOP = {"cpu": 2.0, "cuda": 100.0}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to compare and how.
+
+    Attributes:
+        cells: among ``CELLS``.
+        workloads: in the order to run; one named notebook brings the notebook's comparison with it.
+        passes: among ``PASSES``.
+        device: where both run.
+        dtype: ``torch.float32`` or ``torch.float64``.
+        threads: for torch's thread pool, which rnnkern shares; None leaves it as it is.
+        quick: a fraction of the samples and of the notebook's runs.
+        left_out: names of the workloads that a quick run is too short for.
+    """
+
+    cells: tuple[str, ...] = CELLS
+    workloads: tuple[Workload, ...] = tuple(load_workloads().values())
+    passes: tuple[str, ...] = PASSES
+    device: torch.device = torch.device("cpu")  # noqa: RUF009 - immutable
+    dtype: torch.dtype = torch.float32
+    threads: int | None = None
+    quick: bool = False
+    left_out: tuple[str, ...] = ()
+
+    @property
+    def notebook_runs(self) -> int:
+        """Calls per module in the notebook's timing: its own 10**4, or a tenth of that."""
+        return 10**3 if self.quick else 10**4
+
+    @property
+    def row_budget_s(self) -> float:
+        """Seconds after which the timing of one row takes no further sample."""
+        return 0.04 if self.quick else 1.0
+
+    @property
+    def min_pairs(self) -> int:
+        """Pairs of samples that a row has at least, however long they take."""
+        return 1 if self.quick else 3
+
+    @property
+    def time_limit_s(self) -> float:
+        """Seconds after which cases are still checked but no longer timed.
+
+        torch.nn's own time grows a hundredfold where its threads have to share the cores with
+        another program; a quick run stays one all the same.
+        """
+        return 11.0 if self.quick else math.inf
+
+    @property
+    def with_notebook(self) -> bool:
+        """Whether the notebook's comparison is part of it."""
+        return any(w.name == "notebook" for w in self.workloads)
+
+    @property
+    def dtype_name(self) -> str:
+        """``float32`` and so on."""
+        return str(self.dtype).removeprefix("torch.")
+
+
+@dataclass(frozen=True)
+class NotebookResult:
+    """The notebook's comparison for one cell: sums of squared differences, seconds for all runs."""
+
+    cell: str
+    output_difference: float
+    gradient_difference: float
+    ok: bool
+    runs: int
+    seconds: float
+    torch_seconds: float
+    speedup: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """One timing: microseconds per call, median of the pairwise ratios, GFLOP/s of ours."""
+
+    device: str
+    cell: str
+    workload: str
+    dtype: str
+    pass_name: str
+    threads: int
+    us: float
+    torch_us: float
+    speedup: float
+    gflops: float
+    pairs: int
+
+    def as_json(self) -> dict[str, Any]:
+        """The row with ``pass`` for the name that Python does not allow."""
+        values = asdict(self)
+        return {("pass" if key == "pass_name" else key): value for key, value in values.items()}
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A check that did not pass: which of the results, and what is wrong with it."""
+
+    cell: str
+    workload: str
+    what: str
+    problem: str
+
+
+class Listener(Protocol):
+    """Hears what happens as it does: work begins and ends, results come in between."""
+
+    def start(self, header: dict[str, Any]) -> None:
+        """Work is about to begin; ``header`` is what :func:`header` returns."""
+
+    def begin(self, label: str) -> None:
+        """A piece of work begins."""
+
+    def end(self, pieces: int = 1) -> None:
+        """Pieces of work are done, or left out."""
+
+    def notebook(self, result: NotebookResult) -> None:
+        """The notebook's comparison has a result."""
+
+    def row(self, row: Row) -> None:
+        """A row has been timed."""
+
+    def failures(self, failures: list[Failure]) -> None:
+        """A case has failed its check."""
+
+
+@dataclass
+class Report:
+    """All results of one run; ``not_timed`` rows are missing because the time was up."""
+
+    header: dict[str, Any]
+    notebook: list[NotebookResult] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
+    not_timed: int = 0
+
+    @property
+    def ok(self) -> bool:
+        """Whether every check passed."""
+        return not self.failures and all(result.ok for result in self.notebook)
+
+    def mean(self, pass_name: str, cell: str | None = None) -> float | None:
+        """Geometric mean of the speed-ups of a pass, of all cells or one; None without rows."""
+        found = [
+            r.speedup for r in self.rows if r.pass_name == pass_name and cell in (None, r.cell)
+        ]
+        return statistics.geometric_mean(found) if found else None
+
+    def slowest(self, pass_name: str) -> Row | None:
+        """The row of a pass with the least speed-up."""
+        rows = [r for r in self.rows if r.pass_name == pass_name]
+        return min(rows, key=lambda r: r.speedup, default=None)
+
+    def as_json(self) -> dict[str, Any]:
+        """The report as JSON-ready values; a difference that is not finite becomes None."""
+        notebook = [
+            {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in r.items()}
+            for r in map(asdict, self.notebook)
+        ]
+        return {
+            "header": self.header,
+            "ok": self.ok,
+            "notebook": notebook,
+            "rows": [row.as_json() for row in self.rows],
+            "geometric_mean": {name: self.mean(name) for name in PASSES},
+            "not_timed": self.not_timed,
+            "failures": [asdict(failure) for failure in self.failures],
+        }
+
+
+def quick_workloads(workloads: tuple[Workload, ...], device_type: str) -> tuple[Workload, ...]:
+    """Those small enough for a quick run."""
+    limit = QUICK_GFLOP[device_type] * 1e9
+    return tuple(w for w in workloads if flops("LSTM", w) <= limit)
+
+
+def pieces_of_work(options: Options) -> int:
+    """How many times a listener hears of an end: notebook comparisons, checks and rows."""
+    per_cell = len(options.workloads) * (1 + len(options.passes)) + options.with_notebook
+    return len(options.cells) * per_cell
+
+
+def run(options: Options, listener: Listener) -> Report:
+    """Does all of it; see the top of this file.
+
+    The number of threads is set for the time of the run and then restored.
+    """
+    deadline = time.perf_counter() + options.time_limit_s
+    with _threads(options.threads):
+        report = Report(header(options))
+        listener.start(report.header)
+        if options.with_notebook:
+            for cell in options.cells:
+                listener.begin(f"{cell} notebook's comparison")
+                report.notebook.append(compare_notebook(cell, options))
+                listener.notebook(report.notebook[-1])
+                listener.end()
+        for cell in options.cells:
+            for workload in options.workloads:
+                case = draw_case(cell, workload)
+                if _check(case, options, report, listener):
+                    _time(case, options, report, listener, deadline)
+                else:
+                    listener.end(len(options.passes))
+    return report
+
+
+def compare_notebook(cell: str, options: Options) -> NotebookResult:
+    """The notebook's comparison for one cell: equal results, then ``timeit``."""
+    case = notebook_case(cell)
+    ours = case.side(rnnkern, options.dtype, options.device)
+    theirs = case.side(nn, options.dtype, options.device)
+    our_results = ours.results(FORWARD_BACKWARD)
+    their_results = theirs.results(FORWARD_BACKWARD)
+    differences = {
+        name: tolerance.squared_difference(our_results[name], tensor)
+        if name in our_results
+        else math.inf
+        for name, tensor in their_results.items()
+    }
+    output = differences["output"]
+    gradient = sum(value for name, value in differences.items() if name.startswith("grad"))
+    # The input requires no gradient here, as in the notebook; the parameters do.
+    x = case.x.to(options.device, options.dtype)
+    sync = _sync(options.device)
+    runs = options.notebook_runs
+    our_module, their_module = ours.module, theirs.module
+    torch_seconds = timing.notebook_seconds(lambda: their_module(x), runs, sync)
+    seconds = timing.notebook_seconds(lambda: our_module(x), runs, sync)
+    return NotebookResult(
+        cell=cell,
+        output_difference=output,
+        gradient_difference=gradient,
+        ok=output < tolerance.NOTEBOOK_LIMIT and gradient < tolerance.NOTEBOOK_LIMIT,
+        runs=runs,
+        seconds=seconds,
+        torch_seconds=torch_seconds,
+        speedup=torch_seconds / seconds,
+    )
+
+
+def _check(case: Case, options: Options, report: Report, listener: Listener) -> bool:
+    listener.begin(f"{case.cell} {case.workload.name} check")
+    verdicts = check_case(case, options.dtype, options.device, options.passes)
+    listener.end()
+    failures = [
+        Failure(case.cell, case.workload.name, what, str(verdict))
+        for what, verdict in verdicts.items()
+        if not verdict
+    ]
+    if failures:
+        report.failures += failures
+        listener.failures(failures)
+    return not failures
+
+
+def _time(
+    case: Case, options: Options, report: Report, listener: Listener, deadline: float
+) -> None:
+    for pass_name in options.passes:
+        listener.begin(f"{case.cell} {case.workload.name} {pass_name}")
+        if time.perf_counter() < deadline:
+            report.rows.append(time_row(case, pass_name, options))
+            listener.row(report.rows[-1])
+        else:
+            report.not_timed += 1
+        listener.end()
+
+
+def time_row(case: Case, pass_name: str, options: Options) -> Row:
+    """Times one pass of one case, ours and torch.nn in turn."""
+    ours = case.side(rnnkern, options.dtype, options.device)
+    theirs = case.side(nn, options.dtype, options.device)
+    with grad_mode(pass_name):
+        measured = timing.time_pair(
+            ours.call(pass_name),
+            theirs.call(pass_name),
+            budget_s=options.row_budget_s,
+            min_pairs=options.min_pairs,
+            sync=_sync(options.device),
+        )
+    return Row(
+        device=str(options.device),
+        cell=case.cell,
+        workload=case.workload.name,
+        dtype=options.dtype_name,
+        pass_name=pass_name,
+        threads=torch.get_num_threads(),
+        us=measured.us,
+        torch_us=measured.their_us,
+        speedup=measured.speedup,
+        gflops=gflops(case.cell, case.workload, pass_name, measured.us),
+        pairs=len(measured.ours_s),
+    )
+
+
+def gflops(cell: str, workload: Workload, pass_name: str, us: float) -> float:
+    """GFLOP/s of a pass that takes ``us`` microseconds, by :func:`rnnkern.workloads.flops`."""
+    return flops(cell, workload, pass_name) / us * 1e-3
+
+
+def header(options: Options) -> dict[str, Any]:
+    """What one must know to read the figures: machine, versions, commit, threads, date, options."""
+    build = rnnkern.build_info()
+    on_gpu = options.device.type == "cuda"
+    return {
+        "cpu": timing.cpu_name(),
+        "cores": os.cpu_count(),
+        "gpu": torch.cuda.get_device_name(options.device) if on_gpu else None,
+        "device": str(options.device),
+        "dtype": options.dtype_name,
+        "threads": torch.get_num_threads(),
+        "rnnkern": build["version"],
+        "isa": build["isa"],
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "commit": timing.commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "quick": options.quick,
+        "notebook_runs": options.notebook_runs,
+        "row_budget_s": options.row_budget_s,
+        "left_out": list(options.left_out),
+    }
+
+
+def _sync(device: torch.device) -> timing.Call:
+    if device.type == "cuda":
+        return lambda: torch.cuda.synchronize(device)
+    return lambda: None
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    if count is not None:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

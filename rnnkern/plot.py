@@ -1,0 +1,79 @@
+"""Pictures. They need matplotlib, the optional extra ``plot``: ``pip install "rnnkern[plot]"``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rnnkern.workloads import CELLS, PASSES
+
+if TYPE_CHECKING:
+    from rnnkern.compare import Row
+
+# Told apart in grey and by colour-blind readers too.
+COLOURS = {"RNN": "#0072b2", "LSTM": "#e69f00", "GRU": "#009e73"}
+
+
+def require_matplotlib(path: Path) -> None:
+    """Makes sure that a picture can be drawn into ``path``, before the work that it is to show.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+        ValueError: the ending of ``path`` is none that matplotlib can write.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            'a plot needs matplotlib: install it with pip install "rnnkern[plot]"'
+        ) from error
+    known = sorted(Figure().canvas.get_supported_filetypes())
+    if path.suffix.lstrip(".").lower() not in known:
+        raise ValueError(f"{path}: the name must end in one of: {', '.join(known)}")
+
+
+def plot_speedup(rows: Sequence[Row], path: Path) -> None:
+    """Draws the speed-up over torch.nn per workload, a panel for each pass and a bar for each cell.
+
+    Args:
+        rows: timings, at least one.
+        path: the file to write; its ending says the format.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    # Figure and not pyplot: no display, and no state left behind in the process of whoever calls.
+    from matplotlib.figure import Figure
+
+    passes = [p for p in PASSES if any(r.pass_name == p for r in rows)]
+    cells = [c for c in CELLS if any(r.cell == c for r in rows)]
+    workloads = list(dict.fromkeys(r.workload for r in rows))
+    size = (max(5.0, 1.5 + 0.85 * len(workloads)), 0.9 + 2.4 * len(passes))
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(len(passes), 1, sharex=True, squeeze=False)[:, 0]
+    width = 0.8 / len(cells)
+    for panel, pass_name in zip(panels, passes, strict=True):
+        for i, cell in enumerate(cells):
+            found = [r for r in rows if r.pass_name == pass_name and r.cell == cell]
+            places = [
+                workloads.index(r.workload) + (i - (len(cells) - 1) / 2) * width for r in found
+            ]
+            # Bars grow from 1 and not from 0: a slow-down points downwards.
+            heights = [r.speedup - 1 for r in found]
+            panel.bar(places, heights, width, bottom=1, color=COLOURS[cell], label=cell)
+        panel.axhline(1, color="black", linewidth=1)
+        panel.set_yscale("log", base=2)
+        panel.yaxis.set_major_formatter("{x:g}x")
+        panel.set_title(pass_name, loc="left", fontsize=10)
+        panel.grid(axis="y", alpha=0.3)
+        panel.set_axisbelow(True)
+    panels[-1].set_xticks(range(len(workloads)), workloads, rotation=30, ha="right")
+    first = rows[0]
+    figure.suptitle(
+        f"Speed-up over torch.nn: {first.dtype} on {first.device}, {first.threads} threads",
+        fontsize=11,
+    )
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper right", ncols=len(cells), frameon=False)
+    figure.savefig(path, dpi=150)

@@ -1,0 +1,159 @@
+"""Timing two calls against each other so that the ratio can be trusted, and on what machine.
+
+A shared or frequency-scaled machine changes speed from one second to the next, far more than the
+differences of interest. So the two calls are timed in turn, a sample of one right after a sample of
+the other, and the result is the median of the ratios of neighbours: whatever slows the machine down
+for a while slows both.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import platform
+import statistics
+import subprocess
+import timeit
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+
+Call = Callable[[], object]
+
+#: Shorter samples are repeated to reach this, in seconds: four orders above the resolution of the
+#: clock.
+MIN_SAMPLE_S = 1e-3
+#: Enough for a median; more would only lengthen the rows of tiny workloads.
+MAX_PAIRS = 200
+
+
+@dataclass(frozen=True)
+class PairTiming:
+    """Seconds per call of two calls timed in turn; entry i of each list are neighbours in time."""
+
+    ours_s: list[float]
+    theirs_s: list[float]
+
+    @property
+    def us(self) -> float:
+        """Median time of ours, in microseconds per call."""
+        return statistics.median(self.ours_s) * 1e6
+
+    @property
+    def their_us(self) -> float:
+        """Median time of theirs, in microseconds per call."""
+        return statistics.median(self.theirs_s) * 1e6
+
+    @property
+    def speedup(self) -> float:
+        """Median of the pairwise ratios theirs / ours: above one where ours is faster."""
+        ratios = (t / o for o, t in zip(self.ours_s, self.theirs_s, strict=True))
+        return statistics.median(ratios)
+
+
+def _nothing() -> None:
+    pass
+
+
+@contextmanager
+def gc_paused() -> Iterator[None]:
+    """Keeps the garbage collector out of the samples, as ``timeit`` does."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _sample(call: Call, count: int, sync: Call) -> float:
+    start = perf_counter()
+    for _ in range(count):
+        call()
+    sync()
+    return perf_counter() - start
+
+
+def calls_per_sample(call: Call, sync: Call = _nothing) -> int:
+    """How many calls make a sample of at least ``MIN_SAMPLE_S``; warms the call up on the way."""
+    count = 1
+    while (elapsed := _sample(call, count, sync)) < MIN_SAMPLE_S:
+        # The first calls are slow and would stop this too early, so it at least doubles and is
+        # measured again.
+        count = max(2 * count, math.ceil(count * MIN_SAMPLE_S / max(elapsed, 1e-7)))
+    return count
+
+
+def time_pair(
+    ours: Call,
+    theirs: Call,
+    *,
+    budget_s: float,
+    min_pairs: int,
+    sync: Call = _nothing,
+) -> PairTiming:
+    """Times two calls in turn: ours, theirs, ours, theirs, ...
+
+    Args:
+        ours: the call in question.
+        theirs: the call to compare with.
+        budget_s: seconds after which no further pair is begun.
+        min_pairs: pairs taken even if that takes longer than the budget.
+        sync: called at the end of every sample, within the time; waits for work that a call has
+            only started.
+
+    Returns:
+        The samples, between ``min_pairs`` and ``MAX_PAIRS`` of each.
+    """
+    start = perf_counter()
+    result = PairTiming([], [])
+    with gc_paused():
+        our_count = calls_per_sample(ours, sync)
+        their_count = calls_per_sample(theirs, sync)
+        while len(result.ours_s) < MAX_PAIRS:
+            result.ours_s.append(_sample(ours, our_count, sync) / our_count)
+            result.theirs_s.append(_sample(theirs, their_count, sync) / their_count)
+            if perf_counter() - start > budget_s and len(result.ours_s) >= min_pairs:
+                break
+    return result
+
+
+def notebook_seconds(call: Call, runs: int, sync: Call = _nothing) -> float:
+    """Seconds that ``runs`` calls take, measured with ``timeit`` as the notebook does it."""
+    return timeit.timeit(call, number=runs) + timeit.timeit(sync, number=1)
+
+
+def cpu_name() -> str:
+    """The processor's name as it gives it itself, or else its architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def commit() -> str | None:
+    """The commit of the checkout this package lies in, ``-dirty`` if changed; None elsewhere."""
+    package = Path(__file__).resolve().parent
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(
+            ["git", "-C", str(package), *arguments],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
+        )
+        return done.stdout.strip()
+
+    try:
+        # An installed copy may lie in a virtual environment inside some other project's checkout.
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != package.parent:
+            return None
+        return git("describe", "--always", "--abbrev=40", "--exclude=*", "--dirty")
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,236 @@
+"""The named workloads, as sizes and as pairs of modules ready to be checked and timed.
+
+Everything that runs them (``rnnkern compare``, the benchmarks, the tests) builds its modules,
+inputs and calls here, so that they all mean the same by "LSTM at char_lm, forward+backward".
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import Tensor, nn
+
+import rnnkern
+from rnnkern import tolerance
+
+CELLS = ("RNN", "LSTM", "GRU")
+GATES = {"RNN": 1, "LSTM": 4, "GRU": 3}
+
+FORWARD = "forward"
+FORWARD_GRAD = "forward (grad)"
+FORWARD_BACKWARD = "forward+backward"
+#: Without recording for autograd; recorded; recorded and followed by backward to parameters and
+#: input.
+PASSES = (FORWARD, FORWARD_GRAD, FORWARD_BACKWARD)
+
+# relu has a kink at 0: a pre-activation so close to it that rounding decides the side makes the
+# gradient in float32 wrong by any amount, whoever computes it. With this seed none in mnist_rnn
+# lies within 5e-6 (tests/test_workloads.py).
+SEED = 93
+
+_NONLINEARITY = {"mnist_rnn": "relu"}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Sizes of a layer's job: ``steps`` T, ``batch`` N, ``input_size`` I, ``hidden_size`` H.
+
+    ``regime`` is a word for the amount of work and ``origin`` says where the sizes come from;
+    ``nonlinearity`` is for the RNN cell only.
+    """
+
+    name: str
+    steps: int
+    batch: int
+    input_size: int
+    hidden_size: int
+    regime: str = ""
+    origin: str = ""
+    nonlinearity: str = "tanh"
+
+
+@lru_cache
+def load_workloads(device_type: str = "cpu") -> dict[str, Workload]:
+    """The workloads for a device type, ``"cpu"`` or ``"cuda"``, by name and in order of size."""
+    data = json.loads(Path(__file__).with_name("workloads.json").read_text(encoding="utf-8"))
+    entries = data["workloads" if device_type == "cpu" else "gpu_workloads"]
+    if device_type != "cpu":  # the notebook's comparison belongs to every device
+        entries = [e for e in data["workloads"] if e["name"] == "notebook"] + entries
+    return {
+        e["name"]: Workload(
+            name=e["name"],
+            steps=e["T"],
+            batch=e["N"],
+            input_size=e["I"],
+            hidden_size=e["H"],
+            regime=e.get("regime", ""),
+            origin=e.get("from", e.get("why", "")),
+            nonlinearity=_NONLINEARITY.get(e["name"], "tanh"),
+        )
+        for e in entries
+    }
+
+
+def flops(cell: str, workload: Workload, pass_name: str = FORWARD) -> int:
+    """Floating-point operations: ``2 T N G H (I + H)`` forward, three times that with backward.
+
+    Only the matrix products count, a multiply and an add as two. G gates: RNN 1, GRU 3, LSTM 4.
+    Each product of the forward pass has two in the backward pass, for the gradients of its two
+    factors.
+    """
+    w = workload
+    products = GATES[cell] * w.hidden_size * (w.input_size + w.hidden_size)
+    forward = 2 * w.steps * w.batch * products
+    return 3 * forward if pass_name == FORWARD_BACKWARD else forward
+
+
+def grad_mode(pass_name: str) -> torch.set_grad_enabled:
+    """The context in which a pass runs: gradients off for the plain forward pass."""
+    return torch.set_grad_enabled(pass_name != FORWARD)
+
+
+@dataclass(frozen=True)
+class Side:
+    """A module of one library with its input and the gradient of its output, ready to run.
+
+    ``x`` is a leaf ``[T, N, I]`` that requires a gradient; ``dy`` is ``[T, N, H]``.
+    """
+
+    module: nn.RNNBase
+    x: Tensor
+    dy: Tensor
+
+    def call(self, pass_name: str) -> Callable[[], object]:
+        """What is timed for a pass, to be called within ``grad_mode(pass_name)``.
+
+        The mode is left to the caller because a loop of calls enters it once. Forward+backward
+        drops the old gradients first, as ``zero_grad()`` does.
+        """
+        module, x, dy = self.module, self.x, self.dy
+        if pass_name != FORWARD_BACKWARD:
+            return lambda: module(x)
+        leaves = [x, *module.parameters()]
+
+        def forward_backward() -> None:
+            for leaf in leaves:
+                leaf.grad = None
+            module(x)[0].backward(dy)
+
+        return forward_backward
+
+    def results(self, pass_name: str) -> dict[str, Tensor]:
+        """All that a pass computes, by name: output, final states, with backward the gradients."""
+        with grad_mode(pass_name):
+            output, state = self.module(self.x)
+        states = state if isinstance(state, tuple) else (state,)
+        found = {"output": output, **dict(zip(("h_n", "c_n"), states, strict=False))}
+        if pass_name == FORWARD_BACKWARD:
+            leaves = {"input": self.x, **dict(self.module.named_parameters())}
+            for leaf in leaves.values():
+                leaf.grad = None
+            output.backward(self.dy)
+            for name, leaf in leaves.items():
+                if leaf.grad is not None:
+                    found[f"grad of {name}"] = leaf.grad
+                leaf.grad = None
+        return {name: tensor.detach() for name, tensor in found.items()}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One cell at one workload, as numbers: parameters, input ``x``, output gradient ``dy``.
+
+    Drawn once, on the CPU, in float32 so that a float64 reference starts from exactly the same
+    numbers.
+    """
+
+    cell: str
+    workload: Workload
+    state: dict[str, Tensor]
+    x: Tensor
+    dy: Tensor
+
+    def side(
+        self, library: ModuleType, dtype: torch.dtype, device: str | torch.device = "cpu"
+    ) -> Side:
+        """The module of ``library`` (``torch.nn`` or ``rnnkern``) with these numbers."""
+        module = _module(library, self.cell, self.workload, dtype, device)
+        module.load_state_dict(self.state)
+        x = self.x.to(device, dtype, copy=True).requires_grad_()
+        return Side(module, x, self.dy.to(device, dtype))
+
+
+def _module(
+    library: ModuleType,
+    cell: str,
+    workload: Workload,
+    dtype: torch.dtype,
+    device: str | torch.device,
+) -> nn.RNNBase:
+    options: dict[str, str] = {"nonlinearity": workload.nonlinearity} if cell == "RNN" else {}
+    build: Callable[..., nn.RNNBase] = getattr(library, cell)
+    return build(workload.input_size, workload.hidden_size, dtype=dtype, device=device, **options)
+
+
+def draw_case(cell: str, workload: Workload) -> Case:
+    """A case with torch.nn's own initial parameters, a normal input and a normal output gradient.
+
+    The same numbers every time; the caller's random state is left alone.
+    """
+    w = workload
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        module = _module(nn, cell, workload, torch.float32, "cpu")
+        x = torch.randn(w.steps, w.batch, w.input_size, dtype=torch.float32)
+        dy = torch.randn(w.steps, w.batch, w.hidden_size, dtype=torch.float32)
+    return Case(cell, workload, module.state_dict(), x, dy)
+
+
+def notebook_case(cell: str) -> Case:
+    """The notebook's own comparison: every parameter 0.3, loss = the sum of the output."""
+    drawn = draw_case(cell, load_workloads()["notebook"])
+    for parameter in drawn.state.values():
+        nn.init.constant_(parameter, 0.3)
+    return Case(cell, drawn.workload, drawn.state, drawn.x, torch.ones_like(drawn.dy))
+
+
+def check_case(
+    case: Case,
+    dtype: torch.dtype,
+    device: str | torch.device = "cpu",
+    passes: Iterable[str] = PASSES,
+) -> dict[str, tolerance.Verdict]:
+    """Checks rnnkern at one case by the rule of :mod:`rnnkern.tolerance`.
+
+    Gradients are checked if forward+backward is among the passes. The plain forward pass is checked
+    by itself, because it may run other kernels than the recorded one.
+
+    Returns:
+        A verdict for every output, final state and gradient, by name.
+    """
+    names = set(passes)
+    recorded = FORWARD_BACKWARD if FORWARD_BACKWARD in names else FORWARD_GRAD
+    runs = [recorded] if names - {FORWARD} else []
+    runs += [FORWARD] if FORWARD in names else []
+    reference = case.side(nn, torch.float64, device).results(runs[0])
+    torch_side = case.side(nn, tolerance.yardstick_dtype(dtype), device)
+    our_side = case.side(rnnkern, dtype, device)
+    verdicts = {}
+    for run in runs:
+        ours, theirs = our_side.results(run), torch_side.results(run)
+        suffix = " without grad" if run == FORWARD else ""
+        for name, tensor in theirs.items():
+            if name not in ours:
+                verdict = tolerance.wrong("missing")
+            elif ours[name].dtype != dtype:
+                verdict = tolerance.wrong(f"dtype {ours[name].dtype}, should be {dtype}")
+            else:
+                verdict = tolerance.check(ours[name], tensor, reference[name])
+            verdicts[name + suffix] = verdict
+    return verdicts
