@@ -1,5 +1,5 @@
 // The Python module rnnkern._C. The only file that knows Python: turns tensors into checked views, views into a scan, and
-// releases the interpreter while it runs. Whatever does not fit raises RuntimeError before anything is written.
+// releases the interpreter while it runs. Whatever does not fit raises Refused, a RuntimeError, before anything is written.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -16,6 +16,34 @@ PyTypeObject* tensor_type = nullptr;
 PyTypeObject* parameter_type = nullptr;
 // Methods of torch.Tensor, as plain functions of a tensor.
 PyObject *is_neg = nullptr, *new_empty = nullptr, *new_empty_strided = nullptr;
+
+// State of torch that no kernel can run in: a question of torch's own without arguments, true where it is so.
+struct Mode {
+  PyObject* question;
+  const char* reason;
+};
+std::vector<Mode> modes;
+
+void bind_modes() {
+  const py::object core = py::module_::import("torch").attr("_C");
+  const auto add = [&](const char* name, const char* reason) {
+    modes.push_back({py::object(core.attr(name)).release().ptr(), reason});
+  };
+  add("_are_functorch_transforms_active", "torch.func transform");
+  add("_len_torch_dispatch_stack", "torch dispatch mode");
+  add("_is_any_autocast_enabled", "autocast");
+  add("_get_tracing_state", "tracing");
+}
+
+// Why no kernel may run in the present mode of torch, or null.
+const char* mode_refusal() {
+  for (const Mode& mode : modes) {
+    const py::object answer = py::reinterpret_steal<py::object>(PyObject_CallNoArgs(mode.question));
+    if (!answer) throw py::error_already_set();
+    if (PyObject_IsTrue(answer.ptr())) return mode.reason;
+  }
+  return nullptr;
+}
 
 void bind_exchange_table() {
   const py::object type = py::module_::import("torch").attr("Tensor");
@@ -39,11 +67,14 @@ void bind_exchange_table() {
 
 TensorView view_of(py::handle object, const char* name) {
   if (!PyObject_TypeCheck(object.ptr(), tensor_type)) {
-    throw py::type_error(std::string(name) + " must be a torch.Tensor, got " + Py_TYPE(object.ptr())->tp_name);
+    throw Refused(std::string(name) + " must be a torch.Tensor, got " + Py_TYPE(object.ptr())->tp_name);
   }
   TensorView view;
   view.name = name;
-  if (exchange->view_of_object(object.ptr(), &view.tensor) != 0) throw py::error_already_set();
+  if (exchange->view_of_object(object.ptr(), &view.tensor) != 0) {
+    PyErr_Clear();
+    view.fail("has no plain memory");
+  }
   return view;
 }
 
@@ -120,7 +151,7 @@ class Operands {
   Operands(const Layer& layer, py::handle x, py::handle steps)
       : layer_(layer), object_(x), x_(float_view<T>(x, "input")) {
     if (layer.cell < 0 || layer.cell > int(CellId::kGru) || layer.directions < 1 || layer.directions > kMaxDirections) {
-      throw std::runtime_error("unknown layer");
+      throw Refused("unknown layer");
     }
     read_steps(steps);
     sizes.cell = CellId(layer.cell);
@@ -136,7 +167,7 @@ class Operands {
 
   void read_weights(const py::sequence& list, Weights<T>* out) {
     if (int(list.size()) != layer_.directions * layer_.tensors()) {
-      throw std::runtime_error("expected " + std::to_string(layer_.directions * layer_.tensors()) + " weights, got " +
+      throw Refused("expected " + std::to_string(layer_.directions * layer_.tensors()) + " weights, got " +
                                std::to_string(list.size()));
     }
     const int gates = cell_shape(sizes.cell).gates;
@@ -366,10 +397,12 @@ class Operands {
 template <typename T>
 py::tuple forward_of(const Layer& layer, py::handle x, py::handle h0, py::handle c0, const py::sequence& weights,
                      py::handle steps, bool training, int threads, bool deterministic) {
+  if (const char* reason = mode_refusal()) throw Refused(std::string("no kernel may run: ") + reason);
   Operands<T> o(layer, x, steps);
   Forward<T> f;
   o.read_weights(weights, f.weights);
   const Sizes& z = o.sizes;
+  if (o.steps.T == 0) throw Refused("the sequence has no steps");
   f.x = o.input();
   f.h0 = o.template state<const T>(h0, "h_0", z.O);
   f.c0 = o.template state<const T>(c0, "c_0", z.H);
@@ -407,7 +440,7 @@ py::list backward_of(const Layer& layer, py::handle x, py::handle h0, py::handle
   Backward<T> b;
   o.read_weights(weights, b.weights);
   const Sizes& z = o.sizes;
-  if (wanted.size() != 3 + weights.size()) throw std::runtime_error("wanted: one flag per input and weight");
+  if (wanted.size() != 3 + weights.size()) throw Refused("wanted: one flag per input and weight");
   b.x = o.input();
   b.h0 = o.template state<const T>(h0, "h_0", z.O);
   b.c0 = o.template state<const T>(c0, "c_0", z.H);
@@ -456,7 +489,14 @@ py::list backward_of(const Layer& layer, py::handle x, py::handle h0, py::handle
   return made;
 }
 
-bool is_double(py::handle x) { return view_of(x, "input").tensor.dtype.bits == 64; }
+bool is_double(py::handle x) {
+  TensorView view;
+  view.name = "input";
+  if (const char* reason = refusal_of(x, nullptr, &view)) {
+    if (reason != kGaps) view.fail(std::string("is not covered: ") + reason);
+  }
+  return view.tensor.dtype.bits == 64;
+}
 
 std::string describe_plan(const Layer& layer, int64_t T, int64_t N, int64_t I, int element_bytes, int threads,
                           bool deterministic, bool backward) {
@@ -482,16 +522,19 @@ std::vector<std::string> compiled_sets() {
 PYBIND11_MODULE(_C, m) {
   using namespace rnnkern;
   bind_exchange_table();
+  bind_modes();
   try {
     instruction_set();
   } catch (const std::runtime_error& error) {
     throw py::import_error(error.what());
   }
+  py::register_exception<Refused>(m, "Refused", PyExc_RuntimeError);
   py::class_<Layer>(m, "Layer", "What a layer is, apart from the sizes of its input.")
       .def(py::init<int, int, int64_t, int64_t, bool, bool, bool>(), py::arg("cell"), py::arg("directions"),
            py::arg("hidden"), py::arg("out"), py::arg("bias"), py::arg("projected"), py::arg("batch_first"));
   m.attr("GAPS") = kGaps;
   m.def("refusal", &refusal);
+  m.def("mode_refusal", &mode_refusal);
   m.def("forward", [](const Layer& layer, py::handle x, py::handle h0, py::handle c0, const py::sequence& weights,
                       py::handle steps, bool training, int threads, bool deterministic) {
     return (is_double(x) ? forward_of<double> : forward_of<float>)(layer, x, h0, c0, weights, steps, training, threads,

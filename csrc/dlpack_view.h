@@ -46,6 +46,11 @@ struct ExchangeTable {
 
 }  // namespace dlpack
 
+// The kernels cannot take this call, or its operands do not fit each other. Thrown before anything is written.
+struct Refused : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
 inline std::string shape_text(const int64_t* sizes, int64_t count) {
   std::string text = "[";
   for (int64_t i = 0; i < count; ++i) text += (i ? ", " : "") + std::to_string(sizes[i]);
@@ -83,7 +88,7 @@ struct TensorView {
     }
   }
 
-  [[noreturn]] void fail(const std::string& what) const { throw std::runtime_error(std::string(name) + " " + what); }
+  [[noreturn]] void fail(const std::string& what) const { throw Refused(std::string(name) + " " + what); }
 
  private:
   int64_t dense_stride(int axis) const {

@@ -6,6 +6,8 @@ from torch import Tensor
 GAPS: str
 compiler: str
 
+class Refused(RuntimeError): ...
+
 class Layer:
     def __init__(
         self,
@@ -21,6 +23,7 @@ class Layer:
 def refusal(
     x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor]
 ) -> str | None: ...
+def mode_refusal() -> str | None: ...
 def forward(
     layer: Layer,
     x: Tensor,

@@ -25,6 +25,9 @@ class FallbackWarning(UserWarning):
     """A call is carried out by ``torch.nn`` because no kernel covers it. Given once for each reason."""
 
 
+_tracing_state = torch._C._get_tracing_state
+_transforms_active = torch._C._are_functorch_transforms_active
+
 _warned: set[str] = set()
 
 WRONG = "input that torch.nn refuses"
@@ -35,6 +38,18 @@ def recurrent(
     module: Any, input: Any, hx: Any, lengths: Tensor | None = None, reset: Tensor | None = None
 ) -> Any:
     """``forward`` of `rnnkern.RNN`, `rnnkern.LSTM` and `rnnkern.GRU`."""
+    if hx is None and lengths is None and reset is None and not _unnoticed():
+        # The plain call is tried without looking at it: the kernel refuses what it does not cover before anything
+        # is computed, and then the call is looked at.
+        try:
+            y, hn, cn = _layers(module, input, None, None, current_weights(module), None)
+        except kernels.Refused:
+            return _checked(module, input, hx, lengths, reset)
+        return y, (hn if cn is None else (hn, cn))
+    return _checked(module, input, hx, lengths, reset)
+
+
+def _checked(module: Any, input: Any, hx: Any, lengths: Any, reset: Any) -> Any:
     if traced():
         return _elsewhere(module, input, hx, lengths, reset, None)
     if isinstance(input, PackedSequence):
@@ -55,17 +70,34 @@ def recurrent(
     steps = None
     if lengths is not None or reset is not None:
         steps = padded_steps(lengths, reset, T, N, batch_first)
+    result = _on_kernels(module, input, h0, c0, steps)
+    if isinstance(result, str):
+        return _elsewhere(module, input, hx, lengths, reset, result)
+    y, hn, cn = result
+    return y, (hn if cn is None else (hn, cn))
+
+
+def _on_kernels(
+    module: Any, x: Tensor, h0: Tensor | None, c0: Tensor | None, steps: Steps | None
+) -> tuple[Tensor, Tensor, Tensor | None] | str:
+    """Runs the layers, with dense copies of what has gaps; or says why no kernel covers them."""
     weights = current_weights(module)
     try:
-        y, hn, cn = _layers(module, input, h0, c0, weights, steps)
-    except Exception:
-        reason, dense = _diagnose(input, h0, c0, weights)
+        return _layers(module, x, h0, c0, weights, steps)
+    except kernels.Refused:
+        reason = kernels.refusal(x, h0, c0, weights)
         if reason is None:
             raise
         if reason != GAPS:
-            return _elsewhere(module, input, hx, lengths, reset, reason)
-        y, hn, cn = _layers(module, *dense, steps)
-    return y, (hn if cn is None else (hn, cn))
+            return reason
+    return _layers(module, *_dense(x, h0, c0, weights), steps)
+
+
+def _dense(
+    x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: list[Tensor]
+) -> tuple[Tensor, Tensor | None, Tensor | None, list[Tensor]]:
+    x, h0, c0, *weights = (t if t is None else t.contiguous() for t in (x, h0, c0, *weights))
+    return x, h0, c0, weights
 
 
 def cell(module: Any, input: Tensor, hx: Any) -> Any:
@@ -79,7 +111,9 @@ def cell(module: Any, input: Tensor, hx: Any) -> Any:
     reason = mode_refusal() or kernels.refusal(input, *states, weights)
     if reason is not None and reason != GAPS:
         return _warn(reason, module._torch_forward(input, hx))
-    _, (x, h0, c0, weights) = _diagnose(input, *states, weights)
+    x, (h0, c0) = input, states
+    if reason is not None:
+        x, h0, c0, weights = _dense(x, h0, c0, weights)
     rows = 1 if x.dim() == 1 else x.size(0)
     x = x.reshape(1, rows, module.input_size)
     h0, c0 = (None if s is None else s.reshape(1, rows, module.hidden_size) for s in (h0, c0))
@@ -97,22 +131,26 @@ def _cell_biases(module: Any) -> tuple[Tensor, ...]:
     return tuple(torch.zeros_like(other) if bias is None else bias for bias in given)
 
 
+def _unnoticed() -> bool:
+    """A state of torch that the kernel would not notice, or notice too late."""
+    return (
+        torch.compiler.is_compiling()
+        or _tracing_state() is not None
+        or _transforms_active()
+        or forward_ad._current_level >= 0
+    )
+
+
 def traced() -> bool:
     """A graph of torch operators is being recorded: kernels cannot be part of it."""
-    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+    return torch.compiler.is_compiling() or _tracing_state() is not None
 
 
 def mode_refusal() -> str | None:
     """Why no kernel may run in the present mode of torch, or None."""
-    if torch._C._are_functorch_transforms_active():
-        return "torch.func transform"
-    if torch._C._len_torch_dispatch_stack():
-        return "torch dispatch mode"
-    if torch._C._is_any_autocast_enabled():
-        return "autocast"
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation"
-    return None
+    return kernels.mode_refusal()
 
 
 def current_weights(module: Any) -> list[Tensor]:
@@ -257,34 +295,12 @@ def _packed(module: Any, input: PackedSequence, hx: Any, lengths: Any, reset: An
     reason = mode_refusal()
     if reason is not None:
         return _elsewhere(module, input, hx, None, None, reason)
-    weights = current_weights(module)
-    steps = packed_steps(batch_sizes, sorted_indices)
-    try:
-        y, hn, cn = _layers(module, data, h0, c0, weights, steps)
-    except Exception:
-        reason, dense = _diagnose(data, h0, c0, weights)
-        if reason is None:
-            raise
-        if reason != GAPS:
-            return _elsewhere(module, input, hx, None, None, reason)
-        y, hn, cn = _layers(module, *dense, steps)
+    result = _on_kernels(module, data, h0, c0, packed_steps(batch_sizes, sorted_indices))
+    if isinstance(result, str):
+        return _elsewhere(module, input, hx, None, None, result)
+    y, hn, cn = result
     output = PackedSequence(y, batch_sizes, sorted_indices, unsorted_indices)
     return output, (hn if cn is None else (hn, cn))
-
-
-def _diagnose(
-    x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: list[Tensor]
-) -> tuple[str | None, tuple[Tensor, Tensor | None, Tensor | None, list[Tensor]]]:
-    """Why the kernels refused these tensors (None: they did not), and dense copies of them.
-
-    Asked only after a failure: the kernels refuse before anything is written, and a call that is covered, which is nearly
-    every call, does not pay for the question.
-    """
-    reason = kernels.refusal(x, h0, c0, weights)
-    if reason != GAPS:
-        return reason, (x, h0, c0, weights)
-    x, h0, c0, *weights = (t if t is None else t.contiguous() for t in (x, h0, c0, *weights))
-    return reason, (x, h0, c0, weights)
 
 
 def _warn(reason: str, result: Any) -> Any:

@@ -54,6 +54,9 @@ class Layer:
 layer = lru_cache(maxsize=4096)(Layer)
 """The layer of that mode, directions, hidden size, projection, bias and layout: one object each."""
 
+Refused = _C.Refused
+"""Raised by `forward` and `backward`, a RuntimeError: an operand does not fit, or no kernel covers it."""
+
 refusal = _C.refusal
 """``refusal(x, h0, c0, weights)``: why no kernel covers these tensors, or None.
 
@@ -62,6 +65,9 @@ all that is missing.
 """
 
 GAPS: str = _C.GAPS
+
+mode_refusal = _C.mode_refusal
+"""``mode_refusal()``: why no kernel may run in the present mode of torch, or None. `forward` refuses by itself."""
 
 
 def forward(
@@ -76,8 +82,7 @@ def forward(
     """One layer: output, ``h_n``, ``c_n`` or None, and what backward needs if ``training``.
 
     Raises:
-        RuntimeError, TypeError: an operand does not fit, or no kernel covers it (`refusal` says why). Nothing is
-            computed then.
+        Refused: an operand does not fit, or no kernel covers it (`refusal` says why). Nothing is computed then.
     """
     return _C.forward(
         layer.handle,

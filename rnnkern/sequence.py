@@ -51,7 +51,7 @@ def padded_steps(
     if reset is not None:
         wanted = (N, T) if batch_first else (T, N)
         _expect("reset", reset, torch.bool, wanted, "(N, T)" if batch_first else "(T, N)")
-        reset = reset.cpu()
+        reset = reset.to("cpu", copy=True)  # backward reads it again: what the caller does to it later is no matter
     if lengths is not None:
         _expect("lengths", lengths, torch.int64, (N,), "(N,)")
         lengths = lengths.cpu()
@@ -61,7 +61,9 @@ def padded_steps(
                 f"got values from {int(lengths.min())} to {int(lengths.max())}"
             )
         descending, order = lengths.sort(descending=True, stable=True)
-        active = N - torch.searchsorted(descending.flip(0), torch.arange(T), right=True)
+        active = N - torch.searchsorted(
+            descending.flip(0), torch.arange(T, device="cpu"), right=True
+        )
     return Steps(active, order, reset, False)
 
 
