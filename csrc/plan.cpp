@@ -56,6 +56,7 @@ Plan plan_forward(const Problem& problem, const Machine& machine) {
 Plan plan_backward(const Problem& problem, const Machine& machine) {
   Plan plan;
   split_work(problem, machine, 2.0 * flops_per_row(problem.sizes), &plan);
+  plan.packed = problem.total > kPackingSteps;
   return plan;
 }
 

@@ -33,11 +33,12 @@ class BackwardScan {
     block_rows_ = ceil_div(b.steps.N, plan.row_blocks) + kTileRows;
     barriers_ = carver.take<Barrier>(1 + plan.threads);
     for (int d = 0; d < z.D; ++d) {
-      recurrent_[d] = {kShape.gates * z.H, z.O, nullptr};
+      const Weights<T>& w = b.weights[d];
+      recurrent_[d] = {kShape.gates * z.H, z.O, w.w_hh, w.w_hh_row, &kShape, nullptr};
+      projection_[d] = {z.O, z.H, w.w_hr, w.w_hr_row, nullptr, nullptr};
+      if (!plan.packed) continue;
       recurrent_[d].packed = carver.take<T>(recurrent_[d].elements());
-      if (!z.projected) continue;
-      projection_[d] = {z.O, z.H, nullptr};
-      projection_[d].packed = carver.take<T>(projection_[d].elements());
+      if (z.projected) projection_[d].packed = carver.take<T>(projection_[d].elements());
     }
     h_row_ = ceil_div(z.O, kWidth) * kWidth;
     u_row_ = ceil_div(z.H, kWidth) * kWidth;
@@ -98,16 +99,10 @@ class BackwardScan {
   }
 
   void pack(int thread, int threads) {
-    const int64_t H = b_.sizes.H;
-    for (int d = 0; d < b_.sizes.D; ++d) {
-      const Weights<T>& w = b_.weights[d];
-      const auto recurrent_row = [&](int64_t k) {
-        return w.w_hh + (kShape.recurrent_gate(int(k / H)) * H + k % H) * w.w_hh_row;
-      };
-      for (int64_t p = thread; p < recurrent_[d].count(); p += threads) recurrent_[d].pack(p, recurrent_row);
+    for (int d = 0; plan_.packed && d < b_.sizes.D; ++d) {
+      for (int64_t p = thread; p < recurrent_[d].count(); p += threads) recurrent_[d].pack(p);
       if (!b_.sizes.projected) continue;
-      const auto projection_row = [&](int64_t k) { return w.w_hr + k * w.w_hr_row; };
-      for (int64_t p = thread; p < projection_[d].count(); p += threads) projection_[d].pack(p, projection_row);
+      for (int64_t p = thread; p < projection_[d].count(); p += threads) projection_[d].pack(p);
     }
   }
 
@@ -203,7 +198,6 @@ class BackwardScan {
 
   // dm = (dy + dh) x W_hr; dy + dh is kept for the gradient of W_hr.
   void unproject(const Part& part, const Visit& v, int64_t count) const {
-    const int64_t O = b_.sizes.O;
     const Range own = part.columns_of_dh;
     for (int64_t k = 0; k < count; ++k) {
       const RowPointers& r = part.scratch.pointers[k];
@@ -222,7 +216,7 @@ class BackwardScan {
           from[k] = row_at(b_.steps, part.dprojected, v.t, part.row_begin + begin + k);
           to[k] = part.scratch.pointers[begin + k].dm + p * kWidth;
         }
-        product_to(rows, O, from, w.panel(p), to, w.columns(p), false);
+        w.multiply(p, rows, from, to, false);
       }
     }
   }
@@ -268,6 +262,13 @@ class BackwardScan {
     T* dh = dh_row(part.direction, part.row_begin);
     for (int64_t p = part.columns_of_dh.begin / kWidth; p * kWidth < part.columns_of_dh.end; ++p) {
       T* acc = dh + p * kWidth;
+      if (!w.packed) {
+        for (int64_t k = 0; k < count; ++k) {
+          T* row = acc + k * h_row_;
+          w.multiply(p, 1, part.scratch.dslot_rows + k, &row, kShape.reads_h);
+        }
+        continue;
+      }
       if constexpr (!kShape.reads_h) {
         for (int64_t k = 0; k < count; ++k) zero_row(acc + k * h_row_, 0, kWidth);
       }

@@ -44,7 +44,7 @@ class ForwardScan {
         recurrent_[d].packed = carver.take<T>(panels_.packed_elements(z.O));
       }
       if (z.projected) {
-        projection_[d] = {z.H, z.O, nullptr};
+        projection_[d] = {z.H, z.O, w.w_hr, w.w_hr_row, nullptr, nullptr};
         projection_[d].packed = carver.take<T>(projection_[d].elements());
       }
     }
@@ -114,7 +114,7 @@ class ForwardScan {
       }
       if (!f_.sizes.projected) continue;
       for (int64_t p = thread; p < projection_[d].count(); p += threads) {
-        projection_[d].pack_transpose(p, f_.weights[d].w_hr, f_.weights[d].w_hr_row);
+        projection_[d].pack_transpose(p);
       }
     }
   }
@@ -271,7 +271,7 @@ class ForwardScan {
           from[k] = part.scratch.pointers[begin + k].h;
           to[k] = row_at(f_.steps, part.y, v.t, part.row_begin + begin + k) + p * kWidth;
         }
-        product_to(rows, w.K, from, w.panel(p), to, w.columns(p), false);
+        w.multiply(p, rows, from, to, false);
       }
     }
   }

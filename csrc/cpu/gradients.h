@@ -60,8 +60,8 @@ class Gradients {
     const Sizes& z = b.sizes;
     zeros_ = carver.take<T>(max_of(z.H, z.O));
     for (int d = 0; b.dx.data && d < z.D; ++d) {
-      input_[d] = {kShape.gates * z.H, z.I, nullptr};
-      input_[d].packed = carver.take<T>(input_[d].elements());
+      input_[d] = {kShape.gates * z.H, z.I, b.weights[d].w_ih, b.weights[d].w_ih_row, nullptr, nullptr};
+      if (plan.packed) input_[d].packed = carver.take<T>(input_[d].elements());
     }
     Carver count(nullptr);
     scratch(count);
@@ -76,8 +76,7 @@ class Gradients {
   // Before the barrier that precedes the loop.
   void pack(int thread, int threads) {
     for (int d = 0; b_.dx.data && d < b_.sizes.D; ++d) {
-      const auto row = [&](int64_t k) { return b_.weights[d].w_ih + k * b_.weights[d].w_ih_row; };
-      for (int64_t p = thread; p < input_[d].count(); p += threads) input_[d].pack(p, row);
+      for (int64_t p = thread; p < input_[d].count(); p += threads) input_[d].pack(p);
     }
   }
 
@@ -163,9 +162,10 @@ class Gradients {
   void accumulate(const Target& target, int64_t count, int thread, int threads, const Scratch& s, bool add) const {
     const Range own = split(target.rows, threads, thread, kGroupRows);
     if (own.begin == own.end) return;
-    const ColumnPanels<T> right = {count, target.width, s.right};
+    const ColumnPanels<T> right = {count, target.width, nullptr, 0, nullptr, s.right};
     for (int64_t p = 0; target.weight && p < right.count(); ++p) {
-      right.pack(p, [&](int64_t r) { return s.right_rows[r]; });
+      const int64_t width = right.columns(p), panel_row = right.vectors(p) * kLanes<T>;
+      for (int64_t r = 0; r < count; ++r) pack_row(s.right_rows[r] + p * kWidth, width, right.panel(p) + r * panel_row);
     }
     const T* left[kGroupRows];
     T* out[kGroupRows];
@@ -177,7 +177,7 @@ class Gradients {
       transpose_left(count, j, rows, s);
       for (int64_t p = 0; p < right.count(); ++p) {
         for (int64_t i = 0; i < rows; ++i) out[i] = target.weight + target.row_of(j + i) * target.width + p * kWidth;
-        product_to(rows, count, left, right.panel(p), out, right.columns(p), add);
+        right.multiply(p, rows, left, out, add);
       }
     }
   }
@@ -228,7 +228,7 @@ class Gradients {
         }
         for (int64_t p = 0; p < input_[d].count(); ++p) {
           for (int64_t r = 0; r < count; ++r) shifted[r] = out[r] + p * kWidth;
-          product_to(count, input_[d].K, s.left_rows, input_[d].panel(p), shifted, input_[d].columns(p), d > 0);
+          input_[d].multiply(p, count, s.left_rows, shifted, d > 0);
         }
       }
     }

@@ -78,10 +78,16 @@ struct StepWeights {
   }
 };
 
-// A matrix [K, width] packed by columns into panels of kPanelWidth: panel p holds [K][its columns, whole vectors].
+// A matrix [K, width] as the other products read it: its columns in panels of kPanelWidth, panel p packed as [K][its
+// columns, whole vectors]; or, where `packed` is null, as it lies.
+//
+// Row k is w + k*row; with `shape`, the rows of a weight matrix of gates in the order of the recurrent slots.
 template <typename T>
 struct ColumnPanels {
   int64_t K, width;
+  const T* w;
+  int64_t row;
+  const CellShape* shape;
   T* packed;
 
   int64_t count() const { return ceil_div(width, kPanelWidth<T>); }
@@ -90,18 +96,52 @@ struct ColumnPanels {
   int vectors(int64_t p) const { return int(ceil_div(columns(p), kLanes<T>)); }
   T* panel(int64_t p) const { return packed + p * kPanelWidth<T> * K; }
 
-  // From the rows k of the matrix.
-  template <typename RowOf>
-  void pack(int64_t p, RowOf row_of) const {
-    for (int64_t k = 0; k < K; ++k) {
+  const T* row_of(int64_t k) const {
+    if (!shape) return w + k * row;
+    const int64_t H = K / shape->gates;
+    return w + (shape->recurrent_gate(int(k / H)) * H + k % H) * row;
+  }
+
+  void pack(int64_t p) const {
+    for (int64_t k = 0; packed && k < K; ++k) {
       pack_row(row_of(k) + p * kPanelWidth<T>, columns(p), panel(p) + k * vectors(p) * kLanes<T>);
     }
   }
-  // From the transposed matrix [width, K].
-  void pack_transpose(int64_t p, const T* w, int64_t row) const {
+  // From the transposed matrix [width, K], which is then what w and row describe.
+  void pack_transpose(int64_t p) const {
     for (int v = 0; v < vectors(p); ++v) {
       const int64_t column = p * kPanelWidth<T> + v * kLanes<T>;
       pack_transposed(K, w + column * row, row, width - column, panel(p) + v * kLanes<T>, vectors(p) * kLanes<T>);
+    }
+  }
+
+  // out[m][columns of p] = or += a[m] x this matrix.
+  void multiply(int64_t p, int64_t rows, const T* const* a, T* const* out, bool add) const {
+    if (packed) {
+      product_to(rows, K, a, panel(p), out, columns(p), add);
+      return;
+    }
+    for (int64_t m = 0; m < rows; ++m) multiply_as_it_lies(p, a[m], out[m], add);
+  }
+
+ private:
+  void multiply_as_it_lies(int64_t p, const T* a, T* out, bool add) const {
+    const int64_t n = columns(p), blocks = shape ? shape->gates : 1, depth = K / blocks;
+    Vec<T> sum[kPanelVectors] = {};
+    for (int64_t block = 0; block < blocks; ++block) {
+      const T* from = row_of(block * depth) + p * kPanelWidth<T>;
+      for (int64_t k = 0; k < depth; ++k, from += row) {
+#pragma GCC unroll 4
+        for (int v = 0; v < kPanelVectors; ++v) {
+          const int64_t left = n - v * kLanes<T>;
+          if (left > 0) sum[v] = a[block * depth + k] * load_up_to(from + v * kLanes<T>, left) + sum[v];
+        }
+      }
+    }
+    for (int v = 0; v < vectors(p); ++v) {
+      const int64_t i = v * kLanes<T>;
+      if (add) sum[v] += load_up_to(out + i, n - i);
+      store_up_to(out + i, sum[v], n - i);
     }
   }
 };
