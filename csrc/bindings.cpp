@@ -1,5 +1,6 @@
-// The Python module rnnkern._C. The only file that knows Python: turns tensors into checked views, views into a scan, and
-// releases the interpreter while it runs. Whatever does not fit raises Refused, a RuntimeError, before anything is written.
+// The Python module rnnkern._C. The only file that knows Python: turns tensors into checked views,
+// views into a scan, and releases the interpreter while it runs. Whatever does not fit raises
+// Refused, a RuntimeError, before anything is written.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -17,7 +18,8 @@ PyTypeObject* parameter_type = nullptr;
 // Methods of torch.Tensor, as plain functions of a tensor.
 PyObject *is_neg = nullptr, *new_empty = nullptr, *new_empty_strided = nullptr;
 
-// State of torch that no kernel can run in: a question of torch's own without arguments, true where it is so.
+// State of torch that no kernel can run in: a question of torch's own without arguments, true where
+// it is so.
 struct Mode {
   PyObject* question;
   const char* reason;
@@ -51,11 +53,13 @@ void bind_exchange_table() {
     throw py::import_error("rnnkern needs torch >= 2.10: this torch has no DLPack exchange table");
   }
   const py::capsule capsule = type.attr("__dlpack_c_exchange_api__");
-  const auto* table = static_cast<const dlpack::ExchangeTable*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+  const auto* table = static_cast<const dlpack::ExchangeTable*>(
+      PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
   while (table && table->header.major != 1) {
     table = reinterpret_cast<const dlpack::ExchangeTable*>(table->header.previous);
   }
-  if (!table || !table->view_of_object) throw py::import_error("this torch has no DLPack 1.x exchange table");
+  if (!table || !table->view_of_object)
+    throw py::import_error("this torch has no DLPack 1.x exchange table");
   exchange = table;
   tensor_type = reinterpret_cast<PyTypeObject*>(py::object(type).release().ptr());
   const py::object parameter = py::module_::import("torch.nn").attr("Parameter");
@@ -67,7 +71,8 @@ void bind_exchange_table() {
 
 TensorView view_of(py::handle object, const char* name) {
   if (!PyObject_TypeCheck(object.ptr(), tensor_type)) {
-    throw Refused(std::string(name) + " must be a torch.Tensor, got " + Py_TYPE(object.ptr())->tp_name);
+    throw Refused(std::string(name) + " must be a torch.Tensor, got " +
+                  Py_TYPE(object.ptr())->tp_name);
   }
   TensorView view;
   view.name = name;
@@ -79,7 +84,8 @@ TensorView view_of(py::handle object, const char* name) {
 }
 
 constexpr const char* kGaps = "gaps along the last axis";
-constexpr const char* kNoMemory = "no plain memory behind a tensor (meta, sparse, quantized or wrapped)";
+constexpr const char* kNoMemory =
+    "no plain memory behind a tensor (meta, sparse, quantized or wrapped)";
 
 // Why no kernel covers this tensor, or null. `like` is the tensor whose dtype it must share.
 const char* refusal_of(py::handle object, const TensorView* like, TensorView* view) {
@@ -98,7 +104,8 @@ const char* refusal_of(py::handle object, const TensorView* like, TensorView* vi
   int64_t elements = 1;
   for (int i = 0; i < t.ndim; ++i) elements *= t.shape[i];
   if (elements && !t.data) return kNoMemory;
-  const py::object negated = py::reinterpret_steal<py::object>(PyObject_CallOneArg(is_neg, object.ptr()));
+  const py::object negated =
+      py::reinterpret_steal<py::object>(PyObject_CallOneArg(is_neg, object.ptr()));
   if (!negated) throw py::error_already_set();
   if (negated.ptr() == Py_True) return "lazily negated tensor";
   if (t.ndim && elements && t.shape[t.ndim - 1] > 1 && view->stride(t.ndim - 1) != 1) return kGaps;
@@ -107,7 +114,8 @@ const char* refusal_of(py::handle object, const TensorView* like, TensorView* vi
 
 // Why no kernel covers these tensors, or None; gaps only where nothing worse is found.
 py::object refusal(py::handle x, py::handle h0, py::handle c0, const py::sequence& weights) {
-  std::vector<py::object> all = {py::reinterpret_borrow<py::object>(x), py::reinterpret_borrow<py::object>(h0),
+  std::vector<py::object> all = {py::reinterpret_borrow<py::object>(x),
+                                 py::reinterpret_borrow<py::object>(h0),
                                  py::reinterpret_borrow<py::object>(c0)};
   for (py::handle weight : weights) all.push_back(py::reinterpret_borrow<py::object>(weight));
   TensorView first, other;
@@ -136,10 +144,12 @@ TensorView float_view(py::handle object, const char* name, bool allow_gaps = fal
   TensorView view;
   view.name = name;
   if (!PyObject_TypeCheck(object.ptr(), tensor_type)) {
-    throw py::type_error(std::string(name) + " must be a torch.Tensor, got " + Py_TYPE(object.ptr())->tp_name);
+    throw py::type_error(std::string(name) + " must be a torch.Tensor, got " +
+                         Py_TYPE(object.ptr())->tp_name);
   }
   const char* reason = refusal_of(object, nullptr, &view);
-  if (reason && !(allow_gaps && reason == kGaps)) view.fail(std::string("is not covered: ") + reason);
+  if (reason && !(allow_gaps && reason == kGaps))
+    view.fail(std::string("is not covered: ") + reason);
   if (view.tensor.dtype.bits != 8 * sizeof(T)) view.fail("has another dtype than the input");
   return view;
 }
@@ -150,7 +160,8 @@ class Operands {
  public:
   Operands(const Layer& layer, py::handle x, py::handle steps)
       : layer_(layer), object_(x), x_(float_view<T>(x, "input")) {
-    if (layer.cell < 0 || layer.cell > int(CellId::kGru) || layer.directions < 1 || layer.directions > kMaxDirections) {
+    if (layer.cell < 0 || layer.cell > int(CellId::kGru) || layer.directions < 1 ||
+        layer.directions > kMaxDirections) {
       throw Refused("unknown layer");
     }
     read_steps(steps);
@@ -167,12 +178,13 @@ class Operands {
 
   void read_weights(const py::sequence& list, Weights<T>* out) {
     if (int(list.size()) != layer_.directions * layer_.tensors()) {
-      throw Refused("expected " + std::to_string(layer_.directions * layer_.tensors()) + " weights, got " +
-                               std::to_string(list.size()));
+      throw Refused("expected " + std::to_string(layer_.directions * layer_.tensors()) +
+                    " weights, got " + std::to_string(list.size()));
     }
     const int gates = cell_shape(sizes.cell).gates;
     for (int d = 0, i = 0; d < layer_.directions; ++d) {
-      const TensorView w_ih = float_view<T>(list[i++], "weight_ih"), w_hh = float_view<T>(list[i++], "weight_hh");
+      const TensorView w_ih = float_view<T>(list[i++], "weight_ih"),
+                       w_hh = float_view<T>(list[i++], "weight_hh");
       const int64_t rows = gates * sizes.H;
       w_ih.expect_shape({rows, sizes.I});
       w_hh.expect_shape({rows, sizes.O});
@@ -203,7 +215,8 @@ class Operands {
   }
 
   // As rows, but the last axis may be expanded from one element, as in the gradient of a sum.
-  Rows<const T> incoming_rows(py::handle object, const char* name, int64_t features, bool* uniform) {
+  Rows<const T> incoming_rows(py::handle object, const char* name, int64_t features,
+                              bool* uniform) {
     if (object.is_none()) return {};
     const TensorView v = float_view<T>(object, name, true);
     const int64_t stride = v.tensor.ndim ? v.stride(v.tensor.ndim - 1) : 1;
@@ -234,7 +247,8 @@ class Operands {
     if (!result) throw py::error_already_set();
     return py::reinterpret_steal<py::object>(result);
   }
-  // Time first in memory also where the batch is the first axis: as torch.nn's outputs lie, so that views of them work.
+  // Time first in memory also where the batch is the first axis: as torch.nn's outputs lie, so that
+  // views of them work.
   py::object empty_rows(int64_t features) const {
     if (steps.start) return empty({steps.total, features});
     if (!layer_.batch_first) return empty({steps.T, steps.N, features});
@@ -247,8 +261,8 @@ class Operands {
   }
   py::object empty_state(int64_t features) const { return empty({sizes.D, steps.N, features}); }
 
-  // What forward saves is one dense buffer of slots [D, total, S*H], cell states [D, total, H] and, where there is a
-  // projection, hidden states before it [D, total, H].
+  // What forward saves is one dense buffer of slots [D, total, S*H], cell states [D, total, H] and,
+  // where there is a projection, hidden states before it [D, total, H].
   struct Saved {
     int64_t slots = 0, cells = 0, unprojected = 0;  // elements
     int64_t elements() const { return slots + cells + unprojected; }
@@ -266,14 +280,17 @@ class Operands {
     return v.data<T>();
   }
 
-  Rows<T> new_rows(py::handle object, int64_t features) { return rows_of<T>(new_view(object, "output"), features); }
+  Rows<T> new_rows(py::handle object, int64_t features) {
+    return rows_of<T>(new_view(object, "output"), features);
+  }
   State<T> new_state(py::handle object) {
     const TensorView v = new_view(object, "final state");
     return {v.data<T>(), v.stride(0), v.stride(1)};
   }
 
   // Makes the gradients of the weights that are wanted, in the order of the weights.
-  void make_gradients(const py::sequence& wanted, size_t first, py::list* made, WeightGradients<T>* out) const {
+  void make_gradients(const py::sequence& wanted, size_t first, py::list* made,
+                      WeightGradients<T>* out) const {
     const int64_t rows = cell_shape(sizes.cell).gates * sizes.H;
     size_t i = first;
     const auto make = [&](std::initializer_list<int64_t> shape) -> T* {
@@ -298,9 +315,11 @@ class Operands {
  private:
   // steps: None, or (active, order, reset, packed), each tensor or None.
   void read_steps(py::handle object) {
-    const bool packed = !object.is_none() && py::cast<bool>(py::tuple(py::reinterpret_borrow<py::object>(object))[3]);
+    const bool packed = !object.is_none() &&
+                        py::cast<bool>(py::tuple(py::reinterpret_borrow<py::object>(object))[3]);
     const int dims = packed ? 2 : 3;
-    if (x_.tensor.ndim != dims) x_.fail("has " + std::to_string(x_.tensor.ndim) + " axes, expected " + std::to_string(dims));
+    if (x_.tensor.ndim != dims)
+      x_.fail("has " + std::to_string(x_.tensor.ndim) + " axes, expected " + std::to_string(dims));
     if (!packed) {
       steps.T = x_.size(layer_.batch_first ? 1 : 0);
       steps.N = x_.size(layer_.batch_first ? 0 : 1);
@@ -335,7 +354,8 @@ class Operands {
     steps.start = start_.data();
     steps.total = total;
     if (x_.size(0) != total) {
-      x_.fail("has " + std::to_string(x_.size(0)) + " rows, but the batch_sizes add up to " + std::to_string(total));
+      x_.fail("has " + std::to_string(x_.size(0)) + " rows, but the batch_sizes add up to " +
+              std::to_string(total));
     }
   }
 
@@ -347,7 +367,8 @@ class Operands {
     std::vector<bool> seen(size_t(steps.N), false);
     for (int64_t k = 0; k < steps.N; ++k) {
       const int64_t row = steps.order[k];
-      if (row < 0 || row >= steps.N || seen[size_t(row)]) v.fail("must be a permutation of the batch");
+      if (row < 0 || row >= steps.N || seen[size_t(row)])
+        v.fail("must be a permutation of the batch");
       seen[size_t(row)] = true;
     }
   }
@@ -357,7 +378,8 @@ class Operands {
     v.expect_dtype(dlpack::kBool, 8, "bool");
     const int t = layer_.batch_first ? 1 : 0;
     if (v.tensor.ndim != 2 || v.size(t) != steps.T || v.size(1 - t) != steps.N) {
-      v.fail("has shape " + shape_text(v.tensor.shape, v.tensor.ndim) + ", expected one flag per step and row");
+      v.fail("has shape " + shape_text(v.tensor.shape, v.tensor.ndim) +
+             ", expected one flag per step and row");
     }
     steps.reset = v.data<const bool>();
     steps.reset_step = v.stride(t);
@@ -395,9 +417,11 @@ class Operands {
 
 // (output, h_n, c_n or None, what backward needs or None)
 template <typename T>
-py::tuple forward_of(const Layer& layer, py::handle x, py::handle h0, py::handle c0, const py::sequence& weights,
-                     py::handle steps, bool training, int threads, bool deterministic) {
-  if (const char* reason = mode_refusal()) throw Refused(std::string("no kernel may run: ") + reason);
+py::tuple forward_of(const Layer& layer, py::handle x, py::handle h0, py::handle c0,
+                     const py::sequence& weights, py::handle steps, bool training, int threads,
+                     bool deterministic) {
+  if (const char* reason = mode_refusal())
+    throw Refused(std::string("no kernel may run: ") + reason);
   Operands<T> o(layer, x, steps);
   Forward<T> f;
   o.read_weights(weights, f.weights);
@@ -406,7 +430,8 @@ py::tuple forward_of(const Layer& layer, py::handle x, py::handle h0, py::handle
   f.x = o.input();
   f.h0 = o.template state<const T>(h0, "h_0", z.O);
   f.c0 = o.template state<const T>(c0, "c_0", z.H);
-  py::object y = o.empty_rows(z.D * z.O), hn = o.empty_state(z.O), cn = py::none(), saved = py::none();
+  py::object y = o.empty_rows(z.D * z.O), hn = o.empty_state(z.O), cn = py::none(),
+             saved = py::none();
   f.y = o.new_rows(y, z.D * z.O);
   f.hn = o.new_state(hn);
   if (cell_shape(z.cell).cell_state) {
@@ -430,12 +455,13 @@ py::tuple forward_of(const Layer& layer, py::handle x, py::handle h0, py::handle
   return py::make_tuple(std::move(y), std::move(hn), std::move(cn), std::move(saved));
 }
 
-// Gradients of x, h_0, c_0 and the weights, None where not wanted. With `overwrite` the gradients of the gates take the
-// place of what was saved.
+// Gradients of x, h_0, c_0 and the weights, None where not wanted. With `overwrite` the gradients
+// of the gates take the place of what was saved.
 template <typename T>
-py::list backward_of(const Layer& layer, py::handle x, py::handle h0, py::handle c0, const py::sequence& weights,
-                     py::handle y, py::handle saved, py::handle dy, py::handle dhn, py::handle dcn,
-                     const py::sequence& wanted, bool overwrite, py::handle steps, int threads, bool deterministic) {
+py::list backward_of(const Layer& layer, py::handle x, py::handle h0, py::handle c0,
+                     const py::sequence& weights, py::handle y, py::handle saved, py::handle dy,
+                     py::handle dhn, py::handle dcn, const py::sequence& wanted, bool overwrite,
+                     py::handle steps, int threads, bool deterministic) {
   Operands<T> o(layer, x, steps);
   Backward<T> b;
   o.read_weights(weights, b.weights);
@@ -498,16 +524,18 @@ bool is_double(py::handle x) {
   return view.tensor.dtype.bits == 64;
 }
 
-std::string describe_plan(const Layer& layer, int64_t T, int64_t N, int64_t I, int element_bytes, int threads,
-                          bool deterministic, bool backward) {
+std::string describe_plan(const Layer& layer, int64_t T, int64_t N, int64_t I, int element_bytes,
+                          int threads, bool deterministic, bool backward) {
   Problem problem;
-  problem.sizes = {CellId(layer.cell), I, layer.hidden, layer.out, layer.directions, layer.projected};
+  problem.sizes = {CellId(layer.cell), I, layer.hidden, layer.out, layer.directions,
+                   layer.projected};
   problem.T = T;
   problem.N = N;
   problem.total = T * N;
   problem.deterministic = deterministic;
   const Machine machine = machine_for(threads, element_bytes);
-  return describe(backward ? plan_backward(problem, machine) : plan_forward(problem, machine), problem, machine);
+  return describe(backward ? plan_backward(problem, machine) : plan_forward(problem, machine),
+                  problem, machine);
 }
 
 std::vector<std::string> compiled_sets() {
@@ -528,23 +556,28 @@ PYBIND11_MODULE(_C, m) {
   } catch (const std::runtime_error& error) {
     throw py::import_error(error.what());
   }
-  py::register_exception<Refused>(m, "Refused", PyExc_RuntimeError);
+  py::register_exception<Refused>(m, "RefusedError", PyExc_RuntimeError);
   py::class_<Layer>(m, "Layer", "What a layer is, apart from the sizes of its input.")
-      .def(py::init<int, int, int64_t, int64_t, bool, bool, bool>(), py::arg("cell"), py::arg("directions"),
-           py::arg("hidden"), py::arg("out"), py::arg("bias"), py::arg("projected"), py::arg("batch_first"));
+      .def(py::init<int, int, int64_t, int64_t, bool, bool, bool>(), py::arg("cell"),
+           py::arg("directions"), py::arg("hidden"), py::arg("out"), py::arg("bias"),
+           py::arg("projected"), py::arg("batch_first"));
   m.attr("GAPS") = kGaps;
   m.def("refusal", &refusal);
   m.def("mode_refusal", &mode_refusal);
-  m.def("forward", [](const Layer& layer, py::handle x, py::handle h0, py::handle c0, const py::sequence& weights,
-                      py::handle steps, bool training, int threads, bool deterministic) {
-    return (is_double(x) ? forward_of<double> : forward_of<float>)(layer, x, h0, c0, weights, steps, training, threads,
+  m.def("forward", [](const Layer& layer, py::handle x, py::handle h0, py::handle c0,
+                      const py::sequence& weights, py::handle steps, bool training, int threads,
+                      bool deterministic) {
+    return (is_double(x) ? forward_of<double> : forward_of<float>)(layer, x, h0, c0, weights, steps,
+                                                                   training, threads,
                                                                    deterministic);
   });
-  m.def("backward", [](const Layer& layer, py::handle x, py::handle h0, py::handle c0, const py::sequence& weights,
-                       py::handle y, py::handle saved, py::handle dy, py::handle dhn, py::handle dcn,
-                       const py::sequence& wanted, bool overwrite, py::handle steps, int threads, bool deterministic) {
-    return (is_double(x) ? backward_of<double> : backward_of<float>)(layer, x, h0, c0, weights, y, saved, dy, dhn, dcn,
-                                                                     wanted, overwrite, steps, threads, deterministic);
+  m.def("backward", [](const Layer& layer, py::handle x, py::handle h0, py::handle c0,
+                       const py::sequence& weights, py::handle y, py::handle saved, py::handle dy,
+                       py::handle dhn, py::handle dcn, const py::sequence& wanted, bool overwrite,
+                       py::handle steps, int threads, bool deterministic) {
+    return (is_double(x) ? backward_of<double>
+                         : backward_of<float>)(layer, x, h0, c0, weights, y, saved, dy, dhn, dcn,
+                                               wanted, overwrite, steps, threads, deterministic);
   });
   m.def("describe_plan", &describe_plan);
   m.def("compiled_sets", &compiled_sets);

@@ -1,5 +1,6 @@
-// A torch tensor as plain C data, through the DLPack exchange table (a C function table that torch >= 2.10 publishes as
-// torch.Tensor.__dlpack_c_exchange_api__). No copy, no ownership, no Python work: a view lives as long as the call.
+// A torch tensor as plain C data, through the DLPack exchange table (a C function table that torch
+// >= 2.10 publishes as torch.Tensor.__dlpack_c_exchange_api__). No copy, no ownership, no Python
+// work: a view lives as long as the call.
 //
 // The structures below state the binary interface of DLPack 1.x, as far as it is used here.
 #pragma once
@@ -46,7 +47,8 @@ struct ExchangeTable {
 
 }  // namespace dlpack
 
-// The kernels cannot take this call, or its operands do not fit each other. Thrown before anything is written.
+// The kernels cannot take this call, or its operands do not fit each other. Thrown before anything
+// is written.
 struct Refused : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
@@ -88,7 +90,9 @@ struct TensorView {
     }
   }
 
-  [[noreturn]] void fail(const std::string& what) const { throw Refused(std::string(name) + " " + what); }
+  [[noreturn]] void fail(const std::string& what) const {
+    throw Refused(std::string(name) + " " + what);
+  }
 
  private:
   int64_t dense_stride(int axis) const {

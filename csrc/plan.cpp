@@ -7,24 +7,29 @@ namespace rnnkern {
 
 namespace {
 
-// Operations that make it worth waking another thread: a parallel region costs some 3 us, which one core spends on
-// about 200 kFLOP; a barrier a step costs some 0.5 us.
+// Operations that make it worth waking another thread: a parallel region costs some 3 us, which one
+// core spends on about 200 kFLOP; a barrier a step costs some 0.5 us.
 constexpr double kFlopsPerThread = 400e3;
 constexpr double kFlopsPerThreadStep = 80e3;
-// Rows of one block of the input product: enough to read the weights of the input once for many rows.
+// Rows of one block of the input product: enough to read the weights of the input once for many
+// rows.
 constexpr int64_t kInputRows = 48;
-// Packing reads and writes all weights once; reading them as they lie costs this many times a packed step per row.
+// Packing reads and writes all weights once; reading them as they lie costs this many times a
+// packed step per row.
 constexpr int64_t kPackingSteps = 3;
 
 double flops_per_row(const Sizes& z) {
   const CellShape shape = cell_shape(z.cell);
-  return 2.0 * shape.gates * double(z.H) * double(z.I + z.O) + (z.projected ? 2.0 * double(z.H) * double(z.O) : 0.0);
+  return 2.0 * shape.gates * double(z.H) * double(z.I + z.O) +
+         (z.projected ? 2.0 * double(z.H) * double(z.O) : 0.0);
 }
 
-// Rows are split where every part still fills its register tiles, for no barrier is needed then; else units.
+// Rows are split where every part still fills its register tiles, for no barrier is needed then;
+// else units.
 void split_work(const Problem& problem, const Machine& machine, double work, Plan* plan) {
   const int64_t tasks = problem.sizes.D;
-  const int64_t wanted = std::min<int64_t>(machine.threads, int64_t(work * double(problem.total) / kFlopsPerThread));
+  const int64_t wanted =
+      std::min<int64_t>(machine.threads, int64_t(work * double(problem.total) / kFlopsPerThread));
   if (wanted <= 1) return;
   const int64_t per_direction = std::max<int64_t>(1, wanted / tasks);
   const int64_t tiles = (problem.N + machine.tile_rows - 1) / machine.tile_rows;
@@ -62,17 +67,21 @@ Plan plan_backward(const Problem& problem, const Machine& machine) {
 
 std::string describe(const Plan& plan, const Problem& problem, const Machine& machine) {
   char line[512];
-  const char* split = plan.row_blocks > 1    ? "batch rows split: each thread runs its rows through all steps, no barrier"
-                      : plan.unit_blocks > 1 ? "hidden units split: one barrier a step"
-                      : plan.threads > 1     ? "one thread per direction"
-                      : machine.threads > 1  ? "one thread: too little work to wake another"
-                                             : "one thread: no more are allowed";
-  std::snprintf(line, sizeof(line),
-                "threads %d of %d (%s); weights %s; input product of %lld step%s at once; %.3g MFLOP", plan.threads,
-                machine.threads, split,
-                plan.packed ? "packed into panels of units with all gates" : "read as they lie: too few rows to repay packing",
-                static_cast<long long>(plan.block_steps), plan.block_steps == 1 ? "" : "s",
-                flops_per_row(problem.sizes) * double(problem.total) * 1e-6);
+  const char* split =
+      plan.row_blocks > 1
+          ? "batch rows split: each thread runs its rows through all steps, no barrier"
+      : plan.unit_blocks > 1 ? "hidden units split: one barrier a step"
+      : plan.threads > 1     ? "one thread per direction"
+      : machine.threads > 1  ? "one thread: too little work to wake another"
+                             : "one thread: no more are allowed";
+  std::snprintf(
+      line, sizeof(line),
+      "threads %d of %d (%s); weights %s; input product of %lld step%s at once; %.3g MFLOP",
+      plan.threads, machine.threads, split,
+      plan.packed ? "packed into panels of units with all gates"
+                  : "read as they lie: too few rows to repay packing",
+      static_cast<long long>(plan.block_steps), plan.block_steps == 1 ? "" : "s",
+      flops_per_row(problem.sizes) * double(problem.total) * 1e-6);
   return line;
 }
 

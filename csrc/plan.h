@@ -1,4 +1,5 @@
-// Which kernel, from sizes alone: threads, how rows and units are split among them, and how the weights are read.
+// Which kernel, from sizes alone: threads, how rows and units are split among them, and how the
+// weights are read.
 #pragma once
 
 #include <cstdint>
@@ -10,9 +11,9 @@ namespace rnnkern {
 
 // What the plan must know of the machine and of the code that will run.
 struct Machine {
-  int threads = 1;      // at most
-  int lanes = 4;        // elements of one vector
-  int tile_rows = 3;    // rows of one register tile
+  int threads = 1;    // at most
+  int lanes = 4;      // elements of one vector
+  int tile_rows = 3;  // rows of one register tile
 };
 
 struct Problem {
@@ -24,9 +25,9 @@ struct Problem {
 
 struct Plan {
   int threads = 1;
-  int row_blocks = 1;   // independent parts of the batch
-  int unit_blocks = 1;  // parts of the hidden units, one barrier a step between them
-  bool packed = true;   // weights repacked into panels; else read as they lie
+  int row_blocks = 1;       // independent parts of the batch
+  int unit_blocks = 1;      // parts of the hidden units, one barrier a step between them
+  bool packed = true;       // weights repacked into panels; else read as they lie
   int64_t block_steps = 1;  // steps whose input product is made at once
 };
 

@@ -1,8 +1,9 @@
-// What one scan is: one recurrent layer, all its directions, over all its steps. Plain data, no behaviour.
+// What one scan is: one recurrent layer, all its directions, over all its steps. Plain data, no
+// behaviour.
 //
-// T time, N batch, I input, H hidden, O output (H, or the projected size P), D directions, G gates, S slots (what a
-// cell keeps per unit: its gates, and for GRU one more). Strides are in elements; the last axis of every tensor is
-// contiguous.
+// T time, N batch, I input, H hidden, O output (H, or the projected size P), D directions, G gates,
+// S slots (what a cell keeps per unit: its gates, and for GRU one more). Strides are in elements;
+// the last axis of every tensor is contiguous.
 #pragma once
 
 #include <cstdint>
@@ -21,7 +22,8 @@ struct CellShape {
   bool saves_slots;  // backward needs the slots (else the output is enough)
   bool reads_h;      // the cell itself reads h_prev, and has dh_direct
 
-  // Which gate (block of H rows of the weight matrix) stands in a slot of the recurrent or the input product.
+  // Which gate (block of H rows of the weight matrix) stands in a slot of the recurrent or the
+  // input product.
   constexpr int recurrent_gate(int slot) const { return (slot - input_slot + gates) % gates; }
   constexpr int input_gate(int slot) const { return slot - input_slot; }
 };
@@ -34,26 +36,29 @@ constexpr CellShape cell_shape(CellId id) {
   return id == CellId::kLstm ? kLstmShape : id == CellId::kGru ? kGruShape : kElmanShape;
 }
 
-// Which rows are active at which step, and in which order they stand. The kernel works on slots 0..N-1 sorted so that
-// the active ones are always the first active[t].
+// Which rows are active at which step, and in which order they stand. The kernel works on slots
+// 0..N-1 sorted so that the active ones are always the first active[t].
 struct Steps {
   int64_t T = 0, N = 0;
-  int64_t total = 0;                // rows over all steps that have storage: T*N, or the packed length
+  int64_t total = 0;  // rows over all steps that have storage: T*N, or the packed length
   const int64_t* active = nullptr;  // [T] rows active at step t, not increasing; null: all N
-  const int64_t* start = nullptr;   // [T] packed layout: storage row of the first row of step t; null: padded layout
-  const int64_t* order = nullptr;   // [N] batch row that stands in slot k; null: k itself
-  const bool* reset = nullptr;      // [T, N] an episode begins at step t of row n; null: never
+  const int64_t* start =
+      nullptr;  // [T] packed layout: storage row of the first row of step t; null: padded layout
+  const int64_t* order = nullptr;  // [N] batch row that stands in slot k; null: k itself
+  const bool* reset = nullptr;     // [T, N] an episode begins at step t of row n; null: never
   int64_t reset_step = 0, reset_row = 0;
 };
 
-// A [T, N, F] tensor: row n of step t begins at data + t*step + n*row; in packed layout at data + (start[t] + k)*row.
+// A [T, N, F] tensor: row n of step t begins at data + t*step + n*row; in packed layout at data +
+// (start[t] + k)*row.
 template <typename T>
 struct Rows {
   T* data = nullptr;
   int64_t step = 0, row = 0;
 };
 
-// A [D, N, F] tensor; data null stands for zeros where it is read, and for "not wanted" where it is written.
+// A [D, N, F] tensor; data null stands for zeros where it is read, and for "not wanted" where it is
+// written.
 template <typename T>
 struct State {
   T* data = nullptr;
@@ -91,14 +96,14 @@ template <typename T>
 struct Forward {
   Sizes sizes;
   Steps steps;
-  Rows<const T> x;                           // [T, N, I]
-  State<const T> h0, c0;                     // [D, N, O], [D, N, H]
-  Weights<T> weights[kMaxDirections];        //
-  Rows<T> y;                                 // [T, N, D*O], direction d at column d*O
-  State<T> hn, cn;                           // [D, N, O], [D, N, H]
-  T* slots = nullptr;                        // [D, total, S*H] saved for backward, or null: inference
-  T* cells = nullptr;                        // [D, total, H] saved cell states, likewise
-  T* unprojected = nullptr;                  // [D, total, H] saved h before the projection, likewise
+  Rows<const T> x;                     // [T, N, I]
+  State<const T> h0, c0;               // [D, N, O], [D, N, H]
+  Weights<T> weights[kMaxDirections];  //
+  Rows<T> y;                           // [T, N, D*O], direction d at column d*O
+  State<T> hn, cn;                     // [D, N, O], [D, N, H]
+  T* slots = nullptr;                  // [D, total, S*H] saved for backward, or null: inference
+  T* cells = nullptr;                  // [D, total, H] saved cell states, likewise
+  T* unprojected = nullptr;            // [D, total, H] saved h before the projection, likewise
 };
 
 template <typename T>
@@ -109,16 +114,16 @@ struct Backward {
   State<const T> h0, c0;
   Weights<T> weights[kMaxDirections];
   Rows<const T> y;
-  const T* slots = nullptr;        // as forward left them (null where the cell saves none)
+  const T* slots = nullptr;  // as forward left them (null where the cell saves none)
   const T* cells = nullptr;
   const T* unprojected = nullptr;
-  Rows<const T> dy;                // [T, N, D*O] or null
-  bool dy_uniform = false;         // every row of dy is one element, repeated
-  State<const T> dhn, dcn;         // or null
-  T* dslots = nullptr;             // [D, total, S*H], may be the memory of slots
-  T* dprojected = nullptr;         // [D, total, O] workspace where there is a projection
-  Rows<T> dx;                      // [T, N, I] or null
-  State<T> dh0, dc0;               // or null
+  Rows<const T> dy;         // [T, N, D*O] or null
+  bool dy_uniform = false;  // every row of dy is one element, repeated
+  State<const T> dhn, dcn;  // or null
+  T* dslots = nullptr;      // [D, total, S*H], may be the memory of slots
+  T* dprojected = nullptr;  // [D, total, O] workspace where there is a projection
+  Rows<T> dx;               // [T, N, I] or null
+  State<T> dh0, dc0;        // or null
   WeightGradients<T> gradients[kMaxDirections];
 };
 

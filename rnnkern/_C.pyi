@@ -6,7 +6,7 @@ from torch import Tensor
 GAPS: str
 compiler: str
 
-class Refused(RuntimeError): ...
+class RefusedError(RuntimeError): ...
 
 class Layer:
     def __init__(

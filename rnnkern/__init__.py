@@ -1,8 +1,8 @@
 """RNN, LSTM and GRU for PyTorch on hand-written kernels: a drop-in for ``torch.nn``.
 
-    >>> import torch, rnnkern
-    >>> lstm = rnnkern.LSTM(input_size=3, hidden_size=3)
-    >>> output, (h_n, c_n) = lstm(torch.randn(10, 1, 3))
+>>> import torch, rnnkern
+>>> lstm = rnnkern.LSTM(input_size=3, hidden_size=3)
+>>> output, (h_n, c_n) = lstm(torch.randn(10, 1, 3))
 """
 
 import torch  # noqa: F401  first: its OpenMP runtime is the one that the kernels share

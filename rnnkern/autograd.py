@@ -53,7 +53,7 @@ class Scan(torch.autograd.Function):
         overwrite = not _graph_is_kept()
         try:
             gradients = kernels.backward(*operands, dy, dhn, dcn, wanted, overwrite)
-        except kernels.Refused:
+        except kernels.RefusedError:
             given = [g for g in (dy, dhn, dcn) if g is not None]
             reason = kernels.refusal(x, None, None, given)
             if reason is None:

@@ -59,13 +59,15 @@ def explain(module: Any, input: Any, hx: Any = None) -> Explanation:
         TypeError: ``module`` is none of these.
     """
     if not hasattr(module, "_torch_forward") or not hasattr(module, "num_layers"):
-        raise TypeError(
-            f"explain wants an rnnkern.RNN, LSTM or GRU, got {type(module).__name__}"
-        )
+        raise TypeError(f"explain wants an rnnkern.RNN, LSTM or GRU, got {type(module).__name__}")
     packed = isinstance(input, PackedSequence)
     x: Tensor = input.data if packed else input
-    states = (None, None) if hx is None else tuple(hx) if isinstance(hx, (tuple, list)) else (hx, None)
-    reason = functional.mode_refusal() or kernels.refusal(x, *states, functional.current_weights(module))
+    states = (
+        (None, None) if hx is None else tuple(hx) if isinstance(hx, (tuple, list)) else (hx, None)
+    )
+    reason = functional.mode_refusal() or kernels.refusal(
+        x, *states, functional.current_weights(module)
+    )
     if reason is not None and reason != kernels.GAPS:
         return Explanation(f"torch.nn carries this out: {reason}")
     if packed:

@@ -43,7 +43,7 @@ def recurrent(
         # is computed, and then the call is looked at.
         try:
             y, hn, cn = _layers(module, input, None, None, current_weights(module), None)
-        except kernels.Refused:
+        except kernels.RefusedError:
             return _checked(module, input, hx, lengths, reset)
         return y, (hn if cn is None else (hn, cn))
     return _checked(module, input, hx, lengths, reset)
@@ -84,7 +84,7 @@ def _on_kernels(
     weights = current_weights(module)
     try:
         return _layers(module, x, h0, c0, weights, steps)
-    except kernels.Refused:
+    except kernels.RefusedError:
         reason = kernels.refusal(x, h0, c0, weights)
         if reason is None:
             raise
@@ -222,7 +222,11 @@ def _layers(
         )
         finals.append((hn, cn))
     hn = torch.cat([h for h, _ in finals])
-    return x, hn, torch.cat([c for _, c in finals if c is not None]) if layer.has_cell_state else None
+    return (
+        x,
+        hn,
+        torch.cat([c for _, c in finals if c is not None]) if layer.has_cell_state else None,
+    )
 
 
 def _one_layer(

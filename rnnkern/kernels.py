@@ -54,7 +54,7 @@ class Layer:
 layer = lru_cache(maxsize=4096)(Layer)
 """The layer of that mode, directions, hidden size, projection, bias and layout: one object each."""
 
-Refused = _C.Refused
+RefusedError = _C.RefusedError
 """Raised by `forward` and `backward`, a RuntimeError: an operand does not fit, or no kernel covers it."""
 
 refusal = _C.refusal
@@ -82,7 +82,7 @@ def forward(
     """One layer: output, ``h_n``, ``c_n`` or None, and what backward needs if ``training``.
 
     Raises:
-        Refused: an operand does not fit, or no kernel covers it (`refusal` says why). Nothing is computed then.
+        RefusedError: an operand does not fit, or no kernel covers it (`refusal` says why). Nothing is computed then.
     """
     return _C.forward(
         layer.handle,

@@ -39,7 +39,12 @@ class RNN(nn.RNN):
     _torch_forward = nn.RNN.forward
 
     def forward(  # type: ignore[override]
-        self, input: Any, hx: Any = None, *, lengths: Tensor | None = None, reset: Tensor | None = None
+        self,
+        input: Any,
+        hx: Any = None,
+        *,
+        lengths: Tensor | None = None,
+        reset: Tensor | None = None,
     ) -> Any:
         return functional.recurrent(self, input, hx, lengths, reset)
 
@@ -56,7 +61,12 @@ class LSTM(nn.LSTM):
     _torch_forward = nn.LSTM.forward
 
     def forward(  # type: ignore[override]
-        self, input: Any, hx: Any = None, *, lengths: Tensor | None = None, reset: Tensor | None = None
+        self,
+        input: Any,
+        hx: Any = None,
+        *,
+        lengths: Tensor | None = None,
+        reset: Tensor | None = None,
     ) -> Any:
         return functional.recurrent(self, input, hx, lengths, reset)
 
@@ -73,7 +83,12 @@ class GRU(nn.GRU):
     _torch_forward = nn.GRU.forward
 
     def forward(  # type: ignore[override]
-        self, input: Any, hx: Any = None, *, lengths: Tensor | None = None, reset: Tensor | None = None
+        self,
+        input: Any,
+        hx: Any = None,
+        *,
+        lengths: Tensor | None = None,
+        reset: Tensor | None = None,
     ) -> Any:
         return functional.recurrent(self, input, hx, lengths, reset)
 

@@ -71,7 +71,7 @@ def plot_speedup(rows: Sequence[Row], path: Path) -> None:
     panels[-1].set_xticks(range(len(workloads)), workloads, rotation=30, ha="right")
     first = rows[0]
     figure.suptitle(
-        f"Speed-up over torch.nn: {first.dtype} on {first.device}, {first.threads} threads",
+        f"Speed-up over torch.nn: {first.dtype} on {first.device}, threads: {first.threads}",
         fontsize=11,
     )
     handles, labels = panels[0].get_legend_handles_labels()

@@ -49,7 +49,9 @@ def layer(
         state = _initial_state(cell, data, d, h0, c0, w, w_hr, steps)
         y, state = _scan(cell, data, state, w, bias, w_hr, d == 1, batch_first, steps)
         outputs.append(y)
-        finals.append(state if steps is None or steps.order is None else _unsort(state, steps.order))
+        finals.append(
+            state if steps is None or steps.order is None else _unsort(state, steps.order)
+        )
     joined = [torch.cat(parts, -1) for parts in zip(*outputs, strict=True)]
     states = tuple(torch.stack(parts) for parts in zip(*finals, strict=True))
     return (_join(joined, x, batch_first, steps), *states)
@@ -109,7 +111,9 @@ def _scan(
         now = tuple(part[:count] for part in state)
         begins = _episode_begins(t, count, backwards, batch_first, steps)
         if begins is not None:
-            now = tuple(torch.where(begins.to(p.device)[:, None], torch.zeros_like(p), p) for p in now)
+            now = tuple(
+                torch.where(begins.to(p.device)[:, None], torch.zeros_like(p), p) for p in now
+            )
         after = cell.step(linear(data[t][:count], w[0], b_ih), linear(now[0], w[1], b_hh), now)
         if w_hr is not None:
             after = (linear(after[0], w_hr), *after[1:])

@@ -51,7 +51,9 @@ def padded_steps(
     if reset is not None:
         wanted = (N, T) if batch_first else (T, N)
         _expect("reset", reset, torch.bool, wanted, "(N, T)" if batch_first else "(T, N)")
-        reset = reset.to("cpu", copy=True)  # backward reads it again: what the caller does to it later is no matter
+        reset = reset.to(
+            "cpu", copy=True
+        )  # backward reads it again: what the caller does to it later is no matter
     if lengths is not None:
         _expect("lengths", lengths, torch.int64, (N,), "(N,)")
         lengths = lengths.cpu()

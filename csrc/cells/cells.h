@@ -1,4 +1,5 @@
-// The list of cells. Adding one: its header, an entry in CellId, a line here, a row in rnnkern/cells.py.
+// The list of cells. Adding one: its header, an entry in CellId, a line here, a row in
+// rnnkern/cells.py.
 #pragma once
 
 #include "cells/elman.h"

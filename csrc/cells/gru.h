@@ -4,8 +4,9 @@
 //   m = W_hn h + b_hn                               n = tanh(W_in x + b_in + r m)
 //   h' = (1 - z) n + z h
 //
-// Four slots m, r, z, n: the recurrent product owns slots 0-2, the input product slots 1-3, so that each is one
-// contiguous range, in the accumulators as in the saved buffer. Saved for backward: all four.
+// Four slots m, r, z, n: the recurrent product owns slots 0-2, the input product slots 1-3, so that
+// each is one contiguous range, in the accumulators as in the saved buffer. Saved for backward: all
+// four.
 #pragma once
 
 #include "cells/math.h"

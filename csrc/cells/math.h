@@ -1,12 +1,15 @@
 // sigmoid and tanh for every value type: float, double, and SIMD vectors of them.
 //
-// Only + - * / and comparisons, so every device can give the same bits. Both functions rest on one core,
+// Only + - * / and comparisons, so every device can give the same bits. Both functions rest on one
+// core,
 //
-//   exp(x) = 2^n (1 + p),   n = round(x / ln 2),   r = x - n ln 2,   p = r + r^2 q(r),   |r| <= ln(2)/2
+//   exp(x) = 2^n (1 + p),   n = round(x / ln 2),   r = x - n ln 2,   p = r + r^2 q(r),   |r| <=
+//   ln(2)/2
 //
-// with q a minimax polynomial of (e^r - 1 - r) / r^2 (error of p below 5e-10 and 5e-19 relative to r). Keeping p apart
-// from 1 keeps e^x - 1 accurate where it is small. Of tanh(x) = m / (m + 2), m = e^2x - 1, the roundings of m and m + 2
-// weigh most near zero: there a polynomial x + x^3 t(x^2) takes over (error below 4e-10 and 3e-20 relative to x).
+// with q a minimax polynomial of (e^r - 1 - r) / r^2 (error of p below 5e-10 and 5e-19 relative to
+// r). Keeping p apart from 1 keeps e^x - 1 accurate where it is small. Of tanh(x) = m / (m + 2), m
+// = e^2x - 1, the roundings of m and m + 2 weigh most near zero: there a polynomial x + x^3 t(x^2)
+// takes over (error below 4e-10 and 3e-20 relative to x).
 //
 // | function | float | double | at -inf, +inf | NaN    |
 // |----------|-------|--------|---------------|--------|
@@ -32,7 +35,8 @@
 namespace rnnkern {
 namespace RNNKERN_NAMESPACE {
 
-// What the functions below must know of a value type: its element, and integers of the same width and count.
+// What the functions below must know of a value type: its element, and integers of the same width
+// and count.
 template <typename V>
 struct ValueTraits {  // a compiler vector
   using Element = typename ValueTraits<decltype(V{}[0] + V{}[0])>::Element;
@@ -62,12 +66,14 @@ struct MathConstants;
 
 template <>
 struct MathConstants<float> {
-  static constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
+  static constexpr float kRound =
+      12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
   static constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440054690582770e-4f;
   static constexpr int kMantissaBits = 23, kBias = 127;
-  static constexpr float kExpMin = -87.0f, kExpMax = 88.0f;  // scale is a normal number between them
-  static constexpr float kSigmoidMin = -87.3365f;            // sigmoid of less is no normal number
-  static constexpr float kTanhMax = 10.0f;                   // tanh is 1 from 9.02 on
+  static constexpr float kExpMin = -87.0f,
+                         kExpMax = 88.0f;          // scale is a normal number between them
+  static constexpr float kSigmoidMin = -87.3365f;  // sigmoid of less is no normal number
+  static constexpr float kTanhMax = 10.0f;         // tanh is 1 from 9.02 on
   static constexpr float kTanhSmall = 0.3f;
   static constexpr int kTanhTerms = 4;
   static constexpr float kT[kTanhTerms] = {-0.33333332901269590127f, 0.13333180384304557242f,

@@ -7,9 +7,9 @@ namespace rnnkern {
 namespace RNNKERN_NAMESPACE {
 
 // forward(s) reads slot (pre-activations), h_prev, c_prev; writes slot (what backward needs), h, c.
-// backward(s) reads slot (as saved), h, c, h_prev, c_prev, dh, dc; writes slot (gradients of the pre-activations), dc
-// (gradient of c_prev) and dh_direct (the part of the gradient of h_prev that does not pass through W_hh).
-// A cell leaves alone what its shape says it does not have.
+// backward(s) reads slot (as saved), h, c, h_prev, c_prev, dh, dc; writes slot (gradients of the
+// pre-activations), dc (gradient of c_prev) and dh_direct (the part of the gradient of h_prev that
+// does not pass through W_hh). A cell leaves alone what its shape says it does not have.
 template <typename V>
 struct Step {
   V slot[kMaxSlots];

@@ -1,14 +1,16 @@
 // Backward pass of one layer, in reverse scan order:
 //
-//   dh(t) = dy(t) + dh          dslots(t), dc, dh' = cell_backward(slots(t), c(t), c(t-1), h(t-1), dh(t), dc)
-//   dh    = dh' + dslots(t) x W_hh
+//   dh(t) = dy(t) + dh          dslots(t), dc, dh' = cell_backward(slots(t), c(t), c(t-1), h(t-1),
+//   dh(t), dc) dh    = dh' + dslots(t) x W_hh
 //
-// and after the loop, as products over all rows at once (gradients.h): dW_ih, dW_hh, dW_hr, biases and dx.
+// and after the loop, as products over all rows at once (gradients.h): dW_ih, dW_hh, dW_hr, biases
+// and dx.
 //
-// Only dslots x W_hh is inside the loop. W_hh [G*H, O] is read by its rows k, contiguous along the result, so packing is
-// a copy and not a transposition. Tasks and teams as in forward.h: a member owns the same units in dslots and in dh,
-// and the barrier stands between writing dslots(t) and reading it whole. The gradients of a step overwrite the saved
-// slots where the caller passes the same memory for both.
+// Only dslots x W_hh is inside the loop. W_hh [G*H, O] is read by its rows k, contiguous along the
+// result, so packing is a copy and not a transposition. Tasks and teams as in forward.h: a member
+// owns the same units in dslots and in dh, and the barrier stands between writing dslots(t) and
+// reading it whole. The gradients of a step overwrite the saved slots where the caller passes the
+// same memory for both.
 #pragma once
 
 #include "cells/cells.h"
@@ -28,7 +30,8 @@ class BackwardScan {
   static constexpr int64_t kWidth = kPanelWidth<T>;
 
  public:
-  BackwardScan(const Backward<T>& b, const Plan& plan, Carver& carver) : b_(b), plan_(plan), gradients_(b, plan, carver) {
+  BackwardScan(const Backward<T>& b, const Plan& plan, Carver& carver)
+      : b_(b), plan_(plan), gradients_(b, plan, carver) {
     const Sizes& z = b.sizes;
     block_rows_ = ceil_div(b.steps.N, plan.row_blocks) + kTileRows;
     barriers_ = carver.take<Barrier>(1 + plan.threads);
@@ -159,7 +162,8 @@ class BackwardScan {
     r.slots = part.slots.data ? row_at(s, part.slots, t, slot) : nullptr;
     r.dy = part.dy.data ? row_at(s, part.dy, t, slot) : nullptr;
     if constexpr (!kShape.saves_slots) r.h = row_at(s, part.y, t, slot);
-    if constexpr (kShape.reads_h) r.h_prev = previous_state(s, d, t, slot, part.y, b_.h0, gradients_.zeros());
+    if constexpr (kShape.reads_h)
+      r.h_prev = previous_state(s, d, t, slot, part.y, b_.h0, gradients_.zeros());
     if constexpr (kShape.cell_state) {
       r.c = row_at(s, part.cells, t, slot);
       r.c_prev = previous_state(s, d, t, slot, part.cells, b_.c0, gradients_.zeros());
@@ -193,7 +197,8 @@ class BackwardScan {
     const int d = part.direction;
     const Range h = part.columns_of_dh, c = part.units;
     if (b_.dh0.data) copy_row(state_at(s, b_.dh0, d, slot), dh_row(d, slot), h.begin, h.end);
-    if (kShape.cell_state && b_.dc0.data) copy_row(state_at(s, b_.dc0, d, slot), dc_row(d, slot), c.begin, c.end);
+    if (kShape.cell_state && b_.dc0.data)
+      copy_row(state_at(s, b_.dc0, d, slot), dc_row(d, slot), c.begin, c.end);
   }
 
   // dm = (dy + dh) x W_hr; dy + dh is kept for the gradient of W_hr.
@@ -203,7 +208,8 @@ class BackwardScan {
       const RowPointers& r = part.scratch.pointers[k];
       T* sum = row_at(b_.steps, part.dprojected, v.t, part.row_begin + k);
       const int64_t stride = b_.dy_uniform ? 0 : 1;
-      for (int64_t i = own.begin; i < own.end; ++i) sum[i] = r.dh[i] + (r.dy ? r.dy[i * stride] : T(0));
+      for (int64_t i = own.begin; i < own.end; ++i)
+        sum[i] = r.dh[i] + (r.dy ? r.dy[i * stride] : T(0));
     }
     part.barrier.wait(part.members);
     const ColumnPanels<T>& w = projection_[part.direction];
@@ -278,7 +284,8 @@ class BackwardScan {
 
   // Rows that never take part pass the gradients of their final states on to their initial ones.
   void finish_idle_rows(const Part& part) const {
-    const int64_t first = b_.steps.T == 0 ? part.row_begin : max_of(part.row_begin, active_rows(b_.steps, 0));
+    const int64_t first =
+        b_.steps.T == 0 ? part.row_begin : max_of(part.row_begin, active_rows(b_.steps, 0));
     for (int64_t slot = first; slot < part.row_end; ++slot) {
       enter_row(part, slot);
       leave_row(part, slot);

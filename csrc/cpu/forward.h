@@ -1,15 +1,17 @@
-// Forward pass of one layer:  slots(t) = W_ih x(t) + W_hh h(t-1) + biases,  (h, c)(t) = cell(slots, c(t-1), h(t-1)).
+// Forward pass of one layer:  slots(t) = W_ih x(t) + W_hh h(t-1) + biases,  (h, c)(t) = cell(slots,
+// c(t-1), h(t-1)).
 //
 //   x [T, N, I]   y [T, N, D*O]   saved: slots [D, total, S*H], cells [D, total, H]
 //
-// Who owns what. A task is one direction of one block of batch rows, and runs through all steps with no word to any other
-// task. Its team (one thread, or unit_blocks of them) splits the hidden units; h(t) is read by the whole team, so there
-// is one barrier a step. Nothing is copied to feed a product: h(t-1) is read from y through row pointers, c lives in
-// the saved states or in c_n.
+// Who owns what. A task is one direction of one block of batch rows, and runs through all steps
+// with no word to any other task. Its team (one thread, or unit_blocks of them) splits the hidden
+// units; h(t) is read by the whole team, so there is one barrier a step. Nothing is copied to feed
+// a product: h(t-1) is read from y through row pointers, c lives in the saved states or in c_n.
 //
-// The input product of block_steps steps is made at once, into the accumulators where the recurrent product of each
-// step then adds: weights of the input are read once per block instead of once per step. Of one step and row that
-// costs 2 G H (I + O) operations and, per block of rows, G H O weights from the cache.
+// The input product of block_steps steps is made at once, into the accumulators where the recurrent
+// product of each step then adds: weights of the input are read once per block instead of once per
+// step. Of one step and row that costs 2 G H (I + O) operations and, per block of rows, G H O
+// weights from the cache.
 #pragma once
 
 #include "cells/cells.h"
@@ -29,7 +31,8 @@ class ForwardScan {
   static constexpr int64_t kWidth = kPanelWidth<T>;
 
  public:
-  ForwardScan(const Forward<T>& f, const Plan& plan, Carver& carver) : f_(f), plan_(plan), panels_{f.sizes.H} {
+  ForwardScan(const Forward<T>& f, const Plan& plan, Carver& carver)
+      : f_(f), plan_(plan), panels_{f.sizes.H} {
     const Sizes& z = f.sizes;
     block_rows_ = ceil_div(f.steps.N, plan.row_blocks) + kTileRows;
     zeros_ = carver.take<T>(max_of(z.H, z.O));
@@ -119,7 +122,8 @@ class ForwardScan {
     }
   }
 
-  // The accumulator row a product starts from: the biases of each slot, b_ih + b_hh where both products meet.
+  // The accumulator row a product starts from: the biases of each slot, b_ih + b_hh where both
+  // products meet.
   void pack_bias(int d, int64_t p) {
     const int64_t H = f_.sizes.H, width = panels_.unit_vectors(p) * kLanes<T>;
     T* to = bias_[d] + p * kWidth;
@@ -139,7 +143,8 @@ class ForwardScan {
     const int d = task % z.D;
     const Range rows = split(f_.steps.N, plan_.row_blocks, task / z.D, kTileRows);
     const Range panels = split(panels_.count(), members, member);
-    const Range units = {min_of(panels.begin * Panels::kUnits, z.H), min_of(panels.end * Panels::kUnits, z.H)};
+    const Range units = {min_of(panels.begin * Panels::kUnits, z.H),
+                         min_of(panels.end * Panels::kUnits, z.H)};
     const Range columns_of_y = z.projected ? split(z.O, members, member, kWidth) : units;
     T* unprojected = f_.unprojected ? f_.unprojected : unprojected_;
     Rows<T> unprojected_rows = saved_rows(f_.steps, f_.unprojected, d, z.H);
@@ -220,7 +225,8 @@ class ForwardScan {
     RowPointers r = {};
     const Rows<const T> y = {part.y.data, part.y.step, part.y.row};
     r.h_prev = previous_state(s, d, t, slot, y, f_.h0, zeros_);
-    r.h = f_.sizes.projected ? row_at(s, part.unprojected, unprojected_ ? 0 : t, slot) : row_at(s, part.y, t, slot);
+    r.h = f_.sizes.projected ? row_at(s, part.unprojected, unprojected_ ? 0 : t, slot)
+                             : row_at(s, part.y, t, slot);
     if (part.slots.data) r.slots = row_at(s, part.slots, t, slot);
     if constexpr (kShape.cell_state) {
       if (part.cells.data) {
@@ -279,9 +285,11 @@ class ForwardScan {
   // The final states of a row that takes part for the last time at step t.
   void finish_row(const Part& part, int64_t t, int64_t slot) const {
     const Steps& s = f_.steps;
-    copy_row(state_at(s, f_.hn, part.direction, slot), row_at(s, part.y, t, slot), part.column_begin, part.column_end);
+    copy_row(state_at(s, f_.hn, part.direction, slot), row_at(s, part.y, t, slot),
+             part.column_begin, part.column_end);
     if (kShape.cell_state && part.cells.data) {
-      copy_row(state_at(s, f_.cn, part.direction, slot), row_at(s, part.cells, t, slot), unit_begin(part), unit_end(part));
+      copy_row(state_at(s, f_.cn, part.direction, slot), row_at(s, part.cells, t, slot),
+               unit_begin(part), unit_end(part));
     }
   }
 
@@ -299,8 +307,12 @@ class ForwardScan {
     }
   }
 
-  int64_t unit_begin(const Part& part) const { return min_of(part.panel_begin * Panels::kUnits, f_.sizes.H); }
-  int64_t unit_end(const Part& part) const { return min_of(part.panel_end * Panels::kUnits, f_.sizes.H); }
+  int64_t unit_begin(const Part& part) const {
+    return min_of(part.panel_begin * Panels::kUnits, f_.sizes.H);
+  }
+  int64_t unit_end(const Part& part) const {
+    return min_of(part.panel_end * Panels::kUnits, f_.sizes.H);
+  }
 
   const Forward<T>& f_;
   const Plan& plan_;

@@ -2,12 +2,14 @@
 //
 //   acc[m][0..W) += a[m][0..K) x panel[K][W]          W = 1..4 vectors
 //
-// The left operand is a list of row pointers, so that no layout of the rows (packed, permuted, batch first, expanded)
-// is ever copied. Every sum runs over k in ascending order in one accumulator of its own: the result depends
-// neither on the tile, nor on the vector width, nor on who computes it.
+// The left operand is a list of row pointers, so that no layout of the rows (packed, permuted,
+// batch first, expanded) is ever copied. Every sum runs over k in ascending order in one
+// accumulator of its own: the result depends neither on the tile, nor on the vector width, nor on
+// who computes it.
 //
-// Of a tile of 6 x 4 vectors, one k costs 24 multiply-adds, 4 loads of the panel and 6 broadcasts. Blocks of
-// kDepth k keep the part of the panel in the first-level cache while all row tiles pass over it.
+// Of a tile of 6 x 4 vectors, one k costs 24 multiply-adds, 4 loads of the panel and 6 broadcasts.
+// Blocks of kDepth k keep the part of the panel in the first-level cache while all row tiles pass
+// over it.
 #pragma once
 
 #include "cpu/vec.h"
@@ -17,9 +19,11 @@ namespace RNNKERN_NAMESPACE {
 
 constexpr int kPanelVectors = 4;
 constexpr int64_t kDepth = 96;
-constexpr int64_t kGroupRows = 48;  // rows that share one pass over a panel where the result is not padded
+constexpr int64_t kGroupRows =
+    48;  // rows that share one pass over a panel where the result is not padded
 static_assert(kGroupRows % kTileRows == 0, "row groups are whole tiles");
-static_assert(kDepth * kPanelVectors * kVectorBytes <= 24 * 1024, "a panel block fits the L1 cache");
+static_assert(kDepth * kPanelVectors * kVectorBytes <= 24 * 1024,
+              "a panel block fits the L1 cache");
 
 template <typename T>
 constexpr int64_t kPanelWidth = kPanelVectors * kLanes<T>;
@@ -29,7 +33,8 @@ RNNKERN_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 RNNKERN_INLINE int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
 
 template <typename T, int kVectors, int kRows>
-void tile(int64_t k_begin, int64_t k_count, const T* const* a, const T* panel, T* acc, int64_t acc_row) {
+void tile(int64_t k_begin, int64_t k_count, const T* const* a, const T* panel, T* acc,
+          int64_t acc_row) {
   using V = Vec<T>;
   V c[kRows][kVectors];
   const T* row[kRows];
@@ -83,23 +88,26 @@ TileFunction<T> tile_of(int vectors, int64_t rows) {
 
 // acc[m][..] += a[m][0..K) x panel for `rows` rows; the rows of acc are padded to whole vectors.
 template <typename T>
-void product(int vectors, int64_t rows, int64_t K, const T* const* a, const T* panel, T* acc, int64_t acc_row) {
+void product(int vectors, int64_t rows, int64_t K, const T* const* a, const T* panel, T* acc,
+             int64_t acc_row) {
   const int64_t whole = rows / kTileRows * kTileRows;
   const TileFunction<T> full = tile_of<T>(vectors, kTileRows);
   for (int64_t k = 0; k < K; k += kDepth) {
     const int64_t depth = min_of(kDepth, K - k);
     const T* block = panel + k * vectors * kLanes<T>;
-    for (int64_t m = 0; m < whole; m += kTileRows) full(k, depth, a + m, block, acc + m * acc_row, acc_row);
+    for (int64_t m = 0; m < whole; m += kTileRows)
+      full(k, depth, a + m, block, acc + m * acc_row, acc_row);
     if (whole < rows) {
       tile_of<T>(vectors, rows - whole)(k, depth, a + whole, block, acc + whole * acc_row, acc_row);
     }
   }
 }
 
-// out[m][0..width) = or += a[m][0..K) x panel, width <= kPanelWidth: for results that are not padded. Where it adds,
-// the new sum is made apart and added once, so that long sums stay accurate.
+// out[m][0..width) = or += a[m][0..K) x panel, width <= kPanelWidth: for results that are not
+// padded. Where it adds, the new sum is made apart and added once, so that long sums stay accurate.
 template <typename T>
-void product_to(int64_t rows, int64_t K, const T* const* a, const T* panel, T* const* out, int64_t width, bool add) {
+void product_to(int64_t rows, int64_t K, const T* const* a, const T* panel, T* const* out,
+                int64_t width, bool add) {
   constexpr int64_t kWidth = kPanelWidth<T>;
   alignas(kVectorBytes) T acc[kGroupRows * kWidth];
   const int vectors = int(ceil_div(width, kLanes<T>));
@@ -118,8 +126,8 @@ void product_to(int64_t rows, int64_t K, const T* const* a, const T* panel, T* c
   }
 }
 
-// Dot products of a[0..K) with `count` <= lanes rows of w, one per lane (lanes past count repeat the last row). For few
-// rows and few steps: reads the weights once, as they lie.
+// Dot products of a[0..K) with `count` <= lanes rows of w, one per lane (lanes past count repeat
+// the last row). For few rows and few steps: reads the weights once, as they lie.
 template <typename T>
 Vec<T> dot_rows(int64_t K, const T* a, const T* w, int64_t w_row, int64_t count) {
   constexpr int kL = kLanes<T>;
@@ -144,16 +152,18 @@ Vec<T> dot_rows(int64_t K, const T* a, const T* w, int64_t w_row, int64_t count)
   return sum_each<T>(sum);
 }
 
-// panel[k][column] = rows[column][k] for lanes columns, `count` of them real, the others zero; consecutive k are
-// panel_row elements apart.
+// panel[k][column] = rows[column][k] for lanes columns, `count` of them real, the others zero;
+// consecutive k are panel_row elements apart.
 template <typename T>
-void pack_transposed(int64_t K, const T* rows, int64_t row, int64_t count, T* panel, int64_t panel_row) {
+void pack_transposed(int64_t K, const T* rows, int64_t row, int64_t count, T* panel,
+                     int64_t panel_row) {
   constexpr int kL = kLanes<T>;
   for (int64_t k = 0; k < K; k += kL) {
     const int64_t depth = min_of(kL, K - k);
     Vec<T> block[kL];
 #pragma GCC unroll 16
-    for (int i = 0; i < kL; ++i) block[i] = i < count ? load_up_to(rows + i * row + k, depth) : Vec<T>{};
+    for (int i = 0; i < kL; ++i)
+      block[i] = i < count ? load_up_to(rows + i * row + k, depth) : Vec<T>{};
     transpose<T>(block);
 #pragma GCC unroll 16
     for (int i = 0; i < kL; ++i) {

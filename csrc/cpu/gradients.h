@@ -1,14 +1,14 @@
 // After the backward loop: products over all active rows (t, n) at once, R of them.
 //
 //   dW_ih[G*H, I] = dslots^T x x        db_ih = sum of dslots        (slots of the input product)
-//   dW_hh[G*H, O] = dslots^T x h(t-1)   db_hh = sum of dslots        (slots of the recurrent product)
-//   dW_hr[P, H]   = dprojected^T x h before the projection
-//   dx[R, I]      = dslots x W_ih
+//   dW_hh[G*H, O] = dslots^T x h(t-1)   db_hh = sum of dslots        (slots of the recurrent
+//   product) dW_hr[P, H]   = dprojected^T x h before the projection dx[R, I]      = dslots x W_ih
 //
-// The operands are found through row pointers like everywhere else, so packed, ragged, reset and batch-first sequences
-// need no copy, and a call of a few microseconds needs no further library calls. Blocks of kBlockRows rows are packed
-// (the right operand into panels, the left one transposed) and each block's sum is added to the result: the rounding
-// error grows with R / kBlockRows + kBlockRows, not with R. Threads own rows of the weight gradients and blocks of dx.
+// The operands are found through row pointers like everywhere else, so packed, ragged, reset and
+// batch-first sequences need no copy, and a call of a few microseconds needs no further library
+// calls. Blocks of kBlockRows rows are packed (the right operand into panels, the left one
+// transposed) and each block's sum is added to the result: the rounding error grows with R /
+// kBlockRows + kBlockRows, not with R. Threads own rows of the weight gradients and blocks of dx.
 #pragma once
 
 #include "cpu/gemm.h"
@@ -53,14 +53,16 @@ template <typename T, typename Cell>
 class Gradients {
   static constexpr CellShape kShape = Cell::kShape;
   static constexpr int64_t kWidth = kPanelWidth<T>;
-  static_assert(kBlockRows % kLanes<T> == 0 && kGroupRows % kLanes<T> == 0, "transposition works on whole vectors");
+  static_assert(kBlockRows % kLanes<T> == 0 && kGroupRows % kLanes<T> == 0,
+                "transposition works on whole vectors");
 
  public:
   Gradients(const Backward<T>& b, const Plan& plan, Carver& carver) : b_(b) {
     const Sizes& z = b.sizes;
     zeros_ = carver.take<T>(max_of(z.H, z.O));
     for (int d = 0; b.dx.data && d < z.D; ++d) {
-      input_[d] = {kShape.gates * z.H, z.I, b.weights[d].w_ih, b.weights[d].w_ih_row, nullptr, nullptr};
+      input_[d] = {kShape.gates * z.H,    z.I,     b.weights[d].w_ih,
+                   b.weights[d].w_ih_row, nullptr, nullptr};
       if (plan.packed) input_[d].packed = carver.take<T>(input_[d].elements());
     }
     Carver count(nullptr);
@@ -89,12 +91,13 @@ class Gradients {
 
  private:
   struct Scratch {
-    T* right;                          // [panels][kBlockRows][kWidth]
-    T* left;                           // [kGroupRows][kBlockRows]
-    int64_t *t, *slot;                 // [kBlockRows]
+    T* right;                           // [panels][kBlockRows][kWidth]
+    T* left;                            // [kGroupRows][kBlockRows]
+    int64_t *t, *slot;                  // [kBlockRows]
     const T **left_rows, **right_rows;  // [kBlockRows]
   };
-  // One weight gradient: out[row_of(j)] (+)= sum over rows of left[j] * right, and the sum of left itself.
+  // One weight gradient: out[row_of(j)] (+)= sum over rows of left[j] * right, and the sum of left
+  // itself.
   struct Target {
     int64_t rows, width;
     T* weight;
@@ -102,7 +105,9 @@ class Gradients {
     int64_t H;     // rows of one gate
     bool rotated;  // recurrent slots stand in another order than the gates
 
-    int64_t row_of(int64_t j) const { return rotated ? kShape.recurrent_gate(int(j / H)) * H + j % H : j; }
+    int64_t row_of(int64_t j) const {
+      return rotated ? kShape.recurrent_gate(int(j / H)) * H + j % H : j;
+    }
     explicit operator bool() const { return weight || bias; }
   };
 
@@ -123,8 +128,10 @@ class Gradients {
     const Target input = {kShape.gates * z.H, z.I, g.w_ih, g.b_ih, z.H, false};
     const Target recurrent = {kShape.gates * z.H, z.O, g.w_hh, g.b_hh, z.H, true};
     const Target projection = {z.O, z.H, g.w_hr, nullptr, z.H, false};
-    const Rows<const T> dslots = saved_rows(b_.steps, static_cast<const T*>(b_.dslots), d, kShape.slots * z.H);
-    const Rows<const T> dprojected = saved_rows(b_.steps, static_cast<const T*>(b_.dprojected), d, z.O);
+    const Rows<const T> dslots =
+        saved_rows(b_.steps, static_cast<const T*>(b_.dslots), d, kShape.slots * z.H);
+    const Rows<const T> dprojected =
+        saved_rows(b_.steps, static_cast<const T*>(b_.dprojected), d, z.O);
     const Rows<const T> unprojected = saved_rows(b_.steps, b_.unprojected, d, z.H);
     const Rows<const T> y = columns(b_.y, d * z.O);
     ActiveRows rows(b_.steps);
@@ -136,7 +143,8 @@ class Gradients {
         for (int64_t r = 0; r < count; ++r) to[r] = row(s.t[r], s.slot[r]);
       };
       const auto of = [&](const Rows<const T>& from, int64_t first) {
-        return [&, first](int64_t t, int64_t slot) { return row_at(b_.steps, from, t, slot) + first; };
+        return
+            [&, first](int64_t t, int64_t slot) { return row_at(b_.steps, from, t, slot) + first; };
       };
       if (input) {
         gather(s.left_rows, of(dslots, kShape.input_slot * z.H));
@@ -145,8 +153,9 @@ class Gradients {
       }
       if (recurrent) {
         gather(s.left_rows, of(dslots, 0));
-        gather(s.right_rows,
-               [&](int64_t t, int64_t slot) { return previous_state(b_.steps, d, t, slot, y, b_.h0, zeros_); });
+        gather(s.right_rows, [&](int64_t t, int64_t slot) {
+          return previous_state(b_.steps, d, t, slot, y, b_.h0, zeros_);
+        });
         accumulate(recurrent, count, thread, threads, s, add);
       }
       if (projection) {
@@ -159,13 +168,15 @@ class Gradients {
   }
 
   // One block of rows of one weight gradient, the thread's own rows of the result.
-  void accumulate(const Target& target, int64_t count, int thread, int threads, const Scratch& s, bool add) const {
+  void accumulate(const Target& target, int64_t count, int thread, int threads, const Scratch& s,
+                  bool add) const {
     const Range own = split(target.rows, threads, thread, kGroupRows);
     if (own.begin == own.end) return;
     const ColumnPanels<T> right = {count, target.width, nullptr, 0, nullptr, s.right};
     for (int64_t p = 0; target.weight && p < right.count(); ++p) {
       const int64_t width = right.columns(p), panel_row = right.vectors(p) * kLanes<T>;
-      for (int64_t r = 0; r < count; ++r) pack_row(s.right_rows[r] + p * kWidth, width, right.panel(p) + r * panel_row);
+      for (int64_t r = 0; r < count; ++r)
+        pack_row(s.right_rows[r] + p * kWidth, width, right.panel(p) + r * panel_row);
     }
     const T* left[kGroupRows];
     T* out[kGroupRows];
@@ -176,13 +187,15 @@ class Gradients {
       if (!target.weight) continue;
       transpose_left(count, j, rows, s);
       for (int64_t p = 0; p < right.count(); ++p) {
-        for (int64_t i = 0; i < rows; ++i) out[i] = target.weight + target.row_of(j + i) * target.width + p * kWidth;
+        for (int64_t i = 0; i < rows; ++i)
+          out[i] = target.weight + target.row_of(j + i) * target.width + p * kWidth;
         right.multiply(p, rows, left, out, add);
       }
     }
   }
 
-  void add_bias(const Target& target, int64_t count, int64_t j, int64_t rows, const Scratch& s, bool add) const {
+  void add_bias(const Target& target, int64_t count, int64_t j, int64_t rows, const Scratch& s,
+                bool add) const {
     for (int64_t i = 0; i < rows; i += kLanes<T>) {
       Vec<T> sum{};
       for (int64_t r = 0; r < count; ++r) sum += load_up_to(s.left_rows[r] + j + i, rows - i);
@@ -222,7 +235,8 @@ class Gradients {
       if (block % threads != thread) continue;
       for (int64_t r = 0; r < count; ++r) out[r] = row_at(b_.steps, b_.dx, s.t[r], s.slot[r]);
       for (int d = 0; d < z.D; ++d) {
-        const Rows<const T> dslots = saved_rows(b_.steps, static_cast<const T*>(b_.dslots), d, kShape.slots * z.H);
+        const Rows<const T> dslots =
+            saved_rows(b_.steps, static_cast<const T*>(b_.dslots), d, kShape.slots * z.H);
         for (int64_t r = 0; r < count; ++r) {
           s.left_rows[r] = row_at(b_.steps, dslots, s.t[r], s.slot[r]) + kShape.input_slot * z.H;
         }

@@ -1,4 +1,5 @@
-// The entry points of one instruction set, compiled from the same source each, and the choice among them.
+// The entry points of one instruction set, compiled from the same source each, and the choice among
+// them.
 #pragma once
 
 #include <cstddef>
@@ -28,8 +29,8 @@ struct InstructionSet {
 // Compiled in, best first.
 const std::vector<InstructionSet>& instruction_sets();
 
-// The one in use: the best that the CPU has, or the one named by RNNKERN_ISA. Throws std::runtime_error for a name that
-// is unknown or that the CPU lacks.
+// The one in use: the best that the CPU has, or the one named by RNNKERN_ISA. Throws
+// std::runtime_error for a name that is unknown or that the CPU lacks.
 const InstructionSet& instruction_set();
 
 // One call: plans, allocates the workspace, runs.

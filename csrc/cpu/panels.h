@@ -1,7 +1,9 @@
-// Weight matrices as the step products read them: panels of units with all their gates side by side, so that one register
-// tile holds every slot of its units and the cell can finish them without leaving the cache.
+// Weight matrices as the step products read them: panels of units with all their gates side by
+// side, so that one register tile holds every slot of its units and the cell can finish them
+// without leaving the cache.
 //
-//   panel p = units [p*kUnits, ...): [K][gates][unit vectors][lanes]       acc row = [slots][unit vectors][lanes]
+//   panel p = units [p*kUnits, ...): [K][gates][unit vectors][lanes]       acc row = [slots][unit
+//   vectors][lanes]
 #pragma once
 
 #include "cpu/gemm.h"
@@ -22,7 +24,9 @@ struct UnitPanels {
 
   int64_t count() const { return ceil_div(H, kUnits); }
   int64_t first_unit(int64_t p) const { return p * kUnits; }
-  int unit_vectors(int64_t p) const { return int(min_of(kUnitVectors, ceil_div(H - first_unit(p), kLanes<T>))); }
+  int unit_vectors(int64_t p) const {
+    return int(min_of(kUnitVectors, ceil_div(H - first_unit(p), kLanes<T>)));
+  }
   int64_t packed_elements(int64_t K) const { return count() * kDepthElements * K; }
 };
 
@@ -62,7 +66,8 @@ struct StepWeights {
     const int vectors = panels.unit_vectors(p);
     acc += kFirstSlot * vectors * kLanes<T>;
     if (packed) {
-      product(kShape.gates * vectors, rows, K, a, packed + p * Panels::kDepthElements * K, acc, acc_row);
+      product(kShape.gates * vectors, rows, K, a, packed + p * Panels::kDepthElements * K, acc,
+              acc_row);
       return;
     }
     for (int i = 0; i < kShape.gates; ++i) {
@@ -78,10 +83,11 @@ struct StepWeights {
   }
 };
 
-// A matrix [K, width] as the other products read it: its columns in panels of kPanelWidth, panel p packed as [K][its
-// columns, whole vectors]; or, where `packed` is null, as it lies.
+// A matrix [K, width] as the other products read it: its columns in panels of kPanelWidth, panel p
+// packed as [K][its columns, whole vectors]; or, where `packed` is null, as it lies.
 //
-// Row k is w + k*row; with `shape`, the rows of a weight matrix of gates in the order of the recurrent slots.
+// Row k is w + k*row; with `shape`, the rows of a weight matrix of gates in the order of the
+// recurrent slots.
 template <typename T>
 struct ColumnPanels {
   int64_t K, width;
@@ -111,7 +117,8 @@ struct ColumnPanels {
   void pack_transpose(int64_t p) const {
     for (int v = 0; v < vectors(p); ++v) {
       const int64_t column = p * kPanelWidth<T> + v * kLanes<T>;
-      pack_transposed(K, w + column * row, row, width - column, panel(p) + v * kLanes<T>, vectors(p) * kLanes<T>);
+      pack_transposed(K, w + column * row, row, width - column, panel(p) + v * kLanes<T>,
+                      vectors(p) * kLanes<T>);
     }
   }
 
@@ -134,7 +141,8 @@ struct ColumnPanels {
 #pragma GCC unroll 4
         for (int v = 0; v < kPanelVectors; ++v) {
           const int64_t left = n - v * kLanes<T>;
-          if (left > 0) sum[v] = a[block * depth + k] * load_up_to(from + v * kLanes<T>, left) + sum[v];
+          if (left > 0)
+            sum[v] = a[block * depth + k] * load_up_to(from + v * kLanes<T>, left) + sum[v];
         }
       }
     }

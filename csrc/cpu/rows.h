@@ -1,13 +1,16 @@
-// Where the rows of a step stand, which of them are active, and the order in which a scan visits the steps.
+// Where the rows of a step stand, which of them are active, and the order in which a scan visits
+// the steps.
 #pragma once
 
-#include "scan.h"
 #include "cpu/vec.h"
+#include "scan.h"
 
 namespace rnnkern {
 namespace RNNKERN_NAMESPACE {
 
-RNNKERN_INLINE int64_t batch_row(const Steps& s, int64_t slot) { return s.order ? s.order[slot] : slot; }
+RNNKERN_INLINE int64_t batch_row(const Steps& s, int64_t slot) {
+  return s.order ? s.order[slot] : slot;
+}
 
 template <typename T>
 RNNKERN_INLINE T* row_at(const Steps& s, const Rows<T>& rows, int64_t t, int64_t slot) {
@@ -33,27 +36,32 @@ RNNKERN_INLINE Rows<T> columns(const Rows<T>& rows, int64_t first) {
   return rows.data ? Rows<T>{rows.data + first, rows.step, rows.row} : rows;
 }
 
-RNNKERN_INLINE int64_t active_rows(const Steps& s, int64_t t) { return s.active ? s.active[t] : s.N; }
+RNNKERN_INLINE int64_t active_rows(const Steps& s, int64_t t) {
+  return s.active ? s.active[t] : s.N;
+}
 
-// Step number `index` of a scan over the rows [begin, end): rows [begin, active_end) take part, those from entering on
-// for the first time, those from leaving on for the last time.
+// Step number `index` of a scan over the rows [begin, end): rows [begin, active_end) take part,
+// those from entering on for the first time, those from leaving on for the last time.
 struct Visit {
   int64_t t;
   int64_t active_end, entering, leaving;
 };
 
-RNNKERN_INLINE Visit visit(const Steps& s, bool ascending, int64_t index, int64_t begin, int64_t end) {
+RNNKERN_INLINE Visit visit(const Steps& s, bool ascending, int64_t index, int64_t begin,
+                           int64_t end) {
   const auto active_end = [&](int64_t i) {
     if (i < 0 || i >= s.T) return begin;
     const int64_t active = active_rows(s, ascending ? i : s.T - 1 - i);
     return active < begin ? begin : active < end ? active : end;
   };
-  const int64_t now = active_end(index), before = active_end(index - 1), after = active_end(index + 1);
-  return {ascending ? index : s.T - 1 - index, now, before < now ? before : now, after < now ? after : now};
+  const int64_t now = active_end(index), before = active_end(index - 1),
+                after = active_end(index + 1);
+  return {ascending ? index : s.T - 1 - index, now, before < now ? before : now,
+          after < now ? after : now};
 }
 
-// The state that enters step t of a row is zero because an episode begins there. For the reverse direction the
-// boundary lies between t and t+1, and the state a row starts from is not cut.
+// The state that enters step t of a row is zero because an episode begins there. For the reverse
+// direction the boundary lies between t and t+1, and the state a row starts from is not cut.
 RNNKERN_INLINE bool cut(const Steps& s, int direction, int64_t t, int64_t slot) {
   if (!s.reset) return false;
   const int64_t begin = direction == 0 ? t : t + 1;
@@ -72,10 +80,12 @@ RNNKERN_INLINE bool enters(const Steps& s, int direction, int64_t t, int64_t slo
 
 // The state that enters step t of a row: zeros, the initial state, or what the step before left.
 template <typename T>
-RNNKERN_INLINE const T* previous_state(const Steps& s, int direction, int64_t t, int64_t slot, const Rows<const T>& states,
-                                       const State<const T>& initial, const T* zeros) {
+RNNKERN_INLINE const T* previous_state(const Steps& s, int direction, int64_t t, int64_t slot,
+                                       const Rows<const T>& states, const State<const T>& initial,
+                                       const T* zeros) {
   if (cut(s, direction, t, slot)) return zeros;
-  if (enters(s, direction, t, slot)) return initial.data ? state_at(s, initial, direction, slot) : zeros;
+  if (enters(s, direction, t, slot))
+    return initial.data ? state_at(s, initial, direction, slot) : zeros;
   return row_at(s, states, previous(direction, t), slot);
 }
 

@@ -10,11 +10,11 @@
 
 namespace rnnkern {
 
-#define RNNKERN_DECLARE(NAME)                  \
-  namespace NAME {                             \
-  extern const Kernels<float> kFloat;          \
-  extern const Kernels<double> kDouble;        \
-  extern const int kBytes, kRows;              \
+#define RNNKERN_DECLARE(NAME)           \
+  namespace NAME {                      \
+  extern const Kernels<float> kFloat;   \
+  extern const Kernels<double> kDouble; \
+  extern const int kBytes, kRows;       \
   }
 RNNKERN_DECLARE(baseline)
 #ifdef RNNKERN_X86_64
@@ -40,7 +40,8 @@ const InstructionSet& choose() {
     if (!wanted || !*wanted || set.name == std::string(wanted)) return set;
     known += known.empty() ? set.name : std::string(", ") + set.name;
   }
-  throw std::runtime_error("RNNKERN_ISA is '" + std::string(wanted) + "'; this CPU and this build have: " + known);
+  throw std::runtime_error("RNNKERN_ISA is '" + std::string(wanted) +
+                           "'; this CPU and this build have: " + known);
 }
 
 // Scratch memory: a call of a few microseconds does not go to the allocator.
@@ -49,7 +50,8 @@ class Workspace {
   static constexpr size_t kAlignment = 64, kInside = 16 * 1024;
 
   explicit Workspace(size_t bytes) {
-    if (bytes > kInside) outside_.reset(static_cast<char*>(::operator new(bytes, std::align_val_t(kAlignment))));
+    if (bytes > kInside)
+      outside_.reset(static_cast<char*>(::operator new(bytes, std::align_val_t(kAlignment))));
   }
   char* data() { return outside_ ? outside_.get() : inside_; }
 
@@ -61,7 +63,8 @@ class Workspace {
   std::unique_ptr<char, Delete> outside_;
 };
 
-// A forked child has none of the threads of OpenMP's pool, and waits forever for them: it runs on its own.
+// A forked child has none of the threads of OpenMP's pool, and waits forever for them: it runs on
+// its own.
 bool forked = false;
 [[maybe_unused]] const int fork_watch = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 
@@ -81,8 +84,10 @@ const Kernels<T>& kernels() {
 const std::vector<InstructionSet>& instruction_sets() {
   static const std::vector<InstructionSet> sets = {
 #ifdef RNNKERN_X86_64
-      {"x86-64-v4", x86_64_v4::kBytes, x86_64_v4::kRows, has_v4, x86_64_v4::kFloat, x86_64_v4::kDouble},
-      {"x86-64-v3", x86_64_v3::kBytes, x86_64_v3::kRows, has_v3, x86_64_v3::kFloat, x86_64_v3::kDouble},
+      {"x86-64-v4", x86_64_v4::kBytes, x86_64_v4::kRows, has_v4, x86_64_v4::kFloat,
+       x86_64_v4::kDouble},
+      {"x86-64-v3", x86_64_v3::kBytes, x86_64_v3::kRows, has_v3, x86_64_v3::kFloat,
+       x86_64_v3::kDouble},
 #endif
       {"baseline", baseline::kBytes, baseline::kRows, always, baseline::kFloat, baseline::kDouble},
   };

@@ -1,4 +1,5 @@
-// Threads of one scan: OpenMP's pool (torch's own), teams that share rows, and the barrier between their steps.
+// Threads of one scan: OpenMP's pool (torch's own), teams that share rows, and the barrier between
+// their steps.
 #pragma once
 
 #include <omp.h>
@@ -19,7 +20,8 @@ RNNKERN_INLINE void spin_pause() {
 #endif
 }
 
-// A barrier that spins briefly and then yields: on a machine with other work no one waits for a thread that cannot run.
+// A barrier that spins briefly and then yields: on a machine with other work no one waits for a
+// thread that cannot run.
 class Barrier {
  public:
   void wait(int members) {

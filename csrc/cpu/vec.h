@@ -1,5 +1,5 @@
-// SIMD vectors of the instruction set this file is compiled for: one compiler vector type, whole and partial loads and
-// stores, and the transposition network that packing and dot products share.
+// SIMD vectors of the instruction set this file is compiled for: one compiler vector type, whole
+// and partial loads and stores, and the transposition network that packing and dot products share.
 #pragma once
 
 #include <cstdint>
@@ -124,14 +124,16 @@ RNNKERN_INLINE void transpose(Vec<T> (&rows)[kLanes<T>]) {
   }
 }
 
-// Lane i of the result is the sum over the lanes of rows[i]: the same network, adding instead of keeping both halves.
+// Lane i of the result is the sum over the lanes of rows[i]: the same network, adding instead of
+// keeping both halves.
 template <typename T>
 RNNKERN_INLINE Vec<T> sum_each(Vec<T> (&rows)[kLanes<T>]) {
 #pragma GCC unroll 8
   for (int half = kLanes<T> / 2; half > 0; half /= 2) {
 #pragma GCC unroll 16
     for (int i = 0; i < half; ++i) {
-      rows[i] = interleave<0, T>(rows[i], rows[i + half]) + interleave<1, T>(rows[i], rows[i + half]);
+      rows[i] =
+          interleave<0, T>(rows[i], rows[i + half]) + interleave<1, T>(rows[i], rows[i + half]);
     }
   }
   return rows[0];
