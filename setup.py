@@ -1,4 +1,7 @@
-"""Drives CMake with Ninja; CMakeLists.txt is the one build definition, pyproject.toml holds the metadata."""
+"""Drives CMake with Ninja.
+
+CMakeLists.txt is the one build definition, pyproject.toml holds the metadata.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,10 @@ ROOT = Path(__file__).parent.resolve()
 
 
 class CMakeBuild(build_ext):
-    """Builds rnnkern._C where setuptools wants it: in the wheel, or beside the sources (editable)."""
+    """Builds rnnkern._C where setuptools wants it.
+
+    In the wheel, or beside the sources (editable).
+    """
 
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve().parent

@@ -31,10 +31,8 @@ void bind_modes() {
   const auto add = [&](const char* name, const char* reason) {
     modes.push_back({py::object(core.attr(name)).release().ptr(), reason});
   };
-  add("_are_functorch_transforms_active", "torch.func transform");
   add("_len_torch_dispatch_stack", "torch dispatch mode");
   add("_is_any_autocast_enabled", "autocast");
-  add("_get_tracing_state", "tracing");
 }
 
 // Why no kernel may run in the present mode of torch, or null.
@@ -515,13 +513,12 @@ py::list backward_of(const Layer& layer, py::handle x, py::handle h0, py::handle
   return made;
 }
 
+// Only picks the instantiation: what else may be wrong with the input is found there.
 bool is_double(py::handle x) {
-  TensorView view;
-  view.name = "input";
-  if (const char* reason = refusal_of(x, nullptr, &view)) {
-    if (reason != kGaps) view.fail(std::string("is not covered: ") + reason);
-  }
-  return view.tensor.dtype.bits == 64;
+  const PyTypeObject* type = Py_TYPE(x.ptr());
+  if (type != tensor_type && type != parameter_type)
+    throw Refused("input is not covered: tensor subclass");
+  return view_of(x, "input").tensor.dtype.bits == 64;
 }
 
 std::string describe_plan(const Layer& layer, int64_t T, int64_t N, int64_t I, int element_bytes,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,12 +20,13 @@ def _graph_is_kept() -> bool:
 class Scan(torch.autograd.Function):
     """Output and final states of one layer, differentiable any number of times.
 
-    The first derivative is a kernel. Asked for a derivative of the derivative (``create_graph=True``), or under
-    a transform such as vmap, backward recomputes the layer in plain PyTorch and differentiates that.
+    The first derivative is a kernel. Asked for a derivative of the derivative
+    (``create_graph=True``), or under a transform such as vmap, backward recomputes the layer in
+    plain PyTorch and differentiates that.
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         layer: Layer,
         steps: Steps | None,
@@ -41,7 +43,7 @@ class Scan(torch.autograd.Function):
         return (y, hn) if cn is None else (y, hn, cn)
 
     @staticmethod
-    def backward(  # type: ignore[override]
+    def backward(
         ctx: Any, dy: Tensor | None, dhn: Tensor | None, dcn: Tensor | None = None
     ) -> tuple[Tensor | None, ...]:
         x, h0, c0, y, saved, *weights = ctx.saved_tensors
@@ -60,12 +62,12 @@ class Scan(torch.autograd.Function):
                 raise
             if reason != kernels.GAPS:
                 return _differentiable_backward(ctx, x, h0, c0, weights, (dy, dhn, dcn), wanted)
-            dense = (None if g is None else g.contiguous() for g in (dy, dhn, dcn))
-            gradients = kernels.backward(*operands, *dense, wanted, overwrite)
+            dy, dhn, dcn = (None if g is None else g.contiguous() for g in (dy, dhn, dcn))
+            gradients = kernels.backward(*operands, dy, dhn, dcn, wanted, overwrite)
         return (None, None, *gradients)
 
 
-scan = super(torch.autograd.Function, Scan).apply
+scan: Callable[..., Any] = super(torch.autograd.Function, Scan).apply
 """``Scan.apply`` without its look for functorch transforms: `functional` has looked already."""
 
 

@@ -23,9 +23,9 @@ def build_info() -> dict[str, Any]:
     """Version, compiler, CUDA, and the instruction sets compiled and in use.
 
     Returns:
-        A dict with the keys ``version``, ``compiler``, ``cuda`` (None: built without), ``isa_compiled`` (list, best first),
-        ``isa`` (in use; the environment variable ``RNNKERN_ISA`` forces a lower one), ``openmp``,
-        ``torch``, ``threads``.
+        A dict with the keys ``version``, ``compiler``, ``cuda`` (None: built without),
+        ``isa_compiled`` (list, best first), ``isa`` (in use; the environment variable
+        ``RNNKERN_ISA`` forces a lower one), ``openmp``, ``torch``, ``threads``.
     """
     return {
         "version": _version(),
@@ -65,7 +65,7 @@ def explain(module: Any, input: Any, hx: Any = None) -> Explanation:
     states = (
         (None, None) if hx is None else tuple(hx) if isinstance(hx, (tuple, list)) else (hx, None)
     )
-    reason = functional.mode_refusal() or kernels.refusal(
+    reason = functional.mode_refusal() or kernels.refusal(  # type: ignore[call-arg]
         x, *states, functional.current_weights(module)
     )
     if reason is not None and reason != kernels.GAPS:

@@ -23,8 +23,9 @@ _PAIRS: tuple[tuple[type[nn.Module], type[nn.Module]], ...] = (
 def convert(model: _M) -> _M:
     """Turns every ``torch.nn`` recurrent module and cell in ``model`` into rnnkern's, in place.
 
-    The modules stay the very same objects, so parameters, optimizers, hooks, the training flag, and references held
-    elsewhere stay valid. Subclasses of the torch.nn classes are left alone: what they override is unknown.
+    The modules stay the very same objects, so parameters, optimizers, hooks, the training flag, and
+    references held elsewhere stay valid. Subclasses of the torch.nn classes are left alone: what
+    they override is unknown.
 
     Args:
         model: any module, also a recurrent one itself.
@@ -40,7 +41,10 @@ def convert(model: _M) -> _M:
 
 
 def revert(model: _M) -> _M:
-    """Undoes `convert`: every rnnkern module in ``model`` becomes its ``torch.nn`` class again, in place."""
+    """Undoes `convert`, in place.
+
+    Every rnnkern module in ``model`` becomes its ``torch.nn`` class again.
+    """
     return _swap(model, {ours: theirs for theirs, ours in _PAIRS})
 
 

@@ -1,8 +1,8 @@
 """Layers, directions, dropout between them, and the decision where a call is carried out.
 
-Every call ends in one of three places: the kernels; ``torch.nn``'s own path, for whatever no kernel covers (it also
-raises torch's own errors for wrong input); or the pure PyTorch reference, for ``lengths`` and ``reset`` on inputs that
-no kernel covers.
+Every call ends in one of three places: the kernels; ``torch.nn``'s own path, for whatever no kernel
+covers (it also raises torch's own errors for wrong input); or the pure PyTorch reference, for
+``lengths`` and ``reset`` on inputs that no kernel covers.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ from rnnkern.sequence import Steps, packed_steps, padded_steps
 
 
 class FallbackWarning(UserWarning):
-    """A call is carried out by ``torch.nn`` because no kernel covers it. Given once for each reason."""
+    """A call is carried out by ``torch.nn`` because no kernel covers it.
+
+    Given once for each reason.
+    """
 
 
 _tracing_state = torch._C._get_tracing_state
@@ -39,8 +42,8 @@ def recurrent(
 ) -> Any:
     """``forward`` of `rnnkern.RNN`, `rnnkern.LSTM` and `rnnkern.GRU`."""
     if hx is None and lengths is None and reset is None and not _unnoticed():
-        # The plain call is tried without looking at it: the kernel refuses what it does not cover before anything
-        # is computed, and then the call is looked at.
+        # The plain call is tried without looking at it: the kernel refuses what it does not cover
+        # before anything is computed, and then the call is looked at.
         try:
             y, hn, cn = _layers(module, input, None, None, current_weights(module), None)
         except kernels.RefusedError:
@@ -96,12 +99,15 @@ def _on_kernels(
 def _dense(
     x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: list[Tensor]
 ) -> tuple[Tensor, Tensor | None, Tensor | None, list[Tensor]]:
-    x, h0, c0, *weights = (t if t is None else t.contiguous() for t in (x, h0, c0, *weights))
+    x, h0, c0, *weights = (t if t is None else t.contiguous() for t in (x, h0, c0, *weights))  # type: ignore[assignment]
     return x, h0, c0, weights
 
 
 def cell(module: Any, input: Tensor, hx: Any) -> Any:
-    """``forward`` of `rnnkern.RNNCell`, `rnnkern.LSTMCell` and `rnnkern.GRUCell`: a scan of one step."""
+    """``forward`` of `rnnkern.RNNCell`, `rnnkern.LSTMCell` and `rnnkern.GRUCell`.
+
+    A scan of one step.
+    """
     if traced():
         return module._torch_forward(input, hx)
     states = _cell_states(module, input, hx)
@@ -148,6 +154,8 @@ def traced() -> bool:
 
 def mode_refusal() -> str | None:
     """Why no kernel may run in the present mode of torch, or None."""
+    if _transforms_active():
+        return "torch.func transform"
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation"
     return kernels.mode_refusal()
@@ -256,7 +264,10 @@ def _requires_grad(x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: lis
 
 
 def _dropout(module: Any, x: Tensor) -> Tensor:
-    """Between layers; with the same random numbers as torch.nn, for outputs lie in memory as torch's do."""
+    """Between layers.
+
+    With the same random numbers as torch.nn, for outputs lie in memory as torch's do.
+    """
     return nn.functional.dropout(x, module.dropout, module.training) if module.dropout else x
 
 
@@ -321,7 +332,7 @@ def _warn(reason: str, result: Any) -> Any:
 def _elsewhere(
     module: Any, input: Any, hx: Any, lengths: Any, reset: Any, reason: str | None
 ) -> Any:
-    """Without kernels: by ``torch.nn``, or by the reference where ``lengths`` or ``reset`` are given."""
+    """Without kernels: by ``torch.nn``, or with ``lengths`` or ``reset`` by the reference."""
     if lengths is None and reset is None:
         result = module._torch_forward(input, hx)
     else:

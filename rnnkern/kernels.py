@@ -55,19 +55,25 @@ layer = lru_cache(maxsize=4096)(Layer)
 """The layer of that mode, directions, hidden size, projection, bias and layout: one object each."""
 
 RefusedError = _C.RefusedError
-"""Raised by `forward` and `backward`, a RuntimeError: an operand does not fit, or no kernel covers it."""
+"""Raised by `forward` and `backward`, a RuntimeError.
+
+An operand does not fit, or no kernel covers it.
+"""
 
 refusal = _C.refusal
 """``refusal(x, h0, c0, weights)``: why no kernel covers these tensors, or None.
 
-Looks at types, device, dtype, and whether there is plain memory behind them; the reason is ``GAPS`` where a dense copy is
-all that is missing.
+Looks at types, device, dtype, and whether there is plain memory behind them; the reason is ``GAPS``
+where a dense copy is all that is missing.
 """
 
 GAPS: str = _C.GAPS
 
 mode_refusal = _C.mode_refusal
-"""``mode_refusal()``: why no kernel may run in the present mode of torch, or None. `forward` refuses by itself."""
+"""``mode_refusal()``: why no kernel may run in the present mode of torch, or None.
+
+`forward` refuses by itself.
+"""
 
 
 def forward(
@@ -82,7 +88,8 @@ def forward(
     """One layer: output, ``h_n``, ``c_n`` or None, and what backward needs if ``training``.
 
     Raises:
-        RefusedError: an operand does not fit, or no kernel covers it (`refusal` says why). Nothing is computed then.
+        RefusedError: an operand does not fit, or no kernel covers it (`refusal` says why). Nothing
+            is computed then.
     """
     return _C.forward(
         layer.handle,

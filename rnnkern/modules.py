@@ -1,4 +1,4 @@
-"""Drop-in modules: subclasses of torch.nn's with the same constructor, parameters and state_dict."""
+"""Drop-in modules: subclasses of torch.nn's, same constructor, parameters and state_dict."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ _EXTRA = """
     Beyond ``torch.nn``, ``forward(input, hx=None, *, lengths=None, reset=None)`` takes
 
     Args:
-        lengths: int64 ``(N,)``, any order, any device, ``0 <= lengths[n] <= T``: row n ends after that many steps.
-            Outputs past the end are zero, final states are those of the last step taken. No packing, no
-            sorting.
-        reset: bool ``(T, N)``, ``(N, T)`` with ``batch_first``: an episode begins at that step, the state is zeroed
-            before it. In the reverse direction nothing passes from the episode's first step to the step before it.
+        lengths: int64 ``(N,)``, any order, any device, ``0 <= lengths[n] <= T``: row n ends after
+            that many steps. Outputs past the end are zero, final states are those of the last step
+            taken. No packing, no sorting.
+        reset: bool ``(T, N)``, ``(N, T)`` with ``batch_first``: an episode begins at that step, the
+            state is zeroed before it. In the reverse direction nothing passes from the episode's
+            first step to the step before it.
 
     Raises:
-        TypeError, ValueError: ``lengths`` or ``reset`` of the wrong type, dtype, shape or range, or given with a
-            `PackedSequence`. For all else, what ``torch.nn`` raises.
+        TypeError, ValueError: ``lengths`` or ``reset`` of the wrong type, dtype, shape or range, or
+            given with a `PackedSequence`. For all else, what ``torch.nn`` raises.
 
-    float32 and float64 on the CPU run on rnnkern's kernels; anything else is carried out by ``torch.nn`` with one
-    `FallbackWarning` that says why.
+    float32 and float64 on the CPU run on rnnkern's kernels; anything else is carried out by
+    ``torch.nn`` with one `FallbackWarning` that says why.
 """
 
 
@@ -38,7 +39,7 @@ class RNN(nn.RNN):
 
     _torch_forward = nn.RNN.forward
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         input: Any,
         hx: Any = None,
@@ -60,7 +61,7 @@ class LSTM(nn.LSTM):
 
     _torch_forward = nn.LSTM.forward
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         input: Any,
         hx: Any = None,
@@ -82,7 +83,7 @@ class GRU(nn.GRU):
 
     _torch_forward = nn.GRU.forward
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         input: Any,
         hx: Any = None,
@@ -94,7 +95,10 @@ class GRU(nn.GRU):
 
 
 class RNNCell(nn.RNNCell):
-    """One step of an Elman RNN: `torch.nn.RNNCell` on rnnkern's kernels. Arguments, shapes and errors are torch's."""
+    """One step of an Elman RNN: `torch.nn.RNNCell` on rnnkern's kernels.
+
+    Arguments, shapes and errors are torch's.
+    """
 
     _torch_forward = nn.RNNCell.forward
 
@@ -105,11 +109,14 @@ class RNNCell(nn.RNNCell):
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         if self.nonlinearity not in ("tanh", "relu"):
             return self._torch_forward(input, hx)
-        return functional.cell(self, input, hx)
+        return functional.cell(self, input, hx)  # type: ignore[no-any-return]
 
 
 class LSTMCell(nn.LSTMCell):
-    """One step of an LSTM: `torch.nn.LSTMCell` on rnnkern's kernels. Arguments, shapes and errors are torch's."""
+    """One step of an LSTM: `torch.nn.LSTMCell` on rnnkern's kernels.
+
+    Arguments, shapes and errors are torch's.
+    """
 
     _torch_forward = nn.LSTMCell.forward
     mode = "LSTM"
@@ -117,14 +124,17 @@ class LSTMCell(nn.LSTMCell):
     def forward(
         self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
-        return functional.cell(self, input, hx)
+        return functional.cell(self, input, hx)  # type: ignore[no-any-return]
 
 
 class GRUCell(nn.GRUCell):
-    """One step of a GRU: `torch.nn.GRUCell` on rnnkern's kernels. Arguments, shapes and errors are torch's."""
+    """One step of a GRU: `torch.nn.GRUCell` on rnnkern's kernels.
+
+    Arguments, shapes and errors are torch's.
+    """
 
     _torch_forward = nn.GRUCell.forward
     mode = "GRU"
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
-        return functional.cell(self, input, hx)
+        return functional.cell(self, input, hx)  # type: ignore[no-any-return]

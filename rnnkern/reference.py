@@ -1,7 +1,7 @@
-"""One layer in plain PyTorch, step by step: what the kernels must compute, and the differentiable path.
+"""One layer in plain PyTorch, step by step.
 
-Used for double backward, for inputs that no kernel covers together with ``lengths`` or ``reset``, and as the
-reference of the tests.
+What the kernels must compute, and the differentiable path: used for double backward, for inputs
+that no kernel covers together with ``lengths`` or ``reset``, and as the reference of the tests.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ def layer(
         mode: ``"RNN_TANH"``, ``"RNN_RELU"``, ``"LSTM"`` or ``"GRU"``.
         x: ``[T, N, I]`` (``[N, T, I]`` batch first, ``[rows, I]`` packed).
         h0, c0: ``[D, N, O]`` and ``[D, N, H]``, or None for zeros; ``c0`` for LSTM only.
-        weights: per direction ``w_ih, w_hh``, with ``bias`` also ``b_ih, b_hh``, then ``w_hr`` for a projection.
+        weights: per direction ``w_ih, w_hh``, with ``bias`` also ``b_ih, b_hh``, then ``w_hr`` for
+            a projection.
 
     Returns:
         The output ``[T, N, D * O]`` in the layout of ``x``, ``h_n`` and, for LSTM, ``c_n``.
@@ -61,7 +62,7 @@ def _time_slices(x: Tensor, batch_first: bool, steps: Steps | None) -> list[Tens
     """The rows of each step, those active first."""
     if steps is not None and steps.packed:
         assert steps.active is not None
-        return list(x.split(steps.active.tolist()))
+        return list(x.split(steps.active.tolist()))  # type: ignore[no-untyped-call]
     slices = x.unbind(1 if batch_first else 0)
     if steps is None or steps.order is None:
         return list(slices)

@@ -11,12 +11,14 @@ from torch import Tensor
 class Steps(NamedTuple):
     """Which rows of a batch take part in which step. The kernels read it as it is.
 
-    Rows are looked at in the order ``order``, in which those active at a step are always the first ones.
+    Rows are looked at in the order ``order``, in which those active at a step are always
+    the first ones.
 
     Attributes:
         active: int64 ``[T]``, rows active at each step, never increasing; None: all, always.
         order: int64 ``[N]``, the batch row that stands in each place; None: as they come.
-        reset: bool ``[T, N]`` (``[N, T]`` batch first), an episode begins at that step; None: never.
+        reset: bool ``[T, N]`` (``[N, T]`` batch first), an episode begins at that step;
+            None: never.
         packed: the data is a packed sequence: only active rows are stored, step after step.
     """
 
