@@ -1,0 +1,96 @@
+# Every target sets up what it needs: a virtual environment in .venv, the versions pinned in
+# constraints.txt, and an editable build of the package. Stamp files keep the second run from doing
+# any of it again.
+
+PYTHON ?= python3
+VENV   ?= .venv
+ARGS   ?=
+
+BIN   := $(VENV)/bin
+PIP   := $(BIN)/python -m pip --disable-pip-version-check
+READY := $(VENV)/.tools-ready
+BUILT := $(VENV)/.package-built
+
+# The same as in pyproject.toml's [build-system]. The editable build runs without build isolation:
+# an isolated one has its tools in a new place every time and would compile everything anew.
+BUILD_REQUIRES := setuptools pybind11 cmake ninja
+export PATH := $(abspath $(BIN)):$(PATH)
+
+NATIVE_SOURCES := $(shell find csrc -type f 2>/dev/null) CMakeLists.txt setup.py pyproject.toml
+FORMATTED      := $(shell find csrc tests -type f 2>/dev/null | grep -E '\.(cpp|h|cu|cuh)$$')
+
+# The pins hold for every pip below; an isolated build takes them as --build-constraint.
+export PIP_CONSTRAINT := constraints.txt
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help install compare test test-isa bench bench-smoke lint format wheel check-wheel \
+  sanitize clean distclean
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
+	@echo
+	@echo '  ARGS="..." is handed on to the program; PYTHON=... is the interpreter that makes .venv.'
+
+install: $(BUILT)  ## set up .venv and build the package in it, nothing more
+
+compare: $(BUILT)  ## check and time against torch.nn (ARGS=--quick: under 20 s)
+	$(BIN)/rnnkern compare $(ARGS)
+
+test: $(BUILT)  ## run the tests (ARGS="-k lstm": some of them)
+	$(BIN)/pytest tests $(ARGS)
+
+test-isa: $(BUILT)  ## run the tests once with each lower instruction set forced
+	@set -e; isas=$$($(BIN)/python tools/lower_isas.py); for isa in $$isas; do \
+	  echo "RNNKERN_ISA=$$isa $(BIN)/pytest tests $(ARGS)"; \
+	  RNNKERN_ISA=$$isa $(BIN)/pytest tests $(ARGS); \
+	done
+
+bench: $(BUILT)  ## run the benchmarks (ARGS="-k notebook": some of them)
+	$(BIN)/pytest benchmarks --benchmark-only $(ARGS)
+
+bench-smoke: $(BUILT)  ## run every benchmark once, untimed: its check and its code
+	$(BIN)/pytest benchmarks --benchmark-disable $(ARGS)
+
+lint: $(BUILT)  ## ruff, mypy and clang-format, changing nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(if $(FORMATTED),$(BIN)/clang-format --dry-run -Werror $(FORMATTED))
+
+format: $(READY)  ## format Python and C++, and apply ruff's safe fixes
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+	$(if $(FORMATTED),$(BIN)/clang-format -i $(FORMATTED))
+
+wheel: $(READY)  ## build a wheel into dist/, in an isolated environment
+	rm -rf build/bdist.* build/lib.* build/temp.*
+	$(PIP) wheel --no-deps --build-constraint constraints.txt --wheel-dir dist .
+
+check-wheel: wheel  ## unpack the newest wheel outside the repository and run it
+	sh tools/check_wheel.sh $(BIN)/python
+
+sanitize: $(BUILT)  ## run the kernel tests under the address and undefined-behaviour sanitizers
+	sh tools/sanitize.sh $(BIN)/python $(ARGS)
+
+clean:  ## remove what was built, keep .venv
+	rm -rf build dist *.egg-info rnnkern/_C*.so $(BUILT)
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find $(wildcard rnnkern tests benchmarks tools) -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean  ## remove .venv too
+	rm -rf $(VENV)
+
+$(READY): constraints.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo 'rnnkern needs Python 3.10 or later; name one with make PYTHON=...' >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' || \
+	  { echo 'this Python has no venv; on Debian: apt-get install python3-venv' >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --upgrade pip
+	$(PIP) install torch $(BUILD_REQUIRES) ruff clang-format
+	@touch $@
+
+$(BUILT): $(READY) $(NATIVE_SOURCES)
+	$(PIP) install --no-build-isolation --editable '.[test,plot,progress,dev]'
+	@touch $@

@@ -1,0 +1,117 @@
+"""What the right answer is: torch.nn in float64, one row and one episode at a time.
+
+Nothing here knows rnnkern. `twin` builds torch.nn's own module with the weights of a given one;
+`run` carries out `lengths` and `reset` by cutting every row into sequences of its own and running
+torch.nn on each of them alone.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+States: TypeAlias = tuple[Tensor, ...]
+
+_LAYERS = {"RNN_TANH": nn.RNN, "RNN_RELU": nn.RNN, "LSTM": nn.LSTM, "GRU": nn.GRU}
+_CELLS = (nn.RNNCell, nn.LSTMCell, nn.GRUCell)
+
+
+def twin(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """torch.nn's module with the options and the weights of `module`, computing in `dtype`."""
+    if isinstance(module, nn.RNNBase):
+        options = {
+            name: getattr(module, name)
+            for name in ("num_layers", "bias", "batch_first", "dropout", "bidirectional")
+        }
+        if module.mode.startswith("RNN"):
+            options["nonlinearity"] = module.mode[4:].lower()
+        if module.mode == "LSTM":
+            options["proj_size"] = module.proj_size
+        kind = _LAYERS[module.mode]
+    else:
+        assert isinstance(module, nn.RNNCellBase)
+        options = {"bias": module.bias}
+        if isinstance(module, nn.RNNCell):
+            options["nonlinearity"] = module.nonlinearity
+        kind = next(kind for kind in _CELLS if isinstance(module, kind))
+    copy = kind(module.input_size, module.hidden_size, **options)
+    weights = {name: getattr(module, name).detach() for name in copy.state_dict()}
+    dtype = dtype or next(iter(weights.values())).dtype
+    copy.to(dtype).load_state_dict(weights)
+    for name, parameter in copy.named_parameters():
+        parameter.requires_grad_(getattr(module, name).requires_grad)
+    return copy.train(module.training)
+
+
+def run(
+    module: nn.Module,
+    x: Tensor,
+    hx: Tensor | States | None = None,
+    lengths: Tensor | None = None,
+    reset: Tensor | None = None,
+) -> tuple[Tensor, Tensor | States]:
+    """`module(x, hx)` where row n ends after `lengths[n]` steps and an episode begins where `reset`
+    is true.
+    """
+    assert isinstance(module, nn.RNNBase)
+    if lengths is None and reset is None:
+        return module(x, hx)
+    batched = x.dim() == 3
+    states = () if hx is None else (hx,) if isinstance(hx, Tensor) else tuple(hx)
+    if not batched:
+        x, states = x.unsqueeze(1), tuple(state.unsqueeze(1) for state in states)
+        reset = None if reset is None else reset.unsqueeze(1)
+        lengths = None if lengths is None else lengths.reshape(1)
+    elif module.batch_first:
+        x = x.transpose(0, 1)
+        reset = None if reset is None else reset.transpose(0, 1)
+    T, N = x.shape[:2]
+    states = states or _zeros(module, x)
+    outputs, lasts = [], []
+    for n in range(N):
+        end = T if lengths is None else int(lengths[n])
+        begins = [False] * T if reset is None else reset[:, n].tolist()
+        y, last = _row(module, x[:end, n], tuple(state[:, n] for state in states), begins)
+        outputs.append(torch.cat([y, y.new_zeros(T - end, y.shape[1])]))
+        lasts.append(last)
+    output = torch.stack(outputs, 1)
+    ends = tuple(torch.stack(of_rows, 1) for of_rows in zip(*lasts, strict=True))
+    if not batched:
+        output, ends = output.squeeze(1), tuple(state.squeeze(1) for state in ends)
+    elif module.batch_first:
+        output = output.transpose(0, 1)
+    return output, ends if module.mode == "LSTM" else ends[0]
+
+
+def _row(
+    module: nn.RNNBase, x: Tensor, states: States, begins: list[bool]
+) -> tuple[Tensor, States]:
+    """One row: `x` is [length, I], the states are [layers * directions, size]."""
+    length = x.shape[0]
+    directions = 2 if module.bidirectional else 1
+    if length == 0:
+        width = directions * (module.proj_size or module.hidden_size)
+        return x.new_zeros(0, width), states
+    forward = (torch.arange(module.num_layers * directions) % directions == 0).unsqueeze(1)
+    cuts = [0, *(t for t in range(1, length) if begins[t]), length]
+    outputs, forward_end, reverse_end = [], states, states
+    for begin, end in pairwise(cuts):
+        enters = forward & (begin == 0 and not begins[0]) | ~forward & (end == length)
+        start = tuple(torch.where(enters, state, torch.zeros_like(state)) for state in states)
+        y, last = module(x[begin:end], start if module.mode == "LSTM" else start[0])
+        outputs.append(y)
+        forward_end = (last,) if isinstance(last, Tensor) else last
+        if begin == 0:
+            reverse_end = forward_end
+    lasts = zip(forward_end, reverse_end, strict=True)
+    return torch.cat(outputs), tuple(torch.where(forward, ahead, back) for ahead, back in lasts)
+
+
+def _zeros(module: nn.RNNBase, x: Tensor) -> States:
+    count = module.num_layers * (2 if module.bidirectional else 1)
+    h = x.new_zeros(count, x.shape[1], module.proj_size or module.hidden_size)
+    c = x.new_zeros(count, x.shape[1], module.hidden_size)
+    return (h, c) if module.mode == "LSTM" else (h,)

@@ -1,0 +1,216 @@
+"""What the tests run in a process of its own: it may crash or hang, or needs a fresh import.
+
+`python processes.py NAME [ARGUMENTS]` calls the function of that name; results go to stdout as
+JSON or to a file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from support import FORMS, build, check, evaluate, flatten, leaves_for, on_threads, plain
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+import rnnkern
+
+# T, N, I, H: tiny, one row, several rows per register tile with remainders, and enough work for two
+# threads.
+SIZES = [(4, 1, 3, 5), (3, 1, 65, 130), (5, 13, 7, 33), (2, 70, 40, 150)]
+
+
+def numbers(path: str) -> None:
+    """Saves the results of many calls; those of training are compared with the oracle before."""
+    torch.set_num_threads(1)
+    results: dict[str, Tensor] = {}
+    for form, (kind, own) in FORMS.items():
+        for dtype in (torch.float32, torch.float64):
+            for T, N, inputs, H in SIZES:
+                torch.manual_seed(0)
+                module = build(kind, inputs, H, dtype=dtype, bidirectional=True, **own)
+                leaves = leaves_for(module, T, N)
+                case = f"{form} {dtype} {T=} {N=} {H=}"
+                found = {"training": check(module, leaves)}
+                for deterministic in (True, False):
+                    torch.use_deterministic_algorithms(deterministic)
+                    for threads in (1, 2):
+                        call = on_threads(plain, threads)
+                        found[f"{deterministic=} {threads=}"] = evaluate(
+                            module, leaves, call, backward=False
+                        )
+                    torch.set_num_threads(1)
+                results |= {f"{case} {way} {k}": v for way in found for k, v in found[way].items()}
+    results |= {f"integers {name}": value for name, value in integers().items()}
+    used = rnnkern.build_info()["isa"].encode()
+    results["isa"] = torch.frombuffer(bytearray(used), dtype=torch.uint8)
+    torch.save(results, path)
+
+
+def integers() -> dict[str, Tensor]:
+    """Outputs and gradients of a relu network of small integers: exact in whatever order they are
+    summed.
+    """
+    torch.manual_seed(0)
+    module = build("RNN", 6, 33, nonlinearity="relu", bidirectional=True)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            parameter.copy_(torch.randint(-1, 2, parameter.shape).float())
+            if "weight_hh" in name:
+                parameter.mul_(torch.rand(parameter.shape) < 2 / 33)
+    y, h_n = module(torch.randint(-3, 4, (6, 7, 6)).float())
+    y.sum().backward()
+    gradients = {name: parameter.grad for name, parameter in module.named_parameters()}
+    return {"y": y.detach(), "h_n": h_n.detach()} | gradients
+
+
+def isa() -> None:
+    print(json.dumps(rnnkern.build_info()["isa"]))
+
+
+class Mode(TorchDispatchMode):
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        return function(*args, **(kwargs or {}))
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+def _autocast(module: nn.Module, x: Tensor) -> Any:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return module(x)
+
+
+def _under_a_mode(module: nn.Module, x: Tensor) -> Any:
+    with Mode():
+        return module(x)
+
+
+def _counted(module: nn.Module, x: Tensor) -> Any:
+    with FlopCounterMode(display=False):
+        return module(x)
+
+
+FALLBACKS: dict[str, Callable[[nn.Module, Tensor], Any]] = {
+    "float16": lambda m, x: m.half()(x.half()),
+    "bfloat16": lambda m, x: m.bfloat16()(x.bfloat16()),
+    "complex64": lambda m, x: m.to(torch.complex64)(x.to(torch.complex64)),
+    "meta": lambda m, x: m.to("meta")(x.to("meta")),
+    "subclass": lambda m, x: m(x.as_subclass(Subclass)),
+    "subclass-of-a-weight": lambda m, x: with_weight(m, lambda w: w.as_subclass(Subclass))(x),
+    "functorch": lambda m, x: torch.func.grad(lambda a: flatten(m(a))["out.0"].sum())(x),
+    "autocast": _autocast,
+    "dispatch-mode": _under_a_mode,
+    "flop-counter": _counted,
+    "negative-view": lambda m, x: m(torch.complex(x, -x).conj().imag),
+    "float16-lengths": lambda m, x: m.half()(x.half(), lengths=torch.tensor([2, 5])),
+}
+
+
+def with_weight(module: nn.Module, change: Callable[[Tensor], Tensor]) -> nn.Module:
+    weight = module.weight_hh_l0.detach().clone()
+    del module.weight_hh_l0
+    module.weight_hh_l0 = change(weight)
+    return module
+
+
+def fallbacks() -> None:
+    """For each way out of the kernels, the warnings of two calls alike, by a child that has seen no
+    other.
+    """
+    torch.set_num_threads(1)
+    found = {}
+    for name, call in FALLBACKS.items():
+        reading, writing = os.pipe()
+        child = os.fork()
+        if child == 0:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                for _ in range(2):
+                    call(rnnkern.GRU(4, 6), torch.randn(5, 2, 4))
+            messages = [str(w.message) for w in caught if w.category is rnnkern.FallbackWarning]
+            os.write(writing, json.dumps(messages).encode())
+            os._exit(0)
+        os.close(writing)
+        with os.fdopen(reading, "rb") as pipe:
+            text = pipe.read()
+        os.waitpid(child, 0)
+        found[name] = json.loads(text) if text else None
+    print(json.dumps(found))
+
+
+def forks(kind: str, threads: str) -> None:
+    """A forked child computes what its parent did, after the parent has used its threads."""
+    torch.set_num_threads(2)
+    torch.manual_seed(0)
+    module = build(kind, 40, 150)
+    x = torch.randn(5, 70, 40)
+    with torch.no_grad():
+        expected = module(x)[0].numpy().tobytes()
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        if threads == "1":  # as torch's own workers do; then backward is safe too
+            torch.set_num_threads(1)
+            module(x)[0].sum().backward()
+        with torch.no_grad():
+            actual = module(x)[0].numpy().tobytes()
+        os.write(writing, b"same" if actual == expected else b"different")
+        os._exit(0)
+    os.close(writing)
+    os.set_blocking(reading, False)
+    answer, patience = b"", time.monotonic() + 10
+    while not answer and time.monotonic() < patience:
+        time.sleep(0.02)
+        try:
+            answer = os.read(reading, 100)
+        except BlockingIOError:
+            continue
+    if not answer:
+        os.kill(child, signal.SIGKILL)
+        answer = b"hangs"
+    _, status = os.waitpid(child, 0)
+    with torch.no_grad():  # the parent still works, on all its threads
+        alive = module(x)[0].numpy().tobytes() == expected
+    print(json.dumps([answer.decode(), status, alive]))
+
+
+def huge() -> None:
+    """Calls whose output no memory can hold; prints the type of the exception each raises."""
+    steps = torch.zeros(1, 1, 3)
+    raised = {}
+    for kind in ("RNN", "LSTM", "GRU"):
+        for name, shape in {
+            "many-steps": (2**46, 2, 3),
+            "many-rows": (2, 2**46, 3),
+            "bytes-overflow": (2**45, 2**15, 3),
+        }.items():
+            for training in (True, False):
+                module = build(kind, 3, 4).requires_grad_(training)
+                raised[f"{kind} {name} {training=}"] = _raised_by(module, steps.expand(shape))
+    for kind in ("RNNCell", "LSTMCell", "GRUCell"):
+        raised[kind] = _raised_by(build(kind, 3, 4), torch.zeros(1, 3).expand(2**46, 3))
+    print(json.dumps(raised))
+
+
+def _raised_by(module: nn.Module, x: Tensor) -> str:
+    try:
+        module(x)
+    except (RuntimeError, MemoryError) as error:
+        return "RuntimeError" if isinstance(error, RuntimeError) else "MemoryError"
+    return "nothing"
+
+
+if __name__ == "__main__":
+    globals()[sys.argv[1]](*sys.argv[2:])

@@ -1,0 +1,193 @@
+"""What the tests share: building modules and inputs, and comparing a module with torch.nn and the
+oracle.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import oracle
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+import rnnkern
+from rnnkern import tolerance
+
+Leaves: TypeAlias = dict[str, Tensor]
+Call: TypeAlias = Callable[[nn.Module, Leaves], Any]
+
+LAYERS = ("RNN", "LSTM", "GRU")
+CELLS = ("RNNCell", "LSTMCell", "GRUCell")
+GATES = {"RNN": 1, "LSTM": 4, "GRU": 3, "RNNCell": 1, "LSTMCell": 4, "GRUCell": 3}
+DTYPES = (torch.float32, torch.float64)
+
+# Each cell in each form it has: the table most tests run over.
+FORMS: dict[str, tuple[str, dict[str, Any]]] = {
+    "RNN": ("RNN", {}),
+    "RNN-relu": ("RNN", {"nonlinearity": "relu"}),
+    "LSTM": ("LSTM", {}),
+    "LSTM-proj": ("LSTM", {"proj_size": 3}),
+    "GRU": ("GRU", {}),
+}
+
+
+def build(kind: str, *sizes: int, dtype: torch.dtype = torch.float32, **options: Any) -> nn.Module:
+    """rnnkern's module `kind`; its weights are float32 numbers also in float64, so that torch.nn
+    can have the same.
+    """
+    return getattr(rnnkern, kind)(*sizes, **options).to(dtype)
+
+
+def initial_states(module: nn.Module, rows: int | None) -> Leaves:
+    """`h0`, and `c0` for LSTM: [layers * directions, rows, size] for a layer, [rows, size] for a
+    cell.
+    """
+    if isinstance(module, nn.RNNBase):
+        count: tuple[int, ...] = (module.num_layers * (2 if module.bidirectional else 1),)
+        width = module.proj_size or module.hidden_size
+    else:
+        count, width = (), module.hidden_size
+    batch = () if rows is None else (rows,)
+    states = {"h0": torch.randn(*count, *batch, width)}
+    if isinstance(module, nn.LSTM | nn.LSTMCell):
+        states["c0"] = torch.randn(*count, *batch, module.hidden_size)
+    return states
+
+
+def leaves_for(module: nn.RNNBase, T: int, N: int | None, *, hx: bool = True) -> Leaves:
+    """Random inputs for a layer, unbatched where N is None: `x`, and the states with `hx`."""
+    shape: tuple[int, ...] = (T,) if N is None else (N, T) if module.batch_first else (T, N)
+    leaves = {"x": torch.randn(*shape, module.input_size)}
+    return leaves | initial_states(module, N) if hx else leaves
+
+
+def states_of(leaves: Mapping[str, Tensor]) -> Tensor | tuple[Tensor, Tensor] | None:
+    """The `hx` argument that the leaves stand for."""
+    if "c0" in leaves:
+        return leaves["h0"], leaves["c0"]
+    return leaves.get("h0")
+
+
+def plain(module: nn.Module, leaves: Leaves) -> Any:
+    return module(leaves["x"], states_of(leaves))
+
+
+def on_threads(call: Call, threads: int) -> Call:
+    """`call`, and what follows it, with another number of threads."""
+
+    def with_threads(module: nn.Module, leaves: Leaves) -> Any:
+        torch.set_num_threads(threads)
+        return call(module, leaves)
+
+    return with_threads
+
+
+def flatten(outputs: Any, name: str = "out") -> dict[str, Tensor]:
+    """Every tensor of nested outputs under a name of its own."""
+    if isinstance(outputs, PackedSequence):
+        return {name: outputs.data}
+    if isinstance(outputs, Tensor):
+        return {name: outputs}
+    found: dict[str, Tensor] = {}
+    for index, output in enumerate(outputs):
+        found |= flatten(output, f"{name}.{index}")
+    return found
+
+
+def weighted_sum(outputs: Mapping[str, Tensor]) -> Tensor:
+    """A loss in float64 in which every element of every output has a random weight of its own."""
+    generator = torch.Generator().manual_seed(1)
+    parts = [
+        (output.double() * torch.randn(output.shape, generator=generator)).sum()
+        for output in outputs.values()
+    ]
+    return torch.stack(parts).sum()
+
+
+def evaluate(
+    module: nn.Module, leaves: Leaves, call: Call = plain, *, backward: bool = True
+) -> dict[str, Tensor]:
+    """Every output of one call, and the gradient of every leaf and parameter that requires it, zero
+    if unused.
+    """
+    dtype = next(p.dtype for p in module.parameters())
+    own = {name: leaf.detach().to(dtype, copy=True) for name, leaf in leaves.items()}
+    for leaf in own.values():
+        leaf.requires_grad_(backward)
+    module.zero_grad()
+    with torch.set_grad_enabled(backward):
+        outputs = flatten(call(module, own))
+    values = {name: output.detach().clone() for name, output in outputs.items()}
+    if backward:
+        loss = weighted_sum(outputs)
+        if loss.requires_grad:  # the oracle's does not where no row takes a step
+            loss.backward()
+        for name, tensor in [*own.items(), *module.named_parameters()]:
+            if tensor.requires_grad:
+                grad = torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
+                values[f"d{name}"] = grad.detach().clone()
+    return values
+
+
+def assert_agree(
+    ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], reference: Mapping[str, Tensor]
+) -> None:
+    """Every tensor of ours is as near to the reference as rnnkern.tolerance wants it to be."""
+    assert ours.keys() == reference.keys()
+    verdicts = {name: tolerance.check(ours[name], theirs[name], reference[name]) for name in ours}
+    assert not {name: str(verdict) for name, verdict in verdicts.items() if not verdict}
+
+
+def check(
+    ours: nn.Module,
+    leaves: Leaves,
+    call: Call = plain,
+    *,
+    oracle_call: Call | None = None,
+    backward: bool = True,
+) -> dict[str, Tensor]:
+    """Compares outputs and gradients of `call(ours, leaves)` with torch.nn's and the oracle's;
+    returns ours.
+    """
+    dtype = next(p.dtype for p in ours.parameters())
+    other = oracle_call or call
+    got = evaluate(ours, leaves, call, backward=backward)
+    theirs = oracle.twin(ours, tolerance.yardstick_dtype(dtype))
+    wide = oracle.twin(ours, torch.float64)
+    assert_agree(
+        got,
+        evaluate(theirs, leaves, other, backward=backward),
+        evaluate(wide, leaves, other, backward=backward),
+    )
+    return got
+
+
+def assert_bitwise(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    assert not [name for name in ours if not torch.equal(ours[name], theirs[name])]
+
+
+def in_a_process(*arguments: str, timeout: float = 240, **env: str | None) -> Any:
+    """What a function of processes.py prints as JSON.
+
+    It may crash or hang without taking the tests with it. Environment variables given as None are
+    unset.
+    """
+    changed = {**os.environ, **env}
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("processes.py")), *arguments],
+        env={name: value for name, value in changed.items() if value is not None},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout) if done.stdout else None

@@ -1,0 +1,436 @@
+"""Gradients: gradcheck and gradgradcheck of every option, and all that autograd allows around a
+call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import oracle
+import pytest
+import torch
+from support import (
+    DTYPES,
+    FORMS,
+    LAYERS,
+    Call,
+    Leaves,
+    assert_agree,
+    assert_bitwise,
+    build,
+    check,
+    evaluate,
+    flatten,
+    initial_states,
+    leaves_for,
+    plain,
+    states_of,
+    weighted_sum,
+)
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.utils.rnn import pack_padded_sequence
+
+from rnnkern import tolerance
+
+T, N, I, H = 3, 2, 2, 2
+LENGTHS = torch.tensor([2, 3])
+RESET = torch.tensor([[False, True], [True, False], [False, True]])
+
+
+def packed(module: nn.Module, leaves: Leaves) -> Any:
+    sequence = pack_padded_sequence(
+        leaves["x"], LENGTHS, batch_first=module.batch_first, enforce_sorted=False
+    )
+    return module(sequence, states_of(leaves))
+
+
+def with_lengths(module: nn.Module, leaves: Leaves) -> Any:
+    return module(leaves["x"], states_of(leaves), lengths=LENGTHS)
+
+
+def with_reset(module: nn.Module, leaves: Leaves) -> Any:
+    return module(leaves["x"], states_of(leaves), reset=RESET)
+
+
+def oracle_with(**arguments: Tensor) -> Call:
+    return lambda module, own: oracle.run(module, own["x"], states_of(own), **arguments)
+
+
+class Setting:
+    """One option: how the module is built and called, and how the oracle is called where that
+    differs.
+    """
+
+    def __init__(
+        self,
+        call: Call = plain,
+        *,
+        oracle_call: Call | None = None,
+        hx: bool = False,
+        **options: Any,
+    ) -> None:
+        self.call, self.oracle_call, self.hx, self.options = call, oracle_call or call, hx, options
+
+    def make(self, form: str) -> tuple[nn.Module, Leaves]:
+        kind, own = FORMS[form]
+        own = own | ({"proj_size": 1} if "proj_size" in own else {})
+        module = build(kind, I, H, dtype=torch.float64, **own, **self.options)
+        return module, leaves_for(module, T, N, hx=self.hx)
+
+
+SETTINGS = {
+    "plain": Setting(),
+    "hx": Setting(hx=True),
+    "bidirectional": Setting(bidirectional=True, hx=True),
+    "no-bias": Setting(bias=False),
+    "batch-first": Setting(batch_first=True),
+    "layers2": Setting(num_layers=2, hx=True),
+    "packed": Setting(packed, hx=True, bidirectional=True),
+    "lengths": Setting(
+        with_lengths, oracle_call=oracle_with(lengths=LENGTHS), hx=True, bidirectional=True
+    ),
+    "reset": Setting(with_reset, oracle_call=oracle_with(reset=RESET), hx=True, bidirectional=True),
+}
+
+
+class Caller(nn.Module):
+    """`call(module, leaves)` as a module, so that its parameters can be passed in."""
+
+    def __init__(self, module: nn.Module, call: Call) -> None:
+        super().__init__()
+        self.module, self.call = module, call
+
+    def forward(self, leaves: Leaves) -> Any:
+        return self.call(self.module, leaves)
+
+
+def as_function(
+    module: nn.Module, call: Call, leaves: Leaves
+) -> tuple[Callable[..., tuple[Tensor, ...]], list[Tensor]]:
+    """The call as a function of all leaves and parameters, and those as float64 tensors that
+    require grad.
+    """
+    caller = Caller(module, call)
+    weights = dict(caller.named_parameters())
+    tensors = [*leaves.values(), *weights.values()]
+    inputs = [tensor.detach().double().requires_grad_() for tensor in tensors]
+
+    def function(*given: Tensor) -> tuple[Tensor, ...]:
+        own = dict(zip(leaves, given, strict=False))
+        parameters = dict(zip(weights, given[len(own) :], strict=True))
+        return tuple(flatten(functional_call(caller, parameters, (own,))).values())
+
+    return function, inputs
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("form", FORMS)
+def test_gradcheck(form: str, setting: str) -> None:
+    option = SETTINGS[setting]
+    module, leaves = option.make(form)
+    function, inputs = as_function(module, option.call, leaves)
+    assert torch.autograd.gradcheck(function, inputs)
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("form", FORMS)
+def test_gradgradcheck(form: str, setting: str) -> None:
+    option = SETTINGS[setting]
+    module, leaves = option.make(form)
+    function, inputs = as_function(module, option.call, leaves)
+    assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True)
+
+
+def penalized(call: Call) -> Call:
+    """The outputs, and the gradients of them by every leaf, themselves differentiable: what a
+    penalty is made of.
+    """
+
+    def with_gradients(module: nn.Module, leaves: Leaves) -> Any:
+        outputs = flatten(call(module, leaves))
+        gradients = torch.autograd.grad(
+            weighted_sum(outputs), list(leaves.values()), create_graph=True
+        )
+        return [*outputs.values(), *gradients]
+
+    return with_gradients
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("form", FORMS)
+def test_gradient_penalty(form: str, setting: str) -> None:
+    option = SETTINGS[setting]
+    module, leaves = option.make(form)
+    check(module, leaves, penalized(option.call), oracle_call=penalized(option.oracle_call))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("form", FORMS)
+def test_gradient_penalty_on_the_weights(form: str, dtype: torch.dtype) -> None:
+    """Second derivatives by the weights, at a size that fills vectors."""
+    kind, own = FORMS[form]
+    module = build(kind, 5, 17, dtype=dtype, **own)
+
+    def call(m: nn.Module, leaves: Leaves) -> Any:
+        y, _ = plain(m, leaves)
+        gradients = torch.autograd.grad(y.square().sum(), list(m.parameters()), create_graph=True)
+        return y, torch.stack([gradient.square().sum() for gradient in gradients]).sum()
+
+    check(module, leaves_for(module, 4, 3), call)
+
+
+@pytest.mark.parametrize("only", ["x", "weight_hh_l0"])
+@pytest.mark.parametrize("form", FORMS)
+def test_gradient_penalty_with_most_of_it_frozen(form: str, only: str) -> None:
+    kind, own = FORMS[form]
+    module = build(kind, 4, 6, dtype=torch.float64, **own)
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(name == only)
+
+    def call(m: nn.Module, leaves: Leaves) -> Any:
+        own = {name: leaf if name == only else leaf.detach() for name, leaf in leaves.items()}
+        outputs = flatten(plain(m, own))
+        wanted = leaves["x"] if only == "x" else m.weight_hh_l0
+        (gradient,) = torch.autograd.grad(weighted_sum(outputs).square(), wanted, create_graph=True)
+        return [*outputs.values(), gradient]
+
+    check(module, leaves_for(module, 5, 3), call)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_arguments_that_depend_on_each_other(kind: str) -> None:
+    """The start is made from the input, both weights and both biases are one tensor: nothing
+    counts twice, in first and second derivatives.
+    """
+    module = build(kind, 6, 6, dtype=torch.float64)
+    theirs, wide = oracle.twin(module, torch.float32), oracle.twin(module)
+    for each in (module, theirs, wide):
+        each.weight_hh_l0 = each.weight_ih_l0
+        each.bias_hh_l0 = each.bias_ih_l0
+
+    def call(m: nn.Module, leaves: Leaves) -> Any:
+        start = leaves["x"][:1]
+        y, _ = m(leaves["x"], (start, start) if kind == "LSTM" else start)
+        (gradient,) = torch.autograd.grad(y.square().sum(), leaves["x"], create_graph=True)
+        return [y, gradient]
+
+    leaves = {"x": torch.randn(5, 3, 6)}
+    assert_agree(*(evaluate(each, leaves, call) for each in (module, theirs, wide)))
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_third_derivatives(kind: str) -> None:
+    module = build(kind, 2, 3, dtype=torch.float64)
+
+    def call(m: nn.Module, leaves: Leaves) -> Any:
+        y, _ = plain(m, leaves)
+        (first,) = torch.autograd.grad(y.pow(3).sum(), leaves["x"], create_graph=True)
+        (second,) = torch.autograd.grad(first.square().sum(), m.weight_hh_l0, create_graph=True)
+        return [y, first, second]
+
+    check(module, leaves_for(module, 3, 2), call)
+
+
+# What a program may do with the output before the loss: the gradient arrives expanded, strided,
+# sparse in places.
+CONSUMERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "sum": lambda y: y.sum(),
+    "sum-over-time": lambda y: y.sum(0),
+    "mean-over-rows": lambda y: y.mean(1),
+    "last-step": lambda y: y[-1],
+    "first-step": lambda y: y[0],
+    "one-row": lambda y: y[:, 1],
+    "one-unit": lambda y: y[..., 2],
+    "every-other-step": lambda y: y[::2],
+    "every-other-unit": lambda y: y[..., ::2],
+    "transposed": lambda y: y.transpose(0, 1).contiguous(),
+    "units-first": lambda y: y.permute(2, 0, 1).square(),
+    "expanded": lambda y: y.unsqueeze(0).expand(3, *y.shape),
+    "flattened": lambda y: y.flatten(1),
+    "viewed": lambda y: y.view(-1, y.shape[-1]),
+    "halves": lambda y: torch.stack(y.chunk(2, -1)).prod(0),
+    "picked": lambda y: y.gather(0, torch.tensor([3, 0, 4]).view(1, 3, 1).expand(1, 3, 6)),
+    "largest": lambda y: y.amax(0),
+}
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("consumer", CONSUMERS)
+@pytest.mark.parametrize("options", [{}, {"batch_first": True}], ids=["time-first", "batch-first"])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_gradients_through_views(kind: str, options: dict[str, Any], consumer: str) -> None:
+    module = build(kind, 4, 6, **options)
+    use = CONSUMERS[consumer]
+
+    def call(m: nn.Module, leaves: Leaves) -> Any:
+        y, _ = plain(m, leaves)
+        return [use(y.transpose(0, 1) if m.batch_first else y)]
+
+    check(module, leaves_for(module, 5, 3), call)
+
+
+def states(out: Any) -> tuple[Tensor, ...]:
+    """h_n, and c_n for LSTM."""
+    return out[1] if isinstance(out[1], tuple) else (out[1],)
+
+
+USED: dict[str, Callable[[Any], list[Tensor]]] = {
+    "only-y": lambda out: [out[0]],
+    "only-h": lambda out: [states(out)[0]],
+    "only-c": lambda out: [states(out)[-1]],
+    "h-of-the-last-layer": lambda out: [states(out)[0][-1]],
+    "h-of-the-first-layer": lambda out: [states(out)[0][0]],
+    "h-twice": lambda out: [out[0], *states(out), states(out)[0].square()],
+}
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("used", USED)
+@pytest.mark.parametrize("form", FORMS)
+def test_only_some_outputs_used(form: str, used: str) -> None:
+    kind, own = FORMS[form]
+    module = build(kind, 4, 6, num_layers=2, bidirectional=True, **own)
+    check(module, leaves_for(module, 5, 3), lambda m, leaves: USED[used](plain(m, leaves)))
+
+
+def wanted_tensors(form: str) -> list[str]:
+    kind, own = FORMS[form]
+    module = build(kind, 4, 6, num_layers=2, **own)
+    return [*leaves_for(module, 5, 3), *(name for name, _ in module.named_parameters())]
+
+
+@pytest.mark.parametrize(
+    ("form", "wanted"), [(form, name) for form in FORMS for name in wanted_tensors(form)]
+)
+def test_only_one_tensor_requires_grad(form: str, wanted: str) -> None:
+    kind, own = FORMS[form]
+    module = build(kind, 4, 6, num_layers=2, **own)
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(name == wanted)
+
+    def call(m: nn.Module, leaves: Leaves) -> Any:
+        for name, leaf in leaves.items():
+            leaf.requires_grad_(name == wanted)
+        return plain(m, leaves)
+
+    values = check(module, leaves_for(module, 5, 3), call)
+    assert {name for name in values if name.startswith("d")} == {f"d{wanted}"}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_nothing_requires_grad(form: str) -> None:
+    kind, own = FORMS[form]
+    module = build(kind, 4, 6, **own).requires_grad_(False)
+    for output in flatten(plain(module, leaves_for(module, 5, 3))).values():
+        assert not output.requires_grad
+        assert output.grad_fn is None
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("form", FORMS)
+def test_grad_modes(form: str, mode: Callable[[], Any]) -> None:
+    kind, own = FORMS[form]
+    module = build(kind, 4, 6, num_layers=2, **own)
+    leaves = leaves_for(module, 5, 3)
+    leaves["x"].requires_grad_()
+    with mode():
+        outputs = flatten(plain(module, leaves))
+        for output in outputs.values():
+            assert not output.requires_grad
+            assert output.is_inference() == (mode is torch.inference_mode)
+            output.mul_(2)
+    check(module, {name: leaf.detach() for name, leaf in leaves.items()}, backward=False)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_backward_twice(form: str) -> None:
+    """With retain_graph the second backward gives the bits of the first; without it torch's usual
+    error.
+    """
+    kind, own = FORMS[form]
+    module = build(kind, 4, 6, num_layers=2, bidirectional=True, **own)
+    leaves = {name: leaf.requires_grad_() for name, leaf in leaves_for(module, 5, 3).items()}
+    wanted = leaves | dict(module.named_parameters())
+    loss = weighted_sum(flatten(plain(module, leaves)))
+
+    def gradients(retain: bool) -> dict[str, Tensor]:
+        of = torch.autograd.grad(loss, list(wanted.values()), retain_graph=retain)
+        return dict(zip(wanted, of, strict=True))
+
+    first = gradients(retain=True)
+    assert_bitwise(gradients(retain=True), first)
+    assert_bitwise(gradients(retain=False), first)
+    with pytest.raises(RuntimeError, match="second time"):
+        gradients(retain=False)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_gradients_of_each_output_add_up(form: str) -> None:
+    """One backward per output over a kept graph, then all at once."""
+    kind, own = FORMS[form]
+    module = build(kind, 4, 6, dtype=torch.float64, **own)
+    leaves = leaves_for(module, 5, 3)
+
+    def one_by_one(m: nn.Module, own: Leaves) -> Any:
+        outputs = list(flatten(plain(m, own)).values())
+        parts = [
+            torch.autograd.grad(output.sum(), own["x"], retain_graph=True)[0] for output in outputs
+        ]
+        return [*outputs, torch.stack(parts).sum(0)]
+
+    def at_once(m: nn.Module, own: Leaves) -> Any:
+        outputs = list(flatten(plain(m, own)).values())
+        loss = torch.stack([output.sum() for output in outputs]).sum()
+        return [*outputs, torch.autograd.grad(loss, own["x"], retain_graph=True)[0]]
+
+    check(module, leaves, one_by_one, oracle_call=at_once)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_gradients_accumulate(kind: str) -> None:
+    module = build(kind, 4, 6)
+    leaves = leaves_for(module, 5, 3)
+    once = evaluate(module, leaves)
+    weighted_sum(flatten(plain(module, leaves))).backward()
+    for name, parameter in module.named_parameters():
+        torch.testing.assert_close(parameter.grad, 2 * once[f"d{name}"])
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_states_that_require_grad_through_time(kind: str) -> None:
+    """Backpropagation through blocks, the state of one being the start of the next."""
+    module = build(kind, 4, 6, num_layers=2)
+
+    def call(m: nn.Module, leaves: Leaves) -> Any:
+        state = states_of(leaves)
+        for block in leaves["x"].split(2):
+            _, state = m(block, state)
+        return [state] if isinstance(state, Tensor) else state
+
+    check(module, leaves_for(module, 6, 3), call)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_one_initial_state_for_all_rows(kind: str) -> None:
+    """A learned start, expanded over the batch, gets the sum of all rows' gradients."""
+    module = build(kind, 4, 6, num_layers=2)
+    leaves = {"x": torch.randn(5, 3, 4)} | initial_states(module, 1)
+
+    def call(m: nn.Module, own: Leaves) -> Any:
+        starts = {name: own[name].expand(-1, 3, -1) for name in own if name != "x"}
+        return m(own["x"], states_of(starts))
+
+    check(module, leaves, call)
+
+
+def test_a_wrong_gradient_would_be_noticed() -> None:
+    """The comparison itself: a gradient off by a part in ten thousand fails it."""
+    module = build("LSTM", 4, 6)
+    leaves = leaves_for(module, 5, 3)
+    theirs, exact = (evaluate(oracle.twin(module, dtype), leaves) for dtype in DTYPES)
+    ours = {name: value * 1.0001 for name, value in theirs.items()}
+    assert not all(tolerance.check(ours[k], theirs[k], exact[k]) for k in ours)
+    assert_agree(theirs, theirs, exact)

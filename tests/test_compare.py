@@ -1,0 +1,335 @@
+"""The commands ``rnnkern compare`` and ``rnnkern info``, and the timing behind them."""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import json
+import math
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import rnnkern
+from rnnkern import cli, compare, timing
+from rnnkern.workloads import FORWARD, FORWARD_BACKWARD, PASSES, Workload, load_workloads
+
+TINY = ["compare", "--quick", "--cell", "LSTM", "--workload", "gradient_flow"]
+NOTEBOOK = ["compare", "--quick", "--cell", "LSTM", "--workload", "notebook", "--pass", "forward"]
+
+needs_matplotlib = pytest.mark.skipif(
+    importlib.util.find_spec("matplotlib") is None, reason="matplotlib is optional"
+)
+
+
+@pytest.fixture(autouse=True)
+def few_notebook_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compare.Options, "notebook_runs", 10)
+
+
+class WrongLSTM(rnnkern.LSTM):
+    """Right but for the last digits that a check has to see."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output, state = super().forward(*args, **kwargs)
+        return output + 1e-4, state
+
+
+class FrozenLSTM(rnnkern.LSTM):
+    """Right but for gradients of the parameters, which are missing."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.requires_grad_(False)
+        return super().forward(*args, **kwargs)
+
+
+def usage_error(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """What is printed for arguments that must be refused before any work."""
+    with pytest.raises(SystemExit) as raised:
+        cli.main(["compare", *arguments])
+    captured = capsys.readouterr()
+    assert raised.value.code == 2
+    assert captured.out == ""
+    return captured.err
+
+
+def test_a_quick_run_passes_and_reads_well(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["compare", "--quick", "--workload", "notebook,stream_step"]) == 0
+    captured = capsys.readouterr()
+    lines = captured.out.splitlines()
+    assert max(map(len, lines)) <= 100
+    assert captured.out.isascii()
+    assert "\x1b" not in captured.out
+    assert captured.err == ""  # no progress bar where there is no terminal
+    assert lines[-1] == "All checks passed."
+    for cell in ("RNN", "LSTM", "GRU"):
+        # the notebook's comparison, two workloads
+        assert sum(line.startswith(f"{cell} ") for line in lines) == 3
+    for pass_name in PASSES:
+        # a row for each cell and workload, and the mean
+        assert sum(line.split("  ")[0] == pass_name for line in lines) == 1
+        assert sum(f"  {pass_name}  " in line for line in lines) == 6
+
+
+def test_json(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    assert (
+        cli.main([*TINY, "--workload", "notebook", "--dtype", "float64", "--json", str(path)]) == 0
+    )
+    found = json.loads(path.read_text())
+    header = found["header"]
+    assert header["torch"] == torch.__version__
+    assert header["rnnkern"] == rnnkern.__version__
+    assert header["isa"] == rnnkern.build_info()["isa"]
+    assert header["cpu"]
+    assert header["date"].endswith("+00:00")
+    assert {"commit", "quick", "dtype", "threads"} <= header.keys()
+    (notebook,) = found["notebook"]
+    assert notebook["cell"] == "LSTM"
+    assert notebook["ok"]
+    assert notebook["output_difference"] < 1e-10
+    assert notebook["gradient_difference"] < 1e-10
+    assert notebook["speedup"] == notebook["torch_seconds"] / notebook["seconds"]
+    assert [(row["workload"], row["pass"]) for row in found["rows"]] == [
+        (workload, pass_name) for workload in ("notebook", "gradient_flow") for pass_name in PASSES
+    ]
+    for row in found["rows"]:
+        assert (row["device"], row["cell"], row["dtype"]) == ("cpu", "LSTM", "float64")
+        assert row["threads"] == torch.get_num_threads()
+        assert min(row["us"], row["torch_us"], row["speedup"], row["gflops"], row["pairs"]) > 0
+        mean = found["geometric_mean"][row["pass"]]
+        both = [r["speedup"] for r in found["rows"] if r["pass"] == row["pass"]]
+        assert mean == pytest.approx(math.sqrt(math.prod(both)))
+    assert found["ok"]
+    assert found["failures"] == []
+
+
+@pytest.mark.parametrize("wrong", [WrongLSTM, FrozenLSTM])
+def test_a_failed_check_is_exit_status_1_and_is_not_timed(
+    wrong: type[nn.LSTM],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setattr(rnnkern, "LSTM", wrong)
+    path = tmp_path / "results.json"
+    arguments = [*TINY, "--cell", "RNN", "--workload", "notebook", "--json", str(path)]
+    assert cli.main(arguments) == 1
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 100
+    assert "LSTM  gradient_flow FAILED" in out
+    last = out.splitlines()[-1]
+    assert last == "FAILED: LSTM gradient_flow, LSTM notebook, LSTM notebook's comparison"
+    found = json.loads(path.read_text())
+    assert not found["ok"]
+    assert {row["cell"] for row in found["rows"]} == {"RNN"}
+    assert {failure["cell"] for failure in found["failures"]} == {"LSTM"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--workload", "nonsense"], "known are: notebook, gradient_flow, sine"),
+        (["--cell", "LSTM,Transformer"], "known are: RNN, LSTM, GRU"),
+        (["--pass", "backward"], "known are: forward, forward-grad, forward-backward"),
+        (["--threads", "0"], "at least 1"),
+        (["--threads", "two"], "at least 1"),
+        (["--device", "tpu"], "want cpu, cuda"),
+        (["--device", "meta"], "want cpu, cuda"),
+        (["--dtype", "float16"], "float32"),
+        (["--json", "no/such/directory/x.json"], "no such directory"),
+        (["--plot", "no/such/directory/x.png"], "no such directory"),
+    ],
+)
+def test_bad_usage_is_exit_status_2_and_says_what_is_known(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert message in usage_error(capsys, *arguments)
+
+
+def test_cuda_where_there_is_none(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert "torch sees no CUDA device" in usage_error(capsys, "--device", "cuda")
+
+
+def test_a_plot_without_matplotlib_is_refused_before_any_work(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert 'pip install "rnnkern[plot]"' in usage_error(capsys, "--plot", "speedup.png")
+
+
+@needs_matplotlib
+def test_a_plot_of_unknown_kind_is_refused_before_any_work(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert "must end in one of" in usage_error(capsys, "--plot", "speedup.xyz")
+
+
+@needs_matplotlib
+def test_plot(tmp_path: Path) -> None:
+    path = tmp_path / "speedup.png"
+    assert cli.main([*TINY, "--plot", str(path)]) == 0
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def options(*arguments: str) -> compare.Options:
+    return cli._options(cli._parser().parse_args(["compare", *arguments]))
+
+
+def test_selections_repeat_or_take_commas_in_any_case_and_keep_the_known_order() -> None:
+    assert options().cells == ("RNN", "LSTM", "GRU")
+    assert options("--cell", "gru,LSTM").cells == ("LSTM", "GRU")
+    assert options("--cell", "GRU", "--cell", "rnn").cells == ("RNN", "GRU")
+    assert options("--pass", "forward+backward,forward").passes == (FORWARD, FORWARD_BACKWARD)
+    assert options("--pass", "forward-grad").passes == ("forward (grad)",)
+    assert [w.name for w in options("--workload", "sine,notebook").workloads] == [
+        "notebook",
+        "sine",
+    ]
+
+
+def test_quick_leaves_out_the_largest_unless_asked_for_them() -> None:
+    quick, full = options("--quick"), options()
+    assert {w.name for w in full.workloads} == load_workloads().keys()
+    assert {"large", "xlarge", "long"} <= set(quick.left_out)
+    assert {w.name for w in quick.workloads} | set(quick.left_out) == load_workloads().keys()
+    assert [w.name for w in options("--quick", "--workload", "xlarge").workloads] == ["xlarge"]
+    assert options("--quick", "--workload", "xlarge").left_out == ()
+
+
+def test_a_quick_run_out_of_time_still_checks_everything(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(compare.Options, "time_limit_s", 0.0)
+    assert cli.main(TINY) == 0
+    assert "3 rows were checked but not timed" in capsys.readouterr().out
+    monkeypatch.setattr(rnnkern, "LSTM", WrongLSTM)
+    assert cli.main(TINY) == 1
+
+
+def test_threads_are_set_and_restored(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = torch.get_num_threads()
+    assert cli.main([*TINY, "--threads", str(before + 1)]) == 0
+    assert f"{before + 1} threads" in capsys.readouterr().out.splitlines()[0]
+    assert torch.get_num_threads() == before
+
+
+def test_an_interrupted_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compare, "run", interrupt)
+    assert cli.main(TINY) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_every_piece_of_work_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = options("--quick", "--cell", "LSTM,RNN", "--workload", "notebook,sine")
+    done: list[int] = []
+    printer = cli.Printer(chosen)
+    monkeypatch.setattr(printer, "end", lambda pieces=1: done.append(pieces))
+    monkeypatch.setattr(rnnkern, "LSTM", WrongLSTM)  # one that fails must count as well
+    compare.run(chosen, printer)
+    assert sum(done) == compare.pieces_of_work(chosen)
+
+
+def test_gflops() -> None:
+    # T=1 N=1 I=500 H=500: 2 * 500 * 1000 = 1e6 FLOPs in 1000 us are 1 GFLOP/s.
+    workload = Workload("x", 1, 1, 500, 500)
+    assert compare.gflops("RNN", workload, FORWARD, 1000.0) == pytest.approx(1.0)
+    assert compare.gflops("LSTM", workload, FORWARD_BACKWARD, 1000.0) == pytest.approx(12.0)
+
+
+def test_info_is_aligned(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["info"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    info = rnnkern.build_info()
+    assert [line.split()[0] for line in lines] == list(info)
+    column = max(map(len, info)) + 2
+    assert all(line[column - 1] == " " and line[column] != " " for line in lines)
+    assert any(line.split() == ["version", rnnkern.__version__] for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(None, "none"), (True, "yes"), (False, "no"), (1, "1"), (["a", "b"], "a, b"), ([], "none")],
+)
+def test_plain_text_of_a_value(value: object, text: str) -> None:
+    assert cli._plain(value) == text
+
+
+def test_as_a_module() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "rnnkern", "info"], capture_output=True, text=True, check=True
+    )
+    assert "version" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("us", "text"),
+    [
+        (0.04567, "0.046 us"),
+        (1.234, "1.23 us"),
+        (12.34, "12.3 us"),
+        (999.4, "999 us"),
+        (999.6, "1.00 ms"),
+        (123456.0, "123 ms"),
+        (1234567.0, "1.23 s "),
+    ],
+)
+def test_durations(us: float, text: str) -> None:
+    assert cli._duration(us) == text
+
+
+def test_pairs_are_timed_in_turn_with_samples_long_enough() -> None:
+    order: list[str] = []
+    result = timing.time_pair(
+        lambda: order.append("ours"),
+        lambda: (order.append("theirs"), time.sleep(2e-3)),
+        budget_s=0.02,
+        min_pairs=3,
+    )
+    assert len(result.ours_s) == len(result.theirs_s) >= 3
+    turns = [name for i, name in enumerate(order) if i == 0 or order[i - 1] != name]
+    assert turns == ["ours", "theirs"] * (len(turns) // 2)
+    assert order.count("ours") > 1000  # repeated to fill a millisecond
+    assert result.speedup > 100
+    assert result.us < 100
+    assert result.their_us >= 2000
+
+
+def test_the_least_number_of_pairs_is_taken_whatever_the_budget() -> None:
+    result = timing.time_pair(
+        lambda: time.sleep(2e-3), lambda: time.sleep(2e-3), budget_s=0.0, min_pairs=3
+    )
+    assert len(result.ours_s) == 3
+
+
+def test_the_speedup_is_the_median_of_the_ratios_and_not_the_ratio_of_medians() -> None:
+    result = timing.PairTiming(ours_s=[1.0, 10.0, 2.0], theirs_s=[2.0, 20.0, 40.0])
+    assert result.speedup == 2.0
+    assert (result.us, result.their_us) == (2e6, 20e6)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_garbage_collection_is_off_in_the_samples_and_then_as_before(enabled: bool) -> None:
+    (gc.enable if enabled else gc.disable)()
+    try:
+        with timing.gc_paused():
+            assert not gc.isenabled()
+        assert gc.isenabled() is enabled
+    finally:
+        gc.enable()

@@ -1,0 +1,163 @@
+"""What no kernel covers: tracing, other dtypes and devices, transforms and modes; and what
+`explain` says of it.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import oracle
+import pytest
+import torch
+from processes import FALLBACKS
+from support import (
+    FORMS,
+    LAYERS,
+    assert_bitwise,
+    build,
+    check,
+    evaluate,
+    flatten,
+    in_a_process,
+    leaves_for,
+    plain,
+    states_of,
+)
+from torch import nn
+from torch.func import functional_call
+
+import rnnkern
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("kind", LAYERS)
+def test_jit_trace(kind: str) -> None:
+    """Recorded as torch.nn's own operators, without a warning."""
+    module = build(kind, 4, 6)
+    x = torch.randn(5, 3, 4)
+    traced = torch.jit.trace(module, x)
+    other = torch.randn(5, 3, 4)
+    torch.testing.assert_close(flatten(traced(other)), flatten(oracle.twin(module)(other)))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+def test_compile(kind: str) -> None:
+    module = build(kind, 4, 6)
+    compiled = torch.compile(module, backend="eager")
+    check(
+        module, leaves_for(module, 5, 3), lambda m, own: plain(compiled if m is module else m, own)
+    )
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+def test_compile_with_lengths(kind: str) -> None:
+    module = build(kind, 4, 6)
+    compiled = torch.compile(module, backend="eager")
+    lengths = torch.tensor([5, 0, 2])
+    check(
+        module,
+        leaves_for(module, 5, 3),
+        lambda m, own: compiled(own["x"], states_of(own), lengths=lengths),
+        oracle_call=lambda m, own: oracle.run(m, own["x"], states_of(own), lengths),
+    )
+
+
+@pytest.fixture(scope="module")
+def fallbacks() -> dict[str, list[str] | None]:
+    return in_a_process("fallbacks")
+
+
+# What the warning must name for the user to know what to change.
+NAMED = {
+    "float16": "dtype|float16",
+    "bfloat16": "dtype|bfloat16",
+    "complex64": "dtype|complex64",
+    "meta": "meta",
+    "subclass": "subclass",
+    "subclass-of-a-weight": "subclass",
+    "functorch": "(?i)functorch|torch.func|transform",
+    "autocast": "(?i)autocast",
+    "dispatch-mode": "mode",
+    "flop-counter": "mode",
+    "negative-view": "(?i)neg",
+    "float16-lengths": "dtype|float16",
+}
+
+
+@pytest.mark.parametrize("name", FALLBACKS)
+def test_fallbacks_warn_once(fallbacks: dict[str, list[str] | None], name: str) -> None:
+    messages = fallbacks[name]
+    assert messages is not None, "the call failed"
+    assert len(messages) == 1
+    assert re.search(NAMED[name], messages[0])
+
+
+def test_the_warning_is_a_user_warning() -> None:
+    assert issubclass(rnnkern.FallbackWarning, UserWarning)
+
+
+@pytest.mark.filterwarnings("ignore::rnnkern.FallbackWarning")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("form", FORMS)
+def test_fallback_results(form: str, dtype: torch.dtype) -> None:
+    """What torch.nn computes, and `lengths` and `reset` too."""
+    kind, own = FORMS[form]
+    module = build(kind, 4, 6, bidirectional=True, dtype=dtype, **own)
+    leaves = {name: leaf.to(dtype) for name, leaf in leaves_for(module, 5, 3).items()}
+    assert_bitwise(evaluate(module, leaves), evaluate(oracle.twin(module), leaves))
+    lengths, reset = torch.tensor([2, 5, 0]), torch.rand(5, 3) < 0.4
+    check(
+        module,
+        leaves,
+        lambda m, own: m(own["x"], states_of(own), lengths=lengths, reset=reset),
+        oracle_call=lambda m, own: oracle.run(m, own["x"], states_of(own), lengths, reset),
+    )
+
+
+@pytest.mark.filterwarnings("ignore::rnnkern.FallbackWarning")
+@pytest.mark.parametrize("kind", LAYERS)
+def test_autocast(kind: str) -> None:
+    """As torch.nn has it: the same dtype and the same numbers."""
+    module = build(kind, 4, 6)
+    leaves = leaves_for(module, 5, 3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = flatten(plain(module, leaves))
+        expected = flatten(plain(oracle.twin(module), leaves))
+    assert actual["out.0"].dtype == expected["out.0"].dtype
+    assert_bitwise(actual, expected)
+
+
+@pytest.mark.filterwarnings("ignore::rnnkern.FallbackWarning")
+@pytest.mark.parametrize("kind", LAYERS)
+def test_torch_func_transforms(kind: str) -> None:
+    module = build(kind, 4, 6, dtype=torch.float64)
+    theirs = oracle.twin(module)
+    x = torch.randn(5, 3, 4, dtype=torch.float64)
+    weights = {name: p.detach() for name, p in module.named_parameters()}
+
+    def results(m: nn.Module) -> list[Any]:
+        by_weights = torch.func.grad(lambda w: functional_call(m, w, (x,))[0].square().sum())(
+            weights
+        )
+        return [by_weights, torch.func.jacrev(lambda a: m(a)[0])(x)]
+
+    torch.testing.assert_close(results(module), results(theirs))
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_explain_and_build_info(kind: str) -> None:
+    info = rnnkern.build_info()
+    keys = {"version", "compiler", "cuda", "isa", "isa_compiled", "openmp", "torch", "threads"}
+    assert keys <= info.keys()
+    assert info["version"] == rnnkern.__version__
+    assert info["torch"] == torch.__version__
+    module = build(kind, 4, 6)
+    kernel = rnnkern.explain(module, torch.randn(5, 3, 4))
+    assert info["isa"] in str(kernel)
+    assert repr(kernel) == str(kernel)
+    fallback = rnnkern.explain(module.half(), torch.randn(5, 3, 4).half())
+    assert "torch.nn" in str(fallback)
+    assert re.search("dtype|float16", str(fallback))

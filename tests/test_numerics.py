@@ -1,0 +1,384 @@
+"""Numbers: sizes that are multiples of nothing, exactness, the ends of the range, NaN, and
+independence of rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from support import (
+    DTYPES,
+    FORMS,
+    LAYERS,
+    Leaves,
+    assert_bitwise,
+    build,
+    check,
+    evaluate,
+    flatten,
+    initial_states,
+    leaves_for,
+    on_threads,
+    plain,
+    states_of,
+)
+from torch import Tensor, nn
+
+import rnnkern
+from rnnkern import tolerance
+
+# What rnnkern promises for its sigmoid and tanh, in units of the last place.
+MAX_ULP = 2.0
+
+INFINITE = float("inf")
+BATCHES = (1, 2, 3, 5, 6, 7, 13, 64)
+HIDDEN = (1, 3, 15, 16, 17, 31, 33, 63, 65, 129)
+
+one_thread = on_threads(plain, 1)
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize(("H", "threads"), [(H, 1) for H in HIDDEN] + [(17, 2), (129, 2)])
+@pytest.mark.parametrize("form", FORMS)
+def test_hidden_sizes(form: str, H: int, threads: int) -> None:
+    kind, own = FORMS[form]
+    if "proj_size" in own:
+        own = {"proj_size": H // 2}  # 0, at H = 1, is none
+    module = build(kind, 5, H, bidirectional=True, **own)
+    check(module, leaves_for(module, 4, 5), on_threads(plain, threads), oracle_call=one_thread)
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize(("N", "threads"), [(N, 1) for N in BATCHES] + [(2, 2), (13, 2)])
+@pytest.mark.parametrize("form", FORMS)
+def test_batch_sizes(form: str, N: int, threads: int) -> None:
+    kind, own = FORMS[form]
+    for H in (16, 33):
+        module = build(kind, 3, H, **own)
+        check(module, leaves_for(module, 4, N), on_threads(plain, threads), oracle_call=one_thread)
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("I", [1, 2, 15, 17, 64, 131])
+@pytest.mark.parametrize("form", FORMS)
+def test_input_sizes(form: str, I: int) -> None:
+    kind, own = FORMS[form]
+    module = build(kind, I, 9, **own)
+    check(module, leaves_for(module, 3, 3))
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("T", [1, 2, 29])
+@pytest.mark.parametrize("N", [1, 4])
+@pytest.mark.parametrize("form", FORMS)
+def test_lengths_of_sequences(form: str, N: int, T: int, dtype: torch.dtype) -> None:
+    kind, own = FORMS[form]
+    module = build(kind, 3, 18, dtype=dtype, num_layers=2, bidirectional=True, **own)
+    check(module, leaves_for(module, T, N))
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", LAYERS)
+def test_one_of_everything(kind: str, dtype: torch.dtype) -> None:
+    module = build(kind, 1, 1, dtype=dtype)
+    check(module, leaves_for(module, 1, 1))
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("form", FORMS)
+def test_a_long_sequence(form: str, dtype: torch.dtype) -> None:
+    kind, own = FORMS[form]
+    module = build(kind, 3, 20, dtype=dtype, **own)
+    check(module, leaves_for(module, 300, 2))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(
+    ("T", "N", "I", "H"),
+    [(3, 70, 40, 200), (3, 1, 300, 260), (2, 4, 520, 30), (10, 64, 28, 64)],
+    ids=["batch", "one-row", "wide-input", "mnist"],
+)
+@pytest.mark.parametrize("kind", LAYERS)
+def test_sizes_that_several_threads_share(
+    kind: str,
+    T: int,
+    N: int,
+    I: int,
+    H: int,
+    threads: int,
+) -> None:
+    module = build(kind, I, H)
+    check(module, leaves_for(module, T, N), on_threads(plain, threads), oracle_call=one_thread)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_the_notebooks_comparison(kind: str) -> None:
+    """Input 3, hidden 3, ten steps, every parameter 0.3, and the notebook's own criterion."""
+    ours, theirs = build(kind, 3, 3), getattr(nn, kind)(3, 3)
+    for module in (ours, theirs):
+        for parameter in module.parameters():
+            nn.init.constant_(parameter, 0.3)
+    leaves = {"x": torch.randn(10, 1, 3)}
+    got, wanted = evaluate(ours, leaves), evaluate(theirs, leaves)
+    for name in wanted:
+        assert tolerance.squared_difference(got[name], wanted[name]) < tolerance.NOTEBOOK_LIMIT
+
+
+def ulps(values: Tensor, exact: np.ndarray[Any, np.dtype[np.longdouble]]) -> Tensor:
+    """The error of each value in units of the last place of the exact result."""
+    kind = values.numpy().dtype
+    spacing = np.spacing(np.abs(exact).astype(kind)).astype(np.longdouble)
+    return torch.from_numpy((np.abs(values.numpy() - exact) / spacing).astype(np.float64))
+
+
+def grid(dtype: torch.dtype, count: int) -> Tensor:
+    """Arguments of every magnitude at which tanh and sigmoid are neither 0 nor 1, both signs."""
+    magnitudes = torch.cat([torch.linspace(0, 20, count), torch.logspace(-30, 0, count // 3)])
+    jitter = torch.rand(magnitudes.shape, generator=torch.Generator().manual_seed(2))
+    magnitudes = (magnitudes.double() * (1 + 0.01 * jitter.double())).to(dtype)
+    return torch.cat([magnitudes, -magnitudes])
+
+
+# Which axis of the call the vectors run along, and on how many numbers. The many are where the
+# largest errors show.
+ALONG = {"rows": 300_000, "steps": 3000, "units": 600}
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("along", ALONG)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_tanh_to_the_last_places(dtype: torch.dtype, along: str) -> None:
+    """An RNN without recurrence and bias is tanh."""
+    x = grid(dtype, ALONG[along])
+    module = build("RNN", 1, x.numel() if along == "units" else 1, dtype=dtype, bias=False)
+    with torch.no_grad():
+        module.weight_hh_l0.zero_()
+        if along == "units":
+            module.weight_ih_l0.copy_(x.unsqueeze(1))
+            y, _ = module(x.new_ones(1, 1, 1))
+        else:
+            module.weight_ih_l0.fill_(1.0)
+            y, _ = module(x.view((1, -1, 1) if along == "rows" else (-1, 1, 1)))
+    assert ulps(y.flatten(), np.tanh(x.numpy().astype(np.longdouble))).max() <= MAX_ULP
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("along", ALONG)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sigmoid_to_the_last_places(dtype: torch.dtype, along: str) -> None:
+    """With the input gate shut and c = 1 before the step, LSTM's cell state is the sigmoid of the
+    forget gate.
+    """
+    x = grid(dtype, ALONG[along])
+    if along == "steps":  # every step a call, because c is 1 only at the start
+        x = x[::5]
+    H = x.numel() if along == "units" else 1
+    module = build("LSTM", 1, H, dtype=dtype)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.zero_()
+        module.weight_ih_l0[H : 2 * H] = x.unsqueeze(1) if along == "units" else 1.0
+        module.bias_ih_l0[:H] = -INFINITE
+        inputs = x.new_ones(1, 1, 1) if along == "units" else x.view(-1, 1, 1)
+        if along == "rows":
+            inputs = inputs.transpose(0, 1)
+        cells = []
+        for step in inputs.split(1):
+            zeros = x.new_zeros(1, step.shape[1], H)
+            cells.append(module(step, (zeros, zeros + 1))[1][1])
+    exact = 1 / (1 + np.exp(-x.numpy().astype(np.longdouble)))
+    assert ulps(torch.cat(cells).flatten(), exact).max() <= MAX_ULP
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("number", [INFINITE, -INFINITE, 1e30, -1e30, 200.0, -200.0, 1e-40, 0.0])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("form", FORMS)
+def test_the_ends_of_the_range(form: str, dtype: torch.dtype, number: float) -> None:
+    """Infinite, huge and denormal inputs give what torch.nn gives: saturated gates, and NaN only
+    where it has NaN.
+    """
+    kind, own = FORMS[form]
+    module = build(kind, 3, 5, dtype=dtype, **own)
+    leaves = leaves_for(module, 4, 3)
+    leaves["x"][1, 0, 1] = number
+    leaves["x"][2, 1] = number
+    check(module, leaves, backward=False)
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("N", [2, 7, 64])
+@pytest.mark.parametrize(
+    ("form", "where"),
+    [
+        (form, where)
+        for form in FORMS
+        for where in ("x", "h0", "c0")
+        if "LSTM" in form or where != "c0"
+    ],
+)
+def test_nan_stays_in_its_row(form: str, N: int, where: str) -> None:
+    kind, own = FORMS[form]
+    module = build(kind, 3, 17, bidirectional=True, **own)
+    leaves = leaves_for(module, 6, N)
+    clean = flatten(plain(module, leaves))
+    leaves[where].view(-1, N, leaves[where].shape[-1])[:, N // 2] = float("nan")
+    dirty = flatten(plain(module, leaves))
+    others = torch.arange(N) != N // 2
+    for name in clean:
+        assert torch.equal(dirty[name][:, others], clean[name][:, others])
+    assert dirty["out.0"][:, N // 2].isnan().all()
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("form", FORMS)
+def test_nan_begins_at_its_step(form: str) -> None:
+    kind, own = FORMS[form]
+    module = build(kind, 3, 17, **own)
+    x = torch.randn(6, 3, 3)
+    clean, _ = module(x)
+    x[4, 1, 2] = float("nan")
+    dirty, _ = module(x)
+    assert torch.equal(dirty[:4], clean[:4])
+    assert dirty[4:, 1].isnan().all()
+    assert not dirty[:, [0, 2]].isnan().any()
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_denormals_stay(kind: str) -> None:
+    """Neither the import nor a call makes the process flush denormal numbers to zero."""
+    build(kind, 3, 4)(torch.randn(5, 2, 3))
+    smallest = torch.finfo(torch.float32).smallest_normal
+    assert (torch.full((64,), smallest) / 4 > 0).all()
+    assert np.float32(smallest) / np.float32(4) > 0
+
+
+def integers(*shape: int, low: int = -1, high: int = 2) -> Tensor:
+    return torch.randint(low, high, shape).float()
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("N", "H"), [(1, 5), (3, 16), (7, 33), (64, 65)])
+def test_integers_are_exact(N: int, H: int, dtype: torch.dtype) -> None:
+    """With relu and integers every product and sum is exact, so that no order of summation may
+    show: all bits agree.
+    """
+    module = build("RNN", 6, H, nonlinearity="relu", bidirectional=True, dtype=dtype)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            parameter.copy_(integers(*parameter.shape))
+            if "weight_hh" in name:  # few terms, or the numbers outgrow 24 bits
+                parameter.mul_(torch.rand(parameter.shape) < 2 / H)
+    leaves = {"x": integers(6, N, 6, low=-3, high=4), "h0": integers(2, N, H)}
+    got = with_integer_gradients(module, leaves)
+    wanted = with_integer_gradients(oracle.twin(module, torch.float64), leaves)
+    assert max(float(value.abs().max()) for value in wanted.values()) < 2**24
+    assert_bitwise({name: value.double() for name, value in got.items()}, wanted)
+
+
+def with_integer_gradients(module: nn.Module, leaves: Leaves) -> dict[str, Tensor]:
+    dtype = next(module.parameters()).dtype
+    own = {name: leaf.to(dtype, copy=True).requires_grad_() for name, leaf in leaves.items()}
+    y, h_n = plain(module, own)
+    (y.sum() - 2 * h_n.sum()).backward()
+    tensors = [*own.items(), *module.named_parameters()]
+    return {"y": y.detach(), "h_n": h_n.detach()} | {name: t.grad for name, t in tensors}
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.usefixtures("deterministic")
+def test_deterministic_rows_are_independent(form: str, dtype: torch.dtype) -> None:
+    """Under deterministic algorithms a row has the same bits in whatever batch it stands."""
+    kind, own = FORMS[form]
+    module = build(kind, 11, 37, num_layers=2, bidirectional=True, dtype=dtype, **own)
+    leaves = {name: leaf.to(dtype) for name, leaf in leaves_for(module, 5, 13).items()}
+    whole = flatten(plain(module, leaves))
+    for rows in ([4], [12, 0], [1, 2, 3, 5, 8, 9, 11]):
+        part = {name: leaf[:, rows] for name, leaf in leaves.items()}
+        assert_bitwise(flatten(plain(module, part)), {k: v[:, rows] for k, v in whole.items()})
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("N", [1, 6])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.usefixtures("deterministic")
+def test_deterministic_blocks(form: str, dtype: torch.dtype, N: int) -> None:
+    """Under deterministic algorithms a sequence fed in blocks has the bits of one fed at once."""
+    kind, own = FORMS[form]
+    module = build(kind, 11, 37, num_layers=2, dtype=dtype, **own)
+    leaves = {name: leaf.to(dtype) for name, leaf in leaves_for(module, 9, N).items()}
+    whole = flatten(plain(module, leaves))
+    outputs, state = [], states_of(leaves)
+    for block in leaves["x"].split([1, 3, 1, 4]):
+        y, state = module(block, state)
+        outputs.append(y)
+    assert_bitwise(flatten((torch.cat(outputs), state)), whole)
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("form", FORMS)
+def test_blocks_carry_the_state(form: str) -> None:
+    kind, own = FORMS[form]
+    module = build(kind, 3, 17, num_layers=2, **own)
+
+    def call(m: nn.Module, own: Leaves) -> Any:
+        outputs, state = [], states_of(own)
+        for block in own["x"].split([1, 3, 1, 4]):
+            y, state = m(block, state)
+            outputs.append(y)
+        return torch.cat(outputs), state
+
+    check(module, leaves_for(module, 9, 2), call, oracle_call=plain)
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.usefixtures("deterministic")
+def test_repeated_runs_agree(form: str) -> None:
+    """Two runs agree in every bit, gradients too; memory filled with NaN is all written."""
+    kind, own = FORMS[form]
+    torch.set_num_threads(2)
+    module = build(kind, 11, 37, num_layers=2, bidirectional=True, **own)
+    leaves = leaves_for(module, 5, 13)
+    first = evaluate(module, leaves)
+    assert not [name for name, value in first.items() if not value.isfinite().all()]
+    assert_bitwise(evaluate(module, leaves), first)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_inputs_are_left_alone(kind: str) -> None:
+    module = build(kind, 4, 6, num_layers=2, bidirectional=True)
+    leaves = leaves_for(module, 5, 3) | {f"p.{name}": p for name, p in module.named_parameters()}
+    before = {name: leaf.detach().clone() for name, leaf in leaves.items()}
+    for leaf in leaves.values():
+        leaf.requires_grad_()
+    y, _ = plain(module, leaves)
+    y.square().sum().backward()
+    assert_bitwise({name: leaf.detach() for name, leaf in leaves.items()}, before)
+
+
+@pytest.mark.parametrize("options", [{}, {"lengths": torch.tensor([5, 0, 2])}], ids=["", "lengths"])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_outputs_do_not_share_memory(kind: str, options: dict[str, Tensor]) -> None:
+    """What a user does to one output or to the initial state shows in no other output."""
+    module = getattr(rnnkern, kind)(4, 6)
+    with torch.no_grad():
+        leaves = leaves_for(module, 5, 3)
+        outputs = flatten(module(leaves["x"], states_of(leaves), **options))
+        copies = {name: output.clone() for name, output in outputs.items()}
+        for state in initial_states(module, 3):
+            leaves[state].fill_(9.0)
+        outputs["out.0"].fill_(9.0)
+    for name in set(outputs) - {"out.0"}:
+        assert torch.equal(outputs[name], copies[name])

@@ -1,0 +1,123 @@
+"""Threads: torch's own number of them, several Python threads at once, and forked processes."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from support import (
+    DTYPES,
+    FORMS,
+    LAYERS,
+    assert_bitwise,
+    build,
+    evaluate,
+    flatten,
+    in_a_process,
+    leaves_for,
+    on_threads,
+    plain,
+    states_of,
+)
+
+import rnnkern
+
+SIZES = {
+    "tiny": (4, 1, 3, 5),
+    "one-row": (3, 1, 64, 300),
+    "rows": (4, 70, 40, 150),
+    "odd": (5, 13, 7, 129),
+}
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("form", FORMS)
+def test_outputs_do_not_depend_on_threads(form: str, sizes: str, dtype: torch.dtype) -> None:
+    kind, own = FORMS[form]
+    T, N, inputs, H = SIZES[sizes]
+    module = build(kind, inputs, H, dtype=dtype, bidirectional=True, num_layers=2, **own)
+    leaves = leaves_for(module, T, N)
+    one = evaluate(module, leaves, on_threads(plain, 1), backward=False)
+    for threads in (2, 3):
+        assert_bitwise(evaluate(module, leaves, on_threads(plain, threads), backward=False), one)
+        trained = evaluate(module, leaves, on_threads(plain, threads))
+        alone = evaluate(module, leaves, on_threads(plain, 1))
+        assert_bitwise(*({k: v for k, v in r.items() if "out" in k} for r in (trained, alone)))
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("form", FORMS)
+def test_lengths_and_reset_do_not_depend_on_threads(form: str) -> None:
+    kind, own = FORMS[form]
+    module = build(kind, 7, 129, bidirectional=True, **own)
+    leaves = leaves_for(module, 5, 40)
+    lengths = torch.randint(0, 6, (40,))
+    reset = torch.rand(5, 40) < 0.3
+    results = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        with torch.no_grad():
+            y = module(leaves["x"], states_of(leaves), lengths=lengths, reset=reset)
+        results.append(flatten(y))
+    assert_bitwise(*results)
+
+
+def test_more_threads_than_rows_or_cores() -> None:
+    module = build("GRU", 3, 5)
+    leaves = leaves_for(module, 4, 2)
+    one = evaluate(module, leaves, backward=False)
+    many = evaluate(module, leaves, on_threads(plain, 16), backward=False)
+    assert_bitwise(many, one)
+
+
+def test_the_number_of_threads_is_torchs() -> None:
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        assert rnnkern.build_info()["threads"] == threads
+        build("LSTM", 40, 150)(torch.randn(3, 70, 40))
+        assert torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_called_from_several_python_threads(kind: str, threads: int) -> None:
+    """One module used by four threads at once, forward and backward, gives each what it would get
+    alone.
+    """
+    torch.set_num_threads(threads)
+    module = build(kind, 11, 65, num_layers=2, bidirectional=True)
+    inputs = [torch.randn(6, n, 11) for n in (1, 9, 2, 24) * 3]
+
+    def work(x: torch.Tensor) -> dict[str, torch.Tensor]:
+        x = x.clone().requires_grad_()
+        y, _ = module(x)
+        (dx,) = torch.autograd.grad(y.square().sum(), x)
+        return {"y": y.detach(), "dx": dx}
+
+    alone = [work(x) for x in inputs]
+    ready = threading.Barrier(4)
+
+    def start() -> None:
+        torch.set_num_threads(threads)
+        ready.wait(30)
+
+    with ThreadPoolExecutor(4, initializer=start) as pool:
+        together = list(pool.map(work, inputs))
+    for mine, expected in zip(together, alone, strict=True):
+        assert torch.equal(mine["y"], expected["y"])
+        torch.testing.assert_close(mine["dx"], expected["dx"])
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no fork")
+@pytest.mark.parametrize("threads", ["1", "2"])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_after_a_fork(kind: str, threads: str) -> None:
+    """A child forked after the parent used its threads computes the same, and so does the parent
+    afterwards.
+    """
+    assert in_a_process("forks", kind, threads) == ["same", 0, True]

@@ -1,0 +1,45 @@
+#!/bin/sh
+# Build the package a second time with g++'s address and undefined-behaviour sanitizers, into
+# build/sanitize, and run the kernel tests on it: once with the instruction set that this CPU gets
+# by itself, once with each lower one.
+# Usage, from the repository: tools/sanitize.sh PYTHON [pytest arguments]
+set -eu
+
+python=$1
+shift
+base=build/sanitize
+lib=$PWD/$base/lib
+
+# `setup.py build` and not pip: it has its own folder for the objects and keeps them for next time.
+rm -rf "$lib"
+RNNKERN_SANITIZE=address,undefined \
+  "$python" setup.py --quiet build --build-base "$base" --build-lib "$lib"
+
+extension=$(find "$lib/rnnkern" -name '_C*.so' | head -n 1)
+libasan=$(ldd "$extension" | awk '/libasan/ {print $3}')
+if [ -z "$libasan" ]; then
+  echo "sanitize: $extension was built without the address sanitizer" >&2
+  exit 1
+fi
+# Python does not link libstdc++, and the sanitizer looks up what throws exceptions when the
+# process starts.
+libstdcxx=$(ldd "$extension" | awk '/libstdc\+\+/ {print $3}')
+
+# The script and not `python -m pytest`, which would put the repository's own package first on the
+# path. Without --capture=sys the sanitizer's report would end with the process in pytest's
+# capture file.
+run_tests() {
+  env PYTHONPATH="$lib:$PWD/tools" PYTHONMALLOC=malloc RNNKERN_LOADED_FROM="$lib" \
+    LD_PRELOAD="$libasan $libstdcxx" \
+    ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
+    UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+    "$(dirname "$python")/pytest" tests -m kernel -p loaded_from --capture=sys "$@"
+}
+
+lower_isas=$("$python" tools/lower_isas.py)
+echo "sanitize: the default instruction set"
+run_tests "$@"
+for isa in $lower_isas; do
+  echo "sanitize: RNNKERN_ISA=$isa"
+  RNNKERN_ISA=$isa run_tests "$@"
+done
