@@ -25,7 +25,7 @@ export PIP_CONSTRAINT := constraints.txt
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help install compare test test-isa bench bench-smoke lint format wheel check-wheel \
-  sanitize clean distclean
+  check-neon sanitize clean distclean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -69,6 +69,11 @@ wheel: $(READY)  ## build a wheel into dist/, in an isolated environment
 
 check-wheel: wheel  ## unpack the newest wheel outside the repository and run it
 	sh tools/check_wheel.sh $(BIN)/python
+
+check-neon:  ## compile the kernels for AArch64 (needs Debian's g++-aarch64-linux-gnu)
+	for source in csrc/cpu/kernels.cpp csrc/cpu/scan.cpp csrc/plan.cpp; do \
+	  aarch64-linux-gnu-g++ -std=c++20 -O3 -fno-math-errno -fno-trapping-math -fopenmp -Wall -Wextra \
+	    -Werror -Icsrc -DRNNKERN_NAMESPACE=baseline -c $$source -o /dev/null || exit 1; done
 
 sanitize: $(BUILT)  ## run the kernel tests under the address and undefined-behaviour sanitizers
 	sh tools/sanitize.sh $(BIN)/python $(ARGS)

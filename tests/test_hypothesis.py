@@ -213,9 +213,10 @@ def test_any_batch_sizes(kind: str, sizes: list[int], rows: int, states: bool) -
         module(sequence)
     except (RuntimeError, ValueError, IndexError):
         return
-    assert min(sizes, default=0) >= 0
+    # torch.nn takes a few more: empty steps at the end, rows left over, no rows at the start.
+    assert sizes == sorted(sizes, reverse=True) or sizes[0] == 0
+    assert min(sizes) >= 0
     assert sum(sizes) <= rows
-    assert sizes == sorted(sizes, reverse=True)
 
 
 def packed_as(module: nn.Module, sequence: PackedSequence) -> PackedSequence:
