@@ -219,7 +219,7 @@ class Operands {
     const TensorView v = float_view<T>(object, name, true);
     const int64_t stride = v.tensor.ndim ? v.stride(v.tensor.ndim - 1) : 1;
     *uniform = features > 1 && stride == 0;
-    if (features > 1 && stride > 1) v.fail(std::string("is not covered: ") + kGaps);
+    if (features > 1 && stride > 1 && steps.total) v.fail(std::string("is not covered: ") + kGaps);
     return rows_of<const T>(v, features);
   }
 
@@ -271,7 +271,14 @@ class Operands {
     return {shape.saves_slots * shape.slots * one, shape.cell_state * one, sizes.projected * one};
   }
 
-  // A dense one-dimensional buffer of that many elements.
+  // What was saved, as autograd hands it back: hooks may have made another tensor of it.
+  T* saved_data(py::handle object, int64_t elements) const {
+    const TensorView v = float_view<T>(object, "what forward saved");
+    v.expect_shape({elements});
+    return v.data<T>();
+  }
+
+  // A dense one-dimensional buffer of that many elements, made here.
   T* dense(py::handle object, const char* name, int64_t elements) const {
     const TensorView v = new_view(object, name);
     v.expect_shape({elements});
@@ -473,7 +480,7 @@ py::list backward_of(const Layer& layer, py::handle x, py::handle h0, py::handle
   b.dhn = o.template state<const T>(dhn, "gradient of h_n", z.O);
   b.dcn = o.template state<const T>(dcn, "gradient of c_n", z.H);
   const auto parts = o.saved();
-  T* data = parts.elements() ? o.dense(saved, "what forward saved", parts.elements()) : nullptr;
+  T* data = parts.elements() ? o.saved_data(saved, parts.elements()) : nullptr;
   if (parts.slots) b.slots = data;
   if (parts.cells) b.cells = data + parts.slots;
   if (parts.unprojected) b.unprojected = data + parts.slots + parts.cells;
@@ -521,14 +528,14 @@ bool is_double(py::handle x) {
   return view_of(x, "input").tensor.dtype.bits == 64;
 }
 
-std::string describe_plan(const Layer& layer, int64_t T, int64_t N, int64_t I, int element_bytes,
-                          int threads, bool deterministic, bool backward) {
+std::string describe_plan(const Layer& layer, int64_t T, int64_t N, int64_t total, int64_t I,
+                          int element_bytes, int threads, bool deterministic, bool backward) {
   Problem problem;
   problem.sizes = {CellId(layer.cell), I, layer.hidden, layer.out, layer.directions,
                    layer.projected};
   problem.T = T;
   problem.N = N;
-  problem.total = T * N;
+  problem.total = total;
   problem.deterministic = deterministic;
   const Machine machine = machine_for(threads, element_bytes);
   return describe(backward ? plan_backward(problem, machine) : plan_forward(problem, machine),
@@ -579,7 +586,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("describe_plan", &describe_plan);
   m.def("compiled_sets", &compiled_sets);
   m.def("instruction_set", [] { return std::string(instruction_set().name); });
-#if defined(__VERSION__)
+#if defined(__clang__)
+  m.attr("compiler") = __VERSION__;
+#else
   m.attr("compiler") = "g++ " __VERSION__;
 #endif
 }

@@ -61,7 +61,7 @@ Plan plan_forward(const Problem& problem, const Machine& machine) {
 Plan plan_backward(const Problem& problem, const Machine& machine) {
   Plan plan;
   split_work(problem, machine, 2.0 * flops_per_row(problem.sizes), &plan);
-  plan.packed = problem.total > kPackingSteps;
+  plan.packed = problem.deterministic || problem.total > kPackingSteps;
   return plan;
 }
 

@@ -56,6 +56,7 @@ def describe_plan(
     layer: Layer,
     T: int,
     N: int,
+    total: int,
     I: int,
     element_bytes: int,
     threads: int,

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from rnnkern import kernels, reference
 from rnnkern.kernels import Layer
@@ -48,22 +49,33 @@ class Scan(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         x, h0, c0, y, saved, *weights = ctx.saved_tensors
         wanted = ctx.needs_input_grad[2:]
-        differentiable = torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
-        if differentiable or torch._C._len_torch_dispatch_stack():
+        if (
+            torch.is_grad_enabled()
+            or torch._C._are_functorch_transforms_active()
+            or torch._C._len_torch_dispatch_stack()
+            or forward_ad._current_level >= 0
+        ):
             return _differentiable_backward(ctx, x, h0, c0, weights, (dy, dhn, dcn), wanted)
         operands = (ctx.layer, x, h0, c0, weights, ctx.steps, y, saved)
         overwrite = not _graph_is_kept()
         try:
             gradients = kernels.backward(*operands, dy, dhn, dcn, wanted, overwrite)
         except kernels.RefusedError:
-            given = [g for g in (dy, dhn, dcn) if g is not None]
-            reason = kernels.refusal(x, None, None, given)
+            # Saved tensors come back as their hooks return them: any of them may be at fault.
+            given = [g for g in (y, saved, dy, dhn, dcn) if g is not None]
+            reason = kernels.refusal(x, h0, c0, [*weights, *given])
             if reason is None:
                 raise
             if reason != kernels.GAPS:
                 return _differentiable_backward(ctx, x, h0, c0, weights, (dy, dhn, dcn), wanted)
-            dy, dhn, dcn = (None if g is None else g.contiguous() for g in (dy, dhn, dcn))
-            gradients = kernels.backward(*operands, dy, dhn, dcn, wanted, overwrite)
+            dense: list[Any] = [
+                None if t is None else t.contiguous()
+                for t in (x, h0, c0, y, saved, dy, dhn, dcn, *weights)
+            ]
+            x, h0, c0, y, saved, dy, dhn, dcn, *weights = dense
+            gradients = kernels.backward(
+                ctx.layer, x, h0, c0, weights, ctx.steps, y, saved, dy, dhn, dcn, wanted, overwrite
+            )
         return (None, None, *gradients)
 
 

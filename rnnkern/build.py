@@ -62,21 +62,25 @@ def explain(module: Any, input: Any, hx: Any = None) -> Explanation:
         raise TypeError(f"explain wants an rnnkern.RNN, LSTM or GRU, got {type(module).__name__}")
     packed = isinstance(input, PackedSequence)
     x: Tensor = input.data if packed else input
-    states = (
-        (None, None) if hx is None else tuple(hx) if isinstance(hx, (tuple, list)) else (hx, None)
-    )
-    reason = functional.mode_refusal() or kernels.refusal(  # type: ignore[call-arg]
-        x, *states, functional.current_weights(module)
+    if x.dim() not in ((2,) if packed else (2, 3)) or not x.numel():
+        return Explanation(f"torch.nn refuses or skips an input of shape {tuple(x.shape)}")
+    if x.size(-1) != module.input_size:
+        return Explanation(
+            f"torch.nn refuses this: input_size is {module.input_size}, the input has {x.size(-1)}"
+        )
+    h0, c0 = hx if isinstance(hx, (tuple, list)) and len(hx) == 2 else (hx, None)
+    reason = functional.mode_refusal() or kernels.refusal(
+        x, h0, c0, functional.current_weights(module)
     )
     if reason is not None and reason != kernels.GAPS:
         return Explanation(f"torch.nn carries this out: {reason}")
     if packed:
-        T, N = len(input.batch_sizes), int(input.batch_sizes[0])
+        sizes = len(input.batch_sizes), int(input.batch_sizes[0])
     elif x.dim() == 2:
-        T, N = x.size(0), 1
+        sizes = x.size(0), 1
     else:
-        T, N = (x.size(1), x.size(0)) if module.batch_first else (x.size(0), x.size(1))
-    return Explanation("\n".join(_lines(module, x, T, N, reason)))
+        sizes = (x.size(1), x.size(0)) if module.batch_first else (x.size(0), x.size(1))
+    return Explanation("\n".join(_lines(module, x, *sizes, reason)))
 
 
 def _lines(module: Any, x: Tensor, T: int, N: int, reason: str | None) -> list[str]:

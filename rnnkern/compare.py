@@ -73,7 +73,7 @@ class Options:
     @property
     def row_budget_s(self) -> float:
         """Seconds after which the timing of one row takes no further sample."""
-        return 0.04 if self.quick else 1.0
+        return 0.04 if self.quick else 0.8
 
     @property
     def min_pairs(self) -> int:

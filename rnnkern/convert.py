@@ -63,4 +63,6 @@ def _swap_one(module: nn.Module, classes: dict[type[nn.Module], type[nn.Module]]
         return
     base = kind.__bases__[0]  # torch parametrizes a module by giving it a class of its own
     if nn.utils.parametrize.is_parametrized(module) and base in classes:
-        kind.__bases__ = (classes[base],)
+        # A new one, for copies of the module share the old one.
+        own = {k: v for k, v in vars(kind).items() if k not in ("__dict__", "__weakref__")}
+        module.__class__ = type(kind.__name__, (classes[base],), own)

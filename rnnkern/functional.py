@@ -53,8 +53,8 @@ def recurrent(
 
 
 def _checked(module: Any, input: Any, hx: Any, lengths: Any, reset: Any) -> Any:
-    if traced():
-        return _elsewhere(module, input, hx, lengths, reset, None)
+    if traced() and lengths is None and reset is None:
+        return module._torch_forward(input, hx)
     if isinstance(input, PackedSequence):
         return _packed(module, input, hx, lengths, reset)
     if input.dim() == 2:
@@ -67,6 +67,8 @@ def _checked(module: Any, input: Any, hx: Any, lengths: Any, reset: Any) -> Any:
     h0, c0, fits = _initial_states(module, hx, N)
     if not fits or features != module.input_size or T == 0:
         return _elsewhere(module, input, hx, lengths, reset, WRONG)
+    if traced():
+        return _by_reference(module, input, hx, lengths, reset)
     reason = mode_refusal()
     if reason is not None:
         return _elsewhere(module, input, hx, lengths, reset, reason)
@@ -215,6 +217,12 @@ def _layers(
     )
     if module.num_layers == 1:
         return _one_layer(layer, x, h0, c0, weights, steps)
+    if (
+        module.dropout and module.training
+    ):  # no random number is drawn for a call that ends elsewhere
+        reason = kernels.refusal(x, h0, c0, weights)
+        if reason is not None:
+            raise kernels.RefusedError(reason)
     count = D * layer.tensors
     finals: list[tuple[Tensor, Tensor | None]] = []
     for i in range(module.num_layers):
@@ -329,9 +337,7 @@ def _warn(reason: str, result: Any) -> Any:
     return result
 
 
-def _elsewhere(
-    module: Any, input: Any, hx: Any, lengths: Any, reset: Any, reason: str | None
-) -> Any:
+def _elsewhere(module: Any, input: Any, hx: Any, lengths: Any, reset: Any, reason: str) -> Any:
     """Without kernels: by ``torch.nn``, or with ``lengths`` or ``reset`` by the reference."""
     if lengths is None and reset is None:
         result = module._torch_forward(input, hx)
@@ -339,7 +345,7 @@ def _elsewhere(
         if reason == WRONG:  # torch.nn raises its error; lengths cannot make the input right
             module._torch_forward(input, hx)
         result = _by_reference(module, input, hx, lengths, reset)
-    return result if reason is None else _warn(reason, result)
+    return _warn(reason, result)
 
 
 def _by_reference(module: Any, x: Tensor, hx: Any, lengths: Any, reset: Any) -> Any:

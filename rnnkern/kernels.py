@@ -150,6 +150,7 @@ def describe(layer: Layer, x: Tensor, T: int, N: int, features: int, back: bool)
         layer.handle,
         T,
         N,
+        x.numel() // x.size(-1),
         features,
         x.element_size(),
         torch.get_num_threads(),

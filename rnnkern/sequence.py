@@ -30,8 +30,9 @@ class Steps(NamedTuple):
 
 def packed_steps(batch_sizes: Tensor, sorted_indices: Tensor | None) -> Steps:
     """Steps of a ``torch.nn.utils.rnn.PackedSequence``."""
-    order = None if sorted_indices is None else sorted_indices.contiguous()
-    return Steps(batch_sizes.contiguous(), order, None, True)
+    # Copies: backward reads them again, whatever the caller does to them in between.
+    order = None if sorted_indices is None else sorted_indices.to("cpu", copy=True)
+    return Steps(batch_sizes.to("cpu", copy=True).contiguous(), order, None, True)
 
 
 def padded_steps(

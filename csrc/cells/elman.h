@@ -28,7 +28,7 @@ struct Relu {
   }
   template <typename V>
   static RNNKERN_INLINE V backward(V y, V dy) {
-    return y > V{} ? dy : V{};
+    return y <= V{} ? V{} : dy;  // NaN passes
   }
 };
 

@@ -13,18 +13,18 @@ class Carver {
  public:
   static constexpr size_t kAlignment = 64;
 
-  explicit Carver(char* base) : base_(base) {}
+  explicit Carver(char* base) : base_(reinterpret_cast<uintptr_t>(base)) {}
 
   template <typename T>
   T* take(int64_t count) {
-    T* result = reinterpret_cast<T*>(base_ + used_);
+    T* result = reinterpret_cast<T*>(base_ + used_);  // a number, where only counting
     used_ += (size_t(count) * sizeof(T) + kAlignment - 1) / kAlignment * kAlignment;
     return result;
   }
   size_t used() const { return used_; }
 
  private:
-  char* base_;
+  uintptr_t base_;
   size_t used_ = 0;
 };
 
