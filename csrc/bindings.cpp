@@ -537,7 +537,8 @@ std::string describe_plan(const Layer& layer, int64_t T, int64_t N, int64_t tota
   problem.N = N;
   problem.total = total;
   problem.deterministic = deterministic;
-  const Machine machine = machine_for(threads, element_bytes);
+  const Machine machine =
+      machine_for(instruction_set_for(layer.hidden, element_bytes), threads, element_bytes);
   return describe(backward ? plan_backward(problem, machine) : plan_forward(problem, machine),
                   problem, machine);
 }

@@ -8,22 +8,24 @@ namespace rnnkern {
 namespace RNNKERN_NAMESPACE {
 
 template <typename T>
-size_t run_forward(const Forward<T>& scan, const Plan& plan, char* workspace) {
+size_t run_forward(const Forward<T>& scan, const Plan& plan, Workspace workspace) {
   return with_cell(scan.sizes.cell, [&](auto cell) {
-    Carver carver(workspace);
+    Carver carver(workspace.data);
     ForwardScan<T, decltype(cell)> forward(scan, plan, carver);
-    if (workspace) forward.run();
-    return carver.used();
+    if (carver.used() > workspace.bytes) return carver.used();
+    forward.run();
+    return size_t(0);
   });
 }
 
 template <typename T>
-size_t run_backward(const Backward<T>& scan, const Plan& plan, char* workspace) {
+size_t run_backward(const Backward<T>& scan, const Plan& plan, Workspace workspace) {
   return with_cell(scan.sizes.cell, [&](auto cell) {
-    Carver carver(workspace);
+    Carver carver(workspace.data);
     BackwardScan<T, decltype(cell)> backward(scan, plan, carver);
-    if (workspace) backward.run();
-    return carver.used();
+    if (carver.used() > workspace.bytes) return carver.used();
+    backward.run();
+    return size_t(0);
   });
 }
 

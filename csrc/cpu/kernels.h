@@ -11,11 +11,17 @@
 
 namespace rnnkern {
 
-// Called with workspace null these return the bytes of workspace they need, else they run.
+struct Workspace {
+  char* data;
+  size_t bytes;
+};
+
+// Given enough workspace these run and return 0; else they do nothing and return the bytes they
+// need.
 template <typename T>
 struct Kernels {
-  size_t (*forward)(const Forward<T>&, const Plan&, char* workspace);
-  size_t (*backward)(const Backward<T>&, const Plan&, char* workspace);
+  size_t (*forward)(const Forward<T>&, const Plan&, Workspace);
+  size_t (*backward)(const Backward<T>&, const Plan&, Workspace);
 };
 
 struct InstructionSet {
@@ -39,6 +45,9 @@ void forward(const Forward<T>& scan, int threads, bool deterministic);
 template <typename T>
 void backward(const Backward<T>& scan, int threads, bool deterministic);
 
-Machine machine_for(int threads, int element_bytes);
+// What runs for so many hidden units: vectors that they would not fill a quarter of give way to the
+// next narrower ones, with the same bits.
+const InstructionSet& instruction_set_for(int64_t hidden, int element_bytes);
+Machine machine_for(const InstructionSet& set, int threads, int element_bytes);
 
 }  // namespace rnnkern

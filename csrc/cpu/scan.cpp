@@ -44,39 +44,33 @@ const InstructionSet& choose() {
                            "'; this CPU and this build have: " + known);
 }
 
-// Scratch memory: a call of a few microseconds does not go to the allocator.
-class Workspace {
- public:
-  static constexpr size_t kAlignment = 64, kInside = 16 * 1024;
-
-  explicit Workspace(size_t bytes) {
-    if (bytes > kInside)
-      outside_.reset(static_cast<char*>(::operator new(bytes, std::align_val_t(kAlignment))));
-  }
-  char* data() { return outside_ ? outside_.get() : inside_; }
-
- private:
-  struct Delete {
-    void operator()(char* p) const { ::operator delete(p, std::align_val_t(kAlignment)); }
-  };
-  alignas(kAlignment) char inside_[kInside];
-  std::unique_ptr<char, Delete> outside_;
-};
-
 // A forked child has none of the threads of OpenMP's pool, and waits forever for them: it runs on
 // its own.
 bool forked = false;
 [[maybe_unused]] const int fork_watch = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 
-int usable_threads(int threads) { return forked ? 1 : threads; }
-
 template <typename T>
-const Kernels<T>& kernels() {
+const Kernels<T>& kernels(const InstructionSet& set) {
   if constexpr (sizeof(T) == 4) {
-    return instruction_set().f32;
+    return set.f32;
   } else {
-    return instruction_set().f64;
+    return set.f64;
   }
+}
+
+// Calls run(workspace) with scratch memory: a call of a few microseconds stays on the stack,
+// another one allocates.
+template <typename Run>
+void with_workspace(Run run) {
+  constexpr size_t kInside = 16 * 1024;
+  constexpr std::align_val_t kAlignment{64};
+  alignas(64) char inside[kInside];
+  const size_t needed = run(Workspace{inside, kInside});
+  if (!needed) return;
+  const auto release = [&](char* p) { ::operator delete(p, kAlignment); };
+  const std::unique_ptr<char, decltype(release)> outside(
+      static_cast<char*>(::operator new(needed, kAlignment)), release);
+  run(Workspace{outside.get(), needed});
 }
 
 }  // namespace
@@ -99,28 +93,36 @@ const InstructionSet& instruction_set() {
   return chosen;
 }
 
-Machine machine_for(int threads, int element_bytes) {
+const InstructionSet& instruction_set_for(int64_t hidden, int element_bytes) {
+  const InstructionSet& widest = instruction_set();
+  const InstructionSet& narrower = *(&widest + 1);
+  const bool last =
+      &widest == &instruction_sets().back() || &narrower == &instruction_sets().back();
+  return !last && 4 * hidden * element_bytes <= widest.vector_bytes ? narrower : widest;
+}
+
+Machine machine_for(const InstructionSet& set, int threads, int element_bytes) {
   Machine machine;
-  machine.threads = threads;
-  machine.lanes = instruction_set().vector_bytes / element_bytes;
-  machine.tile_rows = instruction_set().tile_rows;
+  machine.threads = forked ? 1 : threads;
+  machine.lanes = set.vector_bytes / element_bytes;
+  machine.tile_rows = set.tile_rows;
   return machine;
 }
 
 template <typename T>
 void forward(const Forward<T>& scan, int threads, bool deterministic) {
+  const InstructionSet& set = instruction_set_for(scan.sizes.H, sizeof(T));
   const Problem problem = {scan.sizes, scan.steps.T, scan.steps.N, scan.steps.total, deterministic};
-  const Plan plan = plan_forward(problem, machine_for(usable_threads(threads), sizeof(T)));
-  Workspace workspace(kernels<T>().forward(scan, plan, nullptr));
-  kernels<T>().forward(scan, plan, workspace.data());
+  const Plan plan = plan_forward(problem, machine_for(set, threads, sizeof(T)));
+  with_workspace([&](Workspace w) { return kernels<T>(set).forward(scan, plan, w); });
 }
 
 template <typename T>
 void backward(const Backward<T>& scan, int threads, bool deterministic) {
+  const InstructionSet& set = instruction_set_for(scan.sizes.H, sizeof(T));
   const Problem problem = {scan.sizes, scan.steps.T, scan.steps.N, scan.steps.total, deterministic};
-  const Plan plan = plan_backward(problem, machine_for(usable_threads(threads), sizeof(T)));
-  Workspace workspace(kernels<T>().backward(scan, plan, nullptr));
-  kernels<T>().backward(scan, plan, workspace.data());
+  const Plan plan = plan_backward(problem, machine_for(set, threads, sizeof(T)));
+  with_workspace([&](Workspace w) { return kernels<T>(set).backward(scan, plan, w); });
 }
 
 template void forward<float>(const Forward<float>&, int, bool);
