@@ -350,6 +350,8 @@ def header(options: Options) -> dict[str, Any]:
     return {
         "cpu": timing.cpu_name(),
         "cores": os.cpu_count(),
+        # Other programs stall torch.nn's threads more than ours: the speed-ups are too high then.
+        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "gpu": torch.cuda.get_device_name(options.device) if on_gpu else None,
         "device": str(options.device),
         "dtype": options.dtype_name,

@@ -89,7 +89,7 @@ def test_json(tmp_path: Path) -> None:
     assert header["isa"] == rnnkern.build_info()["isa"]
     assert header["cpu"]
     assert header["date"].endswith("+00:00")
-    assert {"commit", "quick", "dtype", "threads"} <= header.keys()
+    assert {"commit", "quick", "dtype", "threads", "load_average"} <= header.keys()
     (notebook,) = found["notebook"]
     assert notebook["cell"] == "LSTM"
     assert notebook["ok"]

@@ -33,7 +33,7 @@ class BackwardScan {
   BackwardScan(const Backward<T>& b, const Plan& plan, Carver& carver)
       : b_(b), plan_(plan), gradients_(b, plan, carver) {
     const Sizes& z = b.sizes;
-    block_rows_ = ceil_div(b.steps.N, plan.row_blocks) + kTileRows;
+    block_rows_ = ceil_div(b.steps.N, plan.row_blocks);
     barriers_ = carver.take<Barrier>(1 + plan.threads);
     for (int d = 0; d < z.D; ++d) {
       const Weights<T>& w = b.weights[d];
@@ -113,7 +113,7 @@ class BackwardScan {
     const Sizes& z = b_.sizes;
     const Steps& s = b_.steps;
     const int d = task % z.D;
-    const Range rows = split(s.N, plan_.row_blocks, task / z.D, kTileRows);
+    const Range rows = split(s.N, plan_.row_blocks, task / z.D);
     const Part part = {d,
                        rows.begin,
                        rows.end,

@@ -34,7 +34,7 @@ class ForwardScan {
   ForwardScan(const Forward<T>& f, const Plan& plan, Carver& carver)
       : f_(f), plan_(plan), panels_{f.sizes.H} {
     const Sizes& z = f.sizes;
-    block_rows_ = ceil_div(f.steps.N, plan.row_blocks) + kTileRows;
+    block_rows_ = ceil_div(f.steps.N, plan.row_blocks);
     zeros_ = carver.take<T>(max_of(z.H, z.O));
     barriers_ = carver.take<Barrier>(1 + plan.threads);
     for (int d = 0; d < z.D; ++d) {
@@ -141,7 +141,7 @@ class ForwardScan {
   void scan(int task, int member, int members, Barrier& barrier, const Scratch& scratch) {
     const Sizes& z = f_.sizes;
     const int d = task % z.D;
-    const Range rows = split(f_.steps.N, plan_.row_blocks, task / z.D, kTileRows);
+    const Range rows = split(f_.steps.N, plan_.row_blocks, task / z.D);
     const Range panels = split(panels_.count(), members, member);
     const Range units = {min_of(panels.begin * Panels::kUnits, z.H),
                          min_of(panels.end * Panels::kUnits, z.H)};

@@ -170,7 +170,7 @@ class Gradients {
   // One block of rows of one weight gradient, the thread's own rows of the result.
   void accumulate(const Target& target, int64_t count, int thread, int threads, const Scratch& s,
                   bool add) const {
-    const Range own = split(target.rows, threads, thread, kGroupRows);
+    const Range own = split(target.rows, threads, thread, kLanes<T>);
     if (own.begin == own.end) return;
     const ColumnPanels<T> right = {count, target.width, nullptr, 0, nullptr, s.right};
     for (int64_t p = 0; target.weight && p < right.count(); ++p) {

@@ -1,5 +1,6 @@
 // Picks the instruction set once, and runs one scan on it.
 #include <pthread.h>
+#include <sys/mman.h>
 
 #include <cstdlib>
 #include <memory>
@@ -59,17 +60,22 @@ const Kernels<T>& kernels(const InstructionSet& set) {
 }
 
 // Calls run(workspace) with scratch memory: a call of a few microseconds stays on the stack,
-// another one allocates.
+// another one allocates, a large one in huge pages where the system has them (packed weights are
+// read in every step).
 template <typename Run>
 void with_workspace(Run run) {
-  constexpr size_t kInside = 16 * 1024;
-  constexpr std::align_val_t kAlignment{64};
-  alignas(64) char inside[kInside];
+  constexpr size_t kInside = 16 * 1024, kLine = 64, kHugePage = 2 << 20;
+  alignas(kLine) char inside[kInside];
   const size_t needed = run(Workspace{inside, kInside});
   if (!needed) return;
-  const auto release = [&](char* p) { ::operator delete(p, kAlignment); };
+  const bool large = needed >= 2 * kHugePage;
+  const std::align_val_t alignment{large ? kHugePage : kLine};
+  const auto release = [&](char* p) { ::operator delete(p, alignment); };
   const std::unique_ptr<char, decltype(release)> outside(
-      static_cast<char*>(::operator new(needed, kAlignment)), release);
+      static_cast<char*>(::operator new(needed, alignment)), release);
+#ifdef MADV_HUGEPAGE
+  if (large) madvise(outside.get(), needed / kHugePage * kHugePage, MADV_HUGEPAGE);  // only advice
+#endif
   run(Workspace{outside.get(), needed});
 }
 
