@@ -6,6 +6,7 @@
 
 #include "cpu/kernels.h"
 #include "dlpack_view.h"
+#include "huge_pages.h"
 
 namespace py = pybind11;
 
@@ -412,7 +413,13 @@ class Operands {
   }
 
   // A view of a tensor that was made here: nothing can be wrong with it.
-  static TensorView new_view(py::handle object, const char* name) { return view_of(object, name); }
+  static TensorView new_view(py::handle object, const char* name) {
+    const TensorView v = view_of(object, name);
+    size_t bytes = sizeof(T);
+    for (int i = 0; i < v.tensor.ndim; ++i) bytes *= size_t(v.size(i));
+    advise_huge_pages(v.data<T>(), bytes);
+    return v;
+  }
 
   const Layer& layer_;
   py::handle object_;

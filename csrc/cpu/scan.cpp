@@ -1,6 +1,5 @@
 // Picks the instruction set once, and runs one scan on it.
 #include <pthread.h>
-#include <sys/mman.h>
 
 #include <cstdlib>
 #include <memory>
@@ -8,6 +7,7 @@
 #include <stdexcept>
 
 #include "cpu/kernels.h"
+#include "huge_pages.h"
 
 namespace rnnkern {
 
@@ -64,18 +64,15 @@ const Kernels<T>& kernels(const InstructionSet& set) {
 // read in every step).
 template <typename Run>
 void with_workspace(Run run) {
-  constexpr size_t kInside = 16 * 1024, kLine = 64, kHugePage = 2 << 20;
+  constexpr size_t kInside = 16 * 1024, kLine = 64;
   alignas(kLine) char inside[kInside];
   const size_t needed = run(Workspace{inside, kInside});
   if (!needed) return;
-  const bool large = needed >= 2 * kHugePage;
-  const std::align_val_t alignment{large ? kHugePage : kLine};
+  const std::align_val_t alignment{worth_huge_pages(needed) ? kHugePage : kLine};
   const auto release = [&](char* p) { ::operator delete(p, alignment); };
   const std::unique_ptr<char, decltype(release)> outside(
       static_cast<char*>(::operator new(needed, alignment)), release);
-#ifdef MADV_HUGEPAGE
-  if (large) madvise(outside.get(), needed / kHugePage * kHugePage, MADV_HUGEPAGE);  // only advice
-#endif
+  advise_huge_pages(outside.get(), needed);
   run(Workspace{outside.get(), needed});
 }
 
