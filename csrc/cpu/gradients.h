@@ -21,7 +21,7 @@
 namespace rnnkern {
 namespace RNNKERN_NAMESPACE {
 
-constexpr int64_t kBlockRows = 192;
+constexpr int64_t kBlockRows = 384;
 
 // Walks all active rows, step by step.
 class ActiveRows {
@@ -57,7 +57,8 @@ class Gradients {
                 "transposition works on whole vectors");
 
  public:
-  Gradients(const Backward<T>& b, const Plan& plan, Carver& carver) : b_(b) {
+  Gradients(const Backward<T>& b, const Plan& plan, Carver& carver)
+      : b_(b), block_rows_(min_of(kBlockRows, ceil_div(b.steps.total, kLanes<T>) * kLanes<T>)) {
     const Sizes& z = b.sizes;
     zeros_ = carver.take<T>(max_of(z.H, z.O));
     for (int d = 0; b.dx.data && d < z.D; ++d) {
@@ -91,10 +92,10 @@ class Gradients {
 
  private:
   struct Scratch {
-    T* right;                           // [panels][kBlockRows][kWidth]
-    T* left;                            // [kGroupRows][kBlockRows]
-    int64_t *t, *slot;                  // [kBlockRows]
-    const T **left_rows, **right_rows;  // [kBlockRows]
+    T* right;                           // [panels][block_rows_][kWidth]
+    T* left;                            // [kGroupRows][block_rows_]
+    int64_t *t, *slot;                  // [block_rows_]
+    const T **left_rows, **right_rows;  // [block_rows_]
   };
   // One weight gradient: out[row_of(j)] (+)= sum over rows of left[j] * right, and the sum of left
   // itself.
@@ -114,12 +115,12 @@ class Gradients {
   Scratch scratch(Carver& carver) const {
     const Sizes& z = b_.sizes;
     const int64_t widest = max_of(max_of(z.I, z.O), z.H);
-    return {carver.take<T>(ceil_div(widest, kWidth) * kWidth * kBlockRows),
-            carver.take<T>(kGroupRows * kBlockRows),
-            carver.take<int64_t>(kBlockRows),
-            carver.take<int64_t>(kBlockRows),
-            carver.take<const T*>(kBlockRows),
-            carver.take<const T*>(kBlockRows)};
+    return {carver.take<T>(ceil_div(widest, kWidth) * kWidth * block_rows_),
+            carver.take<T>(kGroupRows * block_rows_),
+            carver.take<int64_t>(block_rows_),
+            carver.take<int64_t>(block_rows_),
+            carver.take<const T*>(block_rows_),
+            carver.take<const T*>(block_rows_)};
   }
 
   void weight_gradients(int d, int thread, int threads, const Scratch& s) const {
@@ -137,7 +138,7 @@ class Gradients {
     ActiveRows rows(b_.steps);
     bool add = false;
     do {
-      const int64_t count = rows.next(s.t, s.slot, kBlockRows);
+      const int64_t count = rows.next(s.t, s.slot, block_rows_);
       if (count == 0 && add) break;
       const auto gather = [&](const T** to, auto row) {
         for (int64_t r = 0; r < count; ++r) to[r] = row(s.t[r], s.slot[r]);
@@ -180,7 +181,7 @@ class Gradients {
     }
     const T* left[kGroupRows];
     T* out[kGroupRows];
-    for (int64_t i = 0; i < kGroupRows; ++i) left[i] = s.left + i * kBlockRows;
+    for (int64_t i = 0; i < kGroupRows; ++i) left[i] = s.left + i * block_rows_;
     for (int64_t j = own.begin; j < own.end; j += kGroupRows) {
       const int64_t rows = min_of(kGroupRows, own.end - j);
       if (target.bias) add_bias(target, count, j, rows, s, add);
@@ -220,7 +221,7 @@ class Gradients {
         }
         transpose<T>(block);
 #pragma GCC unroll 16
-        for (int l = 0; l < kL; ++l) store(s.left + (i + l) * kBlockRows + r, block[l]);
+        for (int l = 0; l < kL; ++l) store(s.left + (i + l) * block_rows_ + r, block[l]);
       }
     }
   }
@@ -259,6 +260,7 @@ class Gradients {
   }
 
   const Backward<T>& b_;
+  int64_t block_rows_;  // at most kBlockRows, less where there are less
   T* zeros_;
   ColumnPanels<T> input_[kMaxDirections];
   char* scratch_;
