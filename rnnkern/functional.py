@@ -228,20 +228,24 @@ def _layers(
     for i in range(module.num_layers):
         if i:
             x = _dropout(module, x)
-        x, hn, cn = _one_layer(
-            layer,
-            x,
-            None if h0 is None else h0[i * D : (i + 1) * D],
-            None if c0 is None else c0[i * D : (i + 1) * D],
-            weights[i * count : (i + 1) * count],
-            steps,
-        )
+        x, hn, cn = _one_layer(layer, x, *_of_layer(i, D, count, h0, c0, weights), steps)
         finals.append((hn, cn))
     hn = torch.cat([h for h, _ in finals])
     return (
         x,
         hn,
         torch.cat([c for _, c in finals if c is not None]) if layer.has_cell_state else None,
+    )
+
+
+def _of_layer(
+    i: int, D: int, count: int, h0: Tensor | None, c0: Tensor | None, weights: list[Tensor]
+) -> tuple[Tensor | None, Tensor | None, list[Tensor]]:
+    """Initial states and weights of layer i, of D directions and ``count`` weights."""
+    return (
+        None if h0 is None else h0[i * D : (i + 1) * D],
+        None if c0 is None else c0[i * D : (i + 1) * D],
+        weights[i * count : (i + 1) * count],
     )
 
 
@@ -364,9 +368,7 @@ def _by_reference(module: Any, x: Tensor, hx: Any, lengths: Any, reset: Any) -> 
         x, *final = reference.layer(
             module.mode,
             x,
-            None if h0 is None else h0[i * D : (i + 1) * D],
-            None if c0 is None else c0[i * D : (i + 1) * D],
-            weights[i * count : (i + 1) * count],
+            *_of_layer(i, D, count, h0, c0, weights),
             directions=D,
             bias=module.bias,
             batch_first=batch_first,

@@ -28,6 +28,19 @@ _EXTRA = """
 """
 
 
+# One function for three classes, and no common base of their own: `convert` changes the class of a
+# module in place, which Python allows only between classes of the same layout.
+def _forward(
+    self: Any,
+    input: Any,
+    hx: Any = None,
+    *,
+    lengths: Tensor | None = None,
+    reset: Tensor | None = None,
+) -> Any:
+    return functional.recurrent(self, input, hx, lengths, reset)
+
+
 class RNN(nn.RNN):
     __doc__ = f"""Elman RNN (tanh or relu): `torch.nn.RNN` on rnnkern's kernels.
 {_EXTRA}
@@ -38,16 +51,7 @@ class RNN(nn.RNN):
     """
 
     _torch_forward = nn.RNN.forward
-
-    def forward(
-        self,
-        input: Any,
-        hx: Any = None,
-        *,
-        lengths: Tensor | None = None,
-        reset: Tensor | None = None,
-    ) -> Any:
-        return functional.recurrent(self, input, hx, lengths, reset)
+    forward = _forward
 
 
 class LSTM(nn.LSTM):
@@ -60,16 +64,7 @@ class LSTM(nn.LSTM):
     """
 
     _torch_forward = nn.LSTM.forward
-
-    def forward(
-        self,
-        input: Any,
-        hx: Any = None,
-        *,
-        lengths: Tensor | None = None,
-        reset: Tensor | None = None,
-    ) -> Any:
-        return functional.recurrent(self, input, hx, lengths, reset)
+    forward = _forward
 
 
 class GRU(nn.GRU):
@@ -82,16 +77,7 @@ class GRU(nn.GRU):
     """
 
     _torch_forward = nn.GRU.forward
-
-    def forward(
-        self,
-        input: Any,
-        hx: Any = None,
-        *,
-        lengths: Tensor | None = None,
-        reset: Tensor | None = None,
-    ) -> Any:
-        return functional.recurrent(self, input, hx, lengths, reset)
+    forward = _forward
 
 
 class RNNCell(nn.RNNCell):
