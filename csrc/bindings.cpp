@@ -544,10 +544,10 @@ std::string describe_plan(const Layer& layer, int64_t T, int64_t N, int64_t tota
   problem.N = N;
   problem.total = total;
   problem.deterministic = deterministic;
-  const Machine machine =
-      machine_for(instruction_set_for(layer.hidden, element_bytes), threads, element_bytes);
-  return describe(backward ? plan_backward(problem, machine) : plan_forward(problem, machine),
-                  problem, machine);
+  const InstructionSet& set = instruction_set_for(layer.hidden, element_bytes);
+  const Machine machine = machine_for(set, threads, element_bytes);
+  const Plan plan = backward ? plan_backward(problem, machine) : plan_forward(problem, machine);
+  return std::string(set.name) + ", " + describe(plan, problem, machine);
 }
 
 std::vector<std::string> compiled_sets() {

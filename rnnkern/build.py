@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from rnnkern import _C, functional, kernels
+from rnnkern import functional, kernels
 
 
 def _version() -> str:
@@ -29,10 +29,10 @@ def build_info() -> dict[str, Any]:
     """
     return {
         "version": _version(),
-        "compiler": _C.compiler,
+        "compiler": kernels.compiler,
         "cuda": None,
-        "isa_compiled": _C.compiled_sets(),
-        "isa": _C.instruction_set(),
+        "isa_compiled": kernels.compiled_sets(),
+        "isa": kernels.instruction_set(),
         "openmp": True,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
@@ -89,7 +89,7 @@ def _lines(module: Any, x: Tensor, T: int, N: int, reason: str | None) -> list[s
         module.mode, D, module.hidden_size, module.proj_size, module.bias, module.batch_first
     )
     lines = [
-        f"{module.mode} on the CPU, {_C.instruction_set()}, {str(x.dtype).removeprefix('torch.')}: "
+        f"{module.mode} on the CPU, {str(x.dtype).removeprefix('torch.')}: "
         f"T={T} N={N} I={module.input_size} H={module.hidden_size} "
         f"layers={module.num_layers} directions={D}"
     ]

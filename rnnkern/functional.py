@@ -217,9 +217,8 @@ def _layers(
     )
     if module.num_layers == 1:
         return _one_layer(layer, x, h0, c0, weights, steps)
-    if (
-        module.dropout and module.training
-    ):  # no random number is drawn for a call that ends elsewhere
+    if module.dropout and module.training:
+        # No random number is drawn for a call that ends elsewhere.
         reason = kernels.refusal(x, h0, c0, weights)
         if reason is not None:
             raise kernels.RefusedError(reason)

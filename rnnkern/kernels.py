@@ -75,6 +75,11 @@ mode_refusal = _C.mode_refusal
 `forward` refuses by itself.
 """
 
+compiler: str = _C.compiler
+compiled_sets = _C.compiled_sets
+instruction_set = _C.instruction_set
+"""What the extension was built with, and the widest instruction set in use."""
+
 
 def forward(
     layer: Layer,

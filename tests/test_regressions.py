@@ -147,3 +147,12 @@ def test_explain_of_what_will_not_run() -> None:
     packed = pack_sequence([torch.randn(4, 3), torch.randn(1, 3)])
     mflop = 2 * 3 * 4 * (3 + 4) * 5e-6
     assert f"{mflop:.3g} MFLOP" in str(rnnkern.explain(module, packed))
+
+
+def test_explain_names_the_instruction_set_that_runs() -> None:
+    """Vectors that few units would not fill give way to narrower ones; explain says so."""
+    few = str(rnnkern.explain(build("LSTM", 3, 3), torch.randn(4, 1, 3)))
+    many = str(rnnkern.explain(build("LSTM", 3, 64), torch.randn(4, 1, 3)))
+    isa = rnnkern.build_info()["isa"]
+    assert f"forward: {isa}," in many
+    assert f"forward: {'x86-64-v3' if isa == 'x86-64-v4' else isa}," in few
