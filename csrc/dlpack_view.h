@@ -55,7 +55,10 @@ struct Refused : std::runtime_error {
 
 inline std::string shape_text(const int64_t* sizes, int64_t count) {
   std::string text = "[";
-  for (int64_t i = 0; i < count; ++i) text += (i ? ", " : "") + std::to_string(sizes[i]);
+  for (int64_t i = 0; i < count; ++i) {
+    if (i) text += ", ";
+    text += std::to_string(sizes[i]);
+  }
   return text + "]";
 }
 

@@ -5,6 +5,12 @@
 
 namespace rnnkern {
 
+double flops_per_row(const Sizes& z) {
+  const CellShape shape = cell_shape(z.cell);
+  return 2.0 * shape.gates * double(z.H) * double(z.I + z.O) +
+         (z.projected ? 2.0 * double(z.H) * double(z.O) : 0.0);
+}
+
 namespace {
 
 // Operations that make it worth waking another thread: a parallel region costs some 3 us, which one
@@ -17,12 +23,6 @@ constexpr int64_t kInputRows = 48;
 // Packing reads and writes all weights once; reading them as they lie costs this many times a
 // packed step per row.
 constexpr int64_t kPackingSteps = 3;
-
-double flops_per_row(const Sizes& z) {
-  const CellShape shape = cell_shape(z.cell);
-  return 2.0 * shape.gates * double(z.H) * double(z.I + z.O) +
-         (z.projected ? 2.0 * double(z.H) * double(z.O) : 0.0);
-}
 
 // Rows are split where every part still fills its register tiles, for no barrier is needed then;
 // else units.

@@ -31,6 +31,9 @@ struct Plan {
   int64_t block_steps = 1;  // steps whose input product is made at once
 };
 
+// Operations of one step of one row and direction, forward.
+double flops_per_row(const Sizes& sizes);
+
 Plan plan_forward(const Problem& problem, const Machine& machine);
 Plan plan_backward(const Problem& problem, const Machine& machine);
 

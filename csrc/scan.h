@@ -11,6 +11,8 @@
 namespace rnnkern {
 
 enum class CellId : int { kRnnTanh = 0, kRnnRelu = 1, kLstm = 2, kGru = 3 };
+// As torch.nn calls them.
+constexpr const char* kCellModes[] = {"RNN_TANH", "RNN_RELU", "LSTM", "GRU"};
 
 constexpr int kMaxSlots = 4;
 constexpr int kMaxDirections = 2;

@@ -1,4 +1,4 @@
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -9,49 +9,53 @@ compiler: str
 class RefusedError(RuntimeError): ...
 
 class Layer:
-    def __init__(
+    @property
+    def mode(self) -> str: ...
+    @property
+    def directions(self) -> int: ...
+    @property
+    def out(self) -> int: ...
+    @property
+    def bias(self) -> bool: ...
+    @property
+    def batch_first(self) -> bool: ...
+    @property
+    def tensors(self) -> int: ...
+    @property
+    def has_cell_state(self) -> bool: ...
+    def forward(
         self,
-        cell: int,
-        directions: int,
-        hidden: int,
-        out: int,
-        bias: bool,
-        projected: bool,
-        batch_first: bool,
-    ) -> None: ...
+        x: Tensor,
+        h0: Tensor | None,
+        c0: Tensor | None,
+        weights: Sequence[Tensor],
+        steps: tuple[Any, ...] | None,
+        training: bool,
+    ) -> tuple[tuple[Tensor, ...], Tensor | None]: ...
+    def backward(
+        self,
+        x: Tensor,
+        h0: Tensor | None,
+        c0: Tensor | None,
+        weights: Sequence[Tensor],
+        steps: tuple[Any, ...] | None,
+        y: Tensor,
+        saved: Tensor | None,
+        dy: Tensor | None,
+        dhn: Tensor | None,
+        dcn: Tensor | None,
+        wanted: Sequence[bool],
+        overwrite: bool,
+    ) -> list[Tensor | None]: ...
 
+def layer(
+    mode: str, directions: int, hidden: int, proj: int, bias: bool, batch_first: bool
+) -> Layer: ...
 def refusal(
     x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor]
 ) -> str | None: ...
 def mode_refusal() -> str | None: ...
-def forward(
-    layer: Layer,
-    x: Tensor,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    weights: Sequence[Tensor],
-    steps: tuple[Any, ...] | None,
-    training: bool,
-    threads: int,
-    deterministic: bool,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]: ...
-def backward(
-    layer: Layer,
-    x: Tensor,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    weights: Sequence[Tensor],
-    y: Tensor,
-    saved: Tensor | None,
-    dy: Tensor | None,
-    dhn: Tensor | None,
-    dcn: Tensor | None,
-    wanted: Sequence[bool],
-    overwrite: bool,
-    steps: tuple[Any, ...] | None,
-    threads: int,
-    deterministic: bool,
-) -> list[Tensor | None]: ...
+def plain_call(module: Any, x: Tensor, record: Callable[..., tuple[Tensor, ...]]) -> Any: ...
 def describe_plan(
     layer: Layer,
     T: int,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,53 +13,59 @@ from rnnkern import kernels, reference
 from rnnkern.kernels import Layer
 from rnnkern.sequence import Steps
 
+Scanned = tuple[Layer, Steps | None, int]
+"""A layer, its steps, and the number of initial states given: 0, or as many as the cell has."""
+
 
 def _graph_is_kept() -> bool:
     return torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 class Scan(torch.autograd.Function):
-    """Output and final states of one layer, differentiable any number of times.
+    """Makes the outputs of a layer differentiable, any number of times.
 
     The first derivative is a kernel. Asked for a derivative of the derivative
     (``create_graph=True``), or under a transform such as vmap, backward recomputes the layer in
     plain PyTorch and differentiates that.
+
+    The outputs have been computed before (`Layer.forward`): a refusal leaves no node behind, and
+    the plain call has one crossing of the boundary instead of two.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
-        layer: Layer,
-        steps: Steps | None,
+        scanned: Scanned,
+        outputs: tuple[Tensor, ...],
+        saved: Tensor | None,
         x: Tensor,
-        h0: Tensor | None,
-        c0: Tensor | None,
-        *weights: Tensor,
+        *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
-        y, hn, cn, saved = kernels.forward(layer, x, h0, c0, weights, steps, True)
-        ctx.layer = layer
-        ctx.steps = steps
+        ctx.scanned = scanned
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, h0, c0, y, saved, *weights)
-        return (y, hn) if cn is None else (y, hn, cn)
+        ctx.save_for_backward(outputs[0], saved, x, *tensors)
+        return outputs
 
     @staticmethod
     def backward(
         ctx: Any, dy: Tensor | None, dhn: Tensor | None, dcn: Tensor | None = None
     ) -> tuple[Tensor | None, ...]:
-        x, h0, c0, y, saved, *weights = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[2:]
+        y, saved, x, *tensors = ctx.saved_tensors
+        layer, steps, states = scanned = ctx.scanned
+        h0, c0, weights = _initial_states(tensors, states)
+        wanted = ctx.needs_input_grad[3:]
         if (
             torch.is_grad_enabled()
             or torch._C._are_functorch_transforms_active()
             or torch._C._len_torch_dispatch_stack()
             or forward_ad._current_level >= 0
         ):
-            return _differentiable_backward(ctx, x, h0, c0, weights, (dy, dhn, dcn), wanted)
-        operands = (ctx.layer, x, h0, c0, weights, ctx.steps, y, saved)
+            return _differentiable_backward(scanned, x, tensors, (dy, dhn, dcn), wanted)
         overwrite = not _graph_is_kept()
         try:
-            gradients = kernels.backward(*operands, dy, dhn, dcn, wanted, overwrite)
+            gradients = layer.backward(
+                x, h0, c0, weights, steps, y, saved, dy, dhn, dcn, wanted, overwrite
+            )
         except kernels.RefusedError:
             # Saved tensors come back as their hooks return them: any of them may be at fault.
             given = [g for g in (y, saved, dy, dhn, dcn) if g is not None]
@@ -67,48 +73,57 @@ class Scan(torch.autograd.Function):
             if reason is None:
                 raise
             if reason != kernels.GAPS:
-                return _differentiable_backward(ctx, x, h0, c0, weights, (dy, dhn, dcn), wanted)
+                return _differentiable_backward(scanned, x, tensors, (dy, dhn, dcn), wanted)
             dense: list[Any] = [
-                None if t is None else t.contiguous()
-                for t in (x, h0, c0, y, saved, dy, dhn, dcn, *weights)
+                None if t is None else t.contiguous() for t in (x, y, saved, dy, dhn, dcn, *tensors)
             ]
-            x, h0, c0, y, saved, dy, dhn, dcn, *weights = dense
-            gradients = kernels.backward(
-                ctx.layer, x, h0, c0, weights, ctx.steps, y, saved, dy, dhn, dcn, wanted, overwrite
+            x, y, saved, dy, dhn, dcn, *tensors = dense
+            h0, c0, weights = _initial_states(tensors, states)
+            gradients = layer.backward(
+                x, h0, c0, weights, steps, y, saved, dy, dhn, dcn, wanted, overwrite
             )
-        return (None, None, *gradients)
+        return (None, None, None, *gradients)
 
 
-scan: Callable[..., Any] = super(torch.autograd.Function, Scan).apply
-"""``Scan.apply`` without its look for functorch transforms: `functional` has looked already."""
+record: Callable[..., tuple[Tensor, ...]] = super(torch.autograd.Function, Scan).apply
+"""``record(scanned, outputs, saved, x, *weights, *initial_states)``: differentiable ``outputs``.
+
+``Scan.apply`` without its look for functorch transforms: the caller has looked already.
+"""
+
+
+def _initial_states(
+    tensors: Sequence[Tensor], states: int
+) -> tuple[Tensor | None, Tensor | None, Sequence[Tensor]]:
+    """``h0, c0, weights`` of what was recorded."""
+    if not states:
+        return None, None, tensors
+    count = len(tensors) - states
+    return tensors[count], (tensors[count + 1] if states == 2 else None), tensors[:count]
 
 
 def _differentiable_backward(
-    ctx: Any,
+    scanned: Scanned,
     x: Tensor,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    weights: list[Tensor],
+    tensors: Sequence[Tensor],
     incoming: tuple[Tensor | None, ...],
     wanted: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
-    layer: Layer = ctx.layer
+    layer, steps, states = scanned
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         # Aliases, so that one input being a function of another does not count twice.
-        inputs = [None if t is None else t.view_as(t) for t in (x, h0, c0, *weights)]
-        needed = [t for t, need in zip(inputs, wanted, strict=True) if need and t is not None]
+        x, *tensors = inputs = [t.view_as(t) for t in (x, *tensors)]
         outputs = reference.layer(
             layer.mode,
-            inputs[0],  # type: ignore[arg-type]
-            inputs[1],
-            inputs[2],
-            inputs[3:],  # type: ignore[arg-type]
+            x,
+            *_initial_states(tensors, states),
             directions=layer.directions,
             bias=layer.bias,
             batch_first=layer.batch_first,
-            steps=ctx.steps,
+            steps=steps,
         )
+    needed = [t for t, need in zip(inputs, wanted, strict=True) if need]
     pairs = [(o, g) for o, g in zip(outputs, incoming, strict=False) if g is not None]
     found = iter(
         torch.autograd.grad(
@@ -119,8 +134,4 @@ def _differentiable_backward(
             allow_unused=True,
         )
     )
-    gradients = [
-        next(found) if need and t is not None else None
-        for t, need in zip(inputs, wanted, strict=True)
-    ]
-    return (None, None, *gradients)
+    return (None, None, None, *(next(found) if need else None for need in wanted))

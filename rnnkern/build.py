@@ -69,7 +69,7 @@ def explain(module: Any, input: Any, hx: Any = None) -> Explanation:
             f"torch.nn refuses this: input_size is {module.input_size}, the input has {x.size(-1)}"
         )
     h0, c0 = hx if isinstance(hx, (tuple, list)) and len(hx) == 2 else (hx, None)
-    reason = functional.mode_refusal() or kernels.refusal(
+    reason = kernels.mode_refusal() or kernels.refusal(
         x, h0, c0, functional.current_weights(module)
     )
     if reason is not None and reason != kernels.GAPS:

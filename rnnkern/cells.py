@@ -20,14 +20,12 @@ class Cell:
     """What the Python side must know of a cell.
 
     Attributes:
-        index: its number in ``CellId`` of ``csrc/scan.h``.
         gates: blocks of ``hidden_size`` rows in the weights.
         states: 1 for ``h``, 2 for ``(h, c)``.
         step: ``step(a, b, state) -> state`` with ``a = W_ih x + b_ih`` and ``b = W_hh h + b_hh``,
             both ``[N, gates * H]``; ``state`` as ``[N, H]`` tensors (``h`` before any projection).
     """
 
-    index: int
     gates: int
     states: int
     step: Step
@@ -56,9 +54,9 @@ def _gru(a: Tensor, b: Tensor, state: State) -> State:
 
 
 CELLS: dict[str, Cell] = {
-    "RNN_TANH": Cell(index=0, gates=1, states=1, step=_tanh),
-    "RNN_RELU": Cell(index=1, gates=1, states=1, step=_relu),
-    "LSTM": Cell(index=2, gates=4, states=2, step=_lstm),
-    "GRU": Cell(index=3, gates=3, states=1, step=_gru),
+    "RNN_TANH": Cell(gates=1, states=1, step=_tanh),
+    "RNN_RELU": Cell(gates=1, states=1, step=_relu),
+    "LSTM": Cell(gates=4, states=2, step=_lstm),
+    "GRU": Cell(gates=3, states=1, step=_gru),
 }
 """Cells by the ``mode`` that ``torch.nn`` calls them."""

@@ -102,7 +102,11 @@ class Options:
 
 @dataclass(frozen=True)
 class NotebookResult:
-    """The notebook's comparison for one cell: sums of squared differences, seconds for all runs."""
+    """The notebook's comparison for one cell: sums of squared differences, seconds for all runs.
+
+    ``us`` is one call without grad, ``linear_us`` one of ``nn.Linear`` of the same sizes on the
+    same input, ``linear_ratio`` the median of us / linear_us.
+    """
 
     cell: str
     output_difference: float
@@ -112,6 +116,9 @@ class NotebookResult:
     seconds: float
     torch_seconds: float
     speedup: float
+    us: float
+    linear_us: float
+    linear_ratio: float
 
 
 @dataclass(frozen=True)
@@ -271,6 +278,15 @@ def compare_notebook(cell: str, options: Options) -> NotebookResult:
     our_module, their_module = ours.module, theirs.module
     torch_seconds = timing.notebook_seconds(lambda: their_module(x), runs, sync)
     seconds = timing.notebook_seconds(lambda: our_module(x), runs, sync)
+    linear = nn.Linear(case.workload.input_size, case.workload.hidden_size).to(x.device, x.dtype)
+    with torch.no_grad():
+        one = timing.time_pair(
+            lambda: our_module(x),
+            lambda: linear(x),
+            budget_s=options.row_budget_s,
+            min_pairs=options.min_pairs,
+            sync=sync,
+        )
     return NotebookResult(
         cell=cell,
         output_difference=output,
@@ -280,6 +296,9 @@ def compare_notebook(cell: str, options: Options) -> NotebookResult:
         seconds=seconds,
         torch_seconds=torch_seconds,
         speedup=torch_seconds / seconds,
+        us=one.us,
+        linear_us=one.their_us,
+        linear_ratio=1 / one.speedup,
     )
 
 

@@ -12,11 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.nn.utils.rnn import PackedSequence
 
 from rnnkern import kernels, reference
-from rnnkern.autograd import scan
+from rnnkern.autograd import record
 from rnnkern.kernels import GAPS, Layer
 from rnnkern.sequence import Steps, packed_steps, padded_steps
 
@@ -28,8 +27,8 @@ class FallbackWarning(UserWarning):
     """
 
 
+is_compiling = torch.compiler.is_compiling
 _tracing_state = torch._C._get_tracing_state
-_transforms_active = torch._C._are_functorch_transforms_active
 
 _warned: set[str] = set()
 
@@ -37,19 +36,25 @@ WRONG = "input that torch.nn refuses"
 """The reason of a fallback that is expected to end in torch's own error."""
 
 
-def recurrent(
-    module: Any, input: Any, hx: Any, lengths: Tensor | None = None, reset: Tensor | None = None
+def forward(
+    self: Any,
+    input: Any,
+    hx: Any = None,
+    *,
+    lengths: Tensor | None = None,
+    reset: Tensor | None = None,
 ) -> Any:
     """``forward`` of `rnnkern.RNN`, `rnnkern.LSTM` and `rnnkern.GRU`."""
-    if hx is None and lengths is None and reset is None and not _unnoticed():
+    if hx is None and lengths is None and reset is None and not is_compiling():
         # The plain call is tried without looking at it: the kernel refuses what it does not cover
         # before anything is computed, and then the call is looked at.
         try:
-            y, hn, cn = _layers(module, input, None, None, current_weights(module), None)
+            result = kernels.plain_call(self, input, record)
         except kernels.RefusedError:
-            return _checked(module, input, hx, lengths, reset)
-        return y, (hn if cn is None else (hn, cn))
-    return _checked(module, input, hx, lengths, reset)
+            result = None
+        if result is not None:
+            return result
+    return _checked(self, input, hx, lengths, reset)
 
 
 def _checked(module: Any, input: Any, hx: Any, lengths: Any, reset: Any) -> Any:
@@ -69,7 +74,7 @@ def _checked(module: Any, input: Any, hx: Any, lengths: Any, reset: Any) -> Any:
         return _elsewhere(module, input, hx, lengths, reset, WRONG)
     if traced():
         return _by_reference(module, input, hx, lengths, reset)
-    reason = mode_refusal()
+    reason = kernels.mode_refusal()
     if reason is not None:
         return _elsewhere(module, input, hx, lengths, reset, reason)
     steps = None
@@ -116,7 +121,7 @@ def cell(module: Any, input: Tensor, hx: Any) -> Any:
     if states is None:
         return _warn(WRONG, module._torch_forward(input, hx))
     weights = [module.weight_ih, module.weight_hh, *_cell_biases(module)]
-    reason = mode_refusal() or kernels.refusal(input, *states, weights)
+    reason = kernels.mode_refusal() or kernels.refusal(input, *states, weights)
     if reason is not None and reason != GAPS:
         return _warn(reason, module._torch_forward(input, hx))
     x, (h0, c0) = input, states
@@ -139,28 +144,9 @@ def _cell_biases(module: Any) -> tuple[Tensor, ...]:
     return tuple(torch.zeros_like(other) if bias is None else bias for bias in given)
 
 
-def _unnoticed() -> bool:
-    """A state of torch that the kernel would not notice, or notice too late."""
-    return (
-        torch.compiler.is_compiling()
-        or _tracing_state() is not None
-        or _transforms_active()
-        or forward_ad._current_level >= 0
-    )
-
-
 def traced() -> bool:
     """A graph of torch operators is being recorded: kernels cannot be part of it."""
-    return torch.compiler.is_compiling() or _tracing_state() is not None
-
-
-def mode_refusal() -> str | None:
-    """Why no kernel may run in the present mode of torch, or None."""
-    if _transforms_active():
-        return "torch.func transform"
-    if forward_ad._current_level >= 0:
-        return "forward-mode differentiation"
-    return kernels.mode_refusal()
+    return is_compiling() or _tracing_state() is not None
 
 
 def current_weights(module: Any) -> list[Tensor]:
@@ -256,11 +242,13 @@ def _one_layer(
     weights: list[Tensor],
     steps: Steps | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    if torch.is_grad_enabled() and _requires_grad(x, h0, c0, weights):
-        outputs = scan(layer, steps, x, h0, c0, *weights)
-        return outputs if layer.has_cell_state else (*outputs, None)
-    y, hn, cn, _ = kernels.forward(layer, x, h0, c0, weights, steps, False)
-    return y, hn, cn
+    training = torch.is_grad_enabled() and _requires_grad(x, h0, c0, weights)
+    outputs, saved = layer.forward(x, h0, c0, weights, steps, training)
+    if training:
+        states = [s for s in (h0, c0) if s is not None]
+        outputs = record((layer, steps, len(states)), outputs, saved, x, *weights, *states)
+    y, hn, *cn = outputs
+    return y, hn, cn[0] if cn else None
 
 
 def _requires_grad(x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: list[Tensor]) -> bool:
@@ -296,7 +284,7 @@ def _unbatched(module: Any, input: Tensor, hx: Any, lengths: Any, reset: Any) ->
         lengths = lengths.unsqueeze(0)
     if isinstance(reset, Tensor) and reset.dim() == 1:
         reset = reset.unsqueeze(batch)
-    y, final = recurrent(module, input.unsqueeze(batch), states, lengths, reset)
+    y, final = _checked(module, input.unsqueeze(batch), states, lengths, reset)
     if isinstance(final, tuple):
         return y.squeeze(batch), tuple(f.squeeze(1) for f in final)
     return y.squeeze(batch), final.squeeze(1)
@@ -318,7 +306,7 @@ def _packed(module: Any, input: PackedSequence, hx: Any, lengths: Any, reset: An
     h0, c0, fits = _initial_states(module, hx, N)
     if not fits or N == 0 or data.dim() != 2 or data.size(-1) != module.input_size:
         return _elsewhere(module, input, hx, None, None, WRONG)
-    reason = mode_refusal()
+    reason = kernels.mode_refusal()
     if reason is not None:
         return _elsewhere(module, input, hx, None, None, reason)
     result = _on_kernels(module, data, h0, c0, packed_steps(batch_sizes, sorted_indices))

@@ -2,63 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
 from rnnkern import _C
-from rnnkern.cells import CELLS
-from rnnkern.sequence import Steps
 
+Layer = _C.Layer
+"""What a layer is, apart from the sizes of its input.
 
-class Layer:
-    """What a layer is, apart from the sizes of its input.
+``forward(x, h0, c0, weights, steps, training)`` returns the outputs ``(y, h_n)`` or
+``(y, h_n, c_n)``, and what backward needs if ``training``.
 
-    Attributes:
-        mode: the cell, as ``torch.nn`` calls it.
-        out: features of one direction's output (the projected size, or ``hidden``).
-        tensors: weights per direction.
-    """
+``backward(x, h0, c0, weights, steps, y, saved, dy, dhn, dcn, wanted, overwrite)`` returns a list of
+gradients of ``x, *weights`` and the initial states that are not None, None where not ``wanted``
+(one flag each). None for ``dy``, ``dhn`` or ``dcn`` stands for zeros. With ``overwrite``, gradients
+of the gates take the place of what was saved.
 
-    __slots__ = (
-        "batch_first",
-        "bias",
-        "directions",
-        "handle",
-        "has_cell_state",
-        "mode",
-        "out",
-        "projected",
-        "tensors",
-    )
+Both raise `RefusedError` before anything is written.
+"""
 
-    def __init__(
-        self, mode: str, directions: int, hidden: int, proj: int, bias: bool, batch_first: bool
-    ) -> None:
-        cell = CELLS[mode]
-        self.mode = mode
-        self.directions = directions
-        self.out = proj or hidden
-        self.bias = bias
-        self.projected = proj > 0
-        self.batch_first = batch_first
-        self.has_cell_state = cell.states == 2
-        self.tensors = 2 + 2 * bias + self.projected
-        self.handle = _C.Layer(
-            cell.index, directions, hidden, self.out, bias, self.projected, batch_first
-        )
-
-
-layer = lru_cache(maxsize=4096)(Layer)
-"""The layer of that mode, directions, hidden size, projection, bias and layout: one object each."""
+layer = _C.layer
+"""``layer(mode, directions, hidden, proj, bias, batch_first)``: that layer, one object each."""
 
 RefusedError = _C.RefusedError
-"""Raised by `forward` and `backward`, a RuntimeError.
-
-An operand does not fit, or no kernel covers it.
-"""
+"""A RuntimeError: an operand does not fit, or no kernel covers it (`refusal` says why)."""
 
 refusal = _C.refusal
 """``refusal(x, h0, c0, weights)``: why no kernel covers these tensors, or None.
@@ -72,7 +39,7 @@ GAPS: str = _C.GAPS
 mode_refusal = _C.mode_refusal
 """``mode_refusal()``: why no kernel may run in the present mode of torch, or None.
 
-`forward` refuses by itself.
+To be asked before a layer runs; `plain_call` asks by itself.
 """
 
 compiler: str = _C.compiler
@@ -81,78 +48,22 @@ instruction_set = _C.instruction_set
 """What the extension was built with, and the widest instruction set in use."""
 
 
-def forward(
-    layer: Layer,
-    x: Tensor,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    weights: Sequence[Tensor],
-    steps: Steps | None,
-    training: bool,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """One layer: output, ``h_n``, ``c_n`` or None, and what backward needs if ``training``.
+plain_call = _C.plain_call
+"""``plain_call(module, x, record)``: what the module returns for an input and nothing else.
 
-    Raises:
-        RefusedError: an operand does not fit, or no kernel covers it (`refusal` says why). Nothing
-            is computed then.
-    """
-    return _C.forward(
-        layer.handle,
-        x,
-        h0,
-        c0,
-        weights,
-        steps,
-        training,
-        torch.get_num_threads(),
-        torch.are_deterministic_algorithms_enabled(),
-    )
+None where that is not the call of one layer, where the module is changed in a way that only Python
+sees, or where the mode of torch forbids it. Where a gradient is wanted, the outputs pass through
+``record((layer, None, 0), outputs, saved, x, *weights)`` (`rnnkern.autograd.record`).
 
-
-def backward(
-    layer: Layer,
-    x: Tensor,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    weights: Sequence[Tensor],
-    steps: Steps | None,
-    y: Tensor,
-    saved: Tensor | None,
-    dy: Tensor | None,
-    dhn: Tensor | None,
-    dcn: Tensor | None,
-    wanted: Sequence[bool],
-    overwrite: bool,
-) -> list[Tensor | None]:
-    """Gradients of ``x, h0, c0, *weights``, None where not ``wanted``.
-
-    Args:
-        dy, dhn, dcn: gradients of output, ``h_n`` and ``c_n``; None stands for zeros.
-        overwrite: what was saved is not needed again; gradients of the gates take its place.
-    """
-    return _C.backward(
-        layer.handle,
-        x,
-        h0,
-        c0,
-        weights,
-        y,
-        saved,
-        dy,
-        dhn,
-        dcn,
-        wanted,
-        overwrite,
-        steps,
-        torch.get_num_threads(),
-        torch.are_deterministic_algorithms_enabled(),
-    )
+Raises:
+    RefusedError: an operand does not fit, or no kernel covers it.
+"""
 
 
 def describe(layer: Layer, x: Tensor, T: int, N: int, features: int, back: bool) -> str:
     """The plan of one layer in words."""
     return _C.describe_plan(
-        layer.handle,
+        layer,
         T,
         N,
         x.numel() // x.size(-1),

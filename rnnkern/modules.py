@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor, nn
 
 from rnnkern import functional
@@ -28,19 +26,6 @@ _EXTRA = """
 """
 
 
-# One function for three classes, and no common base of their own: `convert` changes the class of a
-# module in place, which Python allows only between classes of the same layout.
-def _forward(
-    self: Any,
-    input: Any,
-    hx: Any = None,
-    *,
-    lengths: Tensor | None = None,
-    reset: Tensor | None = None,
-) -> Any:
-    return functional.recurrent(self, input, hx, lengths, reset)
-
-
 class RNN(nn.RNN):
     __doc__ = f"""Elman RNN (tanh or relu): `torch.nn.RNN` on rnnkern's kernels.
 {_EXTRA}
@@ -51,7 +36,7 @@ class RNN(nn.RNN):
     """
 
     _torch_forward = nn.RNN.forward
-    forward = _forward
+    forward = functional.forward
 
 
 class LSTM(nn.LSTM):
@@ -64,7 +49,7 @@ class LSTM(nn.LSTM):
     """
 
     _torch_forward = nn.LSTM.forward
-    forward = _forward
+    forward = functional.forward
 
 
 class GRU(nn.GRU):
@@ -77,7 +62,7 @@ class GRU(nn.GRU):
     """
 
     _torch_forward = nn.GRU.forward
-    forward = _forward
+    forward = functional.forward
 
 
 class RNNCell(nn.RNNCell):

@@ -4,6 +4,8 @@ independence of rows.
 
 from __future__ import annotations
 
+import copy
+import pickle
 from typing import Any
 
 import numpy as np
@@ -382,3 +384,38 @@ def test_outputs_do_not_share_memory(kind: str, options: dict[str, Tensor]) -> N
         outputs["out.0"].fill_(9.0)
     for name in set(outputs) - {"out.0"}:
         assert torch.equal(outputs[name], copies[name])
+
+
+# Below 16 KiB the memory of a result is ours, above it is torch's.
+@pytest.mark.parametrize("T", [3, 2000], ids=["small", "large"])
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_results_lie_in_memory_as_those_of_torch(kind: str, batch_first: bool, T: int) -> None:
+    module = build(kind, 4, 6, bidirectional=True, batch_first=batch_first)
+    theirs = getattr(nn, kind)(4, 6, bidirectional=True, batch_first=batch_first)
+    x = torch.randn(2, T, 4) if batch_first else torch.randn(T, 2, 4)
+    for result, wanted in zip(
+        flatten(module(x)).values(), flatten(theirs(x)).values(), strict=True
+    ):
+        assert (result.shape, result.stride()) == (wanted.shape, wanted.stride())
+        assert result.storage_offset() == 0
+        assert result.data_ptr() % 64 == 0
+        assert not result._is_view()
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_small_results_outlive_everything(kind: str) -> None:
+    """Copies, threads' shared memory, and storage that stays when module and siblings are gone."""
+    module = build(kind, 4, 6)
+    x = torch.randn(3, 2, 4)
+    with torch.no_grad():
+        wanted = {name: t.clone() for name, t in flatten(module(x)).items()}
+        for name, value in wanted.items():
+            result = flatten(module(x))[name]
+            for _ in range(100):  # reuses what was freed
+                module(x)
+            assert torch.equal(result, value)
+            assert torch.equal(copy.deepcopy(result), value)
+            assert torch.equal(pickle.loads(pickle.dumps(result)), value)
+            result.share_memory_()
+            assert torch.equal(result, value)

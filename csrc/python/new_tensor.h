@@ -1,0 +1,103 @@
+// Memory for results: new torch tensors, uninitialised.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <initializer_list>
+#include <new>
+
+#include "huge_pages.h"
+#include "python/torch.h"
+
+namespace rnnkern {
+
+constexpr int kMaxAxes = 3;
+
+struct Shape {
+  int axes;
+  int64_t sizes[kMaxAxes], strides[kMaxAxes];
+
+  // In double, which no size overflows.
+  double elements() const {
+    double count = 1;
+    for (int i = 0; i < axes; ++i) count *= double(sizes[i]);
+    return count;
+  }
+};
+
+inline Shape dense(std::initializer_list<int64_t> sizes) {
+  Shape shape = {};
+  for (int64_t size : sizes) shape.sizes[shape.axes++] = size;
+  int64_t stride = 1;
+  for (int i = shape.axes - 1; i >= 0; --i) {
+    shape.strides[i] = stride;
+    stride *= std::max<int64_t>(1, shape.sizes[i]);
+  }
+  return shape;
+}
+
+// A small tensor is handed to torch with the memory it stands in, header and data in one block:
+// half the time of asking torch for one, which counts where a whole call takes a few microseconds.
+struct SmallTensor {
+  struct {
+    uint32_t major = 1, minor = 0;
+  } version;
+  void* context = nullptr;
+  void (*release)(SmallTensor*) = [](SmallTensor* self) {
+    self->~SmallTensor();
+    ::operator delete(self);
+  };
+  uint64_t flags = 0;
+  dlpack::Tensor tensor;
+  Shape shape;
+
+  // Data begins at a cache line, as torch's does; the block itself need not, for malloc is slower
+  // then.
+  static constexpr size_t kAlignment = 64, kMaxBytes = 16 * 1024;
+
+  SmallTensor(const Shape& given, int element_bits) : shape(given) {
+    const auto end = reinterpret_cast<uintptr_t>(this + 1);
+    tensor = {reinterpret_cast<void*>((end + kAlignment - 1) / kAlignment * kAlignment),
+              {dlpack::kCpu, 0},
+              shape.axes,
+              {dlpack::kFloat, uint8_t(element_bits), 1},
+              shape.sizes,
+              shape.strides,
+              0};
+  }
+};
+
+struct NewTensor {
+  py::object object;
+  void* data;
+};
+
+inline NewTensor new_small_tensor(const Shape& shape, int element_bits, size_t bytes) {
+  void* block = ::operator new(sizeof(SmallTensor) + SmallTensor::kAlignment + bytes);
+  auto* small = new (block) SmallTensor(shape, element_bits);
+  void* result = nullptr;
+  if (torch.exchange->managed_to_object(small, &result) != 0) throw py::error_already_set();
+  return {py::reinterpret_steal<py::object>(static_cast<PyObject*>(result)), small->tensor.data};
+}
+
+// A new tensor of the dtype and device of `like`; a large one by torch's own allocator.
+inline NewTensor new_tensor(py::handle like, const Shape& shape, int element_bits) {
+  const double bytes = shape.elements() * (element_bits / 8);
+  if (bytes <= SmallTensor::kMaxBytes) return new_small_tensor(shape, element_bits, size_t(bytes));
+  py::tuple sizes(shape.axes), strides(shape.axes);
+  for (int i = 0; i < shape.axes; ++i) {
+    sizes[size_t(i)] = shape.sizes[i];
+    strides[size_t(i)] = shape.strides[i];
+  }
+  PyObject* arguments[] = {like.ptr(), sizes.ptr(), strides.ptr()};
+  PyObject* result = PyObject_Vectorcall(torch.new_empty_strided, arguments, 3, nullptr);
+  if (!result) throw py::error_already_set();
+  NewTensor made = {py::reinterpret_steal<py::object>(result), nullptr};
+  dlpack::Tensor view;
+  if (torch.exchange->view_of_object(result, &view) != 0) throw py::error_already_set();
+  made.data = static_cast<char*>(view.data) + view.byte_offset;
+  advise_huge_pages(made.data, size_t(bytes));
+  return made;
+}
+
+}  // namespace rnnkern

@@ -1,0 +1,323 @@
+// The operands of one scan: tensors turned into checked views. Whatever does not fit raises Refused
+// before anything is written.
+#pragma once
+
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "python/layer.h"
+#include "python/new_tensor.h"
+#include "python/torch.h"
+#include "scan.h"
+
+namespace rnnkern {
+
+inline TensorView view_of(py::handle object, const char* name) {
+  if (!PyObject_TypeCheck(object.ptr(), torch.tensor)) {
+    throw Refused(std::string(name) + " must be a torch.Tensor, got " +
+                  Py_TYPE(object.ptr())->tp_name);
+  }
+  TensorView view;
+  view.name = name;
+  if (torch.exchange->view_of_object(object.ptr(), &view.tensor) != 0) {
+    PyErr_Clear();
+    view.fail("has no plain memory");
+  }
+  return view;
+}
+
+constexpr const char* kGaps = "gaps along the last axis";
+constexpr const char* kNoMemory =
+    "no plain memory behind a tensor (meta, sparse, quantized or wrapped)";
+
+// A plain tensor or parameter, and no subclass that computes in its own way.
+inline bool is_tensor(py::handle object) {
+  const PyTypeObject* type = Py_TYPE(object.ptr());
+  return type == torch.tensor || type == torch.parameter;
+}
+
+// Why no kernel covers this tensor, or null. `like` is the tensor whose dtype it must share.
+inline const char* refusal_of(py::handle object, const TensorView* like, TensorView* view) {
+  if (!is_tensor(object)) return "tensor subclass";
+  if (torch.exchange->view_of_object(object.ptr(), &view->tensor) != 0) {
+    PyErr_Clear();
+    return kNoMemory;
+  }
+  const dlpack::Tensor& t = view->tensor;
+  if (t.device.type != dlpack::kCpu) return "device other than cpu";
+  if (t.dtype.code != dlpack::kFloat || (t.dtype.bits != 32 && t.dtype.bits != 64)) {
+    return "dtype other than float32 and float64";
+  }
+  if (like && like->tensor.dtype.bits != t.dtype.bits) return "mixed dtypes";
+  int64_t elements = 1;
+  for (int i = 0; i < t.ndim; ++i) elements *= t.shape[i];
+  if (elements && !t.data) return kNoMemory;
+  const py::object negated =
+      py::reinterpret_steal<py::object>(PyObject_CallOneArg(torch.is_neg, object.ptr()));
+  if (!negated) throw py::error_already_set();
+  if (negated.ptr() == Py_True) return "lazily negated tensor";
+  if (t.ndim && elements && t.shape[t.ndim - 1] > 1 && view->stride(t.ndim - 1) != 1) return kGaps;
+  return nullptr;
+}
+
+// A view of an operand that a kernel covers; the caller finds out with `refusal` why one is not.
+template <typename T>
+TensorView float_view(py::handle object, const char* name, bool allow_gaps = false) {
+  TensorView view;
+  view.name = name;
+  if (!PyObject_TypeCheck(object.ptr(), torch.tensor)) {
+    throw py::type_error(std::string(name) + " must be a torch.Tensor, got " +
+                         Py_TYPE(object.ptr())->tp_name);
+  }
+  const char* reason = refusal_of(object, nullptr, &view);
+  if (reason && !(allow_gaps && reason == kGaps))
+    view.fail(std::string("is not covered: ") + reason);
+  if (view.tensor.dtype.bits != 8 * sizeof(T)) view.fail("has another dtype than the input");
+  return view;
+}
+
+// The operands of one scan, checked against each other as they are read.
+template <typename T>
+class Operands {
+ public:
+  Operands(const Layer& layer, py::handle x, py::handle steps)
+      : layer_(layer), object_(x), x_(float_view<T>(x, "input")) {
+    read_steps(steps);
+    sizes.cell = layer.cell;
+    sizes.D = layer.directions;
+    sizes.H = layer.hidden;
+    sizes.O = layer.out;
+    sizes.projected = layer.projected;
+    sizes.I = x_.size(x_.tensor.ndim - 1);
+  }
+
+  Sizes sizes;
+  Steps steps;
+
+  // `list` has size() and [].
+  template <typename List>
+  void read_weights(const List& list, Weights<T>* out) {
+    if (int(list.size()) != layer_.directions * layer_.tensors()) {
+      throw Refused("expected " + std::to_string(layer_.directions * layer_.tensors()) +
+                    " weights, got " + std::to_string(list.size()));
+    }
+    const int gates = cell_shape(sizes.cell).gates;
+    size_t i = 0;
+    for (int d = 0; d < layer_.directions; ++d) {
+      const TensorView w_ih = float_view<T>(list[i++], "weight_ih"),
+                       w_hh = float_view<T>(list[i++], "weight_hh");
+      const int64_t rows = gates * sizes.H;
+      w_ih.expect_shape({rows, sizes.I});
+      w_hh.expect_shape({rows, sizes.O});
+      Weights<T>& w = out[d];
+      w.w_ih = w_ih.template data<const T>();
+      w.w_hh = w_hh.template data<const T>();
+      w.w_ih_row = w_ih.stride(0);
+      w.w_hh_row = w_hh.stride(0);
+      if (layer_.bias) {
+        w.b_ih = vector(list[i++], "bias_ih", rows);
+        w.b_hh = vector(list[i++], "bias_hh", rows);
+      }
+      if (layer_.projected) {
+        const TensorView w_hr = float_view<T>(list[i++], "weight_hr");
+        w_hr.expect_shape({sizes.O, sizes.H});
+        w.w_hr = w_hr.template data<const T>();
+        w.w_hr_row = w_hr.stride(0);
+      }
+    }
+  }
+
+  Rows<const T> input() { return rows_of<const T>(x_, sizes.I); }
+
+  template <typename U>
+  Rows<U> rows(py::handle object, const char* name, int64_t features) {
+    if (object.is_none()) return {};
+    return rows_of<U>(float_view<T>(object, name), features);
+  }
+
+  // As rows, but the last axis may be expanded from one element, as in the gradient of a sum.
+  Rows<const T> incoming_rows(py::handle object, const char* name, int64_t features,
+                              bool* uniform) {
+    if (object.is_none()) return {};
+    const TensorView v = float_view<T>(object, name, true);
+    const int64_t stride = v.tensor.ndim ? v.stride(v.tensor.ndim - 1) : 1;
+    *uniform = features > 1 && stride == 0;
+    if (features > 1 && stride > 1 && steps.total) v.fail(std::string("is not covered: ") + kGaps);
+    return rows_of<const T>(v, features);
+  }
+
+  template <typename U>
+  State<U> state(py::handle object, const char* name, int64_t features) {
+    if (object.is_none()) return {};
+    const TensorView v = float_view<T>(object, name);
+    v.expect_shape({sizes.D, steps.N, features});
+    return {v.data<U>(), v.stride(0), v.stride(1)};
+  }
+
+  // New tensors like the input, and where to write.
+  template <typename U = T>
+  py::object make(const Shape& shape, U** data) const {
+    NewTensor made = new_tensor(object_, shape, 8 * sizeof(T));
+    *data = static_cast<T*>(made.data);
+    return std::move(made.object);
+  }
+  py::object make_rows(int64_t features, Rows<T>* out) const {
+    out->row = features;
+    out->step = steps.start ? 0 : steps.N * features;
+    if (steps.start) return make(dense({steps.total, features}), &out->data);
+    Shape shape = dense({steps.T, steps.N, features});
+    // Time first in memory also where the batch is the first axis: as torch.nn's outputs lie, so
+    // that views of them work.
+    if (layer_.batch_first) {
+      std::swap(shape.sizes[0], shape.sizes[1]);
+      std::swap(shape.strides[0], shape.strides[1]);
+    }
+    return make(shape, &out->data);
+  }
+  py::object make_state(int64_t features, State<T>* out) const {
+    out->row = features;
+    out->direction = steps.N * features;
+    return make(dense({sizes.D, steps.N, features}), &out->data);
+  }
+
+  // What forward saves is one dense buffer of slots [D, total, S*H], cell states [D, total, H] and,
+  // where there is a projection, hidden states before it [D, total, H].
+  struct Saved {
+    int64_t slots = 0, cells = 0, unprojected = 0;  // elements
+    int64_t elements() const { return slots + cells + unprojected; }
+  };
+  Saved saved() const {
+    const CellShape shape = cell_shape(sizes.cell);
+    const int64_t one = sizes.D * steps.total * sizes.H;
+    return {shape.saves_slots * shape.slots * one, shape.cell_state * one, sizes.projected * one};
+  }
+
+  // What was saved, as autograd hands it back: hooks may have made another tensor of it.
+  T* saved_data(py::handle object, int64_t elements) const {
+    const TensorView v = float_view<T>(object, "what forward saved");
+    v.expect_shape({elements});
+    return v.data<T>();
+  }
+
+  // Makes the gradients of the weights that are wanted, in the order of the weights.
+  void make_gradients(const py::sequence& wanted, py::list* made, WeightGradients<T>* out) const {
+    const int64_t rows = cell_shape(sizes.cell).gates * sizes.H;
+    const auto add = [&](std::initializer_list<int64_t> shape) -> T* {
+      T* data = nullptr;
+      made->append(wanted[made->size()].template cast<bool>() ? make(dense(shape), &data)
+                                                              : py::none());
+      return data;
+    };
+    for (int d = 0; d < layer_.directions; ++d) {
+      out[d].w_ih = add({rows, sizes.I});
+      out[d].w_hh = add({rows, sizes.O});
+      if (layer_.bias) {
+        out[d].b_ih = add({rows});
+        out[d].b_hh = add({rows});
+      }
+      if (layer_.projected) out[d].w_hr = add({sizes.O, sizes.H});
+    }
+  }
+
+ private:
+  // steps: None, or (active, order, reset, packed), each tensor or None.
+  void read_steps(py::handle object) {
+    const bool packed = !object.is_none() &&
+                        py::cast<bool>(py::tuple(py::reinterpret_borrow<py::object>(object))[3]);
+    const int dims = packed ? 2 : 3;
+    if (x_.tensor.ndim != dims)
+      x_.fail("has " + std::to_string(x_.tensor.ndim) + " axes, expected " + std::to_string(dims));
+    if (!packed) {
+      steps.T = x_.size(layer_.batch_first ? 1 : 0);
+      steps.N = x_.size(layer_.batch_first ? 0 : 1);
+      steps.total = steps.T * steps.N;
+    }
+    if (object.is_none()) return;
+    const py::tuple parts = py::reinterpret_borrow<py::object>(object);
+    if (!parts[0].is_none()) read_active(parts[0], packed);
+    if (!parts[1].is_none()) read_order(parts[1]);
+    if (!parts[2].is_none()) read_reset(parts[2]);
+  }
+
+  void read_active(py::handle object, bool packed) {
+    const TensorView v = view_of(object, packed ? "batch_sizes" : "active rows");
+    v.expect_dtype(dlpack::kInt, 64, "int64");
+    if (packed) {
+      if (v.tensor.ndim != 1) v.fail("must have one axis");
+      steps.T = v.size(0);
+      steps.N = steps.T ? v.data<const int64_t>()[0] : 0;
+    }
+    v.expect_shape({steps.T});
+    steps.active = v.data<const int64_t>();
+    int64_t total = 0;
+    for (int64_t t = 0; t < steps.T; ++t) {
+      if (packed) start_.push_back(total);
+      if (steps.active[t] < 0 || steps.active[t] > (t ? steps.active[t - 1] : steps.N)) {
+        v.fail("must not increase, nor be negative");
+      }
+      total += steps.active[t];
+    }
+    if (!packed) return;
+    steps.start = start_.data();
+    steps.total = total;
+    if (x_.size(0) != total) {
+      x_.fail("has " + std::to_string(x_.size(0)) + " rows, but the batch_sizes add up to " +
+              std::to_string(total));
+    }
+  }
+
+  void read_order(py::handle object) {
+    const TensorView v = view_of(object, "order of rows");
+    v.expect_dtype(dlpack::kInt, 64, "int64");
+    v.expect_shape({steps.N});
+    steps.order = v.data<const int64_t>();
+    std::vector<bool> seen(size_t(steps.N), false);
+    for (int64_t k = 0; k < steps.N; ++k) {
+      const int64_t row = steps.order[k];
+      if (row < 0 || row >= steps.N || seen[size_t(row)])
+        v.fail("must be a permutation of the batch");
+      seen[size_t(row)] = true;
+    }
+  }
+
+  void read_reset(py::handle object) {
+    const TensorView v = view_of(object, "reset");
+    v.expect_dtype(dlpack::kBool, 8, "bool");
+    const int t = layer_.batch_first ? 1 : 0;
+    if (v.tensor.ndim != 2 || v.size(t) != steps.T || v.size(1 - t) != steps.N) {
+      v.fail("has shape " + shape_text(v.tensor.shape, v.tensor.ndim) +
+             ", expected one flag per step and row");
+    }
+    steps.reset = v.data<const bool>();
+    steps.reset_step = v.stride(t);
+    steps.reset_row = v.stride(1 - t);
+  }
+
+  template <typename U>
+  Rows<U> rows_of(const TensorView& v, int64_t features) const {
+    if (steps.start) {
+      v.expect_shape({steps.total, features});
+      return {v.data<U>(), 0, v.stride(0)};
+    }
+    if (layer_.batch_first) {
+      v.expect_shape({steps.N, steps.T, features});
+      return {v.data<U>(), v.stride(1), v.stride(0)};
+    }
+    v.expect_shape({steps.T, steps.N, features});
+    return {v.data<U>(), v.stride(0), v.stride(1)};
+  }
+
+  const T* vector(py::handle object, const char* name, int64_t size) {
+    const TensorView v = float_view<T>(object, name);
+    v.expect_shape({size});
+    return v.data<const T>();
+  }
+
+  const Layer& layer_;
+  py::handle object_;
+  TensorView x_;
+  std::vector<int64_t> start_;
+};
+
+}  // namespace rnnkern

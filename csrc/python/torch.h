@@ -1,0 +1,89 @@
+// What is asked of torch through Python: its types, its modes, its memory. Bound once, when the
+// module loads.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <vector>
+
+#include "dlpack_view.h"
+
+namespace rnnkern {
+namespace py = pybind11;
+
+// A state of torch that no kernel can run in: a question of torch's own without arguments, answered
+// with something true where it is so.
+struct Mode {
+  PyObject* question;
+  const char* reason;
+};
+
+struct Torch {
+  const dlpack::ExchangeTable* exchange;
+  PyTypeObject *tensor, *parameter;
+  // Methods of torch.Tensor, as plain functions of a tensor.
+  PyObject *is_neg, *new_empty, *new_empty_strided;
+  // Questions without arguments.
+  PyObject *num_threads, *deterministic, *grad_enabled;
+  std::vector<Mode> modes;
+  PyObject* forward_ad;  // the namespace of torch.autograd.forward_ad
+};
+
+inline Torch torch;
+
+inline py::object ask(PyObject* question) {
+  PyObject* answer = PyObject_CallNoArgs(question);
+  if (!answer) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(answer);
+}
+
+inline bool is_so(PyObject* question) { return PyObject_IsTrue(ask(question).ptr()) == 1; }
+
+inline int num_threads() { return ask(torch.num_threads).cast<int>(); }
+
+inline void bind_torch() {
+  const auto keep = [](py::object object) { return object.release().ptr(); };
+  const py::module_ package = py::module_::import("torch");
+  const py::object type = package.attr("Tensor"), core = package.attr("_C");
+  if (!py::hasattr(type, "__dlpack_c_exchange_api__")) {
+    throw py::import_error("rnnkern needs torch >= 2.10: this torch has no DLPack exchange table");
+  }
+  const py::capsule capsule = type.attr("__dlpack_c_exchange_api__");
+  const auto* table = static_cast<const dlpack::ExchangeTable*>(
+      PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+  while (table && table->header.major != 1) {
+    table = reinterpret_cast<const dlpack::ExchangeTable*>(table->header.previous);
+  }
+  if (!table || !table->view_of_object || !table->managed_to_object)
+    throw py::import_error("this torch has no DLPack 1.x exchange table");
+  torch.exchange = table;
+  torch.tensor = reinterpret_cast<PyTypeObject*>(keep(type));
+  torch.parameter =
+      reinterpret_cast<PyTypeObject*>(keep(py::module_::import("torch.nn").attr("Parameter")));
+  torch.is_neg = keep(type.attr("is_neg"));
+  torch.new_empty = keep(type.attr("new_empty"));
+  torch.new_empty_strided = keep(type.attr("new_empty_strided"));
+  torch.num_threads = keep(package.attr("get_num_threads"));
+  torch.deterministic = keep(core.attr("_get_deterministic_algorithms"));
+  torch.grad_enabled = keep(package.attr("is_grad_enabled"));
+  torch.modes = {
+      {keep(core.attr("_get_tracing_state")), "torch.jit.trace"},
+      {keep(core.attr("_are_functorch_transforms_active")), "torch.func transform"},
+      {keep(core.attr("_len_torch_dispatch_stack")), "torch dispatch mode"},
+      {keep(core.attr("_is_any_autocast_enabled")), "autocast"},
+  };
+  torch.forward_ad = keep(py::module_::import("torch.autograd.forward_ad").attr("__dict__"));
+}
+
+// Why no kernel may run in the present mode of torch, or null.
+inline const char* mode_refusal() {
+  for (const Mode& mode : torch.modes) {
+    if (is_so(mode.question)) return mode.reason;
+  }
+  static PyObject* const name = PyUnicode_InternFromString("_current_level");
+  PyObject* level = PyDict_GetItemWithError(torch.forward_ad, name);
+  if (!level) throw py::import_error("this torch does not tell whether forward mode is on");
+  return PyLong_AsLong(level) >= 0 ? "forward-mode differentiation" : nullptr;
+}
+
+}  // namespace rnnkern
