@@ -18,14 +18,22 @@ namespace {
 constexpr double kFlopsPerThread = 400e3;
 constexpr double kFlopsPerThreadStep = 80e3;
 // Rows of one block of the input product: enough to read the weights of the input once for many
-// rows.
-constexpr int64_t kInputRows = 48;
+// rows; more where they come from beyond the second-level cache.
+constexpr int64_t kInputRows = 48, kInputRowsOfLarge = 256;
 // Packing reads and writes all weights once; reading them as they lie costs this many times a
 // packed step per row.
 constexpr int64_t kPackingSteps = 3;
 
-// Rows are split where every part still fills its register tiles, for no barrier is needed then;
-// else units.
+// The weights of a direction are read in every step: large ones come from beyond the second-level
+// cache each time.
+bool large(const Problem& problem, const Machine& machine) {
+  const Sizes& z = problem.sizes;
+  const double weights = double(cell_shape(z.cell).gates) * double(z.H) * double(z.I + z.O);
+  return weights * machine.element_bytes > 2.0 * double(machine.l2_bytes);
+}
+
+// Rows are split where every part still fills its register tiles, for no barrier is needed then.
+// Else units, and also where the weights are large: then each thread reads its part of them only.
 void split_work(const Problem& problem, const Machine& machine, double work, Plan* plan) {
   const int64_t tasks = problem.sizes.D;
   const int64_t wanted =
@@ -34,7 +42,8 @@ void split_work(const Problem& problem, const Machine& machine, double work, Pla
   const int64_t per_direction = std::max<int64_t>(1, wanted / tasks);
   const int64_t tiles = (problem.N + machine.tile_rows - 1) / machine.tile_rows;
   plan->threads = int(std::min(wanted, std::max(tasks, per_direction * tasks)));
-  if (tiles >= 2 * per_direction) {
+  const bool rows_fill_tiles = tiles >= 2 * per_direction;
+  if (rows_fill_tiles && !large(problem, machine)) {
     plan->row_blocks = int(per_direction);
     return;
   }
@@ -51,7 +60,8 @@ Plan plan_forward(const Problem& problem, const Machine& machine) {
   Plan plan;
   split_work(problem, machine, flops_per_row(problem.sizes), &plan);
   const int64_t rows = std::max<int64_t>(1, problem.N / plan.row_blocks);
-  plan.block_steps = std::clamp<int64_t>(kInputRows / rows, 1, std::max<int64_t>(1, problem.T));
+  const int64_t wanted = large(problem, machine) ? kInputRowsOfLarge : kInputRows;
+  plan.block_steps = std::clamp<int64_t>(wanted / rows, 1, std::max<int64_t>(1, problem.T));
   const int64_t reads = problem.T * rows;
   const bool long_rows = std::min(problem.sizes.I, problem.sizes.O) >= 2 * machine.lanes;
   plan.packed = problem.deterministic || reads > kPackingSteps || !long_rows;

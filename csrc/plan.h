@@ -14,6 +14,8 @@ struct Machine {
   int threads = 1;    // at most
   int lanes = 4;      // elements of one vector
   int tile_rows = 3;  // rows of one register tile
+  int element_bytes = 4;
+  int64_t l2_bytes = 1 << 20;  // second-level cache of one core
 };
 
 struct Problem {

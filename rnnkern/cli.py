@@ -317,8 +317,8 @@ class Printer:
             linear_us = statistics.median(r.linear_us for r in report.notebook)
             parts = ", ".join(f"{r.cell} {_figures(r.linear_ratio)}" for r in report.notebook)
             print(
-                f"\nOne call of the notebook's modules without grad takes {parts} of the time of "
-                f"one call\nof nn.Linear(3, 3) on the same input, {_duration(linear_us)}."
+                f"\nThe notebook's call without grad, in calls of nn.Linear(3, 3) on the same input"
+                f"\n({_duration(linear_us)}): {parts}"
             )
         if report.rows:
             heads = "".join(f"{cell:>9}" for cell in cells)

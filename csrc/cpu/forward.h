@@ -81,7 +81,7 @@ class ForwardScan {
     T *h, *c, *slots;
   };
   struct Scratch {
-    T* acc;                 // [panels][capacity_][kWidth]
+    T* acc;                 // [panels, or 1 where fused][capacity_][kWidth]
     const T** x_rows;       // [capacity_]
     const T** h_rows;       // [block_rows_]
     RowPointers* pointers;  // [block_rows_]
@@ -99,8 +99,9 @@ class ForwardScan {
   };
 
   Scratch scratch(Carver& carver) const {
-    return {carver.take<T>(panels_.count() * capacity_ * kWidth), carver.take<const T*>(capacity_),
-            carver.take<const T*>(block_rows_), carver.take<RowPointers>(block_rows_)};
+    return {carver.take<T>((fused() ? 1 : panels_.count()) * capacity_ * kWidth),
+            carver.take<const T*>(capacity_), carver.take<const T*>(block_rows_),
+            carver.take<RowPointers>(block_rows_)};
   }
   Scratch scratch_of(int thread) const {
     Carver carver(scratch_ + thread * scratch_bytes_);
@@ -165,7 +166,10 @@ class ForwardScan {
                        unprojected_rows};
     for (int64_t i = 0; i < f_.steps.T; i += plan_.block_steps) {
       const int64_t end = min_of(i + plan_.block_steps, f_.steps.T);
-      input_product(part, i, end);
+      const int64_t count = gather_input(part, i, end);
+      if (!fused()) {
+        for (int64_t p = part.panel_begin; p < part.panel_end; ++p) input_product(part, p, count);
+      }
       int64_t first = 0;
       for (int64_t j = i; j < end; ++j) {
         const Visit v = visit(f_.steps, d == 0, j, part.row_begin, part.row_end);
@@ -176,8 +180,16 @@ class ForwardScan {
     finish_idle_rows(part);
   }
 
-  // acc = biases + W_ih x for all active rows of the steps [begin, end), one after the other.
-  void input_product(const Part& part, int64_t begin, int64_t end) const {
+  // A block of one step is finished panel by panel: its accumulators never leave the first-level
+  // cache.
+  bool fused() const { return plan_.block_steps == 1; }
+  T* accumulators(const Part& part, int64_t p) const {
+    return part.scratch.acc + (fused() ? 0 : p * capacity_ * kWidth);
+  }
+
+  // The input rows of all active rows of the steps [begin, end), one step after the other; returns
+  // their number.
+  int64_t gather_input(const Part& part, int64_t begin, int64_t end) const {
     int64_t count = 0;
     for (int64_t j = begin; j < end; ++j) {
       const Visit v = visit(f_.steps, part.direction == 0, j, part.row_begin, part.row_end);
@@ -185,12 +197,15 @@ class ForwardScan {
         part.scratch.x_rows[count++] = row_at(f_.steps, f_.x, v.t, slot);
       }
     }
-    for (int64_t p = part.panel_begin; p < part.panel_end; ++p) {
-      T* acc = part.scratch.acc + p * capacity_ * kWidth;
-      const T* bias = bias_[part.direction] + p * kWidth;
-      for (int64_t m = 0; m < count; ++m) copy_vectors(acc + m * kWidth, bias);
-      input_[part.direction].add(p, count, part.scratch.x_rows, acc, kWidth);
-    }
+    return count;
+  }
+
+  // acc = biases + W_ih x for the units of panel p and the rows gathered.
+  void input_product(const Part& part, int64_t p, int64_t count) const {
+    T* acc = accumulators(part, p);
+    const T* bias = bias_[part.direction] + p * kWidth;
+    for (int64_t m = 0; m < count; ++m) copy_vectors(acc + m * kWidth, bias);
+    input_[part.direction].add(p, count, part.scratch.x_rows, acc, kWidth);
   }
 
   static void copy_vectors(T* to, const T* from) {
@@ -205,7 +220,8 @@ class ForwardScan {
       part.scratch.h_rows[k] = part.scratch.pointers[k].h_prev;
     }
     for (int64_t p = part.panel_begin; p < part.panel_end; ++p) {
-      T* acc = part.scratch.acc + (p * capacity_ + first) * kWidth;
+      if (fused()) input_product(part, p, count);
+      T* acc = accumulators(part, p) + first * kWidth;
       recurrent_[part.direction].add(p, count, part.scratch.h_rows, acc, kWidth);
       for (int64_t k = 0; k < count; ++k) cell(p, part.scratch.pointers[k], acc + k * kWidth);
     }

@@ -1,5 +1,6 @@
 // Picks the instruction set once, and runs one scan on it.
 #include <pthread.h>
+#include <unistd.h>
 
 #include <cstdlib>
 #include <memory>
@@ -49,6 +50,14 @@ const InstructionSet& choose() {
 // its own.
 bool forked = false;
 [[maybe_unused]] const int fork_watch = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+
+int64_t l2_bytes() {
+#ifdef _SC_LEVEL2_CACHE_SIZE
+  static const long found = sysconf(_SC_LEVEL2_CACHE_SIZE);
+  if (found > 0) return found;
+#endif
+  return Machine().l2_bytes;
+}
 
 template <typename T>
 const Kernels<T>& kernels(const InstructionSet& set) {
@@ -109,6 +118,8 @@ Machine machine_for(const InstructionSet& set, int threads, int element_bytes) {
   machine.threads = forked ? 1 : threads;
   machine.lanes = set.vector_bytes / element_bytes;
   machine.tile_rows = set.tile_rows;
+  machine.element_bytes = element_bytes;
+  machine.l2_bytes = l2_bytes();
   return machine;
 }
 
