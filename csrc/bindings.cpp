@@ -184,20 +184,6 @@ py::list backward_of(const Layer& layer, py::handle x, py::handle h0, py::handle
   return made;
 }
 
-std::string describe_plan(const Layer& layer, int64_t T, int64_t N, int64_t total, int64_t I,
-                          int element_bytes, int threads, bool deterministic, bool backward) {
-  Problem problem;
-  problem.sizes = {layer.cell, I, layer.hidden, layer.out, layer.directions, layer.projected};
-  problem.T = T;
-  problem.N = N;
-  problem.total = total;
-  problem.deterministic = deterministic;
-  const InstructionSet& set = instruction_set_for(layer.hidden, element_bytes);
-  const Machine machine = machine_for(set, threads, element_bytes);
-  const Plan plan = backward ? plan_backward(problem, machine) : plan_forward(problem, machine);
-  return std::string(set.name) + ", " + describe(plan, problem, machine);
-}
-
 std::vector<std::string> compiled_sets() {
   std::vector<std::string> names;
   for (const InstructionSet& set : instruction_sets()) names.push_back(set.name);
@@ -219,6 +205,7 @@ PYBIND11_MODULE(_C, m) {
   py::class_<Layer>(m, "Layer", "What a layer is, apart from the sizes of its input.")
       .def_property_readonly("mode", &Layer::mode)
       .def_readonly("directions", &Layer::directions)
+      .def_readonly("hidden", &Layer::hidden)
       .def_readonly("out", &Layer::out)
       .def_readonly("bias", &Layer::bias)
       .def_readonly("batch_first", &Layer::batch_first)
@@ -250,7 +237,38 @@ PYBIND11_MODULE(_C, m) {
   m.def("refusal", &refusal);
   m.def("mode_refusal", &mode_refusal);
   m.def("plain_call", &plain_call);
-  m.def("describe_plan", &describe_plan);
+  py::class_<Machine>(m, "Machine")
+      .def(py::init([](int threads, int lanes, int tile_rows, int element_bytes, int64_t l2_bytes) {
+             return Machine{threads, lanes, tile_rows, element_bytes, l2_bytes};
+           }),
+           py::kw_only(), py::arg("threads"), py::arg("lanes"), py::arg("tile_rows"),
+           py::arg("element_bytes"), py::arg("l2_bytes"));
+  m.def("machine", [](int64_t hidden, int threads, int element_bytes) {
+    const InstructionSet& set = instruction_set_for(hidden, element_bytes);
+    return py::make_tuple(set.name, machine_for(set, threads, element_bytes));
+  });
+  py::class_<Plan>(m, "Plan")
+      .def_readonly("threads", &Plan::threads)
+      .def_readonly("row_blocks", &Plan::row_blocks)
+      .def_readonly("unit_blocks", &Plan::unit_blocks)
+      .def_readonly("packed", &Plan::packed)
+      .def_readonly("block_steps", &Plan::block_steps);
+  m.def(
+      "plan",
+      [](const Layer& layer, const Machine& machine, int64_t T, int64_t N, int64_t I, int64_t total,
+         bool deterministic, bool backward) {
+        const Problem problem = {
+            {layer.cell, I, layer.hidden, layer.out, layer.directions, layer.projected},
+            T,
+            N,
+            total,
+            deterministic};
+        const Plan plan =
+            backward ? plan_backward(problem, machine) : plan_forward(problem, machine);
+        return py::make_tuple(plan, describe(plan, problem, machine));
+      },
+      py::arg("layer"), py::arg("machine"), py::kw_only(), py::arg("T"), py::arg("N"), py::arg("I"),
+      py::arg("total"), py::arg("deterministic"), py::arg("backward"));
   m.def("compiled_sets", &compiled_sets);
   m.def("instruction_set", [] { return std::string(instruction_set().name); });
 #if defined(__clang__)

@@ -80,7 +80,11 @@ std::string describe(const Plan& plan, const Problem& problem, const Machine& ma
   const char* split =
       plan.row_blocks > 1
           ? "batch rows split: each thread runs its rows through all steps, no barrier"
-      : plan.unit_blocks > 1 ? "hidden units split: one barrier a step"
+      : plan.unit_blocks > 1 ? large(problem, machine)
+                                   ? "hidden units split, one barrier a step: the weights are "
+                                     "large, and each thread reads its "
+                                     "part only"
+                                   : "hidden units split, one barrier a step: too few rows to split"
       : plan.threads > 1     ? "one thread per direction"
       : machine.threads > 1  ? "one thread: too little work to wake another"
                              : "one thread: no more are allowed";

@@ -61,15 +61,16 @@ Raises:
 
 
 def describe(layer: Layer, x: Tensor, T: int, N: int, features: int, back: bool) -> str:
-    """The plan of one layer in words."""
-    return _C.describe_plan(
+    """Instruction set and plan of one layer in words."""
+    name, machine = _C.machine(layer.hidden, torch.get_num_threads(), x.element_size())
+    _, text = _C.plan(
         layer,
-        T,
-        N,
-        x.numel() // x.size(-1),
-        features,
-        x.element_size(),
-        torch.get_num_threads(),
-        torch.are_deterministic_algorithms_enabled(),
-        back,
+        machine,
+        T=T,
+        N=N,
+        I=features,
+        total=x.numel() // x.size(-1),
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+        backward=back,
     )
+    return f"{name}, {text}"

@@ -1,0 +1,117 @@
+"""The plan as a table: which threads, split and layout of weights, from sizes and machine alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from rnnkern import _C
+
+V4 = {"lanes": 16, "tile_rows": 6, "element_bytes": 4, "l2_bytes": 2**20}
+V3 = {"lanes": 8, "tile_rows": 3, "element_bytes": 4, "l2_bytes": 2**18}
+V4_DOUBLE = {"lanes": 8, "tile_rows": 6, "element_bytes": 8, "l2_bytes": 2**20}
+
+
+def plan(
+    mode: str,
+    sizes: tuple[int, int, int, int],
+    threads: int = 2,
+    cpu: dict[str, int] = V4,
+    *,
+    directions: int = 1,
+    proj: int = 0,
+    deterministic: bool = False,
+    backward: bool = False,
+) -> tuple[dict[str, Any], str]:
+    T, N, I, H = sizes
+    found, text = _C.plan(
+        _C.layer(mode, directions, H, proj, True, False),
+        _C.Machine(threads=threads, **cpu),
+        T=T,
+        N=N,
+        I=I,
+        total=T * N,
+        deterministic=deterministic,
+        backward=backward,
+    )
+    names = ("threads", "row_blocks", "unit_blocks", "packed", "block_steps")
+    return {name: getattr(found, name) for name in names}, text
+
+
+def expect(
+    threads: int, rows: int, units: int, packed: bool = True, steps: int = 1
+) -> dict[str, Any]:
+    return {
+        "threads": threads,
+        "row_blocks": rows,
+        "unit_blocks": units,
+        "packed": packed,
+        "block_steps": steps,
+    }
+
+
+# mode, (T, N, I, H), threads, the plan of forward
+TABLE = {
+    "notebook": ("LSTM", (10, 1, 3, 3), 2, expect(1, 1, 1, steps=10)),
+    "one step": ("LSTM", (1, 1, 64, 256), 2, expect(1, 1, 1, packed=False)),
+    "one step of many rows": ("LSTM", (1, 64, 64, 256), 2, expect(2, 2, 1)),
+    "rows": ("LSTM", (28, 64, 28, 64), 2, expect(2, 2, 1)),
+    "rows of eight threads": ("GRU", (28, 2000, 28, 64), 8, expect(8, 8, 1)),
+    "one row of few units": ("RNN_TANH", (28, 1, 28, 64), 2, expect(1, 1, 1, steps=28)),
+    "one row of many units": ("LSTM", (30, 1, 80, 512), 2, expect(2, 1, 2, steps=30)),
+    "large": ("LSTM", (50, 64, 512, 512), 2, expect(2, 1, 2, steps=4)),
+    "large, alone": ("LSTM", (50, 64, 512, 512), 1, expect(1, 1, 1, steps=4)),
+    "xlarge": ("LSTM", (25, 128, 1024, 1024), 2, expect(2, 1, 2, steps=2)),
+}
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_table(name: str) -> None:
+    mode, sizes, threads, wanted = TABLE[name]
+    found, text = plan(mode, sizes, threads)
+    assert found == wanted, text
+    assert f"threads {wanted['threads']} of {threads}" in text
+
+
+@pytest.mark.parametrize("mode", ["RNN_TANH", "LSTM", "GRU"])
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("cpu", [V4, V3, V4_DOUBLE], ids=["v4", "v3", "v4-float64"])
+def test_every_plan_can_be_run(mode: str, backward: bool, cpu: dict[str, int]) -> None:
+    """No more threads than allowed, none without a task, no part without rows or units."""
+    for threads in (1, 2, 3, 8, 64):
+        for directions in (1, 2):
+            for T, N, H in ((1, 1, 1), (1000, 1, 3), (7, 5, 65), (3, 300, 200), (50, 64, 1500)):
+                own = {"directions": directions, "backward": backward}
+                found, text = plan(mode, (T, N, 33, H), threads, cpu, **own)
+                rows, units = found["row_blocks"], found["unit_blocks"]
+                assert 1 <= found["threads"] <= threads, text
+                assert rows == 1 or units == 1, text
+                assert found["threads"] <= rows * units * directions, text
+                assert found["threads"] % units == 0, text
+                assert rows <= N, text
+                assert units <= H, text
+                assert 1 <= found["block_steps"] <= T, text
+
+
+def test_weights_are_packed_where_the_order_of_summation_must_be_one() -> None:
+    assert not plan("LSTM", (1, 1, 64, 256))[0]["packed"]
+    assert plan("LSTM", (1, 1, 64, 256), deterministic=True)[0]["packed"]
+
+
+def test_more_cache_makes_weights_small() -> None:
+    sizes = (50, 64, 512, 512)
+    assert plan("LSTM", sizes)[0] == expect(2, 1, 2, steps=4)
+    assert plan("LSTM", sizes, cpu=V4 | {"l2_bytes": 2**23})[0] == expect(2, 2, 1)
+
+
+def test_reasons() -> None:
+    for sizes, threads, words in (
+        ((10, 1, 3, 3), 1, "no more are allowed"),
+        ((10, 1, 3, 3), 2, "too little work"),
+        ((28, 64, 28, 64), 2, "no barrier"),
+        ((50, 64, 512, 512), 2, "the weights are large"),
+        ((30, 4, 100, 256), 2, "too few rows to split"),
+        ((1, 1, 64, 256), 2, "too few rows to repay packing"),
+    ):
+        assert words in plan("LSTM", sizes, threads)[1]
