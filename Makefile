@@ -24,7 +24,7 @@ export PIP_CONSTRAINT := constraints.txt
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install compare test test-isa bench bench-smoke lint format wheel check-wheel \
+.PHONY: help install compare test test-isa bench bench-smoke report lint format wheel check-wheel \
   check-neon sanitize clean distclean
 
 help:  ## show this list
@@ -48,6 +48,10 @@ test-isa: $(BUILT)  ## run the tests once with each lower instruction set forced
 
 bench: $(BUILT)  ## run the benchmarks (ARGS="-k notebook": some of them)
 	$(BIN)/pytest benchmarks --benchmark-only $(ARGS)
+
+report: $(BUILT)  ## measure beside ONNX Runtime and OpenVINO, write docs/benchmarks.md
+	$(PIP) install --quiet onnx onnxruntime openvino
+	$(BIN)/python -m benchmarks.report $(ARGS)
 
 bench-smoke: $(BUILT)  ## run every benchmark once, untimed: its check and its code
 	$(BIN)/pytest benchmarks --benchmark-disable $(ARGS)

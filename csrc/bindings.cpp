@@ -79,8 +79,7 @@ Outputs forward_of(const Layer& layer, py::handle x, py::handle h0, py::handle c
   f.sizes = z;
   f.steps = o.steps;
   const int threads = num_threads();
-  const bool deterministic = is_so(torch.deterministic);
-  with_interpreter_released(z, o.steps, [&] { forward<T>(f, threads, deterministic); });
+  with_interpreter_released(z, o.steps, [&] { forward<T>(f, threads, o.deterministic); });
   return made;
 }
 
@@ -179,8 +178,7 @@ py::list backward_of(const Layer& layer, py::handle x, py::handle h0, py::handle
   b.sizes = z;
   b.steps = o.steps;
   const int threads = num_threads();
-  const bool deterministic = is_so(torch.deterministic);
-  with_interpreter_released(z, o.steps, [&] { backward<T>(b, threads, deterministic); });
+  with_interpreter_released(z, o.steps, [&] { backward<T>(b, threads, o.deterministic); });
   return made;
 }
 

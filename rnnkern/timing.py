@@ -14,11 +14,11 @@ import platform
 import statistics
 import subprocess
 import timeit
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, sleep
 
 Call = Callable[[], object]
 
@@ -87,6 +87,44 @@ def calls_per_sample(call: Call, sync: Call = _nothing) -> int:
     return count
 
 
+def time_in_turn(
+    calls: Sequence[Call],
+    *,
+    budget_s: float,
+    min_rounds: int,
+    sync: Call = _nothing,
+    pause_s: float = 0.0,
+) -> list[list[float]]:
+    """Times calls in turn: the first, the second, ..., the first, the second, ...
+
+    Args:
+        calls: what to time.
+        budget_s: seconds after which no further round is begun.
+        min_rounds: rounds made even if that takes longer than the budget.
+        sync: called at the end of every sample, within the time; waits for work that a call has
+            only started.
+        pause_s: seconds to wait before each sample, for the threads of another library to stop
+            spinning; the call is then made once untimed.
+
+    Returns:
+        Seconds per call for each of the calls, entry i of all lists from one round; between
+        ``min_rounds`` and ``MAX_PAIRS`` entries.
+    """
+    start = perf_counter()
+    seconds: list[list[float]] = [[] for _ in calls]
+    with gc_paused():
+        counts = [calls_per_sample(call, sync) for call in calls]
+        while len(seconds[-1]) < MAX_PAIRS:
+            for call, count, samples in zip(calls, counts, seconds, strict=True):
+                if pause_s:
+                    sleep(pause_s)
+                    call()
+                samples.append(_sample(call, count, sync) / count)
+            if perf_counter() - start > budget_s and len(seconds[-1]) >= min_rounds:
+                break
+    return seconds
+
+
 def time_pair(
     ours: Call,
     theirs: Call,
@@ -95,30 +133,10 @@ def time_pair(
     min_pairs: int,
     sync: Call = _nothing,
 ) -> PairTiming:
-    """Times two calls in turn: ours, theirs, ours, theirs, ...
-
-    Args:
-        ours: the call in question.
-        theirs: the call to compare with.
-        budget_s: seconds after which no further pair is begun.
-        min_pairs: pairs taken even if that takes longer than the budget.
-        sync: called at the end of every sample, within the time; waits for work that a call has
-            only started.
-
-    Returns:
-        The samples, between ``min_pairs`` and ``MAX_PAIRS`` of each.
-    """
-    start = perf_counter()
-    result = PairTiming([], [])
-    with gc_paused():
-        our_count = calls_per_sample(ours, sync)
-        their_count = calls_per_sample(theirs, sync)
-        while len(result.ours_s) < MAX_PAIRS:
-            result.ours_s.append(_sample(ours, our_count, sync) / our_count)
-            result.theirs_s.append(_sample(theirs, their_count, sync) / their_count)
-            if perf_counter() - start > budget_s and len(result.ours_s) >= min_pairs:
-                break
-    return result
+    """Times two calls against each other by `time_in_turn`: ours, and the one to compare with."""
+    return PairTiming(
+        *time_in_turn([ours, theirs], budget_s=budget_s, min_rounds=min_pairs, sync=sync)
+    )
 
 
 def notebook_seconds(call: Call, runs: int, sync: Call = _nothing) -> float:

@@ -80,10 +80,13 @@ inline NewTensor new_small_tensor(const Shape& shape, int element_bits, size_t b
   return {py::reinterpret_steal<py::object>(static_cast<PyObject*>(result)), small->tensor.data};
 }
 
-// A new tensor of the dtype and device of `like`; a large one by torch's own allocator.
-inline NewTensor new_tensor(py::handle like, const Shape& shape, int element_bits) {
+// A new tensor of the dtype and device of `like`; a large one by torch's own allocator, and any one
+// under deterministic algorithms, where torch fills it first so that what is left unwritten shows.
+inline NewTensor new_tensor(py::handle like, const Shape& shape, int element_bits,
+                            bool deterministic) {
   const double bytes = shape.elements() * (element_bits / 8);
-  if (bytes <= SmallTensor::kMaxBytes) return new_small_tensor(shape, element_bits, size_t(bytes));
+  if (bytes <= SmallTensor::kMaxBytes && !deterministic)
+    return new_small_tensor(shape, element_bits, size_t(bytes));
   py::tuple sizes(shape.axes), strides(shape.axes);
   for (int i = 0; i < shape.axes; ++i) {
     sizes[size_t(i)] = shape.sizes[i];

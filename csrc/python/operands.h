@@ -82,7 +82,10 @@ template <typename T>
 class Operands {
  public:
   Operands(const Layer& layer, py::handle x, py::handle steps)
-      : layer_(layer), object_(x), x_(float_view<T>(x, "input")) {
+      : deterministic(is_so(torch.deterministic)),
+        layer_(layer),
+        object_(x),
+        x_(float_view<T>(x, "input")) {
     read_steps(steps);
     sizes.cell = layer.cell;
     sizes.D = layer.directions;
@@ -92,6 +95,7 @@ class Operands {
     sizes.I = x_.size(x_.tensor.ndim - 1);
   }
 
+  const bool deterministic;  // torch.use_deterministic_algorithms
   Sizes sizes;
   Steps steps;
 
@@ -158,7 +162,7 @@ class Operands {
   // New tensors like the input, and where to write.
   template <typename U = T>
   py::object make(const Shape& shape, U** data) const {
-    NewTensor made = new_tensor(object_, shape, 8 * sizeof(T));
+    NewTensor made = new_tensor(object_, shape, 8 * sizeof(T), deterministic);
     *data = static_cast<T*>(made.data);
     return std::move(made.object);
   }

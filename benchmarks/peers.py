@@ -1,0 +1,122 @@
+"""The layers of a case in ONNX Runtime and OpenVINO: what else one could run for inference.
+
+Both come with the optional extra ``peers``. A case becomes an ONNX model of one operator, with the
+parameters as constants, so each may pack them once and for all; rnnkern and torch.nn get them anew
+in each call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+import rnnkern
+from rnnkern.workloads import Case
+
+Call = Callable[[], Any]
+
+# Gates in ONNX's order, by their number in torch's: i o f c of i f g o, z r h of r z n.
+GATE_ORDER = {"RNN": (0,), "LSTM": (0, 3, 1, 2), "GRU": (1, 0, 2)}
+
+
+def installed() -> dict[str, Callable[[Case, int], Call]]:
+    """A maker of calls for each peer that is installed, by name."""
+    peers: dict[str, Callable[[Case, int], Call]] = {}
+    if find_spec("onnx") and find_spec("onnxruntime"):
+        peers["ONNX Runtime"] = onnxruntime_call
+    if find_spec("onnx") and find_spec("openvino"):
+        peers["OpenVINO"] = openvino_call
+    return peers
+
+
+def calls(case: Case, threads: int) -> dict[str, Call]:
+    """The plain forward pass in every library, by name; each returns something with the output."""
+    made: dict[str, Call] = {}
+    for name, library in (("rnnkern", rnnkern), ("torch.nn", nn)):
+        made[name] = case.side(library, torch.float32).call("forward")
+    for name, maker in installed().items():
+        made[name] = maker(case, threads)
+    return made
+
+
+def output(result: Any) -> np.ndarray:
+    """The output ``[T, N, H]`` of what a call returned."""
+    first = result[0]
+    array = first.detach().numpy() if isinstance(first, torch.Tensor) else np.asarray(first)
+    return array.squeeze(1) if array.ndim == 4 else array  # ONNX has an axis for the direction
+
+
+def _onnx_model(case: Case) -> bytes:
+    from onnx import TensorProto, helper, numpy_helper
+
+    w = case.workload
+    order = GATE_ORDER[case.cell]
+
+    def gates(name: str) -> np.ndarray:
+        blocks = case.state[name].numpy().reshape(len(order), w.hidden_size, -1)
+        return blocks[list(order)].reshape(1, len(order) * w.hidden_size, -1)
+
+    biases = [gates(name)[..., 0] for name in ("bias_ih_l0", "bias_hh_l0")]
+    constants = {
+        "W": gates("weight_ih_l0"),
+        "R": gates("weight_hh_l0"),
+        "B": np.concatenate(biases, axis=1),
+    }
+    options: dict[str, Any] = {"hidden_size": w.hidden_size}
+    if case.cell == "GRU":
+        options["linear_before_reset"] = 1
+    if case.cell == "RNN":
+        options["activations"] = [w.nonlinearity.capitalize()]
+    outputs = ["Y", "Y_h", "Y_c"][: 3 if case.cell == "LSTM" else 2]
+    node = helper.make_node(case.cell, ["X", "W", "R", "B"], outputs, **options)
+    state = [1, w.batch, w.hidden_size]
+    shapes = {"Y": [w.steps, 1, w.batch, w.hidden_size], "Y_h": state, "Y_c": state}
+    graph = helper.make_graph(
+        [node],
+        case.cell,
+        [helper.make_tensor_value_info("X", TensorProto.FLOAT, list(case.x.shape))],
+        [helper.make_tensor_value_info(n, TensorProto.FLOAT, shapes[n]) for n in outputs],
+        [numpy_helper.from_array(array, name) for name, array in constants.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 14)], ir_version=8)
+    return model.SerializeToString()
+
+
+def onnxruntime_call(case: Case, threads: int) -> Call:
+    """One inference session, all optimisations, its own threads."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    session = onnxruntime.InferenceSession(
+        _onnx_model(case), options, providers=["CPUExecutionProvider"]
+    )
+    feed = {"X": case.x.numpy()}
+    return lambda: session.run(None, feed)
+
+
+def openvino_call(case: Case, threads: int) -> Call:
+    """A compiled model for latency in float32, with its input bound once."""
+    import openvino
+
+    core = openvino.Core()
+    model = core.read_model(_onnx_model(case))
+    settings = {
+        "INFERENCE_NUM_THREADS": threads,
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_PRECISION_HINT": "f32",
+    }
+    request = core.compile_model(model, "CPU", settings).create_infer_request()
+    request.set_input_tensor(openvino.Tensor(case.x.numpy(), shared_memory=True))
+
+    def call() -> list[Any]:
+        request.infer()
+        return [request.get_output_tensor(0).data]
+
+    return call

@@ -1,0 +1,65 @@
+"""benchmarks/report.py and its peers: what is measured and the page that is written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import peers, report
+from rnnkern import timing
+from rnnkern.workloads import CELLS, FORWARD, FORWARD_BACKWARD, draw_case, load_workloads
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("name", ["notebook", "mnist_rnn"])
+def test_peers_compute_the_same(cell: str, name: str) -> None:
+    case = draw_case(cell, load_workloads()[name])
+    with torch.no_grad():
+        outputs = {n: peers.output(call()) for n, call in peers.calls(case, 1).items()}
+    for output in outputs.values():
+        np.testing.assert_allclose(output, outputs["torch.nn"], atol=2e-6)
+
+
+def test_limits_are_the_larger_of_products_and_copies() -> None:
+    large, step = (load_workloads()[name] for name in ("xlarge", "stream_step"))
+    limits = report.Limits(gflops=100.0, gbytes=10.0)
+    products = 2 * 25 * 128 * 4 * 1024 * 2048 / 100e9
+    assert limits.seconds("LSTM", large, FORWARD) == pytest.approx(products)
+    assert limits.seconds("LSTM", large, FORWARD_BACKWARD) == pytest.approx(3 * products)
+    moved = 4 * (4 * 256 * 320 + 320) / 10e9
+    assert limits.seconds("LSTM", step, FORWARD) == pytest.approx(moved)
+
+
+def test_time_in_turn_takes_turns() -> None:
+    made: list[int] = []
+    seconds = timing.time_in_turn(
+        [lambda i=i: made.append(i) for i in range(3)],  # type: ignore[misc]
+        budget_s=0.0,
+        min_rounds=2,
+        pause_s=1e-4,
+    )
+    assert [len(s) for s in seconds] == [2, 2, 2]
+    changes = [i for i, before in zip(made[1:], made, strict=False) if i != before]
+    assert changes == [1, 2, 0, 1, 2, 0, 1, 2]  # sample sizes first, then two rounds
+
+
+def test_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    notebook = {"notebook": load_workloads()["notebook"]}
+    monkeypatch.setattr(report, "load_workloads", lambda: notebook)
+    monkeypatch.setattr(report, "SWEEPS", {"steps": (1, 2), "batch": (1, 2), "hidden_size": (4, 8)})
+    found = report.run([1], quick=True)
+    json.dumps(found, allow_nan=False)
+    assert len(found["rows"]) == 2 * len(CELLS)
+    assert all(0 < row["of_limit"] < 1.5 for row in found["rows"])
+    pictures = report.draw(found, tmp_path)
+    assert [path.stat().st_size > 10_000 for path in pictures] == [True] * 3
+    page = report.markdown(found, pictures)
+    tables = [line for line in page.splitlines() if line.startswith("|")]
+    assert len(tables) == 2 * (2 + len(CELLS) + len(CELLS) + 1)
+    for table in (tables[: len(tables) // 2], tables[len(tables) // 2 :]):
+        assert len({line.count("|") for line in table}) == 1
