@@ -3,7 +3,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <optional>
+#include <string>
 
 #include "cpu/kernels.h"
 #include "plan.h"
@@ -38,12 +40,15 @@ bool is_double(py::handle x) {
   return view_of(x, "input").tensor.dtype.bits == 64;
 }
 
-// Lets other Python threads run meanwhile, where the work is longer than the switch.
+// Lets other Python threads run meanwhile, where that takes longer than to switch to them: some 4
+// us.
 template <typename Run>
 void with_interpreter_released(const Sizes& sizes, const Steps& steps, Run run) {
-  constexpr double kFlopsOfSwitch = 20e3;
+  constexpr double kFlopsOfOneStep = 4e3;  // what the shortest step costs, in products
+  constexpr double kFlopsOfSwitch = 200e3;
+  const double work = sizes.D * double(steps.total) * (flops_per_row(sizes) + kFlopsOfOneStep);
   std::optional<py::gil_scoped_release> release;
-  if (flops_per_row(sizes) * double(steps.total) > kFlopsOfSwitch) release.emplace();
+  if (work > kFlopsOfSwitch) release.emplace();
   run();
 }
 
@@ -90,17 +95,19 @@ Outputs forward_any(const Layer& layer, py::handle x, py::handle h0, py::handle 
                       : forward_of<float>(layer, x, h0, c0, weights, steps, training);
 }
 
-bool wants_gradient(py::handle x, const PlainWeights& weights) {
+// A gradient of these operands is to be recorded: the modes of torch ask for it, and one of them.
+template <typename Operands>
+bool wants_gradient(const Operands& operands) {
   static PyObject* const name = PyUnicode_InternFromString("requires_grad");
-  const auto asks = [](py::handle tensor) {
-    PyObject* answer = PyObject_GetAttr(tensor.ptr(), name);
+  if (!is_so(api.grad_enabled)) return false;
+  for (size_t i = 0; i < operands.size(); ++i) {
+    const py::handle operand = operands[i];
+    if (operand.is_none()) continue;
+    PyObject* answer = PyObject_GetAttr(operand.ptr(), name);
     if (!answer) throw py::error_already_set();
-    return PyObject_IsTrue(py::reinterpret_steal<py::object>(answer).ptr()) == 1;
-  };
-  for (size_t i = 0; i < weights.size(); ++i) {
-    if (asks(weights[i])) return true;
+    if (is_true(py::reinterpret_steal<py::object>(answer))) return !is_so(api.inference_mode);
   }
-  return asks(x);
+  return false;
 }
 
 py::tuple outputs_of(Outputs&& made) {
@@ -128,7 +135,7 @@ py::object plain_call(py::handle module, py::handle x, py::handle record) {
   const std::optional<PlainModule> plain = plain_module(module);
   if (!plain || mode_refusal()) return py::none();
   const auto& [layer, weights] = *plain;
-  const bool training = is_so(torch.grad_enabled) && wants_gradient(x, weights);
+  const bool training = wants_gradient(weights) || wants_gradient(std::array<py::handle, 1>{x});
   Outputs made = forward_any(layer, x, py::none(), py::none(), weights, py::none(), training);
   const py::tuple outputs =
       training ? recorded(record, layer, x, weights, std::move(made)) : outputs_of(std::move(made));
@@ -225,9 +232,14 @@ PYBIND11_MODULE(_C, m) {
       });
   m.def(
       "layer",
-      [](const char* mode, int directions, int64_t hidden, int64_t proj, bool bias,
+      [](const std::string& mode, int directions, int64_t hidden, int64_t proj, bool bias,
          bool batch_first) {
-        return object_of(Layer(mode, directions, hidden, proj, bias, batch_first));
+        const std::optional<CellId> cell = cell_named(mode);
+        if (!cell) throw py::value_error("no kernel knows the cell '" + mode + "'");
+        if (directions < 1 || directions > kMaxDirections) {
+          throw py::value_error("a layer has 1 or 2 directions, got " + std::to_string(directions));
+        }
+        return object_of(Layer(*cell, directions, hidden, proj, bias, batch_first));
       },
       py::arg("mode"), py::arg("directions"), py::arg("hidden"), py::arg("proj"), py::arg("bias"),
       py::arg("batch_first"));
@@ -235,6 +247,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("refusal", &refusal);
   m.def("mode_refusal", &mode_refusal);
   m.def("plain_call", &plain_call);
+  m.def("wants_gradient", &wants_gradient<py::sequence>);
   py::class_<Machine>(m, "Machine")
       .def(py::init([](int threads, int lanes, int tile_rows, int element_bytes, int64_t l2_bytes) {
              return Machine{threads, lanes, tile_rows, element_bytes, l2_bytes};

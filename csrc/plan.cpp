@@ -24,34 +24,38 @@ constexpr int64_t kInputRows = 48, kInputRowsOfLarge = 256;
 // packed step per row.
 constexpr int64_t kPackingSteps = 3;
 
-// The weights of a direction are read in every step: large ones come from beyond the second-level
-// cache each time.
-bool large(const Problem& problem, const Machine& machine) {
-  const Sizes& z = problem.sizes;
-  const double weights = double(cell_shape(z.cell).gates) * double(z.H) * double(z.I + z.O);
-  return weights * machine.element_bytes > 2.0 * double(machine.l2_bytes);
+// A matrix of weights comes from beyond the second-level cache each time it is read.
+bool large(const Sizes& z, int64_t columns, const Machine& machine) {
+  const double elements = double(cell_shape(z.cell).gates) * double(z.H) * double(columns);
+  return elements * machine.element_bytes > double(machine.l2_bytes);
 }
 
 // Rows are split where every part still fills its register tiles, for no barrier is needed then.
-// Else units, and also where the weights are large: then each thread reads its part of them only.
+// Units are split where the rows are too few; and first where the recurrent weights are large, for
+// each thread then reads its part of them in a step, and not all.
 void split_work(const Problem& problem, const Machine& machine, double work, Plan* plan) {
   const int64_t tasks = problem.sizes.D;
   const int64_t wanted =
       std::min<int64_t>(machine.threads, int64_t(work * double(problem.total) / kFlopsPerThread));
   if (wanted <= 1) return;
-  const int64_t per_direction = std::max<int64_t>(1, wanted / tasks);
+  const int64_t parts = std::max<int64_t>(1, wanted / tasks);  // of each direction
   const int64_t tiles = (problem.N + machine.tile_rows - 1) / machine.tile_rows;
-  plan->threads = int(std::min(wanted, std::max(tasks, per_direction * tasks)));
-  const bool rows_fill_tiles = tiles >= 2 * per_direction;
-  if (rows_fill_tiles && !large(problem, machine)) {
-    plan->row_blocks = int(per_direction);
-    return;
-  }
-  const double step = work * double(problem.N);
+  const int64_t most_rows = std::max<int64_t>(1, tiles / 2);
   const int64_t panels = (problem.sizes.H + 4 * machine.lanes - 1) / (4 * machine.lanes);
-  const int64_t units = std::min({per_direction, panels, int64_t(step / kFlopsPerThreadStep)});
-  plan->unit_blocks = int(std::max<int64_t>(1, units));
-  plan->threads = int(std::min<int64_t>(plan->threads, tasks * plan->unit_blocks));
+  const auto step = int64_t(work * double(problem.N) / kFlopsPerThreadStep);
+  const int64_t most_units = std::max<int64_t>(1, std::min(panels, step));
+  int64_t rows = std::min(parts, most_rows), units = 1;
+  if (rows < parts || large(problem.sizes, problem.sizes.O, machine)) {
+    units = std::min(parts, most_units);
+    rows = std::min(parts / units, most_rows);
+    if (rows * units < parts && most_rows >= parts) {
+      units = 1;
+      rows = parts;
+    }
+  }
+  plan->row_blocks = int(rows);
+  plan->unit_blocks = int(units);
+  plan->threads = int(std::min(wanted, tasks * rows * units));
 }
 
 }  // namespace
@@ -60,7 +64,8 @@ Plan plan_forward(const Problem& problem, const Machine& machine) {
   Plan plan;
   split_work(problem, machine, flops_per_row(problem.sizes), &plan);
   const int64_t rows = std::max<int64_t>(1, problem.N / plan.row_blocks);
-  const int64_t wanted = large(problem, machine) ? kInputRowsOfLarge : kInputRows;
+  const int64_t wanted =
+      large(problem.sizes, problem.sizes.I, machine) ? kInputRowsOfLarge : kInputRows;
   plan.block_steps = std::clamp<int64_t>(wanted / rows, 1, std::max<int64_t>(1, problem.T));
   const int64_t reads = problem.T * rows;
   const bool long_rows = std::min(problem.sizes.I, problem.sizes.O) >= 2 * machine.lanes;
@@ -77,17 +82,18 @@ Plan plan_backward(const Problem& problem, const Machine& machine) {
 
 std::string describe(const Plan& plan, const Problem& problem, const Machine& machine) {
   char line[512];
+  const bool rows = plan.row_blocks > 1, units = plan.unit_blocks > 1;
   const char* split =
-      plan.row_blocks > 1
-          ? "batch rows split: each thread runs its rows through all steps, no barrier"
-      : plan.unit_blocks > 1 ? large(problem, machine)
-                                   ? "hidden units split, one barrier a step: the weights are "
-                                     "large, and each thread reads its "
-                                     "part only"
-                                   : "hidden units split, one barrier a step: too few rows to split"
-      : plan.threads > 1     ? "one thread per direction"
-      : machine.threads > 1  ? "one thread: too little work to wake another"
-                             : "one thread: no more are allowed";
+      rows && units ? "batch rows and hidden units split: one barrier a step"
+      : rows        ? "batch rows split: each thread runs its rows through all steps, no barrier"
+      : units
+          ? large(problem.sizes, problem.sizes.O, machine)
+                ? "hidden units split, one barrier a step: the recurrent weights are large, and "
+                  "each thread reads its part of them"
+                : "hidden units split, one barrier a step: too few rows to split"
+      : plan.threads > 1    ? "one thread per direction"
+      : machine.threads > 1 ? "one thread: too little work to wake another"
+                            : "one thread: no more are allowed";
   std::snprintf(
       line, sizeof(line),
       "threads %d of %d (%s); weights %s; input product of %lld step%s at once; %.3g MFLOP",

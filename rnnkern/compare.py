@@ -105,7 +105,7 @@ class NotebookResult:
     """The notebook's comparison for one cell: sums of squared differences, seconds for all runs.
 
     ``us`` is one call without grad, ``linear_us`` one of ``nn.Linear`` of the same sizes on the
-    same input, ``linear_ratio`` the median of us / linear_us.
+    same input, ``linear_ratio`` the inverse of the speed-up over it.
     """
 
     cell: str

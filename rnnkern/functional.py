@@ -7,7 +7,9 @@ covers (it also raises torch's own errors for wrong input); or the pure PyTorch 
 
 from __future__ import annotations
 
+import inspect
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -242,24 +244,13 @@ def _one_layer(
     weights: list[Tensor],
     steps: Steps | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    training = torch.is_grad_enabled() and _requires_grad(x, h0, c0, weights)
+    training = kernels.wants_gradient((x, h0, c0, *weights))
     outputs, saved = layer.forward(x, h0, c0, weights, steps, training)
     if training:
         states = [s for s in (h0, c0) if s is not None]
         outputs = record((layer, steps, len(states)), outputs, saved, x, *weights, *states)
     y, hn, *cn = outputs
     return y, hn, cn[0] if cn else None
-
-
-def _requires_grad(x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: list[Tensor]) -> bool:
-    for weight in weights:
-        if weight.requires_grad:
-            return True
-    return (
-        x.requires_grad
-        or (h0 is not None and h0.requires_grad)
-        or (c0 is not None and c0.requires_grad)
-    )
 
 
 def _dropout(module: Any, x: Tensor) -> Tensor:
@@ -323,9 +314,18 @@ def _warn(reason: str, result: Any) -> Any:
         warnings.warn(
             f"no rnnkern kernel covers this call ({reason}); torch.nn carries it out",
             FallbackWarning,
-            stacklevel=4,
+            stacklevel=_level_of_the_caller(),
         )
     return result
+
+
+def _level_of_the_caller() -> int:
+    """The stack level, as seen by the calling function, of the first one outside the modules."""
+    inside = (str(Path(__file__).parent), str(Path(nn.modules.__file__).parent))
+    level, frame = 1, inspect.currentframe()
+    while frame is not None and frame.f_code.co_filename.startswith(inside):
+        level, frame = level + 1, frame.f_back
+    return level - 1
 
 
 def _elsewhere(module: Any, input: Any, hx: Any, lengths: Any, reset: Any, reason: str) -> Any:

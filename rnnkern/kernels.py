@@ -1,4 +1,4 @@
-"""What a layer is, and the only caller of ``rnnkern._C``."""
+"""What a layer is: the face of ``rnnkern._C``, which no other module imports."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ Both raise `RefusedError` before anything is written.
 """
 
 layer = _C.layer
-"""``layer(mode, directions, hidden, proj, bias, batch_first)``: that layer, one object each."""
+"""``layer(mode, directions, hidden, proj, bias, batch_first)``: that layer; equal
+ones are mostly one object."""
 
 RefusedError = _C.RefusedError
 """A RuntimeError: an operand does not fit, or no kernel covers it (`refusal` says why)."""
@@ -42,11 +43,19 @@ mode_refusal = _C.mode_refusal
 To be asked before a layer runs; `plain_call` asks by itself.
 """
 
+plan = _C.plan
+machine = _C.machine
+Machine = _C.Machine
+"""``plan(layer, machine, *, T, N, I, total, deterministic, backward)``: the plan and its text."""
+
 compiler: str = _C.compiler
 compiled_sets = _C.compiled_sets
 instruction_set = _C.instruction_set
 """What the extension was built with, and the widest instruction set in use."""
 
+
+wants_gradient = _C.wants_gradient
+"""``wants_gradient(operands)``: a gradient of these tensors (or None) is to be recorded."""
 
 plain_call = _C.plain_call
 """``plain_call(module, x, record)``: what the module returns for an input and nothing else.
@@ -62,10 +71,10 @@ Raises:
 
 def describe(layer: Layer, x: Tensor, T: int, N: int, features: int, back: bool) -> str:
     """Instruction set and plan of one layer in words."""
-    name, machine = _C.machine(layer.hidden, torch.get_num_threads(), x.element_size())
-    _, text = _C.plan(
+    name, cpu = machine(layer.hidden, torch.get_num_threads(), x.element_size())
+    _, text = plan(
         layer,
-        machine,
+        cpu,
         T=T,
         N=N,
         I=features,

@@ -26,6 +26,8 @@ _EXTRA = """
 """
 
 
+# Three classes without a common base of their own: `convert` changes the class of a module in
+# place, which Python allows only between classes of the same layout.
 class RNN(nn.RNN):
     __doc__ = f"""Elman RNN (tanh or relu): `torch.nn.RNN` on rnnkern's kernels.
 {_EXTRA}

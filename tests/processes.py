@@ -13,6 +13,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -210,6 +211,30 @@ def _raised_by(module: nn.Module, x: Tensor) -> str:
     except (RuntimeError, MemoryError) as error:
         return "RuntimeError" if isinstance(error, RuntimeError) else "MemoryError"
     return "nothing"
+
+
+def peak_memory(library: str, kind: str, mode: str) -> None:
+    """MiB by which a call on a long sequence raises the peak of the process."""
+
+    def high_water() -> int:
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        return int(status.partition("VmHWM:")[2].split()[0])
+
+    torch.set_num_threads(1)
+    source: Any = {"rnnkern": rnnkern, "torch": nn}[library]
+    layer = getattr(source, kind)
+    # Everything that is loaded or made once, before the base is taken.
+    small, x = layer(4, 4), torch.randn(3, 2, 4, requires_grad=True)
+    small(x)[0].sum().backward()
+    module, x = layer(128, 256), torch.randn(2000, 16, 128)
+    before = high_water()
+    if mode == "training":
+        module(x)[0].sum().backward()
+    else:
+        with torch.no_grad():
+            y, _ = module(x)
+            y.sum()
+    print(json.dumps((high_water() - before) / 1024))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from rnnkern import _C
+from rnnkern import kernels
 
 V4 = {"lanes": 16, "tile_rows": 6, "element_bytes": 4, "l2_bytes": 2**20}
 V3 = {"lanes": 8, "tile_rows": 3, "element_bytes": 4, "l2_bytes": 2**18}
@@ -25,9 +25,9 @@ def plan(
     backward: bool = False,
 ) -> tuple[dict[str, Any], str]:
     T, N, I, H = sizes
-    found, text = _C.plan(
-        _C.layer(mode, directions, H, proj, True, False),
-        _C.Machine(threads=threads, **cpu),
+    found, text = kernels.plan(
+        kernels.layer(mode, directions, H, proj, True, False),
+        kernels.Machine(threads=threads, **cpu),
         T=T,
         N=N,
         I=I,
@@ -62,6 +62,7 @@ TABLE = {
     "one row of many units": ("LSTM", (30, 1, 80, 512), 2, expect(2, 1, 2, steps=30)),
     "large": ("LSTM", (50, 64, 512, 512), 2, expect(2, 1, 2, steps=4)),
     "large, alone": ("LSTM", (50, 64, 512, 512), 1, expect(1, 1, 1, steps=4)),
+    "rows and units": ("LSTM", (50, 64, 512, 512), 64, expect(40, 5, 8, steps=21)),
     "xlarge": ("LSTM", (25, 128, 1024, 1024), 2, expect(2, 1, 2, steps=2)),
 }
 
@@ -86,12 +87,22 @@ def test_every_plan_can_be_run(mode: str, backward: bool, cpu: dict[str, int]) -
                 found, text = plan(mode, (T, N, 33, H), threads, cpu, **own)
                 rows, units = found["row_blocks"], found["unit_blocks"]
                 assert 1 <= found["threads"] <= threads, text
-                assert rows == 1 or units == 1, text
                 assert found["threads"] <= rows * units * directions, text
                 assert found["threads"] % units == 0, text
                 assert rows <= N, text
                 assert units <= H, text
                 assert 1 <= found["block_steps"] <= T, text
+
+
+@pytest.mark.parametrize("threads", [2, 3, 8, 16])
+@pytest.mark.parametrize(
+    ("I", "H"), [(1024, 256), (30000, 64), (30000, 32), (512, 512), (28, 1500), (4, 1024)]
+)
+def test_no_thread_is_left_idle_where_rows_abound(I: int, H: int, threads: int) -> None:
+    for backward in (False, True):
+        found, text = plan("LSTM", (2, 512, I, H), threads, backward=backward)
+        assert found["threads"] == threads, text
+        assert found["row_blocks"] * found["unit_blocks"] == threads, text
 
 
 def test_weights_are_packed_where_the_order_of_summation_must_be_one() -> None:
@@ -110,7 +121,7 @@ def test_reasons() -> None:
         ((10, 1, 3, 3), 1, "no more are allowed"),
         ((10, 1, 3, 3), 2, "too little work"),
         ((28, 64, 28, 64), 2, "no barrier"),
-        ((50, 64, 512, 512), 2, "the weights are large"),
+        ((50, 64, 512, 512), 2, "the recurrent weights are large"),
         ((30, 4, 100, 256), 2, "too few rows to split"),
         ((1, 1, 64, 256), 2, "too few rows to repay packing"),
     ):

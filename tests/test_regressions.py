@@ -156,3 +156,83 @@ def test_explain_names_the_instruction_set_that_runs() -> None:
     isa = rnnkern.build_info()["isa"]
     assert f"forward: {isa}," in many
     assert f"forward: {'x86-64-v3' if isa == 'x86-64-v4' else isa}," in few
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("mode", None), ("mode", "\ud800"), ("mode", "RNN_X"), ("hidden_size", 2**70)],
+    ids=str,
+)
+def test_attributes_that_make_no_sense(name: str, value: object) -> None:
+    module = build("RNN", 3, 4)
+    setattr(module, name, value)
+    with pytest.raises((TypeError, ValueError, OverflowError, RuntimeError)):
+        module(torch.randn(5, 2, 3))
+    assert build("RNN", 3, 4)(torch.randn(5, 2, 3))[0].shape == (5, 2, 4)  # nothing is left behind
+
+
+class Gathered(dict):  # type: ignore[type-arg]
+    """Parameters that are made when they are looked up."""
+
+    def __getitem__(self, name: str) -> Tensor:
+        return torch.zeros_like(super().__getitem__(name))
+
+
+def test_parameters_that_are_looked_up_in_another_way() -> None:
+    module, x = build("RNN", 3, 4), torch.randn(5, 2, 3)
+    module._parameters = Gathered(module._parameters)
+    assert not module(x)[0].any()
+    assert not module(x, torch.zeros(1, 2, 4))[0].any()
+
+
+class BatchFirst(rnnkern.RNN):
+    """Says of itself what does not stand in its namespace."""
+
+    batch_first = property(lambda self: True, lambda self, value: None)
+
+
+class Overridden(rnnkern.RNN):
+    """Answers for an attribute in its own way."""
+
+    def __getattribute__(self, name: str) -> object:
+        return True if name == "batch_first" else super().__getattribute__(name)
+
+
+@pytest.mark.parametrize("kind", [BatchFirst, Overridden])
+def test_attributes_that_the_class_answers_for(kind: type[rnnkern.RNN]) -> None:
+    assert kind(3, 4)(torch.randn(5, 2, 3))[1].shape == (1, 5, 4)
+
+
+@pytest.mark.parametrize("kind", ["RNN", "LSTM", "GRU"])
+@pytest.mark.parametrize("layers", [1, 2])
+def test_gradients_asked_for_in_inference_mode(kind: str, layers: int) -> None:
+    ours, theirs = pair(kind, 3, 4, num_layers=layers)
+    with torch.inference_mode(), torch.enable_grad():
+        x = torch.randn(5, 2, 3)
+        y, wanted = ours(x)[0], theirs(x)[0]
+    assert not y.requires_grad
+    assert not wanted.requires_grad
+    torch.testing.assert_close(y, wanted)
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "LSTMCell"])
+def test_the_warning_names_the_line_of_the_call(kind: str) -> None:
+    from rnnkern import functional
+
+    functional._warned.clear()
+    module = getattr(rnnkern, kind)(3, 4).half()
+    with pytest.warns(rnnkern.FallbackWarning) as caught:
+        module(torch.randn(2, 3).half())
+    assert [warning.filename for warning in caught] == [__file__]
+
+
+def test_small_results_cannot_be_resized() -> None:
+    """README says so; it is no crash, and large ones can."""
+    module = build("LSTM", 4, 6)
+    small, large = module(torch.randn(3, 2, 4))[0], module(torch.randn(400, 2, 4))[0]
+    small.sum().backward()
+    for result in (small.detach(), module.weight_ih_l0.grad):
+        assert result is not None
+        with pytest.raises(RuntimeError, match="not resizable"):
+            result.resize_(100, 100)
+    assert large.detach().resize_(1000, 2, 6).shape == (1000, 2, 6)

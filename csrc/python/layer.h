@@ -1,10 +1,10 @@
 // What a layer is, apart from the sizes of its input.
 #pragma once
 
-#include <cstring>
 #include <deque>
 #include <iterator>
-#include <string>
+#include <optional>
+#include <string_view>
 #include <utility>
 
 #include "python/torch.h"
@@ -12,38 +12,33 @@
 
 namespace rnnkern {
 
+inline std::optional<CellId> cell_named(std::string_view mode) {
+  for (size_t i = 0; i < std::size(kCellModes); ++i) {
+    if (mode == kCellModes[i]) return CellId(i);
+  }
+  return std::nullopt;
+}
+
 struct Layer {
   CellId cell;
   int directions;
   int64_t hidden, out;
   bool bias, projected, batch_first;
 
-  Layer(const char* mode, int directions, int64_t hidden, int64_t proj, bool bias, bool batch_first)
-      : cell(cell_of(mode)),
+  Layer(CellId cell, int directions, int64_t hidden, int64_t proj, bool bias, bool batch_first)
+      : cell(cell),
         directions(directions),
         hidden(hidden),
         out(proj ? proj : hidden),
         bias(bias),
         projected(proj > 0),
-        batch_first(batch_first) {
-    if (directions < 1 || directions > kMaxDirections) {
-      throw py::value_error("a layer has 1 or 2 directions, got " + std::to_string(directions));
-    }
-  }
+        batch_first(batch_first) {}
 
   bool operator==(const Layer&) const = default;
 
   int tensors() const { return 2 + 2 * bias + projected; }  // per direction
   bool has_cell_state() const { return cell_shape(cell).cell_state; }
   const char* mode() const { return kCellModes[int(cell)]; }
-
- private:
-  static CellId cell_of(const char* mode) {
-    for (int i = 0; i < int(std::size(kCellModes)); ++i) {
-      if (std::strcmp(mode, kCellModes[i]) == 0) return CellId(i);
-    }
-    throw py::value_error("no kernel knows the cell '" + std::string(mode) + "'");
-  }
 };
 
 // The Python object of a layer: equal layers share one while it is among the last ones made.

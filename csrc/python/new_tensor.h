@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <initializer_list>
+#include <memory>
 #include <new>
 
 #include "huge_pages.h"
@@ -43,10 +44,7 @@ struct SmallTensor {
     uint32_t major = 1, minor = 0;
   } version;
   void* context = nullptr;
-  void (*release)(SmallTensor*) = [](SmallTensor* self) {
-    self->~SmallTensor();
-    ::operator delete(self);
-  };
+  void (*release)(SmallTensor*) = [](SmallTensor* self) { Delete()(self); };
   uint64_t flags = 0;
   dlpack::Tensor tensor;
   Shape shape;
@@ -55,6 +53,19 @@ struct SmallTensor {
   // then.
   static constexpr size_t kAlignment = 64, kMaxBytes = 16 * 1024;
 
+  struct Delete {
+    void operator()(SmallTensor* self) const {
+      self->~SmallTensor();
+      ::operator delete(self);
+    }
+  };
+  static std::unique_ptr<SmallTensor, Delete> make(const Shape& shape, int element_bits,
+                                                   size_t bytes) {
+    void* block = ::operator new(sizeof(SmallTensor) + kAlignment + bytes);
+    return std::unique_ptr<SmallTensor, Delete>(new (block) SmallTensor(shape, element_bits));
+  }
+
+ private:
   SmallTensor(const Shape& given, int element_bits) : shape(given) {
     const auto end = reinterpret_cast<uintptr_t>(this + 1);
     tensor = {reinterpret_cast<void*>((end + kAlignment - 1) / kAlignment * kAlignment),
@@ -73,11 +84,11 @@ struct NewTensor {
 };
 
 inline NewTensor new_small_tensor(const Shape& shape, int element_bits, size_t bytes) {
-  void* block = ::operator new(sizeof(SmallTensor) + SmallTensor::kAlignment + bytes);
-  auto* small = new (block) SmallTensor(shape, element_bits);
+  auto small = SmallTensor::make(shape, element_bits, bytes);
   void* result = nullptr;
-  if (torch.exchange->managed_to_object(small, &result) != 0) throw py::error_already_set();
-  return {py::reinterpret_steal<py::object>(static_cast<PyObject*>(result)), small->tensor.data};
+  if (api.exchange->managed_to_object(small.get(), &result) != 0) throw py::error_already_set();
+  void* data = small.release()->tensor.data;  // torch's now
+  return {py::reinterpret_steal<py::object>(static_cast<PyObject*>(result)), data};
 }
 
 // A new tensor of the dtype and device of `like`; a large one by torch's own allocator, and any one
@@ -93,11 +104,11 @@ inline NewTensor new_tensor(py::handle like, const Shape& shape, int element_bit
     strides[size_t(i)] = shape.strides[i];
   }
   PyObject* arguments[] = {like.ptr(), sizes.ptr(), strides.ptr()};
-  PyObject* result = PyObject_Vectorcall(torch.new_empty_strided, arguments, 3, nullptr);
+  PyObject* result = PyObject_Vectorcall(api.new_empty_strided, arguments, 3, nullptr);
   if (!result) throw py::error_already_set();
   NewTensor made = {py::reinterpret_steal<py::object>(result), nullptr};
   dlpack::Tensor view;
-  if (torch.exchange->view_of_object(result, &view) != 0) throw py::error_already_set();
+  if (api.exchange->view_of_object(result, &view) != 0) throw py::error_already_set();
   made.data = static_cast<char*>(view.data) + view.byte_offset;
   advise_huge_pages(made.data, size_t(bytes));
   return made;

@@ -14,13 +14,13 @@
 namespace rnnkern {
 
 inline TensorView view_of(py::handle object, const char* name) {
-  if (!PyObject_TypeCheck(object.ptr(), torch.tensor)) {
+  if (!PyObject_TypeCheck(object.ptr(), api.tensor)) {
     throw Refused(std::string(name) + " must be a torch.Tensor, got " +
                   Py_TYPE(object.ptr())->tp_name);
   }
   TensorView view;
   view.name = name;
-  if (torch.exchange->view_of_object(object.ptr(), &view.tensor) != 0) {
+  if (api.exchange->view_of_object(object.ptr(), &view.tensor) != 0) {
     PyErr_Clear();
     view.fail("has no plain memory");
   }
@@ -34,13 +34,13 @@ constexpr const char* kNoMemory =
 // A plain tensor or parameter, and no subclass that computes in its own way.
 inline bool is_tensor(py::handle object) {
   const PyTypeObject* type = Py_TYPE(object.ptr());
-  return type == torch.tensor || type == torch.parameter;
+  return type == api.tensor || type == api.parameter;
 }
 
 // Why no kernel covers this tensor, or null. `like` is the tensor whose dtype it must share.
 inline const char* refusal_of(py::handle object, const TensorView* like, TensorView* view) {
   if (!is_tensor(object)) return "tensor subclass";
-  if (torch.exchange->view_of_object(object.ptr(), &view->tensor) != 0) {
+  if (api.exchange->view_of_object(object.ptr(), &view->tensor) != 0) {
     PyErr_Clear();
     return kNoMemory;
   }
@@ -54,7 +54,7 @@ inline const char* refusal_of(py::handle object, const TensorView* like, TensorV
   for (int i = 0; i < t.ndim; ++i) elements *= t.shape[i];
   if (elements && !t.data) return kNoMemory;
   const py::object negated =
-      py::reinterpret_steal<py::object>(PyObject_CallOneArg(torch.is_neg, object.ptr()));
+      py::reinterpret_steal<py::object>(PyObject_CallOneArg(api.is_neg, object.ptr()));
   if (!negated) throw py::error_already_set();
   if (negated.ptr() == Py_True) return "lazily negated tensor";
   if (t.ndim && elements && t.shape[t.ndim - 1] > 1 && view->stride(t.ndim - 1) != 1) return kGaps;
@@ -66,7 +66,7 @@ template <typename T>
 TensorView float_view(py::handle object, const char* name, bool allow_gaps = false) {
   TensorView view;
   view.name = name;
-  if (!PyObject_TypeCheck(object.ptr(), torch.tensor)) {
+  if (!PyObject_TypeCheck(object.ptr(), api.tensor)) {
     throw py::type_error(std::string(name) + " must be a torch.Tensor, got " +
                          Py_TYPE(object.ptr())->tp_name);
   }
@@ -82,7 +82,7 @@ template <typename T>
 class Operands {
  public:
   Operands(const Layer& layer, py::handle x, py::handle steps)
-      : deterministic(is_so(torch.deterministic)),
+      : deterministic(is_so(api.deterministic)),
         layer_(layer),
         object_(x),
         x_(float_view<T>(x, "input")) {

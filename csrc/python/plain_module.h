@@ -1,9 +1,11 @@
 // A module of torch.nn as it stands, read past the machinery of its attributes: for calls of a few
-// microseconds. Anything unusual is left to Python.
+// microseconds. Whatever that machinery could change is left to Python.
 #pragma once
 
 #include <array>
+#include <deque>
 #include <optional>
+#include <string_view>
 
 #include "python/layer.h"
 #include "python/torch.h"
@@ -25,44 +27,98 @@ struct PlainModule {
   PlainWeights weights;
 };
 
-// The module's only layer and its weights. Nothing where it has several layers, or where an
-// attribute or a weight does not stand in the module's own namespace (parametrized, computed).
+struct ModuleAttributes {
+  enum Name {
+    kMode,
+    kLayers,
+    kBidirectional,
+    kHidden,
+    kProj,
+    kBias,
+    kBatchFirst,
+    kWeightNames,
+    kParameters,
+    kCount
+  };
+  static PyObject* name(int i) {
+    static const auto interned = [] {
+      std::array<PyObject*, kCount> made;
+      size_t next = 0;
+      for (const char* name : {"mode", "num_layers", "bidirectional", "hidden_size", "proj_size",
+                               "bias", "batch_first", "_flat_weights_names", "_parameters"}) {
+        made[next++] = PyUnicode_InternFromString(name);
+      }
+      return made;
+    }();
+    return interned[size_t(i)];
+  }
+};
+
+// Whether attributes of such modules are what stands in the module's own namespace: the class
+// neither has them, as properties for example, nor looks them up in a way of its own. Asked once
+// for each of the last classes seen.
+inline bool has_plain_attributes(PyTypeObject* type) {
+  constexpr size_t kKept = 16;
+  static auto& kept = *new std::deque<std::pair<py::object, bool>>();  // outlives the interpreter
+  const py::handle object(reinterpret_cast<PyObject*>(type));
+  for (const auto& [other, plain] : kept) {
+    if (other.ptr() == object.ptr()) return plain;
+  }
+  const py::handle base(reinterpret_cast<PyObject*>(&PyBaseObject_Type));
+  bool plain = object.attr("__getattribute__").is(base.attr("__getattribute__"));
+  for (int i = 0; i < ModuleAttributes::kCount; ++i) {
+    plain = plain && !py::hasattr(object, ModuleAttributes::name(i));
+  }
+  if (kept.size() == kKept) kept.pop_back();
+  kept.emplace_front(py::reinterpret_borrow<py::object>(object), plain);
+  return plain;
+}
+
+inline std::optional<int64_t> integer(PyObject* object) {
+  int overflow = 0;
+  const long long value =
+      PyLong_CheckExact(object) ? PyLong_AsLongLongAndOverflow(object, &overflow) : -1;
+  return value < 0 ? std::nullopt : std::optional<int64_t>(value);
+}
+
+// The module's only layer and its weights. Nothing where it has several layers, or where one of
+// its attributes or weights is not as torch.nn makes it.
 inline std::optional<PlainModule> plain_module(py::handle module) {
-  enum { kMode, kLayers, kBidirectional, kHidden, kProj, kBias, kBatchFirst, kNames, kParameters };
-  static const auto attributes = [] {
-    std::vector<PyObject*> names;
-    for (const char* name : {"mode", "num_layers", "bidirectional", "hidden_size", "proj_size",
-                             "bias", "batch_first", "_flat_weights_names", "_parameters"}) {
-      names.push_back(PyUnicode_InternFromString(name));
-    }
-    return names;
-  }();
+  using A = ModuleAttributes;
+  if (!has_plain_attributes(Py_TYPE(module.ptr()))) return std::nullopt;
   const auto space =
       py::reinterpret_steal<py::object>(PyObject_GenericGetDict(module.ptr(), nullptr));
   if (!space) throw py::error_already_set();
-  PyObject* found[kParameters + 1];
-  for (size_t i = 0; i < attributes.size(); ++i) {
-    found[i] = PyDict_GetItemWithError(space.ptr(), attributes[i]);
+  PyObject* found[A::kCount];
+  for (int i = 0; i < A::kCount; ++i) {
+    found[i] = find_in(space.ptr(), A::name(i));
     if (!found[i]) return std::nullopt;
   }
-  for (int i : {kLayers, kHidden, kProj}) {
-    if (!PyLong_Check(found[i])) return std::nullopt;
+  for (int i : {A::kBidirectional, A::kBias, A::kBatchFirst}) {
+    if (!PyBool_Check(found[i])) return std::nullopt;
   }
-  if (!PyUnicode_Check(found[kMode]) || !PyList_Check(found[kNames]) ||
-      !PyDict_Check(found[kParameters]) || PyLong_AsLong(found[kLayers]) != 1) {
+  const auto layers = integer(found[A::kLayers]), hidden = integer(found[A::kHidden]),
+             proj = integer(found[A::kProj]);
+  if (layers != 1 || !hidden || !proj || !PyUnicode_CheckExact(found[A::kMode]) ||
+      !PyList_CheckExact(found[A::kWeightNames]) || !PyDict_CheckExact(found[A::kParameters])) {
     return std::nullopt;
   }
-  const auto flag = [&](int i) { return PyObject_IsTrue(found[i]) == 1; };
-  PlainModule plain = {Layer(PyUnicode_AsUTF8(found[kMode]), 1 + flag(kBidirectional),
-                             PyLong_AsLongLong(found[kHidden]), PyLong_AsLongLong(found[kProj]),
-                             flag(kBias), flag(kBatchFirst)),
+  const auto cell = [&]() -> std::optional<CellId> {
+    Py_ssize_t length = 0;
+    const char* text = PyUnicode_AsUTF8AndSize(found[A::kMode], &length);
+    if (text) return cell_named({text, size_t(length)});
+    PyErr_Clear();
+    return std::nullopt;
+  }();
+  const auto count = size_t(PyList_GET_SIZE(found[A::kWeightNames]));
+  if (!cell || count > PlainWeights::kMax) return std::nullopt;
+  PlainModule plain = {Layer(*cell, found[A::kBidirectional] == Py_True ? 2 : 1, *hidden, *proj,
+                             found[A::kBias] == Py_True, found[A::kBatchFirst] == Py_True),
                        {}};
   PlainWeights& weights = plain.weights;
-  const auto count = size_t(PyList_GET_SIZE(found[kNames]));
-  if (count > PlainWeights::kMax) return std::nullopt;
   for (; weights.count < count; ++weights.count) {
-    PyObject* weight = PyDict_GetItemWithError(
-        found[kParameters], PyList_GET_ITEM(found[kNames], Py_ssize_t(weights.count)));
+    PyObject* name = PyList_GET_ITEM(found[A::kWeightNames], Py_ssize_t(weights.count));
+    PyObject* weight = find_in(found[A::kParameters], name);
     if (!weight || weight == Py_None) return std::nullopt;
     weights.tensors[weights.count] = py::reinterpret_borrow<py::object>(weight);
   }

@@ -18,18 +18,18 @@ struct Mode {
   const char* reason;
 };
 
-struct Torch {
+struct TorchApi {
   const dlpack::ExchangeTable* exchange;
   PyTypeObject *tensor, *parameter;
   // Methods of torch.Tensor, as plain functions of a tensor.
-  PyObject *is_neg, *new_empty, *new_empty_strided;
+  PyObject *is_neg, *new_empty_strided;
   // Questions without arguments.
-  PyObject *num_threads, *deterministic, *grad_enabled;
+  PyObject *num_threads, *deterministic, *grad_enabled, *inference_mode;
   std::vector<Mode> modes;
   PyObject* forward_ad;  // the namespace of torch.autograd.forward_ad
 };
 
-inline Torch torch;
+inline TorchApi api;
 
 inline py::object ask(PyObject* question) {
   PyObject* answer = PyObject_CallNoArgs(question);
@@ -37,9 +37,22 @@ inline py::object ask(PyObject* question) {
   return py::reinterpret_steal<py::object>(answer);
 }
 
-inline bool is_so(PyObject* question) { return PyObject_IsTrue(ask(question).ptr()) == 1; }
+inline bool is_true(py::handle object) {
+  const int truth = PyObject_IsTrue(object.ptr());
+  if (truth < 0) throw py::error_already_set();
+  return truth == 1;
+}
 
-inline int num_threads() { return ask(torch.num_threads).cast<int>(); }
+inline bool is_so(PyObject* question) { return is_true(ask(question)); }
+
+// Null where there is none. `name` is an interned string.
+inline PyObject* find_in(PyObject* dict, PyObject* name) {
+  PyObject* found = PyDict_GetItemWithError(dict, name);
+  if (!found && PyErr_Occurred()) throw py::error_already_set();
+  return found;
+}
+
+inline int num_threads() { return ask(api.num_threads).cast<int>(); }
 
 inline void bind_torch() {
   const auto keep = [](py::object object) { return object.release().ptr(); };
@@ -56,34 +69,34 @@ inline void bind_torch() {
   }
   if (!table || !table->view_of_object || !table->managed_to_object)
     throw py::import_error("this torch has no DLPack 1.x exchange table");
-  torch.exchange = table;
-  torch.tensor = reinterpret_cast<PyTypeObject*>(keep(type));
-  torch.parameter =
+  api.exchange = table;
+  api.tensor = reinterpret_cast<PyTypeObject*>(keep(type));
+  api.parameter =
       reinterpret_cast<PyTypeObject*>(keep(py::module_::import("torch.nn").attr("Parameter")));
-  torch.is_neg = keep(type.attr("is_neg"));
-  torch.new_empty = keep(type.attr("new_empty"));
-  torch.new_empty_strided = keep(type.attr("new_empty_strided"));
-  torch.num_threads = keep(package.attr("get_num_threads"));
-  torch.deterministic = keep(core.attr("_get_deterministic_algorithms"));
-  torch.grad_enabled = keep(package.attr("is_grad_enabled"));
-  torch.modes = {
+  api.is_neg = keep(type.attr("is_neg"));
+  api.new_empty_strided = keep(type.attr("new_empty_strided"));
+  api.num_threads = keep(package.attr("get_num_threads"));
+  api.deterministic = keep(core.attr("_get_deterministic_algorithms"));
+  api.grad_enabled = keep(package.attr("is_grad_enabled"));
+  api.inference_mode = keep(package.attr("is_inference_mode_enabled"));
+  api.modes = {
       {keep(core.attr("_get_tracing_state")), "torch.jit.trace"},
       {keep(core.attr("_are_functorch_transforms_active")), "torch.func transform"},
       {keep(core.attr("_len_torch_dispatch_stack")), "torch dispatch mode"},
       {keep(core.attr("_is_any_autocast_enabled")), "autocast"},
   };
-  torch.forward_ad = keep(py::module_::import("torch.autograd.forward_ad").attr("__dict__"));
+  api.forward_ad = keep(py::module_::import("torch.autograd.forward_ad").attr("__dict__"));
 }
 
 // Why no kernel may run in the present mode of torch, or null.
 inline const char* mode_refusal() {
-  for (const Mode& mode : torch.modes) {
+  for (const Mode& mode : api.modes) {
     if (is_so(mode.question)) return mode.reason;
   }
   static PyObject* const name = PyUnicode_InternFromString("_current_level");
-  PyObject* level = PyDict_GetItemWithError(torch.forward_ad, name);
+  PyObject* level = find_in(api.forward_ad, name);
   if (!level) throw py::import_error("this torch does not tell whether forward mode is on");
-  return PyLong_AsLong(level) >= 0 ? "forward-mode differentiation" : nullptr;
+  return py::handle(level).cast<long>() >= 0 ? "forward-mode differentiation" : nullptr;
 }
 
 }  // namespace rnnkern
