@@ -218,10 +218,12 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("has_cell_state", &Layer::has_cell_state)
       .def("forward",
            [](const Layer& layer, py::handle x, py::handle h0, py::handle c0,
-              const py::sequence& weights, py::handle steps, bool training) {
+              const py::sequence& weights, py::handle steps) {
+             const bool training =
+                 wants_gradient(weights) || wants_gradient(std::array<py::handle, 3>{x, h0, c0});
              Outputs made = forward_any(layer, x, h0, c0, weights, steps, training);
              py::object saved = std::move(made.saved);
-             return py::make_tuple(outputs_of(std::move(made)), std::move(saved));
+             return py::make_tuple(outputs_of(std::move(made)), training, std::move(saved));
            })
       .def("backward", [](const Layer& layer, py::handle x, py::handle h0, py::handle c0,
                           const py::sequence& weights, py::handle steps, py::handle y,
@@ -247,7 +249,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("refusal", &refusal);
   m.def("mode_refusal", &mode_refusal);
   m.def("plain_call", &plain_call);
-  m.def("wants_gradient", &wants_gradient<py::sequence>);
   py::class_<Machine>(m, "Machine")
       .def(py::init([](int threads, int lanes, int tile_rows, int element_bytes, int64_t l2_bytes) {
              return Machine{threads, lanes, tile_rows, element_bytes, l2_bytes};

@@ -244,8 +244,7 @@ def _one_layer(
     weights: list[Tensor],
     steps: Steps | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    training = kernels.wants_gradient((x, h0, c0, *weights))
-    outputs, saved = layer.forward(x, h0, c0, weights, steps, training)
+    outputs, training, saved = layer.forward(x, h0, c0, weights, steps)
     if training:
         states = [s for s in (h0, c0) if s is not None]
         outputs = record((layer, steps, len(states)), outputs, saved, x, *weights, *states)

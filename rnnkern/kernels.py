@@ -10,8 +10,8 @@ from rnnkern import _C
 Layer = _C.Layer
 """What a layer is, apart from the sizes of its input.
 
-``forward(x, h0, c0, weights, steps, training)`` returns the outputs ``(y, h_n)`` or
-``(y, h_n, c_n)``, and what backward needs if ``training``.
+``forward(x, h0, c0, weights, steps)`` returns the outputs ``(y, h_n)`` or ``(y, h_n, c_n)``,
+whether a gradient is to be recorded, and what backward then needs.
 
 ``backward(x, h0, c0, weights, steps, y, saved, dy, dhn, dcn, wanted, overwrite)`` returns a list of
 gradients of ``x, *weights`` and the initial states that are not None, None where not ``wanted``
@@ -53,9 +53,6 @@ compiled_sets = _C.compiled_sets
 instruction_set = _C.instruction_set
 """What the extension was built with, and the widest instruction set in use."""
 
-
-wants_gradient = _C.wants_gradient
-"""``wants_gradient(operands)``: a gradient of these tensors (or None) is to be recorded."""
 
 plain_call = _C.plain_call
 """``plain_call(module, x, record)``: what the module returns for an input and nothing else.

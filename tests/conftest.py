@@ -23,6 +23,8 @@ def pytest_configure(config: pytest.Config) -> None:
     )
     # A test that falls back to torch.nn without meaning to tests nothing.
     config.addinivalue_line("filterwarnings", "error::rnnkern.FallbackWarning")
+    # Nor should users read what is meant for the authors of an extension.
+    config.addinivalue_line("filterwarnings", "error:Dynamo does not know how to trace")
     for message in (
         "LSTM with projections is not supported",
         "Complex modules are a new feature",

@@ -205,8 +205,8 @@ def test_sigmoid_to_the_last_places(dtype: torch.dtype, along: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("form", FORMS)
 def test_the_ends_of_the_range(form: str, dtype: torch.dtype, number: float) -> None:
-    """Infinite, huge and denormal inputs give what torch.nn gives within the tolerance (denormals are
-    zero here): saturated gates, and NaN only where it has NaN.
+    """Infinite, huge and denormal inputs (the kernels take these as zero) give what torch.nn gives
+    within the tolerance: saturated gates, and NaN only where it has NaN.
     """
     kind, own = FORMS[form]
     module = build(kind, 3, 5, dtype=dtype, **own)
