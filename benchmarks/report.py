@@ -121,7 +121,7 @@ def time_calls(calls: dict[str, timing.Call], quick: bool) -> Timing:
         budget_s=0.1 if quick else 2.0,
         min_rounds=2 if quick else 5,
         # Each library has a pool of its own, whose threads spin for a while after a call.
-        pause_s=0.005 if threads > 1 and len(calls) > 2 else 0.0,
+        warm_s=0.03 if threads > 1 and len(calls) > 2 else 0.0,
     )
     by_name = dict(zip(calls, samples, strict=True))
     ours = by_name[OURS]

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from time import perf_counter, sleep
+from time import perf_counter
 
 Call = Callable[[], object]
 
@@ -93,7 +93,7 @@ def time_in_turn(
     budget_s: float,
     min_rounds: int,
     sync: Call = _nothing,
-    pause_s: float = 0.0,
+    warm_s: float = 0.0,
 ) -> list[list[float]]:
     """Times calls in turn: the first, the second, ..., the first, the second, ...
 
@@ -103,8 +103,8 @@ def time_in_turn(
         min_rounds: rounds made even if that takes longer than the budget.
         sync: called at the end of every sample, within the time; waits for work that a call has
             only started.
-        pause_s: seconds to wait before each sample, for the threads of another library to stop
-            spinning; the call is then made once untimed.
+        warm_s: seconds of untimed calls before each sample: the threads of another library spin
+            for a while, those of this one have to wake up.
 
     Returns:
         Seconds per call for each of the calls, entry i of all lists from one round; between
@@ -116,8 +116,8 @@ def time_in_turn(
         counts = [calls_per_sample(call, sync) for call in calls]
         while len(seconds[-1]) < MAX_PAIRS:
             for call, count, samples in zip(calls, counts, seconds, strict=True):
-                if pause_s:
-                    sleep(pause_s)
+                warm_until = perf_counter() + warm_s
+                while perf_counter() < warm_until:
                     call()
                 samples.append(_sample(call, count, sync) / count)
             if perf_counter() - start > budget_s and len(seconds[-1]) >= min_rounds:

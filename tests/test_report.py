@@ -40,7 +40,7 @@ def test_time_in_turn_takes_turns() -> None:
         [lambda i=i: made.append(i) for i in range(3)],  # type: ignore[misc]
         budget_s=0.0,
         min_rounds=2,
-        pause_s=1e-4,
+        warm_s=1e-4,
     )
     assert [len(s) for s in seconds] == [2, 2, 2]
     changes = [i for i, before in zip(made[1:], made, strict=False) if i != before]
