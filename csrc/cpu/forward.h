@@ -126,15 +126,17 @@ class ForwardScan {
   // The accumulator row a product starts from: the biases of each slot, b_ih + b_hh where both
   // products meet.
   void pack_bias(int d, int64_t p) {
-    const int64_t H = f_.sizes.H, width = panels_.unit_vectors(p) * kLanes<T>;
+    const int64_t H = f_.sizes.H, width = panels_.width(p);
     T* to = bias_[d] + p * kWidth;
+    zero_row(to, 0, kWidth);
     for (int slot = 0; slot < kShape.slots; ++slot) {
       for (int64_t i = 0; i < width; ++i) {
         const int64_t u = panels_.first_unit(p) + i;
         const T* b_ih = slot >= kShape.input_slot && u < H ? f_.weights[d].b_ih : nullptr;
         const T* b_hh = slot < kShape.gates && u < H ? f_.weights[d].b_hh : nullptr;
-        to[slot * width + i] = (b_ih ? b_ih[kShape.input_gate(slot) * H + u] : T(0)) +
-                               (b_hh ? b_hh[kShape.recurrent_gate(slot) * H + u] : T(0));
+        to[Panels::slot_at(slot, width) + i] =
+            (b_ih ? b_ih[kShape.input_gate(slot) * H + u] : T(0)) +
+            (b_hh ? b_hh[kShape.recurrent_gate(slot) * H + u] : T(0));
       }
     }
   }
@@ -262,12 +264,14 @@ class ForwardScan {
   // The cell on all units of a panel of one row.
   void cell(int64_t p, const RowPointers& row, T* acc) const {
     const int64_t H = f_.sizes.H;
-    const int vectors = panels_.unit_vectors(p);
-    for (int v = 0; v < vectors; ++v) {
-      const int64_t u = panels_.first_unit(p) + v * kLanes<T>, n = H - u;
+    const int64_t width = panels_.width(p);
+    for (int64_t v = 0; v < width; v += kLanes<T>) {
+      const int64_t u = panels_.first_unit(p) + v, n = H - u;
       Step<Vec<T>> s;
 #pragma GCC unroll 4
-      for (int i = 0; i < kShape.slots; ++i) s.slot[i] = load(acc + (i * vectors + v) * kLanes<T>);
+      for (int i = 0; i < kShape.slots; ++i) {
+        s.slot[i] = load(acc + Panels::slot_at(i, width) + v);
+      }
       if constexpr (kShape.reads_h) s.h_prev = load_up_to(row.h_prev + u, n);
       if constexpr (kShape.cell_state) s.c_prev = load_up_to(row.c_prev + u, n);
       Cell::forward(s);

@@ -152,11 +152,11 @@ Vec<T> dot_rows(int64_t K, const T* a, const T* w, int64_t w_row, int64_t count)
   return sum_each<T>(sum);
 }
 
-// panel[k][column] = rows[column][k] for lanes columns, `count` of them real, the others zero;
-// consecutive k are panel_row elements apart.
+// panel[k][column] = rows[column][k] for `width` <= lanes columns, `count` of them real, the others
+// zero; consecutive k are panel_row elements apart.
 template <typename T>
 void pack_transposed(int64_t K, const T* rows, int64_t row, int64_t count, T* panel,
-                     int64_t panel_row) {
+                     int64_t panel_row, int64_t width) {
   constexpr int kL = kLanes<T>;
   for (int64_t k = 0; k < K; k += kL) {
     const int64_t depth = min_of(kL, K - k);
@@ -167,7 +167,7 @@ void pack_transposed(int64_t K, const T* rows, int64_t row, int64_t count, T* pa
     transpose<T>(block);
 #pragma GCC unroll 16
     for (int i = 0; i < kL; ++i) {
-      if (i < depth) store(panel + (k + i) * panel_row, block[i]);
+      if (i < depth) store_up_to(panel + (k + i) * panel_row, block[i], width);
     }
   }
 }

@@ -2,11 +2,16 @@
 // side, so that one register tile holds every slot of its units and the cell can finish them
 // without leaving the cache.
 //
-//   panel p = units [p*kUnits, ...): [K][gates][unit vectors][lanes]       acc row = [slots][unit
-//   vectors][lanes]
+//   panel p = units [p*kUnits, ...): [K][gates][width]       acc row = [slots][width]
+//
+// width is that of a slot: whole vectors. Only where four slots stand side by side and the units of
+// the last panel fill no more than half or a quarter of a vector, it is that half or quarter, and
+// the slots share vectors; a product that owns three of them then has a fourth of zeros, before or
+// behind, for its range to be whole vectors.
 #pragma once
 
 #include "cpu/gemm.h"
+#include "cpu/rows.h"
 #include "scan.h"
 
 namespace rnnkern {
@@ -24,10 +29,22 @@ struct UnitPanels {
 
   int64_t count() const { return ceil_div(H, kUnits); }
   int64_t first_unit(int64_t p) const { return p * kUnits; }
-  int unit_vectors(int64_t p) const {
-    return int(min_of(kUnitVectors, ceil_div(H - first_unit(p), kLanes<T>)));
-  }
   int64_t packed_elements(int64_t K) const { return count() * kDepthElements * K; }
+
+  // Of one slot in panel p.
+  int64_t width(int64_t p) const {
+    const int64_t units = min_of(kUnits, H - first_unit(p));
+    if constexpr (kShape.slots == kPanelVectors) {
+      if (kLanes<T> % 4 == 0 && units <= kLanes<T> / 4) return kLanes<T> / 4;
+      if (units <= kLanes<T> / 2) return kLanes<T> / 2;
+    }
+    return ceil_div(units, kLanes<T>) * kLanes<T>;
+  }
+  static constexpr bool shares_vectors(int64_t width) { return width < kLanes<T>; }
+  // Where a slot begins in a row of accumulators.
+  static constexpr int64_t slot_at(int slot, int64_t width) {
+    return (slot + (shares_vectors(width) ? kShape.slots - kShape.gates : 0)) * width;
+  }
 };
 
 enum class Role { kInput, kRecurrent };
@@ -48,35 +65,45 @@ struct StepWeights {
     return role == Role::kInput ? kShape.input_gate(i + kFirstSlot) : kShape.recurrent_gate(i);
   }
 
+  // The range of slots that the product adds to, with the fourth of zeros where there is one.
+  static constexpr int slots_of(int64_t width) {
+    return Panels::shares_vectors(width) ? kShape.slots : kShape.gates;
+  }
+  static constexpr int zeros_before(int64_t width) {
+    return role == Role::kRecurrent ? slots_of(width) - kShape.gates : 0;
+  }
+
   void pack(int64_t p) const {
-    const int vectors = panels.unit_vectors(p);
-    const int64_t unit = panels.first_unit(p), panel_row = kShape.gates * vectors * kLanes<T>;
+    const int64_t width = panels.width(p), unit = panels.first_unit(p);
+    const int64_t panel_row = slots_of(width) * width;
     T* panel = packed + p * Panels::kDepthElements * K;
+    if (slots_of(width) > kShape.gates) zero_row(panel, 0, K * panel_row);
     for (int i = 0; i < kShape.gates; ++i) {
-      for (int v = 0; v < vectors; ++v) {
-        const int64_t u = unit + v * kLanes<T>;
-        pack_transposed(K, w + (gate_of(i) * panels.H + u) * row, row, panels.H - u,
-                        panel + (i * vectors + v) * kLanes<T>, panel_row);
+      for (int64_t v = 0; v < width; v += kLanes<T>) {
+        pack_transposed(K, w + (gate_of(i) * panels.H + unit + v) * row, row, panels.H - unit - v,
+                        panel + (zeros_before(width) + i) * width + v, panel_row,
+                        min_of(width, kLanes<T>));
       }
     }
   }
 
   // acc[m][the slots of this product] += a[m] x this matrix, for the units of panel p.
   void add(int64_t p, int64_t rows, const T* const* a, T* acc, int64_t acc_row) const {
-    const int vectors = panels.unit_vectors(p);
-    acc += kFirstSlot * vectors * kLanes<T>;
+    const int64_t width = panels.width(p);
+    acc += Panels::slot_at(kFirstSlot - zeros_before(width), width);
     if (packed) {
-      product(kShape.gates * vectors, rows, K, a, packed + p * Panels::kDepthElements * K, acc,
-              acc_row);
+      product(int(slots_of(width) * width / kLanes<T>), rows, K, a,
+              packed + p * Panels::kDepthElements * K, acc, acc_row);
       return;
     }
+    acc += zeros_before(width) * width;
     for (int i = 0; i < kShape.gates; ++i) {
-      for (int v = 0; v < vectors; ++v) {
-        const int64_t u = panels.first_unit(p) + v * kLanes<T>;
+      for (int64_t v = 0; v < width; v += kLanes<T>) {
+        const int64_t u = panels.first_unit(p) + v, n = min_of(kLanes<T>, panels.H - u);
         const T* first = w + (gate_of(i) * panels.H + u) * row;
         for (int64_t m = 0; m < rows; ++m) {
-          T* to = acc + m * acc_row + (i * vectors + v) * kLanes<T>;
-          store(to, load(to) + dot_rows(K, a[m], first, row, min_of(kLanes<T>, panels.H - u)));
+          T* to = acc + m * acc_row + i * width + v;
+          store_up_to(to, load(to) + dot_rows(K, a[m], first, row, n), n);
         }
       }
     }
@@ -118,7 +145,7 @@ struct ColumnPanels {
     for (int v = 0; v < vectors(p); ++v) {
       const int64_t column = p * kPanelWidth<T> + v * kLanes<T>;
       pack_transposed(K, w + column * row, row, width - column, panel(p) + v * kLanes<T>,
-                      vectors(p) * kLanes<T>);
+                      vectors(p) * kLanes<T>, kLanes<T>);
     }
   }
 
