@@ -255,9 +255,8 @@ PYBIND11_MODULE(_C, m) {
            }),
            py::kw_only(), py::arg("threads"), py::arg("lanes"), py::arg("tile_rows"),
            py::arg("element_bytes"), py::arg("l2_bytes"));
-  m.def("machine", [](int64_t hidden, int threads, int element_bytes) {
-    const InstructionSet& set = instruction_set_for(hidden, element_bytes);
-    return py::make_tuple(set.name, machine_for(set, threads, element_bytes));
+  m.def("machine", [](int threads, int element_bytes) {
+    return machine_for(instruction_set(), threads, element_bytes);
   });
   py::class_<Plan>(m, "Plan")
       .def_readonly("threads", &Plan::threads)

@@ -68,10 +68,9 @@ Raises:
 
 def describe(layer: Layer, x: Tensor, T: int, N: int, features: int, back: bool) -> str:
     """Instruction set and plan of one layer in words."""
-    name, cpu = machine(layer.hidden, torch.get_num_threads(), x.element_size())
     _, text = plan(
         layer,
-        cpu,
+        machine(torch.get_num_threads(), x.element_size()),
         T=T,
         N=N,
         I=features,
@@ -79,4 +78,4 @@ def describe(layer: Layer, x: Tensor, T: int, N: int, features: int, back: bool)
         deterministic=torch.are_deterministic_algorithms_enabled(),
         backward=back,
     )
-    return f"{name}, {text}"
+    return f"{instruction_set()}, {text}"

@@ -45,9 +45,6 @@ void forward(const Forward<T>& scan, int threads, bool deterministic);
 template <typename T>
 void backward(const Backward<T>& scan, int threads, bool deterministic);
 
-// What runs for so many hidden units: vectors that they would not fill a quarter of give way to the
-// next narrower ones, with the same bits.
-const InstructionSet& instruction_set_for(int64_t hidden, int element_bytes);
 Machine machine_for(const InstructionSet& set, int threads, int element_bytes);
 
 }  // namespace rnnkern

@@ -105,14 +105,6 @@ const InstructionSet& instruction_set() {
   return chosen;
 }
 
-const InstructionSet& instruction_set_for(int64_t hidden, int element_bytes) {
-  const InstructionSet& widest = instruction_set();
-  const InstructionSet& narrower = *(&widest + 1);
-  const bool last =
-      &widest == &instruction_sets().back() || &narrower == &instruction_sets().back();
-  return !last && 4 * hidden * element_bytes <= widest.vector_bytes ? narrower : widest;
-}
-
 Machine machine_for(const InstructionSet& set, int threads, int element_bytes) {
   Machine machine;
   machine.threads = forked ? 1 : threads;
@@ -125,7 +117,7 @@ Machine machine_for(const InstructionSet& set, int threads, int element_bytes) {
 
 template <typename T>
 void forward(const Forward<T>& scan, int threads, bool deterministic) {
-  const InstructionSet& set = instruction_set_for(scan.sizes.H, sizeof(T));
+  const InstructionSet& set = instruction_set();
   const Problem problem = {scan.sizes, scan.steps.T, scan.steps.N, scan.steps.total, deterministic};
   const Plan plan = plan_forward(problem, machine_for(set, threads, sizeof(T)));
   with_workspace([&](Workspace w) { return kernels<T>(set).forward(scan, plan, w); });
@@ -133,7 +125,7 @@ void forward(const Forward<T>& scan, int threads, bool deterministic) {
 
 template <typename T>
 void backward(const Backward<T>& scan, int threads, bool deterministic) {
-  const InstructionSet& set = instruction_set_for(scan.sizes.H, sizeof(T));
+  const InstructionSet& set = instruction_set();
   const Problem problem = {scan.sizes, scan.steps.T, scan.steps.N, scan.steps.total, deterministic};
   const Plan plan = plan_backward(problem, machine_for(set, threads, sizeof(T)));
   with_workspace([&](Workspace w) { return kernels<T>(set).backward(scan, plan, w); });
