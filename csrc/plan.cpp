@@ -14,9 +14,10 @@ double flops_per_row(const Sizes& z) {
 namespace {
 
 // Operations that make it worth waking another thread: a parallel region costs some 3 us, which one
-// core spends on about 200 kFLOP; a barrier a step costs some 0.5 us.
-constexpr double kFlopsPerThread = 400e3;
-constexpr double kFlopsPerThreadStep = 80e3;
+// core spends on about 200 kFLOP, less where weights come from afar; a barrier a step costs some
+// 0.5 us.
+constexpr double kFlopsPerThread = 200e3;
+constexpr double kFlopsPerThreadStep = 40e3;
 // Rows of one block of the input product: enough to read the weights of the input once for many
 // rows; more where they come from beyond the second-level cache.
 constexpr int64_t kInputRows = 48, kInputRowsOfLarge = 256;

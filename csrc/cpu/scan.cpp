@@ -2,6 +2,7 @@
 #include <pthread.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <cstdlib>
 #include <memory>
 #include <new>
@@ -68,21 +69,56 @@ const Kernels<T>& kernels(const InstructionSet& set) {
   }
 }
 
-// Calls run(workspace) with scratch memory: a call of a few microseconds stays on the stack,
-// another one allocates, a large one in huge pages where the system has them (packed weights are
-// read in every step).
+// Scratch memory of a call, in huge pages where it is large and the system has them (packed weights
+// are read in every step). One block is kept for the next call: the page faults of fresh memory
+// take longer than many a call.
+class Scratch {
+ public:
+  explicit Scratch(size_t bytes) {
+    if (bytes <= kMostKept) block_.reset(kept.exchange(nullptr));
+    if (!block_ || block_->bytes < bytes) {
+      block_.reset();  // first, or both are there at once
+      block_ = std::make_unique<Block>(bytes);
+    }
+  }
+  ~Scratch() {
+    if (block_->bytes <= kMostKept) block_.reset(kept.exchange(block_.release()));
+  }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+
+  Workspace workspace() const { return {block_->data, block_->bytes}; }
+
+  static constexpr size_t kLine = 64;
+
+ private:
+  static constexpr size_t kMostKept = 48 << 20;
+  struct Block {
+    explicit Block(size_t size)
+        : bytes(size),
+          alignment{worth_huge_pages(size) ? kHugePage : kLine},
+          data(static_cast<char*>(::operator new(size, alignment))) {
+      advise_huge_pages(data, size);
+    }
+    ~Block() { ::operator delete(data, alignment); }
+    Block(const Block&) = delete;
+    Block& operator=(const Block&) = delete;
+
+    size_t bytes;
+    std::align_val_t alignment;
+    char* data;
+  };
+  static inline std::atomic<Block*> kept{nullptr};
+
+  std::unique_ptr<Block> block_;
+};
+
+// Calls run(workspace): a call of a few microseconds stays on the stack.
 template <typename Run>
 void with_workspace(Run run) {
-  constexpr size_t kInside = 16 * 1024, kLine = 64;
-  alignas(kLine) char inside[kInside];
-  const size_t needed = run(Workspace{inside, kInside});
-  if (!needed) return;
-  const std::align_val_t alignment{worth_huge_pages(needed) ? kHugePage : kLine};
-  const auto release = [&](char* p) { ::operator delete(p, alignment); };
-  const std::unique_ptr<char, decltype(release)> outside(
-      static_cast<char*>(::operator new(needed, alignment)), release);
-  advise_huge_pages(outside.get(), needed);
-  run(Workspace{outside.get(), needed});
+  constexpr size_t kInside = 16 * 1024;
+  alignas(Scratch::kLine) char inside[kInside];
+  if (const size_t needed = run(Workspace{inside, kInside})) run(Scratch(needed).workspace());
 }
 
 }  // namespace
