@@ -207,3 +207,24 @@ def test_the_check_wants_a_reference_that_fits() -> None:
         tolerance.check(torch.ones(1), torch.ones(1), torch.ones(1))
     with pytest.raises(ValueError, match=r"\(2,\)"):
         tolerance.check(torch.ones(1), torch.ones(2), torch.ones(1, dtype=torch.float64))
+
+
+def rms(error: torch.Tensor) -> float:
+    return float(error.double().square().mean().sqrt())
+
+
+@pytest.mark.parametrize("name", ["mnist_rnn", "mnist_one", "sentiment", "speech_block"])
+@pytest.mark.parametrize("cell", workloads.CELLS)
+def test_rounding_is_that_of_torch(cell: str, name: str) -> None:
+    """In the mean square at most half more, for the output, the states and every gradient: sums are
+    not one long chain.
+    """
+    case = workloads.draw_case(cell, workloads.load_workloads()[name])
+    reference = case.side(nn, torch.float64).results(FORWARD_BACKWARD)
+    ours, theirs = (
+        case.side(library, torch.float32).results(FORWARD_BACKWARD) for library in (rnnkern, nn)
+    )
+    for what, exact in reference.items():
+        floor = 0.1 * EPS * float(exact.abs().max())
+        limit = 1.5 * rms(theirs[what] - exact) + floor
+        assert rms(ours[what] - exact) <= limit, what

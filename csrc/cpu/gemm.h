@@ -3,9 +3,9 @@
 //   acc[m][0..W) += a[m][0..K) x panel[K][W]          W = 1..4 vectors
 //
 // The left operand is a list of row pointers, so that no layout of the rows (packed, permuted,
-// batch first, expanded) is ever copied. Every sum runs over k in ascending order in one
-// accumulator of its own: the result depends neither on the tile, nor on the vector width, nor on
-// who computes it.
+// batch first, expanded) is ever copied. Every sum runs over k in ascending order, kDepth k in one
+// accumulator of their own, which is then added: the result depends neither on the tile, nor on the
+// vector width, nor on who computes it, and rounding grows with the square root of kDepth.
 //
 // Of a tile of 6 x 4 vectors, one k costs 24 multiply-adds, 4 loads of the panel and 6 broadcasts.
 // Blocks of kDepth k keep the part of the panel near while all row tiles pass over it: in the
@@ -43,7 +43,7 @@ void tile(int64_t k_begin, int64_t k_count, const T* const* a, const T* panel, T
   for (int m = 0; m < kRows; ++m) {
     row[m] = a[m] + k_begin;
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) c[m][v] = load(acc + m * acc_row + v * kLanes<T>);
+    for (int v = 0; v < kVectors; ++v) c[m][v] = V{};
   }
   const V* b = reinterpret_cast<const V*>(panel);
   for (int64_t k = 0; k < k_count; ++k, b += kVectors) {
@@ -56,7 +56,10 @@ void tile(int64_t k_begin, int64_t k_count, const T* const* a, const T* panel, T
 #pragma GCC unroll 8
   for (int m = 0; m < kRows; ++m) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) store(acc + m * acc_row + v * kLanes<T>, c[m][v]);
+    for (int v = 0; v < kVectors; ++v) {
+      T* to = acc + m * acc_row + v * kLanes<T>;
+      store(to, load(to) + c[m][v]);
+    }
   }
 }
 

@@ -198,8 +198,14 @@ class Gradients {
   void add_bias(const Target& target, int64_t count, int64_t j, int64_t rows, const Scratch& s,
                 bool add) const {
     for (int64_t i = 0; i < rows; i += kLanes<T>) {
+      constexpr int64_t kPart = 16;  // rows of one sum, so that rounding grows slowly
       Vec<T> sum{};
-      for (int64_t r = 0; r < count; ++r) sum += load_up_to(s.left_rows[r] + j + i, rows - i);
+      for (int64_t r = 0; r < count; r += kPart) {
+        Vec<T> part{};
+        const int64_t end = min_of(r + kPart, count);
+        for (int64_t q = r; q < end; ++q) part += load_up_to(s.left_rows[q] + j + i, rows - i);
+        sum += part;
+      }
       alignas(kVectorBytes) T lanes[kLanes<T>];
       store(lanes, sum);
       for (int64_t lane = 0; lane < min_of(kLanes<T>, rows - i); ++lane) {
