@@ -76,7 +76,9 @@ class Limits:
     gbytes: float
 
     def seconds(self, cell: str, w: Workload, pass_name: str) -> float:
-        """No layer can be faster: its products at full speed, or its tensors read or written once.
+        """The longer of its products at full speed, and its tensors moved once from memory.
+
+        Small tensors stay in the caches and may be faster than that.
 
         Backward reads what forward read and wrote, and writes as many gradients.
         """
@@ -217,6 +219,7 @@ def run(threads: Iterable[int], quick: bool) -> dict[str, Any]:
                         print(_line(row), flush=True)
                         report["rows"].append(row)
     with threads_set(1):  # sizes and not threads are the question here
+        limits = measure_limits(quick)
         for name in SWEEPS:
             for cell in CELLS:
                 print(f"sweep over {name}, {cell}", flush=True)

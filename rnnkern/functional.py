@@ -8,6 +8,7 @@ covers (it also raises torch's own errors for wrong input); or the pure PyTorch 
 from __future__ import annotations
 
 import inspect
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -320,7 +321,7 @@ def _warn(reason: str, result: Any) -> Any:
 
 def _level_of_the_caller() -> int:
     """The stack level, as seen by the calling function, of the first one outside the modules."""
-    inside = (str(Path(__file__).parent), str(Path(nn.modules.__file__).parent))
+    inside = tuple(f"{Path(file).parent}{os.sep}" for file in (__file__, nn.modules.__file__))
     level, frame = 1, inspect.currentframe()
     while frame is not None and frame.f_code.co_filename.startswith(inside):
         level, frame = level + 1, frame.f_back

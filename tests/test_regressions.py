@@ -201,6 +201,18 @@ def test_attributes_that_the_class_answers_for(kind: type[rnnkern.RNN]) -> None:
     assert kind(3, 4)(torch.randn(5, 2, 3))[1].shape == (1, 5, 4)
 
 
+def test_a_class_that_changes_after_the_first_call() -> None:
+    class Changing(rnnkern.RNN):
+        pass
+
+    module, x = Changing(3, 4), torch.randn(5, 2, 3)
+    assert module(x)[1].shape == (1, 2, 4)
+    Changing.batch_first = property(lambda self: True, lambda self, value: None)
+    assert module(x)[1].shape == (1, 5, 4)
+    del Changing.batch_first
+    assert module(x)[1].shape == (1, 2, 4)
+
+
 @pytest.mark.parametrize("kind", ["RNN", "LSTM", "GRU"])
 @pytest.mark.parametrize("layers", [1, 2])
 def test_gradients_asked_for_in_inference_mode(kind: str, layers: int) -> None:

@@ -34,6 +34,22 @@ def test_limits_are_the_larger_of_products_and_copies() -> None:
     assert limits.seconds("LSTM", step, FORWARD) == pytest.approx(moved)
 
 
+def test_sweeps_are_measured_by_the_limits_of_their_one_thread(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen = []
+    monkeypatch.setattr(
+        report, "measure_limits", lambda quick: report.Limits(float(torch.get_num_threads()), 1.0)
+    )
+    monkeypatch.setattr(report, "load_workloads", dict)
+    monkeypatch.setattr(report, "SWEEPS", {"steps": (1,)})
+    monkeypatch.setattr(
+        report, "measure", lambda name, cell, workload, limits, quick: seen.append(limits) or {}
+    )
+    report.run([2], quick=True)
+    assert {limits.gflops for limits in seen} == {1.0}
+
+
 def test_time_in_turn_takes_turns() -> None:
     made: list[int] = []
     seconds = timing.time_in_turn(

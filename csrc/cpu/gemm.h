@@ -5,7 +5,7 @@
 // The left operand is a list of row pointers, so that no layout of the rows (packed, permuted,
 // batch first, expanded) is ever copied. Every sum runs over k in ascending order, kDepth k in one
 // accumulator of their own, which is then added: the result depends neither on the tile, nor on the
-// vector width, nor on who computes it, and rounding grows with the square root of kDepth.
+// vector width, nor on who computes it, and rounding grows with kDepth and K / kDepth, not with K.
 //
 // Of a tile of 6 x 4 vectors, one k costs 24 multiply-adds, 4 loads of the panel and 6 broadcasts.
 // Blocks of kDepth k keep the part of the panel near while all row tiles pass over it: in the

@@ -7,8 +7,9 @@
 // The operands are found through row pointers like everywhere else, so packed, ragged, reset and
 // batch-first sequences need no copy, and a call of a few microseconds needs no further library
 // calls. Blocks of kBlockRows rows are packed (the right operand into panels, the left one
-// transposed) and each block's sum is added to the result: the rounding error grows with R /
-// kBlockRows + kBlockRows, not with R. Threads own rows of the weight gradients and blocks of dx.
+// transposed) and each block's sums, of at most kDepth rows, are added to the result: rounding
+// grows with R / kDepth and kDepth, not with R. Threads own rows of the weight gradients and blocks
+// of dx.
 #pragma once
 
 #include "cpu/gemm.h"

@@ -159,19 +159,25 @@ struct ColumnPanels {
   }
 
  private:
+  // The end of the part of K that begins there: at most kDepth, all in one gate.
+  static int64_t next_part(int64_t begin, int64_t depth) {
+    return min_of(begin + kDepth, (begin / depth + 1) * depth);
+  }
   void multiply_as_it_lies(int64_t p, const T* a, T* out, bool add) const {
     const int64_t n = columns(p), blocks = shape ? shape->gates : 1, depth = K / blocks;
     Vec<T> sum[kPanelVectors] = {};
-    for (int64_t block = 0; block < blocks; ++block) {
-      const T* from = row_of(block * depth) + p * kPanelWidth<T>;
-      for (int64_t k = 0; k < depth; ++k, from += row) {
+    for (int64_t begin = 0; begin < K; begin = next_part(begin, depth)) {
+      const int64_t end = next_part(begin, depth);
+      const T* from = row_of(begin) + p * kPanelWidth<T>;
+      Vec<T> part[kPanelVectors] = {};
+      for (int64_t k = begin; k < end; ++k, from += row) {
 #pragma GCC unroll 4
         for (int v = 0; v < kPanelVectors; ++v) {
           const int64_t left = n - v * kLanes<T>;
-          if (left > 0)
-            sum[v] = a[block * depth + k] * load_up_to(from + v * kLanes<T>, left) + sum[v];
+          if (left > 0) part[v] = a[k] * load_up_to(from + v * kLanes<T>, left) + part[v];
         }
       }
+      for (int v = 0; v < kPanelVectors; ++v) sum[v] += part[v];
     }
     for (int v = 0; v < vectors(p); ++v) {
       const int64_t i = v * kLanes<T>;

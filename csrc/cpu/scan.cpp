@@ -7,6 +7,7 @@
 #include <memory>
 #include <new>
 #include <stdexcept>
+#include <utility>
 
 #include "cpu/kernels.h"
 #include "huge_pages.h"
@@ -81,8 +82,13 @@ class Scratch {
       block_ = std::make_unique<Block>(bytes);
     }
   }
+  // The larger of this block and the one that another thread has left stays.
   ~Scratch() {
-    if (block_->bytes <= kMostKept) block_.reset(kept.exchange(block_.release()));
+    while (block_ && block_->bytes <= kMostKept) {
+      const size_t bytes = block_->bytes;
+      std::unique_ptr<Block> other(kept.exchange(block_.release()));
+      if (other && other->bytes > bytes) block_ = std::move(other);
+    }
   }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;

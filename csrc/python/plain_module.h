@@ -6,6 +6,7 @@
 #include <deque>
 #include <optional>
 #include <string_view>
+#include <utility>
 
 #include "python/layer.h"
 #include "python/torch.h"
@@ -55,22 +56,33 @@ struct ModuleAttributes {
 };
 
 // Whether attributes of such modules are what stands in the module's own namespace: the class
-// neither has them, as properties for example, nor looks them up in a way of its own. Asked once
-// for each of the last classes seen.
+// neither has them, as properties for example, nor looks them up in a way of its own. Asked again
+// only when the class has changed (CPython gives it another version tag then; 0 is none).
 inline bool has_plain_attributes(PyTypeObject* type) {
+  struct Answer {
+    py::object type;
+    unsigned version;
+    bool plain;
+  };
   constexpr size_t kKept = 16;
-  static auto& kept = *new std::deque<std::pair<py::object, bool>>();  // outlives the interpreter
-  const py::handle object(reinterpret_cast<PyObject*>(type));
-  for (const auto& [other, plain] : kept) {
-    if (other.ptr() == object.ptr()) return plain;
+  static auto& kept = *new std::deque<Answer>();  // outlives the interpreter
+  for (const Answer& answer : kept) {
+    if (answer.type.ptr() == reinterpret_cast<PyObject*>(type) && answer.version &&
+        answer.version == type->tp_version_tag) {
+      return answer.plain;
+    }
   }
+  const auto object = py::reinterpret_borrow<py::object>(reinterpret_cast<PyObject*>(type));
   const py::handle base(reinterpret_cast<PyObject*>(&PyBaseObject_Type));
   bool plain = object.attr("__getattribute__").is(base.attr("__getattribute__"));
   for (int i = 0; i < ModuleAttributes::kCount; ++i) {
     plain = plain && !py::hasattr(object, ModuleAttributes::name(i));
   }
-  if (kept.size() == kKept) kept.pop_back();
-  kept.emplace_front(py::reinterpret_borrow<py::object>(object), plain);
+  kept.push_front({object, unsigned(type->tp_version_tag), plain});
+  while (kept.size() > kKept) {
+    const Answer oldest = std::move(kept.back());  // its end may run Python, which may come back
+    kept.pop_back();
+  }
   return plain;
 }
 
