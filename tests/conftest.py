@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
 
 pytest.register_assert_rewrite("support", "wrong")
+
+# For benchmarks, which is not installed; last, for the rnnkern that is to be tested comes before.
+sys.path.append(str(Path(__file__).parent.parent))
 
 # "suite" runs the same examples every time; HYPOTHESIS_PROFILE=explore looks for new ones.
 settings.register_profile("suite", derandomize=True, database=None, deadline=None, max_examples=40)
