@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import rnnkern
-from rnnkern.workloads import Case
+from rnnkern.workloads import FORWARD, Case
 
 Call = Callable[[], Any]
 
@@ -34,14 +34,19 @@ def installed() -> dict[str, Callable[[Case, int], Call]]:
     return peers
 
 
+def module_calls(case: Case, pass_name: str) -> dict[str, Call]:
+    """A pass of our module and of torch.nn's, by name."""
+    libraries = {"rnnkern": rnnkern, "torch.nn": nn}
+    return {
+        name: case.side(library, torch.float32).call(pass_name)
+        for name, library in libraries.items()
+    }
+
+
 def calls(case: Case, threads: int) -> dict[str, Call]:
     """The plain forward pass in every library, by name; each returns something with the output."""
-    made: dict[str, Call] = {}
-    for name, library in (("rnnkern", rnnkern), ("torch.nn", nn)):
-        made[name] = case.side(library, torch.float32).call("forward")
-    for name, maker in installed().items():
-        made[name] = maker(case, threads)
-    return made
+    others = {name: maker(case, threads) for name, maker in installed().items()}
+    return module_calls(case, FORWARD) | others
 
 
 def output(result: Any) -> np.ndarray:

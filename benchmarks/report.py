@@ -14,14 +14,12 @@ import argparse
 import json
 import statistics
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import rnnkern
 from benchmarks import peers
 from rnnkern import compare, timing
 from rnnkern.workloads import (
@@ -37,7 +35,7 @@ from rnnkern.workloads import (
 )
 
 ROOT = Path(__file__).resolve().parent.parent
-OURS, TORCH = "rnnkern", "torch.nn"
+OURS = "rnnkern"
 
 # One of T, N and H grows, the others stay.
 SWEEP_BASE = {"steps": 64, "batch": 16, "input_size": 128, "hidden_size": 128}
@@ -147,10 +145,7 @@ def inference(cell: str, workload: Workload, quick: bool) -> Timing:
 def training(cell: str, workload: Workload, quick: bool) -> Timing:
     """Forward+backward against torch.nn."""
     case = draw_case(cell, workload)
-    calls = {
-        name: case.side(library, torch.float32).call(FORWARD_BACKWARD)
-        for name, library in ((OURS, rnnkern), (TORCH, torch.nn))
-    }
+    calls = peers.module_calls(case, FORWARD_BACKWARD)
     with grad_mode(FORWARD_BACKWARD):
         return time_calls(calls, quick)
 
@@ -189,17 +184,6 @@ def sweep(name: str, cell: str, limits: Limits, quick: bool) -> Iterator[dict[st
             yield measure(pass_name, cell, workload, limits, True) | {"sweep": name, "value": value}
 
 
-@contextmanager
-def threads_set(count: int) -> Iterator[None]:
-    """The number of threads for a while."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def run(threads: Iterable[int], quick: bool) -> dict[str, Any]:
     """Everything, as JSON-ready values."""
     header = compare.header(compare.Options(quick=quick))
@@ -209,7 +193,7 @@ def run(threads: Iterable[int], quick: bool) -> dict[str, Any]:
     if quick:
         workloads = list(compare.quick_workloads(tuple(workloads), "cpu"))
     for count in threads:
-        with threads_set(count):
+        with timing.threads_set(count):
             limits = measure_limits(quick)
             report["limits"][str(count)] = {"gflops": limits.gflops, "gbytes": limits.gbytes}
             for pass_name in MEASURES:
@@ -218,7 +202,7 @@ def run(threads: Iterable[int], quick: bool) -> dict[str, Any]:
                         row = measure(pass_name, cell, workload, limits, quick)
                         print(_line(row), flush=True)
                         report["rows"].append(row)
-    with threads_set(1):  # sizes and not threads are the question here
+    with timing.threads_set(1):  # sizes and not threads are the question here
         limits = measure_limits(quick)
         for name in SWEEPS:
             for cell in CELLS:

@@ -210,7 +210,6 @@ PYBIND11_MODULE(_C, m) {
   py::class_<Layer>(m, "Layer", "What a layer is, apart from the sizes of its input.")
       .def_property_readonly("mode", &Layer::mode)
       .def_readonly("directions", &Layer::directions)
-      .def_readonly("hidden", &Layer::hidden)
       .def_readonly("out", &Layer::out)
       .def_readonly("bias", &Layer::bias)
       .def_readonly("batch_first", &Layer::batch_first)

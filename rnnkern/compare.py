@@ -13,8 +13,6 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
@@ -237,7 +235,7 @@ def run(options: Options, listener: Listener) -> Report:
     The number of threads is set for the time of the run and then restored.
     """
     deadline = time.perf_counter() + options.time_limit_s
-    with _threads(options.threads):
+    with timing.threads_set(options.threads):
         report = Report(header(options))
         listener.start(report.header)
         if options.with_notebook:
@@ -393,14 +391,3 @@ def _sync(device: torch.device) -> timing.Call:
     if device.type == "cuda":
         return lambda: torch.cuda.synchronize(device)
     return lambda: None
-
-
-@contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    if count is not None:
-        torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 
+import torch
+
 Call = Callable[[], object]
 
 #: Shorter samples are repeated to reach this, in seconds: four orders above the resolution of the
@@ -67,6 +69,18 @@ def gc_paused() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
+
+
+@contextmanager
+def threads_set(count: int | None) -> Iterator[None]:
+    """Another number of threads of torch's pool for a while; None leaves it as it is."""
+    before = torch.get_num_threads()
+    if count is not None:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _sample(call: Call, count: int, sync: Call) -> float:
