@@ -75,9 +75,11 @@ check-wheel: wheel  ## unpack the newest wheel outside the repository and run it
 	sh tools/check_wheel.sh $(BIN)/python
 
 check-neon:  ## compile the kernels for AArch64 (needs Debian's g++-aarch64-linux-gnu)
-	for source in csrc/cpu/kernels.cpp csrc/cpu/scan.cpp csrc/plan.cpp; do \
-	  aarch64-linux-gnu-g++ -std=c++20 -O3 -fno-math-errno -fno-trapping-math -fopenmp -Wall -Wextra \
-	    -Werror -Icsrc -DRNNKERN_NAMESPACE=baseline -c $$source -o /dev/null || exit 1; done
+	compile="aarch64-linux-gnu-g++ -std=c++20 -O3 -fno-math-errno -fno-trapping-math -fopenmp -Wall \
+	  -Wextra -Werror -Icsrc -o /dev/null -c"; set -e; \
+	for element in float double Bf16 F16; do \
+	  $$compile -DRNNKERN_NAMESPACE=baseline -DRNNKERN_ELEMENT=$$element csrc/cpu/kernels.cpp; done; \
+	for source in csrc/cpu/scan.cpp csrc/plan.cpp; do $$compile $$source; done
 
 sanitize: $(BUILT)  ## run the kernel tests under the address and undefined-behaviour sanitizers
 	sh tools/sanitize.sh $(BIN)/python $(ARGS)

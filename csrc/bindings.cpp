@@ -34,10 +34,15 @@ py::object refusal(py::handle x, py::handle h0, py::handle c0, const py::sequenc
   return gaps ? py::object(py::str(gaps)) : py::object(py::none());
 }
 
-// Only picks the instantiation: what else may be wrong with the input is found there.
-bool is_double(py::handle x) {
+// f(T{}) for elements T of the input.
+template <typename F>
+auto with_element_of(py::handle x, F f) {
   if (!is_tensor(x)) throw Refused("input is not covered: tensor subclass");
-  return view_of(x, "input").tensor.dtype.bits == 64;
+  const TensorView view = view_of(x, "input");
+  if (!with_element(view.tensor.dtype, [](auto) { return true; })) {
+    view.fail("is not covered: its dtype");
+  }
+  return with_element(view.tensor.dtype, f);
 }
 
 // Lets other Python threads run meanwhile, where that takes longer than to switch to them: some 4
@@ -83,6 +88,7 @@ Outputs forward_of(const Layer& layer, py::handle x, py::handle h0, py::handle c
   }
   f.sizes = z;
   f.steps = o.steps;
+  f.rounds_cells = o.deterministic;
   const int threads = num_threads();
   with_interpreter_released(z, o.steps, [&] { forward<T>(f, threads, o.deterministic); });
   return made;
@@ -91,8 +97,9 @@ Outputs forward_of(const Layer& layer, py::handle x, py::handle h0, py::handle c
 template <typename Weights>
 Outputs forward_any(const Layer& layer, py::handle x, py::handle h0, py::handle c0,
                     const Weights& weights, py::handle steps, bool training) {
-  return is_double(x) ? forward_of<double>(layer, x, h0, c0, weights, steps, training)
-                      : forward_of<float>(layer, x, h0, c0, weights, steps, training);
+  return with_element_of(x, [&](auto element) {
+    return forward_of<decltype(element)>(layer, x, h0, c0, weights, steps, training);
+  });
 }
 
 // A gradient of these operands is to be recorded: the modes of torch ask for it, and one of them.
@@ -228,8 +235,10 @@ PYBIND11_MODULE(_C, m) {
                           const py::sequence& weights, py::handle steps, py::handle y,
                           py::handle saved, py::handle dy, py::handle dhn, py::handle dcn,
                           const py::sequence& wanted, bool overwrite) {
-        const auto run = is_double(x) ? backward_of<double> : backward_of<float>;
-        return run(layer, x, h0, c0, weights, steps, y, saved, dy, dhn, dcn, wanted, overwrite);
+        return with_element_of(x, [&](auto element) {
+          return backward_of<decltype(element)>(layer, x, h0, c0, weights, steps, y, saved, dy, dhn,
+                                                dcn, wanted, overwrite);
+        });
       });
   m.def(
       "layer",
@@ -254,8 +263,10 @@ PYBIND11_MODULE(_C, m) {
            }),
            py::kw_only(), py::arg("threads"), py::arg("lanes"), py::arg("tile_rows"),
            py::arg("element_bytes"), py::arg("l2_bytes"));
-  m.def("machine", [](int threads, int element_bytes) {
-    return machine_for(instruction_set(), threads, element_bytes);
+  m.def("machine", [](int threads, py::handle x) {
+    return with_element_of(x, [&](auto element) {
+      return machine_for<decltype(element)>(instruction_set(), threads);
+    });
   });
   py::class_<Plan>(m, "Plan")
       .def_readonly("threads", &Plan::threads)

@@ -10,6 +10,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "elements.h"
+
 namespace rnnkern {
 namespace dlpack {
 
@@ -22,6 +24,8 @@ struct Device {
 struct DataType {
   uint8_t code, bits;
   uint16_t lanes;
+
+  bool operator==(const DataType&) const = default;
 };
 struct Tensor {
   void* data;
@@ -44,6 +48,10 @@ struct ExchangeTable {
   int (*view_of_object)(void* object, Tensor* view);  // 0, or -1 with a Python exception set
   int (*current_stream)(int32_t device_type, int32_t device_id, void** stream);
 };
+
+// As which a tensor of elements T crosses.
+template <typename T>
+constexpr DataType kDataType = {std::is_same_v<T, Bf16> ? kBfloat : kFloat, 8 * sizeof(T), 1};
 
 }  // namespace dlpack
 
@@ -76,9 +84,9 @@ struct TensorView {
     return reinterpret_cast<T*>(static_cast<char*>(tensor.data) + tensor.byte_offset);
   }
 
-  void expect_dtype(dlpack::TypeCode code, int bits, const char* wanted) const {
+  void expect_dtype(dlpack::DataType dtype, const char* wanted) const {
     if (tensor.device.type != dlpack::kCpu) fail("is not on the CPU");
-    if (tensor.dtype.code != code || tensor.dtype.bits != bits || tensor.dtype.lanes != 1) {
+    if (tensor.dtype != dtype) {
       fail(std::string("has another dtype than ") + wanted);
     }
   }

@@ -8,6 +8,8 @@
 
 #include <cstdint>
 
+#include "elements.h"
+
 namespace rnnkern {
 
 enum class CellId : int { kRnnTanh = 0, kRnnRelu = 1, kLstm = 2, kGru = 3 };
@@ -106,6 +108,9 @@ struct Forward {
   T* slots = nullptr;                  // [D, total, S*H] saved for backward, or null: inference
   T* cells = nullptr;                  // [D, total, H] saved cell states, likewise
   T* unprojected = nullptr;            // [D, total, H] saved h before the projection, likewise
+  // Cell states of 16 bits are carried from step to step in float; or rounded in each step, so that
+  // a sequence may be cut anywhere and gives the same bits.
+  bool rounds_cells = false;
 };
 
 template <typename T>

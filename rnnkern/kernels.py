@@ -70,7 +70,7 @@ def describe(layer: Layer, x: Tensor, T: int, N: int, features: int, back: bool)
     """Instruction set and plan of one layer in words."""
     _, text = plan(
         layer,
-        machine(torch.get_num_threads(), x.element_size()),
+        machine(torch.get_num_threads(), x),
         T=T,
         N=N,
         I=features,

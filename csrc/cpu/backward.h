@@ -26,6 +26,8 @@ namespace RNNKERN_NAMESPACE {
 
 template <typename T, typename Cell>
 class BackwardScan {
+  using A = Compute<T>;
+  using E = Operand<T>;
   static constexpr CellShape kShape = Cell::kShape;
   static constexpr int64_t kWidth = kPanelWidth<T>;
 
@@ -40,14 +42,14 @@ class BackwardScan {
       recurrent_[d] = {kShape.gates * z.H, z.O, w.w_hh, w.w_hh_row, &kShape, nullptr};
       projection_[d] = {z.O, z.H, w.w_hr, w.w_hr_row, nullptr, nullptr};
       if (!plan.packed) continue;
-      recurrent_[d].packed = carver.take<T>(recurrent_[d].elements());
-      if (z.projected) projection_[d].packed = carver.take<T>(projection_[d].elements());
+      recurrent_[d].packed = carver.take<A>(recurrent_[d].lanes());
+      if (z.projected) projection_[d].packed = carver.take<A>(projection_[d].lanes());
     }
     h_row_ = ceil_div(z.O, kWidth) * kWidth;
     u_row_ = ceil_div(z.H, kWidth) * kWidth;
-    dh_ = carver.take<T>(z.D * b.steps.N * h_row_);
-    if (kShape.cell_state) dc_ = carver.take<T>(z.D * b.steps.N * u_row_);
-    if (z.projected) dm_ = carver.take<T>(z.D * b.steps.N * u_row_);
+    dh_ = carver.take<A>(z.D * b.steps.N * h_row_);
+    if (kShape.cell_state) dc_ = carver.take<A>(z.D * b.steps.N * u_row_);
+    if (z.projected) dm_ = carver.take<A>(z.D * b.steps.N * u_row_);
     Carver count(nullptr);
     scratch(count);
     scratch_bytes_ = int64_t(count.used());
@@ -75,10 +77,12 @@ class BackwardScan {
  private:
   struct RowPointers {
     const T *h_prev, *c_prev, *h, *c, *slots, *dy;
-    T *dslots, *dh, *dc, *dm;
+    T* dslots;
+    A *dh, *dc, *dm;
   };
   struct Scratch {
-    const T** dslot_rows;   // [block_rows_]
+    LeftRows<T> dslots;     // [block_rows_][G*H]
+    LeftRows<T> projected;  // [kGroupRows][O]
     RowPointers* pointers;  // [block_rows_]
   };
   struct Part {
@@ -94,7 +98,10 @@ class BackwardScan {
   };
 
   Scratch scratch(Carver& carver) const {
-    return {carver.take<const T*>(block_rows_), carver.take<RowPointers>(block_rows_)};
+    const Sizes& z = b_.sizes;
+    return {LeftRows<T>(block_rows_, kShape.gates * z.H, carver),
+            LeftRows<T>(z.projected ? kGroupRows : 0, z.O, carver),
+            carver.take<RowPointers>(block_rows_)};
   }
   Scratch scratch_of(int thread) const {
     Carver carver(scratch_ + thread * scratch_bytes_);
@@ -137,7 +144,7 @@ class BackwardScan {
     for (int64_t slot = v.entering; slot < v.active_end; ++slot) enter_row(part, slot);
     for (int64_t k = 0; k < count; ++k) {
       part.scratch.pointers[k] = pointers(part, v.t, part.row_begin + k);
-      part.scratch.dslot_rows[k] = part.scratch.pointers[k].dslots;
+      part.scratch.dslots[k] = part.scratch.pointers[k].dslots;
     }
     if (b_.sizes.projected) unproject(part, v, count);
     for (int64_t k = 0; k < count; ++k) cell(part, part.scratch.pointers[k]);
@@ -150,8 +157,8 @@ class BackwardScan {
     for (int64_t slot = v.leaving; slot < v.active_end; ++slot) leave_row(part, slot);
   }
 
-  T* dh_row(int d, int64_t slot) const { return dh_ + (d * b_.steps.N + slot) * h_row_; }
-  T* dc_row(int d, int64_t slot) const { return dc_ + (d * b_.steps.N + slot) * u_row_; }
+  A* dh_row(int d, int64_t slot) const { return dh_ + (d * b_.steps.N + slot) * h_row_; }
+  A* dc_row(int d, int64_t slot) const { return dc_ + (d * b_.steps.N + slot) * u_row_; }
 
   RowPointers pointers(const Part& part, int64_t t, int64_t slot) const {
     const Steps& s = b_.steps;
@@ -176,7 +183,7 @@ class BackwardScan {
   // The gradients a row starts from at its last step: those of its final states.
   void enter_row(const Part& part, int64_t slot) const {
     const Steps& s = b_.steps;
-    const auto begin = [&](T* to, const State<const T>& from, Range r) {
+    const auto begin = [&](A* to, const State<const T>& from, Range r) {
       if (from.data) {
         copy_row(to, state_at(s, from, part.direction, slot), r.begin, r.end);
       } else {
@@ -207,24 +214,33 @@ class BackwardScan {
     for (int64_t k = 0; k < count; ++k) {
       const RowPointers& r = part.scratch.pointers[k];
       T* sum = row_at(b_.steps, part.dprojected, v.t, part.row_begin + k);
-      const int64_t stride = b_.dy_uniform ? 0 : 1;
-      for (int64_t i = own.begin; i < own.end; ++i)
-        sum[i] = r.dh[i] + (r.dy ? r.dy[i * stride] : T(0));
+      for (int64_t i = own.begin; i < own.end; i += kLanes<T>) {
+        store_up_to(sum + i, load(r.dh + i) + dy_at(r, i, own.end - i), own.end - i);
+      }
     }
     part.barrier.wait(part.members);
     const ColumnPanels<T>& w = projection_[part.direction];
-    const T* from[kGroupRows];
-    T* to[kGroupRows];
+    A* to[kGroupRows];
     for (int64_t begin = 0; begin < count; begin += kGroupRows) {
       const int64_t rows = min_of(kGroupRows, count - begin);
+      for (int64_t k = 0; k < rows; ++k) {
+        part.scratch.projected[k] =
+            row_at(b_.steps, part.dprojected, v.t, part.row_begin + begin + k);
+      }
+      const E* const* from = part.scratch.projected.operands(rows);
       for (int64_t p = part.units.begin / kWidth; p * kWidth < part.units.end; ++p) {
         for (int64_t k = 0; k < rows; ++k) {
-          from[k] = row_at(b_.steps, part.dprojected, v.t, part.row_begin + begin + k);
           to[k] = part.scratch.pointers[begin + k].dm + p * kWidth;
         }
         w.multiply(p, rows, from, to, false);
       }
     }
+  }
+
+  // Up to n elements of dy from column i on.
+  Vec<T> dy_at(const RowPointers& row, int64_t i, int64_t n) const {
+    if (!row.dy) return Vec<T>{};
+    return b_.dy_uniform ? Vec<T>{} + value(row.dy[0]) : load_up_to(row.dy + i, n);
   }
 
   void cell(const Part& part, const RowPointers& row) const {
@@ -247,12 +263,7 @@ class BackwardScan {
       if (row.dm) {
         s.dh = load(row.dm + u);
       } else {
-        s.dh = load(row.dh + u);
-        if (row.dy && b_.dy_uniform) {
-          s.dh += row.dy[0];
-        } else if (row.dy) {
-          s.dh += load_up_to(row.dy + u, n);
-        }
+        s.dh = load(row.dh + u) + dy_at(row, u, n);
       }
       Cell::backward(s);
 #pragma GCC unroll 4
@@ -265,20 +276,21 @@ class BackwardScan {
   // dh = dh' + dslots x W_hh, for the member's own columns; dh rows are padded to whole panels.
   void recurrent_product(const Part& part, int64_t count) const {
     const ColumnPanels<T>& w = recurrent_[part.direction];
-    T* dh = dh_row(part.direction, part.row_begin);
+    const E* const* dslots = part.scratch.dslots.operands(count);
+    A* dh = dh_row(part.direction, part.row_begin);
     for (int64_t p = part.columns_of_dh.begin / kWidth; p * kWidth < part.columns_of_dh.end; ++p) {
-      T* acc = dh + p * kWidth;
+      A* acc = dh + p * kWidth;
       if (!w.packed) {
         for (int64_t k = 0; k < count; ++k) {
-          T* row = acc + k * h_row_;
-          w.multiply(p, 1, part.scratch.dslot_rows + k, &row, kShape.reads_h);
+          A* row = acc + k * h_row_;
+          w.multiply(p, 1, dslots + k, &row, kShape.reads_h);
         }
         continue;
       }
       if constexpr (!kShape.reads_h) {
         for (int64_t k = 0; k < count; ++k) zero_row(acc + k * h_row_, 0, kWidth);
       }
-      product(w.vectors(p), count, w.K, part.scratch.dslot_rows, w.panel(p), acc, h_row_);
+      product(w.vectors(p), count, w.K, dslots, w.panel(p), acc, h_row_);
     }
   }
 
@@ -299,7 +311,7 @@ class BackwardScan {
   Barrier* barriers_;
   ColumnPanels<T> recurrent_[kMaxDirections];
   ColumnPanels<T> projection_[kMaxDirections];
-  T *dh_, *dc_ = nullptr, *dm_ = nullptr;
+  A *dh_, *dc_ = nullptr, *dm_ = nullptr;
   char* scratch_;
   int64_t scratch_bytes_;
 };

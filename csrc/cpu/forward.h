@@ -27,8 +27,12 @@ namespace RNNKERN_NAMESPACE {
 template <typename T, typename Cell>
 class ForwardScan {
   using Panels = UnitPanels<T, Cell>;
+  using A = Compute<T>;
+  using E = Operand<T>;
   static constexpr CellShape kShape = Cell::kShape;
   static constexpr int64_t kWidth = kPanelWidth<T>;
+  // Cell states of narrow types are carried from step to step as what is computed with.
+  static constexpr bool kCarriesCells = kShape.cell_state && kNarrow<T>;
 
  public:
   ForwardScan(const Forward<T>& f, const Plan& plan, Carver& carver)
@@ -38,21 +42,22 @@ class ForwardScan {
     zeros_ = carver.take<T>(max_of(z.H, z.O));
     barriers_ = carver.take<Barrier>(1 + plan.threads);
     for (int d = 0; d < z.D; ++d) {
-      bias_[d] = carver.take<T>(panels_.count() * kWidth);
+      bias_[d] = carver.take<A>(panels_.count() * kWidth);
       const Weights<T>& w = f.weights[d];
       input_[d] = {panels_, w.w_ih, w.w_ih_row, z.I, nullptr};
       recurrent_[d] = {panels_, w.w_hh, w.w_hh_row, z.O, nullptr};
       if (plan.packed) {
-        input_[d].packed = carver.take<T>(panels_.packed_elements(z.I));
-        recurrent_[d].packed = carver.take<T>(panels_.packed_elements(z.O));
+        input_[d].packed = carver.take<A>(panels_.packed_lanes(z.I));
+        recurrent_[d].packed = carver.take<A>(panels_.packed_lanes(z.O));
       }
       if (z.projected) {
         projection_[d] = {z.H, z.O, w.w_hr, w.w_hr_row, nullptr, nullptr};
-        projection_[d].packed = carver.take<T>(projection_[d].elements());
+        projection_[d].packed = carver.take<A>(projection_[d].lanes());
       }
     }
     const int64_t batch = f.steps.N;
     if (z.projected && !f.unprojected) unprojected_ = carver.take<T>(z.D * batch * z.H);
+    if (kCarriesCells) carried_ = carver.take<A>(z.D * batch * z.H);
     capacity_ = plan.block_steps * block_rows_;
     Carver count(nullptr);
     scratch(count);
@@ -77,13 +82,17 @@ class ForwardScan {
  private:
   // Where one row of one step stands.
   struct RowPointers {
-    const T *h_prev, *c_prev;
-    T *h, *c, *slots;
+    const T* h_prev;
+    const A* c_prev;
+    T* h;
+    A* c;
+    T *slots, *saved_c;  // saved_c: where c is carried elsewhere
   };
   struct Scratch {
-    T* acc;                 // [panels, or 1 where fused][capacity_][kWidth]
-    const T** x_rows;       // [capacity_]
-    const T** h_rows;       // [block_rows_]
+    A* acc;                 // [panels, or 1 where fused][capacity_][kWidth]
+    LeftRows<T> x;          // [capacity_][I]
+    LeftRows<T> h;          // [block_rows_][O]
+    LeftRows<T> projected;  // [kGroupRows][H]
     RowPointers* pointers;  // [block_rows_]
   };
   // One thread's part of one task.
@@ -99,8 +108,10 @@ class ForwardScan {
   };
 
   Scratch scratch(Carver& carver) const {
-    return {carver.take<T>((fused() ? 1 : panels_.count()) * capacity_ * kWidth),
-            carver.take<const T*>(capacity_), carver.take<const T*>(block_rows_),
+    const Sizes& z = f_.sizes;
+    return {carver.take<A>((fused() ? 1 : panels_.count()) * capacity_ * kWidth),
+            LeftRows<T>(capacity_, z.I, carver), LeftRows<T>(block_rows_, z.O, carver),
+            LeftRows<T>(z.projected ? kGroupRows : 0, z.H, carver),
             carver.take<RowPointers>(block_rows_)};
   }
   Scratch scratch_of(int thread) const {
@@ -127,7 +138,7 @@ class ForwardScan {
   // products meet.
   void pack_bias(int d, int64_t p) {
     const int64_t H = f_.sizes.H, width = panels_.width(p);
-    T* to = bias_[d] + p * kWidth;
+    A* to = bias_[d] + p * kWidth;
     zero_row(to, 0, kWidth);
     for (int slot = 0; slot < kShape.slots; ++slot) {
       for (int64_t i = 0; i < width; ++i) {
@@ -135,8 +146,8 @@ class ForwardScan {
         const T* b_ih = slot >= kShape.input_slot && u < H ? f_.weights[d].b_ih : nullptr;
         const T* b_hh = slot < kShape.gates && u < H ? f_.weights[d].b_hh : nullptr;
         to[Panels::slot_at(slot, width) + i] =
-            (b_ih ? b_ih[kShape.input_gate(slot) * H + u] : T(0)) +
-            (b_hh ? b_hh[kShape.recurrent_gate(slot) * H + u] : T(0));
+            (b_ih ? value(b_ih[kShape.input_gate(slot) * H + u]) : A(0)) +
+            (b_hh ? value(b_hh[kShape.recurrent_gate(slot) * H + u]) : A(0));
       }
     }
   }
@@ -169,13 +180,16 @@ class ForwardScan {
     for (int64_t i = 0; i < f_.steps.T; i += plan_.block_steps) {
       const int64_t end = min_of(i + plan_.block_steps, f_.steps.T);
       const int64_t count = gather_input(part, i, end);
+      const E* const* x = part.scratch.x.operands(count);
       if (!fused()) {
-        for (int64_t p = part.panel_begin; p < part.panel_end; ++p) input_product(part, p, count);
+        for (int64_t p = part.panel_begin; p < part.panel_end; ++p) {
+          input_product(part, p, x, count);
+        }
       }
       int64_t first = 0;
       for (int64_t j = i; j < end; ++j) {
         const Visit v = visit(f_.steps, d == 0, j, part.row_begin, part.row_end);
-        step(part, v, first);
+        step(part, v, x, first);
         first += v.active_end - part.row_begin;
       }
     }
@@ -185,7 +199,7 @@ class ForwardScan {
   // A block of one step is finished panel by panel: its accumulators never leave the first-level
   // cache.
   bool fused() const { return plan_.block_steps == 1; }
-  T* accumulators(const Part& part, int64_t p) const {
+  A* accumulators(const Part& part, int64_t p) const {
     return part.scratch.acc + (fused() ? 0 : p * capacity_ * kWidth);
   }
 
@@ -196,35 +210,37 @@ class ForwardScan {
     for (int64_t j = begin; j < end; ++j) {
       const Visit v = visit(f_.steps, part.direction == 0, j, part.row_begin, part.row_end);
       for (int64_t slot = part.row_begin; slot < v.active_end; ++slot) {
-        part.scratch.x_rows[count++] = row_at(f_.steps, f_.x, v.t, slot);
+        part.scratch.x[count++] = row_at(f_.steps, f_.x, v.t, slot);
       }
     }
     return count;
   }
 
   // acc = biases + W_ih x for the units of panel p and the rows gathered.
-  void input_product(const Part& part, int64_t p, int64_t count) const {
-    T* acc = accumulators(part, p);
-    const T* bias = bias_[part.direction] + p * kWidth;
+  void input_product(const Part& part, int64_t p, const E* const* x, int64_t count) const {
+    A* acc = accumulators(part, p);
+    const A* bias = bias_[part.direction] + p * kWidth;
     for (int64_t m = 0; m < count; ++m) copy_vectors(acc + m * kWidth, bias);
-    input_[part.direction].add(p, count, part.scratch.x_rows, acc, kWidth);
+    input_[part.direction].add(p, count, x, acc, kWidth);
   }
 
-  static void copy_vectors(T* to, const T* from) {
+  static void copy_vectors(A* to, const A* from) {
 #pragma GCC unroll 4
     for (int64_t i = 0; i < kWidth; i += kLanes<T>) store(to + i, load(from + i));
   }
 
-  void step(const Part& part, const Visit& v, int64_t first) const {
+  // x: the rows of the input where the step is fused; first: of the step among the accumulators.
+  void step(const Part& part, const Visit& v, const E* const* x, int64_t first) const {
     const int64_t count = v.active_end - part.row_begin;
     for (int64_t k = 0; k < count; ++k) {
       part.scratch.pointers[k] = pointers(part, v.t, part.row_begin + k);
-      part.scratch.h_rows[k] = part.scratch.pointers[k].h_prev;
+      part.scratch.h[k] = part.scratch.pointers[k].h_prev;
     }
+    const E* const* h = part.scratch.h.operands(count);
     for (int64_t p = part.panel_begin; p < part.panel_end; ++p) {
-      if (fused()) input_product(part, p, count);
-      T* acc = accumulators(part, p) + first * kWidth;
-      recurrent_[part.direction].add(p, count, part.scratch.h_rows, acc, kWidth);
+      if (fused()) input_product(part, p, x, count);
+      A* acc = accumulators(part, p) + first * kWidth;
+      recurrent_[part.direction].add(p, count, h, acc, kWidth);
       for (int64_t k = 0; k < count; ++k) cell(p, part.scratch.pointers[k], acc + k * kWidth);
     }
     if (f_.sizes.projected) project(part, v, count);
@@ -246,7 +262,16 @@ class ForwardScan {
     r.h = f_.sizes.projected ? row_at(s, part.unprojected, unprojected_ ? 0 : t, slot)
                              : row_at(s, part.y, t, slot);
     if (part.slots.data) r.slots = row_at(s, part.slots, t, slot);
-    if constexpr (kShape.cell_state) {
+    if constexpr (kCarriesCells) {
+      A* c = carried_row(d, slot);
+      r.c_prev = r.c = c;
+      if (part.cells.data) r.saved_c = row_at(s, part.cells, t, slot);
+      const bool from_zero = cut(s, d, t, slot);
+      if (from_zero || enters(s, d, t, slot)) {
+        const T* c0 = f_.c0.data && !from_zero ? state_at(s, f_.c0, d, slot) : zeros_;
+        copy_row(c, c0, unit_begin(part), unit_end(part));
+      }
+    } else if constexpr (kShape.cell_state) {
       if (part.cells.data) {
         const Rows<const T> cells = {part.cells.data, part.cells.step, part.cells.row};
         r.c_prev = previous_state(s, d, t, slot, cells, f_.c0, zeros_);
@@ -262,7 +287,7 @@ class ForwardScan {
   }
 
   // The cell on all units of a panel of one row.
-  void cell(int64_t p, const RowPointers& row, T* acc) const {
+  void cell(int64_t p, const RowPointers& row, A* acc) const {
     const int64_t H = f_.sizes.H;
     const int64_t width = panels_.width(p);
     for (int64_t v = 0; v < width; v += kLanes<T>) {
@@ -276,6 +301,10 @@ class ForwardScan {
       if constexpr (kShape.cell_state) s.c_prev = load_up_to(row.c_prev + u, n);
       Cell::forward(s);
       store_up_to(row.h + u, s.h, n);
+      if constexpr (kCarriesCells) {
+        if (f_.rounds_cells) s.c = rounded<T>(s.c);
+        if (row.saved_c) store_up_to(row.saved_c + u, s.c, n);
+      }
       if constexpr (kShape.cell_state) store_up_to(row.c + u, s.c, n);
       if (kShape.saves_slots && row.slots) {
 #pragma GCC unroll 4
@@ -288,13 +317,15 @@ class ForwardScan {
   void project(const Part& part, const Visit& v, int64_t count) const {
     part.barrier.wait(part.members);
     const ColumnPanels<T>& w = projection_[part.direction];
-    const T* from[kGroupRows];
     T* to[kGroupRows];
     for (int64_t begin = 0; begin < count; begin += kGroupRows) {
       const int64_t rows = min_of(kGroupRows, count - begin);
+      for (int64_t k = 0; k < rows; ++k) {
+        part.scratch.projected[k] = part.scratch.pointers[begin + k].h;
+      }
+      const E* const* from = part.scratch.projected.operands(rows);
       for (int64_t p = part.column_begin / kWidth; p * kWidth < part.column_end; ++p) {
         for (int64_t k = 0; k < rows; ++k) {
-          from[k] = part.scratch.pointers[begin + k].h;
           to[k] = row_at(f_.steps, part.y, v.t, part.row_begin + begin + k) + p * kWidth;
         }
         w.multiply(p, rows, from, to, false);
@@ -307,10 +338,17 @@ class ForwardScan {
     const Steps& s = f_.steps;
     copy_row(state_at(s, f_.hn, part.direction, slot), row_at(s, part.y, t, slot),
              part.column_begin, part.column_end);
-    if (kShape.cell_state && part.cells.data) {
+    if constexpr (kCarriesCells) {
+      copy_row(state_at(s, f_.cn, part.direction, slot), carried_row(part.direction, slot),
+               unit_begin(part), unit_end(part));
+    } else if (kShape.cell_state && part.cells.data) {
       copy_row(state_at(s, f_.cn, part.direction, slot), row_at(s, part.cells, t, slot),
                unit_begin(part), unit_end(part));
     }
+  }
+
+  A* carried_row(int d, int64_t slot) const {
+    return carried_ + (d * f_.steps.N + slot) * f_.sizes.H;
   }
 
   // Rows that never take part end where they began.
@@ -340,11 +378,12 @@ class ForwardScan {
   int64_t block_rows_, capacity_;
   T* zeros_;
   Barrier* barriers_;
-  T* bias_[kMaxDirections];
+  A* bias_[kMaxDirections];
   StepWeights<T, Cell, Role::kInput> input_[kMaxDirections];
   StepWeights<T, Cell, Role::kRecurrent> recurrent_[kMaxDirections];
   ColumnPanels<T> projection_[kMaxDirections];
   T* unprojected_ = nullptr;
+  A* carried_ = nullptr;  // [D, N, H]
   char* scratch_;
   int64_t scratch_bytes_;
 };

@@ -7,13 +7,18 @@
 // accumulator of their own, which is then added: the result depends neither on the tile, nor on the
 // vector width, nor on who computes it, and rounding grows with kDepth and K / kDepth, not with K.
 //
-// Of a tile of 6 x 4 vectors, one k costs 24 multiply-adds, 4 loads of the panel and 6 broadcasts.
-// Blocks of kDepth k keep the part of the panel near while all row tiles pass over it: in the
-// second-level cache, whence 256 bytes in 24 multiply-adds come in time. Shorter blocks that fit
-// the first-level cache read and write the accumulators more often, which costs 2 % more.
+// A lane of a panel holds one *group* of consecutive k: one element; or a pair of bfloat16 where
+// the CPU multiplies pairs of them and adds both products to a float. Tensors of 16 bits whose
+// products the CPU does not make itself are multiplied as float.
+//
+// Of a tile of 6 x 4 vectors, one group costs 24 multiply-adds, 4 loads of the panel and 6
+// broadcasts. Blocks of kDepth k keep the part of the panel near while all row tiles pass over it:
+// in the second-level cache, whence 256 bytes in 24 multiply-adds come in time. Shorter blocks that
+// fit the first-level cache read and write the accumulators more often, which costs 2 % more.
 #pragma once
 
-#include "cpu/vec.h"
+#include "cpu/rows.h"
+#include "cpu/workspace.h"
 
 namespace rnnkern {
 namespace RNNKERN_NAMESPACE {
@@ -26,6 +31,7 @@ static_assert(kGroupRows % kTileRows == 0, "row groups are whole tiles");
 static_assert(kDepth * kPanelVectors * kVectorBytes <= 64 * 1024,
               "a panel block fits a quarter of a small L2 cache");
 
+// Lanes of a panel.
 template <typename T>
 constexpr int64_t kPanelWidth = kPanelVectors * kLanes<T>;
 
@@ -33,12 +39,58 @@ RNNKERN_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; 
 RNNKERN_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 RNNKERN_INLINE int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
 
-template <typename T, int kVectors, int kRows>
-void tile(int64_t k_begin, int64_t k_count, const T* const* a, const T* panel, T* acc,
-          int64_t acc_row) {
-  using V = Vec<T>;
+// What the products take elements of type T as.
+template <typename T>
+struct OperandOf {
+  using Type = Compute<T>;
+};
+#if defined(__AVX512BF16__)
+template <>
+struct OperandOf<Bf16> {
+  using Type = Bf16;
+};
+#endif
+template <typename T>
+using Operand = typename OperandOf<T>::Type;
+
+// For operands E: k in a group, and groups of K elements.
+template <typename E>
+constexpr int kGroup = int(sizeof(Compute<E>) / sizeof(E));
+template <typename E>
+RNNKERN_INLINE int64_t groups(int64_t K) {
+  return ceil_div(K, kGroup<E>);
+}
+
+template <typename E>
+RNNKERN_INLINE E group_at(const E* row) {
+  return *row;
+}
+RNNKERN_INLINE Vec<float> multiply_add(float a, Vec<float> b, Vec<float> c) { return a * b + c; }
+RNNKERN_INLINE Vec<double> multiply_add(double a, Vec<double> b, Vec<double> c) {
+  return a * b + c;
+}
+#if defined(__AVX512BF16__)
+struct Pair {
+  int32_t bits;
+};
+RNNKERN_INLINE Pair group_at(const Bf16* row) {
+  Pair pair;
+  __builtin_memcpy(&pair, row, sizeof(pair));
+  return pair;
+}
+// The last element of a row of odd length.
+RNNKERN_INLINE Pair half_group_at(const Bf16* row) { return {row->bits}; }
+RNNKERN_INLINE Vec<float> multiply_add(Pair a, Vec<float> b, Vec<float> c) {
+  return (Vec<float>)_mm512_dpbf16_ps((__m512)c, (__m512bh)_mm512_set1_epi32(a.bits), (__m512bh)b);
+}
+#endif
+
+template <typename E, int kVectors, int kRows>
+void tile(int64_t k_begin, int64_t k_count, const E* const* a, const Compute<E>* panel,
+          Compute<E>* acc, int64_t acc_row) {
+  using V = Vec<E>;
   V c[kRows][kVectors];
-  const T* row[kRows];
+  const E* row[kRows];
 #pragma GCC unroll 8
   for (int m = 0; m < kRows; ++m) {
     row[m] = a[m] + k_begin;
@@ -46,94 +98,144 @@ void tile(int64_t k_begin, int64_t k_count, const T* const* a, const T* panel, T
     for (int v = 0; v < kVectors; ++v) c[m][v] = V{};
   }
   const V* b = reinterpret_cast<const V*>(panel);
-  for (int64_t k = 0; k < k_count; ++k, b += kVectors) {
+  const auto add = [&](auto group) __attribute__((always_inline)) {
 #pragma GCC unroll 8
     for (int m = 0; m < kRows; ++m) {
+      const auto left = group(row[m]);
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) c[m][v] = row[m][k] * b[v] + c[m][v];
+      for (int v = 0; v < kVectors; ++v) c[m][v] = multiply_add(left, b[v], c[m][v]);
     }
+    b += kVectors;
+  };
+  int64_t k = 0;
+  for (; k + kGroup<E> <= k_count; k += kGroup<E>) {
+    add([k](const E* r) { return group_at(r + k); });
+  }
+  if constexpr (kGroup<E> > 1) {
+    if (k < k_count) add([k](const E* r) { return half_group_at(r + k); });
   }
 #pragma GCC unroll 8
   for (int m = 0; m < kRows; ++m) {
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
-      T* to = acc + m * acc_row + v * kLanes<T>;
+      Compute<E>* to = acc + m * acc_row + v * kLanes<E>;
       store(to, load(to) + c[m][v]);
     }
   }
 }
 
-template <typename T>
-using TileFunction = void (*)(int64_t, int64_t, const T* const*, const T*, T*, int64_t);
+template <typename E>
+using TileFunction = void (*)(int64_t, int64_t, const E* const*, const Compute<E>*, Compute<E>*,
+                              int64_t);
 
-template <typename T, int kVectors>
-TileFunction<T> tile_of(int64_t rows) {
+template <typename E, int kVectors>
+TileFunction<E> tile_of(int64_t rows) {
   static_assert(kTileRows <= 6, "extend the table");
   constexpr auto at_most = [](int rows) { return rows < kTileRows ? rows : kTileRows; };
-  static constexpr TileFunction<T> kTable[6] = {
-      tile<T, kVectors, at_most(1)>, tile<T, kVectors, at_most(2)>, tile<T, kVectors, at_most(3)>,
-      tile<T, kVectors, at_most(4)>, tile<T, kVectors, at_most(5)>, tile<T, kVectors, at_most(6)>};
+  static constexpr TileFunction<E> kTable[6] = {
+      tile<E, kVectors, at_most(1)>, tile<E, kVectors, at_most(2)>, tile<E, kVectors, at_most(3)>,
+      tile<E, kVectors, at_most(4)>, tile<E, kVectors, at_most(5)>, tile<E, kVectors, at_most(6)>};
   return kTable[rows - 1];
 }
 
-template <typename T>
-TileFunction<T> tile_of(int vectors, int64_t rows) {
+template <typename E>
+TileFunction<E> tile_of(int vectors, int64_t rows) {
   switch (vectors) {
     case 1:
-      return tile_of<T, 1>(rows);
+      return tile_of<E, 1>(rows);
     case 2:
-      return tile_of<T, 2>(rows);
+      return tile_of<E, 2>(rows);
     case 3:
-      return tile_of<T, 3>(rows);
+      return tile_of<E, 3>(rows);
     default:
-      return tile_of<T, 4>(rows);
+      return tile_of<E, 4>(rows);
   }
 }
 
 // acc[m][..] += a[m][0..K) x panel for `rows` rows; the rows of acc are padded to whole vectors.
-template <typename T>
-void product(int vectors, int64_t rows, int64_t K, const T* const* a, const T* panel, T* acc,
-             int64_t acc_row) {
+template <typename E>
+void product(int vectors, int64_t rows, int64_t K, const E* const* a, const Compute<E>* panel,
+             Compute<E>* acc, int64_t acc_row) {
+  static_assert(kDepth % kGroup<E> == 0, "a block is whole groups");
   const int64_t whole = rows / kTileRows * kTileRows;
-  const TileFunction<T> full = tile_of<T>(vectors, kTileRows);
+  const TileFunction<E> full = tile_of<E>(vectors, kTileRows);
   for (int64_t k = 0; k < K; k += kDepth) {
     const int64_t depth = min_of(kDepth, K - k);
-    const T* block = panel + k * vectors * kLanes<T>;
+    const Compute<E>* block = panel + groups<E>(k) * vectors * kLanes<E>;
     for (int64_t m = 0; m < whole; m += kTileRows)
       full(k, depth, a + m, block, acc + m * acc_row, acc_row);
     if (whole < rows) {
-      tile_of<T>(vectors, rows - whole)(k, depth, a + whole, block, acc + whole * acc_row, acc_row);
+      tile_of<E>(vectors, rows - whole)(k, depth, a + whole, block, acc + whole * acc_row, acc_row);
     }
   }
 }
 
 // out[m][0..width) = or += a[m][0..K) x panel, width <= kPanelWidth: for results that are not
 // padded. Where it adds, the new sum is made apart and added once, so that long sums stay accurate.
-template <typename T>
-void product_to(int64_t rows, int64_t K, const T* const* a, const T* panel, T* const* out,
-                int64_t width, bool add) {
-  constexpr int64_t kWidth = kPanelWidth<T>;
-  alignas(kVectorBytes) T acc[kGroupRows * kWidth];
-  const int vectors = int(ceil_div(width, kLanes<T>));
+template <typename E, typename Out>
+void product_to(int64_t rows, int64_t K, const E* const* a, const Compute<E>* panel,
+                Out* const* out, int64_t width, bool add) {
+  constexpr int64_t kWidth = kPanelWidth<E>;
+  alignas(kVectorBytes) Compute<E> acc[kGroupRows * kWidth];
+  const int vectors = int(ceil_div(width, kLanes<E>));
   for (int64_t first = 0; first < rows; first += kGroupRows) {
     const int64_t count = min_of(kGroupRows, rows - first);
-    for (int64_t i = 0; i < count * kWidth; i += kLanes<T>) store(acc + i, Vec<T>{});
+    for (int64_t i = 0; i < count * kWidth; i += kLanes<E>) store(acc + i, Vec<E>{});
     product(vectors, count, K, a + first, panel, acc, kWidth);
     for (int64_t m = 0; m < count; ++m) {
-      T* to = out[first + m];
-      for (int64_t i = 0; i < width; i += kLanes<T>) {
-        Vec<T> value = load(acc + m * kWidth + i);
-        if (add) value += load_up_to(to + i, width - i);
-        store_up_to(to + i, value, width - i);
+      Out* to = out[first + m];
+      for (int64_t i = 0; i < width; i += kLanes<E>) {
+        Vec<E> sum = load(acc + m * kWidth + i);
+        if (add) sum += load_up_to(to + i, width - i);
+        store_up_to(to + i, sum, width - i);
       }
     }
   }
 }
 
+// The left operand of a product: rows of a tensor, by pointers, as they lie; or copies of them
+// where the products take another type.
+template <typename T>
+class LeftRows {
+  using E = Operand<T>;
+  static constexpr bool kCopied = !std::is_same_v<E, T>;
+
+ public:
+  LeftRows() = default;
+  LeftRows(int64_t rows, int64_t columns, Carver& carver)
+      : columns_(columns), rows_(carver.take<const T*>(rows)) {
+    if constexpr (kCopied) {
+      copies_ = carver.take<E>(rows * columns);
+      copied_ = carver.take<const E*>(rows);
+    }
+  }
+
+  const T*& operator[](int64_t i) const { return rows_[i]; }
+
+  // The first `count` rows, once they are set.
+  const E* const* operands(int64_t count) const {
+    if constexpr (kCopied) {
+      for (int64_t i = 0; i < count; ++i) {
+        copied_[i] = copies_ + i * columns_;
+        copy_row(copies_ + i * columns_, rows_[i], 0, columns_);
+      }
+      return copied_;
+    } else {
+      return rows_;
+    }
+  }
+
+ private:
+  int64_t columns_ = 0;
+  const T** rows_ = nullptr;
+  E* copies_ = nullptr;
+  const E** copied_ = nullptr;
+};
+
 // Dot products of a[0..K) with `count` <= lanes rows of w, one per lane (lanes past count repeat
 // the last row). For few rows and few steps: reads the weights once, as they lie.
-template <typename T>
-Vec<T> dot_rows(int64_t K, const T* a, const T* w, int64_t w_row, int64_t count) {
+template <typename E, typename T>
+Vec<T> dot_rows(int64_t K, const E* a, const T* w, int64_t w_row, int64_t count) {
   constexpr int kL = kLanes<T>;
   const T* row[kL];
   Vec<T> sum[kL];
@@ -153,33 +255,63 @@ Vec<T> dot_rows(int64_t K, const T* a, const T* w, int64_t w_row, int64_t count)
 #pragma GCC unroll 16
     for (int i = 0; i < kL; ++i) sum[i] = x * load_part(row[i] + k, K - k) + sum[i];
   }
-  return sum_each<T>(sum);
+  return sum_each<Compute<T>>(sum);
 }
 
-// panel[k][column] = rows[column][k] for `width` <= lanes columns, `count` of them real, the others
-// zero; consecutive k are panel_row elements apart.
+// The n elements at p, n > 0, as one vector of groups: at most lanes of them, zero behind the end.
 template <typename T>
-void pack_transposed(int64_t K, const T* rows, int64_t row, int64_t count, T* panel,
+RNNKERN_INLINE Vec<T> load_groups(const T* p, int64_t n) {
+  using E = Operand<T>;
+  if constexpr (kGroup<E> == 1) {
+    return load_up_to(p, n);
+  } else {
+#if defined(__AVX512BF16__)
+    const __mmask32 present = n >= 2 * kLanes<T> ? ~0u : (1u << n) - 1;
+    return (Vec<T>)_mm512_maskz_loadu_epi16(present, p);
+#endif
+  }
+}
+
+// panel[group of k][column] = rows[column][k] for `width` <= lanes columns, `count` of them real,
+// the others zero; consecutive groups are panel_row lanes apart.
+template <typename T>
+void pack_transposed(int64_t K, const T* rows, int64_t row, int64_t count, Compute<T>* panel,
                      int64_t panel_row, int64_t width) {
+  using E = Operand<T>;
   constexpr int kL = kLanes<T>;
-  for (int64_t k = 0; k < K; k += kL) {
-    const int64_t depth = min_of(kL, K - k);
+  for (int64_t k = 0; k < K; k += kL * kGroup<E>) {
+    const int64_t depth = min_of(kL, groups<E>(K - k));
     Vec<T> block[kL];
 #pragma GCC unroll 16
     for (int i = 0; i < kL; ++i)
-      block[i] = i < count ? load_up_to(rows + i * row + k, depth) : Vec<T>{};
-    transpose<T>(block);
+      block[i] = i < count ? load_groups(rows + i * row + k, K - k) : Vec<T>{};
+    transpose<Compute<T>>(block);
+    Compute<T>* to = panel + groups<E>(k) * panel_row;
 #pragma GCC unroll 16
     for (int i = 0; i < kL; ++i) {
-      if (i < depth) store_up_to(panel + (k + i) * panel_row, block[i], width);
+      if (i < depth) store_up_to(to + i * panel_row, block[i], width);
     }
   }
 }
 
-// panel[k][0..width) = row[0..width), padded with zeros to whole vectors.
-template <typename T>
-RNNKERN_INLINE void pack_row(const T* row, int64_t width, T* panel) {
-  for (int64_t i = 0; i < width; i += kLanes<T>) store(panel + i, load_up_to(row + i, width - i));
+// One group of a panel from the rows of its k: row_of(k)[0..width), padded with zeros to whole
+// vectors.
+template <typename T, typename RowOf>
+RNNKERN_INLINE void pack_group(int64_t k, int64_t K, RowOf row_of, int64_t width,
+                               Compute<T>* panel) {
+  using E = Operand<T>;
+  const T* row = row_of(k);
+  if constexpr (kGroup<E> == 1) {
+    for (int64_t i = 0; i < width; i += kLanes<T>) store(panel + i, load_up_to(row + i, width - i));
+  } else {
+    const T* next = k + 1 < K ? row_of(k + 1) : nullptr;
+    for (int64_t i = 0; i < width; i += kLanes<T>) {
+      // Widened, a bfloat16 stands in the upper half of its lane.
+      const Bits32 low = bit_cast<Bits32>(load_up_to(row + i, width - i)) >> 16;
+      const Bits32 high = next ? bit_cast<Bits32>(load_up_to(next + i, width - i)) : Bits32{};
+      store(panel + i, bit_cast<Vec<T>>(high | low));
+    }
+  }
 }
 
 }  // namespace RNNKERN_NAMESPACE

@@ -9,7 +9,7 @@
 // calls. Blocks of kBlockRows rows are packed (the right operand into panels, the left one
 // transposed) and each block's sums, of at most kDepth rows, are added to the result: rounding
 // grows with R / kDepth and kDepth, not with R. Threads own rows of the weight gradients and blocks
-// of dx.
+// of dx. Gradients of 16-bit weights are summed in float and rounded once.
 #pragma once
 
 #include "cpu/gemm.h"
@@ -52,6 +52,8 @@ class ActiveRows {
 
 template <typename T, typename Cell>
 class Gradients {
+  using A = Compute<T>;
+  using E = Operand<T>;
   static constexpr CellShape kShape = Cell::kShape;
   static constexpr int64_t kWidth = kPanelWidth<T>;
   static_assert(kBlockRows % kLanes<T> == 0 && kGroupRows % kLanes<T> == 0,
@@ -65,7 +67,14 @@ class Gradients {
     for (int d = 0; b.dx.data && d < z.D; ++d) {
       input_[d] = {kShape.gates * z.H,    z.I,     b.weights[d].w_ih,
                    b.weights[d].w_ih_row, nullptr, nullptr};
-      if (plan.packed) input_[d].packed = carver.take<T>(input_[d].elements());
+      if (plan.packed) input_[d].packed = carver.take<A>(input_[d].lanes());
+    }
+    for (int d = 0; kNarrow<T> && d < z.D; ++d) {
+      for (Matrix m : {kInput, kRecurrent, kProjection}) {
+        const Result to = result(d, m);
+        if (to.weight) sums_[d][m].weight = carver.take<A>(to.rows * to.width);
+        if (to.bias) sums_[d][m].bias = carver.take<A>(to.rows);
+      }
     }
     Carver count(nullptr);
     scratch(count);
@@ -93,17 +102,30 @@ class Gradients {
 
  private:
   struct Scratch {
-    T* right;                           // [panels][block_rows_][kWidth]
-    T* left;                            // [kGroupRows][block_rows_]
+    A* right;                           // [panels][groups of block_rows_][kWidth]
+    E* left;                            // [kGroupRows][block_rows_]
     int64_t *t, *slot;                  // [block_rows_]
     const T **left_rows, **right_rows;  // [block_rows_]
+    LeftRows<T> dslots;                 // [kGroupRows][G*H], where dx is wanted
+  };
+  enum Matrix { kInput, kRecurrent, kProjection, kMatrices };
+  // The gradients of one matrix of weights, null where not wanted.
+  struct Result {
+    int64_t rows, width;
+    T* weight;
+    T* bias;
+  };
+  // Where they are summed.
+  struct Sums {
+    A* weight = nullptr;
+    A* bias = nullptr;
   };
   // One weight gradient: out[row_of(j)] (+)= sum over rows of left[j] * right, and the sum of left
   // itself.
   struct Target {
     int64_t rows, width;
-    T* weight;
-    T* bias;
+    A* weight;
+    A* bias;
     int64_t H;     // rows of one gate
     bool rotated;  // recurrent slots stand in another order than the gates
 
@@ -113,23 +135,41 @@ class Gradients {
     explicit operator bool() const { return weight || bias; }
   };
 
+  Result result(int d, Matrix matrix) const {
+    const Sizes& z = b_.sizes;
+    const WeightGradients<T>& g = b_.gradients[d];
+    const int64_t rows = kShape.gates * z.H;
+    return matrix == kInput       ? Result{rows, z.I, g.w_ih, g.b_ih}
+           : matrix == kRecurrent ? Result{rows, z.O, g.w_hh, g.b_hh}
+                                  : Result{z.O, z.H, g.w_hr, nullptr};
+  }
+  Target target(int d, Matrix matrix) const {
+    const Result to = result(d, matrix);
+    Sums sums;
+    if constexpr (kNarrow<T>) {
+      sums = sums_[d][matrix];
+    } else {
+      sums = {to.weight, to.bias};
+    }
+    return {to.rows, to.width, sums.weight, sums.bias, b_.sizes.H, matrix == kRecurrent};
+  }
+
   Scratch scratch(Carver& carver) const {
     const Sizes& z = b_.sizes;
     const int64_t widest = max_of(max_of(z.I, z.O), z.H);
-    return {carver.take<T>(ceil_div(widest, kWidth) * kWidth * block_rows_),
-            carver.take<T>(kGroupRows * block_rows_),
+    return {carver.take<A>(ceil_div(widest, kWidth) * kWidth * groups<E>(block_rows_)),
+            carver.take<E>(kGroupRows * block_rows_),
             carver.take<int64_t>(block_rows_),
             carver.take<int64_t>(block_rows_),
             carver.take<const T*>(block_rows_),
-            carver.take<const T*>(block_rows_)};
+            carver.take<const T*>(block_rows_),
+            LeftRows<T>(b_.dx.data ? kGroupRows : 0, kShape.gates * z.H, carver)};
   }
 
   void weight_gradients(int d, int thread, int threads, const Scratch& s) const {
     const Sizes& z = b_.sizes;
-    const WeightGradients<T>& g = b_.gradients[d];
-    const Target input = {kShape.gates * z.H, z.I, g.w_ih, g.b_ih, z.H, false};
-    const Target recurrent = {kShape.gates * z.H, z.O, g.w_hh, g.b_hh, z.H, true};
-    const Target projection = {z.O, z.H, g.w_hr, nullptr, z.H, false};
+    const Target input = target(d, kInput), recurrent = target(d, kRecurrent),
+                 projection = target(d, kProjection);
     const Rows<const T> dslots =
         saved_rows(b_.steps, static_cast<const T*>(b_.dslots), d, kShape.slots * z.H);
     const Rows<const T> dprojected =
@@ -167,21 +207,40 @@ class Gradients {
       }
       add = true;
     } while (true);
+    if constexpr (kNarrow<T>) {
+      for (Matrix m : {kInput, kRecurrent, kProjection}) round(d, m, thread, threads);
+    }
+  }
+
+  // The thread's own rows, from where they were summed.
+  void round(int d, Matrix matrix, int thread, int threads) const {
+    const Target from = target(d, matrix);
+    const Result to = result(d, matrix);
+    const Range own = own_rows(from, thread, threads);
+    for (int64_t j = own.begin; from.weight && j < own.end; ++j) {
+      const int64_t row = from.row_of(j) * from.width;
+      copy_row(to.weight + row, from.weight + row, 0, from.width);
+    }
+    for (int64_t j = own.begin; from.bias && j < own.end; ++j) {
+      copy_row(to.bias, from.bias, from.row_of(j), from.row_of(j) + 1);
+    }
+  }
+
+  static Range own_rows(const Target& target, int thread, int threads) {
+    return split(target.rows, threads, thread, kLanes<T>);
   }
 
   // One block of rows of one weight gradient, the thread's own rows of the result.
   void accumulate(const Target& target, int64_t count, int thread, int threads, const Scratch& s,
                   bool add) const {
-    const Range own = split(target.rows, threads, thread, kLanes<T>);
+    const Range own = own_rows(target, thread, threads);
     if (own.begin == own.end) return;
     const ColumnPanels<T> right = {count, target.width, nullptr, 0, nullptr, s.right};
     for (int64_t p = 0; target.weight && p < right.count(); ++p) {
-      const int64_t width = right.columns(p), panel_row = right.vectors(p) * kLanes<T>;
-      for (int64_t r = 0; r < count; ++r)
-        pack_row(s.right_rows[r] + p * kWidth, width, right.panel(p) + r * panel_row);
+      right.pack_rows(p, [&](int64_t r) { return s.right_rows[r]; });
     }
-    const T* left[kGroupRows];
-    T* out[kGroupRows];
+    const E* left[kGroupRows];
+    A* out[kGroupRows];
     for (int64_t i = 0; i < kGroupRows; ++i) left[i] = s.left + i * block_rows_;
     for (int64_t j = own.begin; j < own.end; j += kGroupRows) {
       const int64_t rows = min_of(kGroupRows, own.end - j);
@@ -207,10 +266,10 @@ class Gradients {
         for (int64_t q = r; q < end; ++q) part += load_up_to(s.left_rows[q] + j + i, rows - i);
         sum += part;
       }
-      alignas(kVectorBytes) T lanes[kLanes<T>];
+      alignas(kVectorBytes) A lanes[kLanes<T>];
       store(lanes, sum);
       for (int64_t lane = 0; lane < min_of(kLanes<T>, rows - i); ++lane) {
-        T& to = target.bias[target.row_of(j + i + lane)];
+        A& to = target.bias[target.row_of(j + i + lane)];
         to = add ? to + lanes[lane] : lanes[lane];
       }
     }
@@ -226,7 +285,7 @@ class Gradients {
         for (int l = 0; l < kL; ++l) {
           block[l] = r + l < count ? load_up_to(s.left_rows[r + l] + j + i, rows - i) : Vec<T>{};
         }
-        transpose<T>(block);
+        transpose<A>(block);
 #pragma GCC unroll 16
         for (int l = 0; l < kL; ++l) store(s.left + (i + l) * block_rows_ + r, block[l]);
       }
@@ -246,11 +305,12 @@ class Gradients {
         const Rows<const T> dslots =
             saved_rows(b_.steps, static_cast<const T*>(b_.dslots), d, kShape.slots * z.H);
         for (int64_t r = 0; r < count; ++r) {
-          s.left_rows[r] = row_at(b_.steps, dslots, s.t[r], s.slot[r]) + kShape.input_slot * z.H;
+          s.dslots[r] = row_at(b_.steps, dslots, s.t[r], s.slot[r]) + kShape.input_slot * z.H;
         }
+        const E* const* left = s.dslots.operands(count);
         for (int64_t p = 0; p < input_[d].count(); ++p) {
           for (int64_t r = 0; r < count; ++r) shifted[r] = out[r] + p * kWidth;
-          input_[d].multiply(p, count, s.left_rows, shifted, d > 0);
+          input_[d].multiply(p, count, left, shifted, d > 0);
         }
       }
     }
@@ -270,6 +330,7 @@ class Gradients {
   int64_t block_rows_;  // at most kBlockRows, less where there are less
   T* zeros_;
   ColumnPanels<T> input_[kMaxDirections];
+  Sums sums_[kMaxDirections][kMatrices];
   char* scratch_;
   int64_t scratch_bytes_;
 };

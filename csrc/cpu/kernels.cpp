@@ -1,4 +1,4 @@
-// Compiled once per instruction set; RNNKERN_NAMESPACE tells them apart.
+// Compiled once per instruction set and element type: RNNKERN_NAMESPACE and RNNKERN_ELEMENT.
 #include "cpu/kernels.h"
 
 #include "cpu/backward.h"
@@ -29,12 +29,11 @@ size_t run_backward(const Backward<T>& scan, const Plan& plan, Workspace workspa
   });
 }
 
-extern const Kernels<float> kFloat;
-extern const Kernels<double> kDouble;
-extern const int kBytes, kRows;
-const Kernels<float> kFloat = {run_forward<float>, run_backward<float>};
-const Kernels<double> kDouble = {run_forward<double>, run_backward<double>};
-const int kBytes = kVectorBytes, kRows = kTileRows;
+template <typename T>
+Kernels<T> kernels() {
+  return {run_forward<T>, run_backward<T>, kLanes<T>, kTileRows, int(sizeof(Operand<T>))};
+}
+template Kernels<RNNKERN_ELEMENT> kernels<RNNKERN_ELEMENT>();
 
 }  // namespace RNNKERN_NAMESPACE
 }  // namespace rnnkern

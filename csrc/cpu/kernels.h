@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "plan.h"
@@ -16,20 +17,20 @@ struct Workspace {
   size_t bytes;
 };
 
-// Given enough workspace these run and return 0; else they do nothing and return the bytes they
-// need.
+// The kernels for tensors of T. Given enough workspace they run and return 0; else they do nothing
+// and return the bytes they need.
 template <typename T>
 struct Kernels {
   size_t (*forward)(const Forward<T>&, const Plan&, Workspace);
   size_t (*backward)(const Backward<T>&, const Plan&, Workspace);
+  int lanes, tile_rows;  // of a register tile
+  int operand_bytes;     // an element of packed weights
 };
 
 struct InstructionSet {
   const char* name;
-  int vector_bytes, tile_rows;
   bool (*supported)();
-  Kernels<float> f32;
-  Kernels<double> f64;
+  std::tuple<Kernels<float>, Kernels<double>, Kernels<Bf16>, Kernels<F16>> kernels;
 };
 
 // Compiled in, best first.
@@ -45,6 +46,7 @@ void forward(const Forward<T>& scan, int threads, bool deterministic);
 template <typename T>
 void backward(const Backward<T>& scan, int threads, bool deterministic);
 
-Machine machine_for(const InstructionSet& set, int threads, int element_bytes);
+template <typename T>
+Machine machine_for(const InstructionSet& set, int threads);
 
 }  // namespace rnnkern

@@ -14,18 +14,25 @@
 
 namespace rnnkern {
 
-#define RNNKERN_DECLARE(NAME)           \
-  namespace NAME {                      \
-  extern const Kernels<float> kFloat;   \
-  extern const Kernels<double> kDouble; \
-  extern const int kBytes, kRows;       \
-  }
-RNNKERN_DECLARE(baseline)
+// Of each instruction set, as far as it has its own.
+namespace baseline {
+template <typename T>
+Kernels<T> kernels();
+}
 #ifdef RNNKERN_X86_64
-RNNKERN_DECLARE(x86_64_v3)
-RNNKERN_DECLARE(x86_64_v4)
+namespace x86_64_v3 {
+template <typename T>
+Kernels<T> kernels();
+}
+namespace x86_64_v4 {
+template <typename T>
+Kernels<T> kernels();
+}
+namespace x86_64_v4_bf16 {
+template <typename T>
+Kernels<T> kernels();
+}
 #endif
-#undef RNNKERN_DECLARE
 
 namespace {
 
@@ -34,6 +41,7 @@ bool always() { return true; }
 #ifdef RNNKERN_X86_64
 bool has_v3() { return __builtin_cpu_supports("x86-64-v3"); }
 bool has_v4() { return __builtin_cpu_supports("x86-64-v4"); }
+bool has_v4_bf16() { return has_v4() && __builtin_cpu_supports("avx512bf16"); }
 #endif
 
 const InstructionSet& choose() {
@@ -59,15 +67,6 @@ int64_t l2_bytes() {
   if (found > 0) return found;
 #endif
   return Machine().l2_bytes;
-}
-
-template <typename T>
-const Kernels<T>& kernels(const InstructionSet& set) {
-  if constexpr (sizeof(T) == 4) {
-    return set.f32;
-  } else {
-    return set.f64;
-  }
 }
 
 // Scratch memory of a call, in huge pages where it is large and the system has them (packed weights
@@ -132,12 +131,23 @@ void with_workspace(Run run) {
 const std::vector<InstructionSet>& instruction_sets() {
   static const std::vector<InstructionSet> sets = {
 #ifdef RNNKERN_X86_64
-      {"x86-64-v4", x86_64_v4::kBytes, x86_64_v4::kRows, has_v4, x86_64_v4::kFloat,
-       x86_64_v4::kDouble},
-      {"x86-64-v3", x86_64_v3::kBytes, x86_64_v3::kRows, has_v3, x86_64_v3::kFloat,
-       x86_64_v3::kDouble},
+      {"x86-64-v4-bf16",
+       has_v4_bf16,
+       {x86_64_v4::kernels<float>(), x86_64_v4::kernels<double>(), x86_64_v4_bf16::kernels<Bf16>(),
+        x86_64_v4::kernels<F16>()}},
+      {"x86-64-v4",
+       has_v4,
+       {x86_64_v4::kernels<float>(), x86_64_v4::kernels<double>(), x86_64_v4::kernels<Bf16>(),
+        x86_64_v4::kernels<F16>()}},
+      {"x86-64-v3",
+       has_v3,
+       {x86_64_v3::kernels<float>(), x86_64_v3::kernels<double>(), x86_64_v3::kernels<Bf16>(),
+        x86_64_v3::kernels<F16>()}},
 #endif
-      {"baseline", baseline::kBytes, baseline::kRows, always, baseline::kFloat, baseline::kDouble},
+      {"baseline",
+       always,
+       {baseline::kernels<float>(), baseline::kernels<double>(), baseline::kernels<Bf16>(),
+        baseline::kernels<F16>()}},
   };
   return sets;
 }
@@ -147,12 +157,14 @@ const InstructionSet& instruction_set() {
   return chosen;
 }
 
-Machine machine_for(const InstructionSet& set, int threads, int element_bytes) {
+template <typename T>
+Machine machine_for(const InstructionSet& set, int threads) {
+  const Kernels<T>& kernels = std::get<Kernels<T>>(set.kernels);
   Machine machine;
   machine.threads = forked ? 1 : threads;
-  machine.lanes = set.vector_bytes / element_bytes;
-  machine.tile_rows = set.tile_rows;
-  machine.element_bytes = element_bytes;
+  machine.lanes = kernels.lanes;
+  machine.tile_rows = kernels.tile_rows;
+  machine.element_bytes = kernels.operand_bytes;
   machine.l2_bytes = l2_bytes();
   return machine;
 }
@@ -161,21 +173,28 @@ template <typename T>
 void forward(const Forward<T>& scan, int threads, bool deterministic) {
   const InstructionSet& set = instruction_set();
   const Problem problem = {scan.sizes, scan.steps.T, scan.steps.N, scan.steps.total, deterministic};
-  const Plan plan = plan_forward(problem, machine_for(set, threads, sizeof(T)));
-  with_workspace([&](Workspace w) { return kernels<T>(set).forward(scan, plan, w); });
+  const Plan plan = plan_forward(problem, machine_for<T>(set, threads));
+  const Kernels<T>& kernels = std::get<Kernels<T>>(set.kernels);
+  with_workspace([&](Workspace w) { return kernels.forward(scan, plan, w); });
 }
 
 template <typename T>
 void backward(const Backward<T>& scan, int threads, bool deterministic) {
   const InstructionSet& set = instruction_set();
   const Problem problem = {scan.sizes, scan.steps.T, scan.steps.N, scan.steps.total, deterministic};
-  const Plan plan = plan_backward(problem, machine_for(set, threads, sizeof(T)));
-  with_workspace([&](Workspace w) { return kernels<T>(set).backward(scan, plan, w); });
+  const Plan plan = plan_backward(problem, machine_for<T>(set, threads));
+  const Kernels<T>& kernels = std::get<Kernels<T>>(set.kernels);
+  with_workspace([&](Workspace w) { return kernels.backward(scan, plan, w); });
 }
 
-template void forward<float>(const Forward<float>&, int, bool);
-template void forward<double>(const Forward<double>&, int, bool);
-template void backward<float>(const Backward<float>&, int, bool);
-template void backward<double>(const Backward<double>&, int, bool);
+#define RNNKERN_INSTANTIATE(T)                                 \
+  template Machine machine_for<T>(const InstructionSet&, int); \
+  template void forward<T>(const Forward<T>&, int, bool);      \
+  template void backward<T>(const Backward<T>&, int, bool);
+RNNKERN_INSTANTIATE(float)
+RNNKERN_INSTANTIATE(double)
+RNNKERN_INSTANTIATE(Bf16)
+RNNKERN_INSTANTIATE(F16)
+#undef RNNKERN_INSTANTIATE
 
 }  // namespace rnnkern

@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <utility>
 
-#include "cells/math.h"
+#include "cells/narrow.h"
 
 #if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
@@ -33,54 +33,130 @@ struct VecOf {
   typedef T Type __attribute__((vector_size(kVectorBytes)));
   typedef T Unaligned __attribute__((vector_size(kVectorBytes), aligned(sizeof(T)), may_alias));
 };
+// Elements of 16 bits are floats in a vector: loads widen them, stores round.
 template <typename T>
-using Vec = typename VecOf<T>::Type;
+using Vec = typename VecOf<Compute<T>>::Type;
 
 template <typename T>
-constexpr int kLanes = kVectorBytes / int(sizeof(T));
+constexpr int kLanes = kVectorBytes / int(sizeof(Compute<T>));
+
+// The 16 bits of each float of a vector.
+typedef uint16_t Bits16 __attribute__((vector_size(kVectorBytes / 2)));
+typedef uint16_t UnalignedBits16
+    __attribute__((vector_size(kVectorBytes / 2), aligned(sizeof(uint16_t)), may_alias));
+typedef uint32_t Bits32 __attribute__((vector_size(kVectorBytes)));
+
+template <typename T>
+RNNKERN_INLINE Vec<T> from_bits(Bits16 bits) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<T, F16>) {
+    return (Vec<T>)_mm512_maskz_cvtph_ps(__mmask16(-1), (__m256i)bits);
+  }
+#elif defined(__F16C__)
+  if constexpr (std::is_same_v<T, F16>) return (Vec<T>)_mm256_cvtph_ps((__m128i)bits);
+#endif
+  return widen<Vec<T>>(T{}, __builtin_convertvector(bits, Bits32));
+}
+
+template <typename T>
+RNNKERN_INLINE Bits16 to_bits(Vec<T> v) {
+#if defined(__AVX512BF16__)
+  if constexpr (std::is_same_v<T, Bf16>) return (Bits16)_mm512_cvtneps_pbh((__m512)v);
+#endif
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<T, F16>) {
+    return (Bits16)_mm512_maskz_cvtps_ph(__mmask16(-1), (__m512)v, 0);
+  }
+#elif defined(__F16C__)
+  if constexpr (std::is_same_v<T, F16>) return (Bits16)_mm256_cvtps_ph((__m256)v, 0);
+#endif
+  return __builtin_convertvector(narrow(T{}, v), Bits16);
+}
 
 template <typename T>
 RNNKERN_INLINE Vec<T> load(const T* p) {
-  return *reinterpret_cast<const typename VecOf<T>::Unaligned*>(p);
+  if constexpr (kNarrow<T>) {
+    return from_bits<T>(*reinterpret_cast<const UnalignedBits16*>(p));
+  } else {
+    return *reinterpret_cast<const typename VecOf<T>::Unaligned*>(p);
+  }
 }
 
 template <typename T>
 RNNKERN_INLINE void store(T* p, Vec<T> v) {
-  *reinterpret_cast<typename VecOf<T>::Unaligned*>(p) = v;
+  if constexpr (kNarrow<T>) {
+    *reinterpret_cast<UnalignedBits16*>(p) = to_bits<T>(v);
+  } else {
+    *reinterpret_cast<typename VecOf<T>::Unaligned*>(p) = v;
+  }
 }
 
 // The first n elements, 0 < n < lanes; the others are zero, and their memory is not touched.
 #if defined(__AVX512F__)
-RNNKERN_INLINE Vec<float> load_part(const float* p, int64_t n) {
-  return (Vec<float>)_mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p);
+RNNKERN_INLINE __m512 load_masked(const float* p, int64_t n) {
+  return _mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p);
 }
-RNNKERN_INLINE Vec<double> load_part(const double* p, int64_t n) {
-  return (Vec<double>)_mm512_maskz_loadu_pd(__mmask8((1u << n) - 1), p);
+RNNKERN_INLINE __m512d load_masked(const double* p, int64_t n) {
+  return _mm512_maskz_loadu_pd(__mmask8((1u << n) - 1), p);
 }
-RNNKERN_INLINE void store_part(float* p, Vec<float> v, int64_t n) {
+RNNKERN_INLINE void store_masked(float* p, Vec<float> v, int64_t n) {
   _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), (__m512)v);
 }
-RNNKERN_INLINE void store_part(double* p, Vec<double> v, int64_t n) {
+RNNKERN_INLINE void store_masked(double* p, Vec<double> v, int64_t n) {
   _mm512_mask_storeu_pd(p, __mmask8((1u << n) - 1), (__m512d)v);
 }
-#else
+#endif
+
 template <typename T>
 RNNKERN_INLINE Vec<T> load_part(const T* p, int64_t n) {
-  Vec<T> v{};
+  if constexpr (kNarrow<T>) {
+#if defined(__AVX512F__)
+    return from_bits<T>((Bits16)_mm256_maskz_loadu_epi16(__mmask16((1u << n) - 1), p));
+#else
+    Bits16 bits{};
 #pragma GCC unroll 8
-  for (int i = 0; i < kLanes<T> - 1; ++i) {
-    if (i < n) v[i] = p[i];
+    for (int i = 0; i < kLanes<T> - 1; ++i) {
+      if (i < n) bits[i] = p[i].bits;
+    }
+    return from_bits<T>(bits);
+#endif
+  } else {
+#if defined(__AVX512F__)
+    return (Vec<T>)load_masked(p, n);
+#else
+    Vec<T> v{};
+#pragma GCC unroll 8
+    for (int i = 0; i < kLanes<T> - 1; ++i) {
+      if (i < n) v[i] = p[i];
+    }
+    return v;
+#endif
   }
-  return v;
 }
+
 template <typename T>
 RNNKERN_INLINE void store_part(T* p, Vec<T> v, int64_t n) {
+  if constexpr (kNarrow<T>) {
+    const Bits16 bits = to_bits<T>(v);
+#if defined(__AVX512F__)
+    _mm256_mask_storeu_epi16(p, __mmask16((1u << n) - 1), (__m256i)bits);
+#else
 #pragma GCC unroll 8
-  for (int i = 0; i < kLanes<T> - 1; ++i) {
-    if (i < n) p[i] = v[i];
+    for (int i = 0; i < kLanes<T> - 1; ++i) {
+      if (i < n) p[i].bits = bits[i];
+    }
+#endif
+  } else {
+#if defined(__AVX512F__)
+    store_masked(p, v, n);
+#else
+#pragma GCC unroll 8
+    for (int i = 0; i < kLanes<T> - 1; ++i) {
+      if (i < n) p[i] = v[i];
+    }
+#endif
   }
 }
-#endif
 
 // The first min(n, lanes) elements, n > 0.
 template <typename T>
@@ -94,6 +170,12 @@ RNNKERN_INLINE void store_up_to(T* p, Vec<T> v, int64_t n) {
   } else {
     store_part(p, v, n);
   }
+}
+
+// As it comes back from a tensor of T.
+template <typename T>
+RNNKERN_INLINE Vec<T> rounded(Vec<T> v) {
+  return from_bits<T>(to_bits<T>(v));
 }
 
 // interleave<0>: a0 b0 a1 b1 ... of the lower halves; interleave<1>: of the upper halves.

@@ -59,19 +59,19 @@ struct SmallTensor {
       ::operator delete(self);
     }
   };
-  static std::unique_ptr<SmallTensor, Delete> make(const Shape& shape, int element_bits,
+  static std::unique_ptr<SmallTensor, Delete> make(const Shape& shape, dlpack::DataType dtype,
                                                    size_t bytes) {
     void* block = ::operator new(sizeof(SmallTensor) + kAlignment + bytes);
-    return std::unique_ptr<SmallTensor, Delete>(new (block) SmallTensor(shape, element_bits));
+    return std::unique_ptr<SmallTensor, Delete>(new (block) SmallTensor(shape, dtype));
   }
 
  private:
-  SmallTensor(const Shape& given, int element_bits) : shape(given) {
+  SmallTensor(const Shape& given, dlpack::DataType dtype) : shape(given) {
     const auto end = reinterpret_cast<uintptr_t>(this + 1);
     tensor = {reinterpret_cast<void*>((end + kAlignment - 1) / kAlignment * kAlignment),
               {dlpack::kCpu, 0},
               shape.axes,
-              {dlpack::kFloat, uint8_t(element_bits), 1},
+              dtype,
               shape.sizes,
               shape.strides,
               0};
@@ -83,8 +83,8 @@ struct NewTensor {
   void* data;
 };
 
-inline NewTensor new_small_tensor(const Shape& shape, int element_bits, size_t bytes) {
-  auto small = SmallTensor::make(shape, element_bits, bytes);
+inline NewTensor new_small_tensor(const Shape& shape, dlpack::DataType dtype, size_t bytes) {
+  auto small = SmallTensor::make(shape, dtype, bytes);
   void* result = nullptr;
   if (api.exchange->managed_to_object(small.get(), &result) != 0) throw py::error_already_set();
   void* data = small.release()->tensor.data;  // torch's now
@@ -93,11 +93,11 @@ inline NewTensor new_small_tensor(const Shape& shape, int element_bits, size_t b
 
 // A new tensor of the dtype and device of `like`; a large one by torch's own allocator, and any one
 // under deterministic algorithms, where torch fills it first so that what is left unwritten shows.
-inline NewTensor new_tensor(py::handle like, const Shape& shape, int element_bits,
+inline NewTensor new_tensor(py::handle like, const Shape& shape, dlpack::DataType dtype,
                             bool deterministic) {
-  const double bytes = shape.elements() * (element_bits / 8);
+  const double bytes = shape.elements() * (dtype.bits / 8);
   if (bytes <= SmallTensor::kMaxBytes && !deterministic)
-    return new_small_tensor(shape, element_bits, size_t(bytes));
+    return new_small_tensor(shape, dtype, size_t(bytes));
   py::tuple sizes(shape.axes), strides(shape.axes);
   for (int i = 0; i < shape.axes; ++i) {
     sizes[size_t(i)] = shape.sizes[i];

@@ -37,6 +37,17 @@ inline bool is_tensor(py::handle object) {
   return type == api.tensor || type == api.parameter;
 }
 
+// f(T{}) for elements T of this dtype; a value of what f returns that is false where no kernel
+// knows them.
+template <typename F>
+auto with_element(dlpack::DataType dtype, F f) {
+  if (dtype == dlpack::kDataType<float>) return f(float{});
+  if (dtype == dlpack::kDataType<double>) return f(double{});
+  if (dtype == dlpack::kDataType<Bf16>) return f(Bf16{});
+  if (dtype == dlpack::kDataType<F16>) return f(F16{});
+  return decltype(f(float{})){};
+}
+
 // Why no kernel covers this tensor, or null. `like` is the tensor whose dtype it must share.
 inline const char* refusal_of(py::handle object, const TensorView* like, TensorView* view) {
   if (!is_tensor(object)) return "tensor subclass";
@@ -46,10 +57,10 @@ inline const char* refusal_of(py::handle object, const TensorView* like, TensorV
   }
   const dlpack::Tensor& t = view->tensor;
   if (t.device.type != dlpack::kCpu) return "device other than cpu";
-  if (t.dtype.code != dlpack::kFloat || (t.dtype.bits != 32 && t.dtype.bits != 64)) {
-    return "dtype other than float32 and float64";
+  if (!with_element(t.dtype, [](auto) { return true; })) {
+    return "dtype other than float32, float64, bfloat16 and float16";
   }
-  if (like && like->tensor.dtype.bits != t.dtype.bits) return "mixed dtypes";
+  if (like && like->tensor.dtype != t.dtype) return "mixed dtypes";
   int64_t elements = 1;
   for (int i = 0; i < t.ndim; ++i) elements *= t.shape[i];
   if (elements && !t.data) return kNoMemory;
@@ -73,7 +84,7 @@ TensorView float_view(py::handle object, const char* name, bool allow_gaps = fal
   const char* reason = refusal_of(object, nullptr, &view);
   if (reason && !(allow_gaps && reason == kGaps))
     view.fail(std::string("is not covered: ") + reason);
-  if (view.tensor.dtype.bits != 8 * sizeof(T)) view.fail("has another dtype than the input");
+  if (view.tensor.dtype != dlpack::kDataType<T>) view.fail("has another dtype than the input");
   return view;
 }
 
@@ -162,7 +173,7 @@ class Operands {
   // New tensors like the input, and where to write.
   template <typename U = T>
   py::object make(const Shape& shape, U** data) const {
-    NewTensor made = new_tensor(object_, shape, 8 * sizeof(T), deterministic);
+    NewTensor made = new_tensor(object_, shape, dlpack::kDataType<T>, deterministic);
     *data = static_cast<T*>(made.data);
     return std::move(made.object);
   }
@@ -246,7 +257,7 @@ class Operands {
 
   void read_active(py::handle object, bool packed) {
     const TensorView v = view_of(object, packed ? "batch_sizes" : "active rows");
-    v.expect_dtype(dlpack::kInt, 64, "int64");
+    v.expect_dtype({dlpack::kInt, 64, 1}, "int64");
     if (packed) {
       if (v.tensor.ndim != 1) v.fail("must have one axis");
       steps.T = v.size(0);
@@ -273,7 +284,7 @@ class Operands {
 
   void read_order(py::handle object) {
     const TensorView v = view_of(object, "order of rows");
-    v.expect_dtype(dlpack::kInt, 64, "int64");
+    v.expect_dtype({dlpack::kInt, 64, 1}, "int64");
     v.expect_shape({steps.N});
     steps.order = v.data<const int64_t>();
     std::vector<bool> seen(size_t(steps.N), false);
@@ -287,7 +298,7 @@ class Operands {
 
   void read_reset(py::handle object) {
     const TensorView v = view_of(object, "reset");
-    v.expect_dtype(dlpack::kBool, 8, "bool");
+    v.expect_dtype({dlpack::kBool, 8, 1}, "bool");
     const int t = layer_.batch_first ? 1 : 0;
     if (v.tensor.ndim != 2 || v.size(t) != steps.T || v.size(1 - t) != steps.N) {
       v.fail("has shape " + shape_text(v.tensor.shape, v.tensor.ndim) +
