@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from support import FORMS, build, check, evaluate, flatten, leaves_for, on_threads, plain
+from support import DTYPES, FORMS, build, check, evaluate, flatten, leaves_for, on_threads, plain
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -34,7 +34,7 @@ def numbers(path: str) -> None:
     torch.set_num_threads(1)
     results: dict[str, Tensor] = {}
     for form, (kind, own) in FORMS.items():
-        for dtype in (torch.float32, torch.float64):
+        for dtype in DTYPES:
             for T, N, inputs, H in SIZES:
                 torch.manual_seed(0)
                 module = build(kind, inputs, H, dtype=dtype, bidirectional=True, **own)
@@ -104,8 +104,6 @@ def _counted(module: nn.Module, x: Tensor) -> Any:
 
 
 FALLBACKS: dict[str, Callable[[nn.Module, Tensor], Any]] = {
-    "float16": lambda m, x: m.half()(x.half()),
-    "bfloat16": lambda m, x: m.bfloat16()(x.bfloat16()),
     "complex64": lambda m, x: m.to(torch.complex64)(x.to(torch.complex64)),
     "meta": lambda m, x: m.to("meta")(x.to("meta")),
     "subclass": lambda m, x: m(x.as_subclass(Subclass)),
@@ -115,7 +113,9 @@ FALLBACKS: dict[str, Callable[[nn.Module, Tensor], Any]] = {
     "dispatch-mode": _under_a_mode,
     "flop-counter": _counted,
     "negative-view": lambda m, x: m(torch.complex(x, -x).conj().imag),
-    "float16-lengths": lambda m, x: m.half()(x.half(), lengths=torch.tensor([2, 5])),
+    "complex64-lengths": lambda m, x: m.to(torch.complex64)(
+        x.to(torch.complex64), lengths=torch.tensor([2, 5])
+    ),
 }
 
 

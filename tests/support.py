@@ -26,7 +26,8 @@ Call: TypeAlias = Callable[[nn.Module, Leaves], Any]
 LAYERS = ("RNN", "LSTM", "GRU")
 CELLS = ("RNNCell", "LSTMCell", "GRUCell")
 GATES = {"RNN": 1, "LSTM": 4, "GRU": 3, "RNNCell": 1, "LSTMCell": 4, "GRUCell": 3}
-DTYPES = (torch.float32, torch.float64)
+WIDE_DTYPES = (torch.float32, torch.float64)
+DTYPES = (*WIDE_DTYPES, torch.bfloat16, torch.float16)
 
 # Each cell in each form it has: the table most tests run over.
 FORMS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -155,8 +156,13 @@ def check(
 ) -> dict[str, Tensor]:
     """Compares outputs and gradients of `call(ours, leaves)` with torch.nn's and the oracle's;
     returns ours.
+
+    Of relu in 16 bits only the outputs: rounding moves a unit over the kink now and then, in ours
+    or in torch.nn's, and the gradient jumps (`test_integers_are_exact` looks at it).
     """
     dtype = next(p.dtype for p in ours.parameters())
+    if dtype not in WIDE_DTYPES and getattr(ours, "nonlinearity", "tanh") == "relu":
+        backward = False
     other = oracle_call or call
     got = evaluate(ours, leaves, call, backward=backward)
     theirs = oracle.twin(ours, tolerance.yardstick_dtype(dtype))

@@ -14,6 +14,7 @@ from support import (
     DTYPES,
     FORMS,
     LAYERS,
+    WIDE_DTYPES,
     Call,
     Leaves,
     assert_agree,
@@ -167,8 +168,11 @@ def test_gradient_penalty(form: str, setting: str) -> None:
     check(module, leaves, penalized(option.call), oracle_call=penalized(option.oracle_call))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("form", "dtype"),
+    [(f, d) for f in FORMS for d in DTYPES if d in WIDE_DTYPES or f != "RNN-relu"],
+    ids=str,
+)
 def test_gradient_penalty_on_the_weights(form: str, dtype: torch.dtype) -> None:
     """Second derivatives by the weights, at a size that fills vectors."""
     kind, own = FORMS[form]
@@ -430,7 +434,7 @@ def test_a_wrong_gradient_would_be_noticed() -> None:
     """The comparison itself: a gradient off by a part in ten thousand fails it."""
     module = build("LSTM", 4, 6)
     leaves = leaves_for(module, 5, 3)
-    theirs, exact = (evaluate(oracle.twin(module, dtype), leaves) for dtype in DTYPES)
+    theirs, exact = (evaluate(oracle.twin(module, dtype), leaves) for dtype in WIDE_DTYPES)
     ours = {name: value * 1.0001 for name, value in theirs.items()}
     assert not all(tolerance.check(ours[k], theirs[k], exact[k]) for k in ours)
     assert_agree(theirs, theirs, exact)

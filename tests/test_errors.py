@@ -53,8 +53,6 @@ INPUTS: dict[str, Case] = {
     "float32-for-float64": (lambda m: m().double()(x()), ["float32", "float64"]),
     "meta": (lambda m: m()(x(device="meta")), ["meta", "cpu"]),
     "module-on-meta": (lambda m: m(device="meta")(x()), ["meta", "cpu"]),
-    "all-float16": (lambda m: m().half()(x(dtype=torch.float16)), []),
-    "all-bfloat16": (lambda m: m().bfloat16()(x(dtype=torch.bfloat16)), []),
     "all-complex64": (lambda m: m().to(torch.complex64)(x(dtype=torch.complex64)), []),
     "sparse": (lambda m: m()(x().to_sparse()), []),
     "sparse-csr": (lambda m: m()(x(T, I).to_sparse_csr()), []),

@@ -26,7 +26,6 @@ CELL_CASES: dict[str, Callable[[str], Case]] = {
     "float64": lambda k: (lambda m: m()(x(N, I).double()), []),
     "float16": lambda k: (lambda m: m()(x(N, I).half()), []),
     "int64": lambda k: (lambda m: m()(x(N, I).long()), []),
-    "all-float16": lambda k: (lambda m: m().half()(x(N, I).half()), []),
     "all-complex64": lambda k: (lambda m: m().to(torch.complex64)(x(N, I).to(torch.complex64)), []),
     "meta": lambda k: (lambda m: m()(x(N, I).to("meta")), ["meta", "cpu"]),
     "all-meta": lambda k: (lambda m: m(device="meta")(x(N, I).to("meta")), []),

@@ -28,7 +28,7 @@ from support import (
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
-DTYPES = st.sampled_from([torch.float32, torch.float64])
+DTYPES = st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16])
 SEEDS = st.integers(0, 2**32 - 1)
 
 

@@ -15,9 +15,9 @@ import pytest
 import torch
 from support import (
     CELLS,
-    DTYPES,
     FORMS,
     LAYERS,
+    WIDE_DTYPES,
     Leaves,
     assert_agree,
     assert_bitwise,
@@ -250,7 +250,8 @@ def test_weights_shared_between_modules(kind: str) -> None:
     second.bias_ih_l0 = first.bias_ih_l0
     pair = nn.ModuleList([first, second])
     theirs, wide = (
-        nn.ModuleList([oracle.twin(first, dtype), oracle.twin(second, dtype)]) for dtype in DTYPES
+        nn.ModuleList([oracle.twin(first, dtype), oracle.twin(second, dtype)])
+        for dtype in WIDE_DTYPES
     )
     for modules in (theirs, wide):
         modules[1].weight_hh_l0 = modules[0].weight_hh_l0

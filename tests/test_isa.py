@@ -15,18 +15,27 @@ from torch import Tensor
 import rnnkern
 
 # From the most capable down, and what torch calls a CPU that has it.
-KNOWN = {"x86-64-v4": "AVX512", "x86-64-v3": "AVX2", "baseline": "DEFAULT"}
+KNOWN = {
+    "x86-64-v4-bf16": "AVX512",
+    "x86-64-v4": "AVX512",
+    "x86-64-v3": "AVX2",
+    "baseline": "DEFAULT",
+}
 WITH_FMA = ("x86-64-v4", "x86-64-v3")
 
 
 def supported() -> list[str]:
     """The compiled instruction sets that this CPU can run, the most capable first."""
     capability = torch.backends.cpu.get_cpu_capability()
-    order = list(KNOWN.values())
+    order = list(dict.fromkeys(KNOWN.values()))
     rank = order.index(capability) if capability in order else len(order) - 1
     compiled = rnnkern.build_info()["isa_compiled"]
     return [
-        name for name, needs in KNOWN.items() if order.index(needs) >= rank and name in compiled
+        name
+        for name, needs in KNOWN.items()
+        if order.index(needs) >= rank
+        and name in compiled
+        and (not name.endswith("bf16") or torch.cpu._is_avx512_bf16_supported())
     ]
 
 
@@ -71,7 +80,7 @@ def test_outputs_do_not_depend_on_threads(numbers: dict[str, dict[str, Tensor]],
     not set(WITH_FMA) <= set(supported()), reason="the CPU has not both instruction sets with fma"
 )
 def test_bitwise_equal_with_fma(numbers: dict[str, dict[str, Tensor]]) -> None:
-    """Under deterministic algorithms, forward, both dtypes."""
+    """Under deterministic algorithms, forward, all dtypes."""
     first, second = (numbers[name] for name in WITH_FMA)
     compared = [key for key in first if "deterministic=True" in key]
     assert len(compared) > 100

@@ -230,9 +230,9 @@ def test_the_warning_names_the_line_of_the_call(kind: str) -> None:
     from rnnkern import functional
 
     functional._warned.clear()
-    module = getattr(rnnkern, kind)(3, 4).half()
+    module = getattr(rnnkern, kind)(3, 4).to(torch.complex64)
     with pytest.warns(rnnkern.FallbackWarning) as caught:
-        module(torch.randn(2, 3).half())
+        module(torch.randn(2, 3, dtype=torch.complex64))
     assert [warning.filename for warning in caught] == [__file__]
 
 
