@@ -69,9 +69,11 @@ def explain(module: Any, input: Any, hx: Any = None) -> Explanation:
             f"torch.nn refuses this: input_size is {module.input_size}, the input has {x.size(-1)}"
         )
     h0, c0 = hx if isinstance(hx, (tuple, list)) and len(hx) == 2 else (hx, None)
-    reason = kernels.mode_refusal() or kernels.refusal(
-        x, h0, c0, functional.current_weights(module)
-    )
+    weights = functional.current_weights(module)
+    dtype = functional.autocast_dtype()
+    if dtype is not None:
+        x, h0, c0, *weights = functional.autocast(dtype, x, h0, c0, *weights)
+    reason = kernels.mode_refusal() or kernels.refusal(x, h0, c0, weights)
     if reason is not None and reason != kernels.GAPS:
         return Explanation(f"torch.nn carries this out: {reason}")
     if packed:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import os
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -90,11 +91,53 @@ def _checked(module: Any, input: Any, hx: Any, lengths: Any, reset: Any) -> Any:
     return y, (hn if cn is None else (hn, cn))
 
 
+def autocast_dtype() -> torch.dtype | None:
+    """The dtype that ``torch.autocast`` asks for on the CPU, or None where it is off."""
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+
+
+def autocast(dtype: torch.dtype, *tensors: Tensor | None) -> Iterator[Any]:
+    """The tensors as autocast has them: of another dtype, but for float64."""
+    eligible = (torch.float32, torch.bfloat16, torch.float16)
+    return (t if t is None or t.dtype not in eligible else t.to(dtype) for t in tensors)
+
+
+def _promoted(dtype: torch.dtype, x: Tensor, state: Tensor | None) -> torch.dtype:
+    """Of results under autocast whose state torch.nn multiplies with gates."""
+    return torch.promote_types(dtype, (x if state is None else state).dtype)
+
+
 def _on_kernels(
     module: Any, x: Tensor, h0: Tensor | None, c0: Tensor | None, steps: Steps | None
 ) -> tuple[Tensor, Tensor, Tensor | None] | str:
-    """Runs the layers, with dense copies of what has gaps; or says why no kernel covers them."""
+    """Runs the layers, under autocast in its dtype; or says why no kernel covers them."""
     weights = current_weights(module)
+    dtype = autocast_dtype()
+    if dtype is None:
+        return _with_weights(module, x, h0, c0, weights, steps)
+    with torch.autocast("cpu", enabled=False):
+        x16, h16, c16, *weights = autocast(dtype, x, h0, c0, *weights)
+        result = _with_weights(module, x16, h16, c16, weights, steps)
+        if isinstance(result, str):
+            return result
+        y, hn, cn = result
+        if module.mode == "GRU":
+            dtype = _promoted(y.dtype, x, h0)
+            y, hn = y.to(dtype), hn.to(dtype)
+        if cn is not None and module.proj_size:
+            cn = cn.to(_promoted(cn.dtype, x, c0))
+        return y, hn, cn
+
+
+def _with_weights(
+    module: Any,
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: list[Tensor],
+    steps: Steps | None,
+) -> tuple[Tensor, Tensor, Tensor | None] | str:
+    """Runs the layers, with dense copies of what has gaps; or says why no kernel covers them."""
     try:
         return _layers(module, x, h0, c0, weights, steps)
     except kernels.RefusedError:
@@ -123,11 +166,14 @@ def cell(module: Any, input: Tensor, hx: Any) -> Any:
     states = _cell_states(module, input, hx)
     if states is None:
         return _warn(WRONG, module._torch_forward(input, hx))
+    x, (h0, c0) = input, states
     weights = [module.weight_ih, module.weight_hh, *_cell_biases(module)]
-    reason = kernels.mode_refusal() or kernels.refusal(input, *states, weights)
+    dtype = autocast_dtype()
+    if dtype is not None:
+        x, h0, c0, *weights = autocast(dtype, x, h0, c0, *weights)
+    reason = kernels.mode_refusal() or kernels.refusal(x, h0, c0, weights)
     if reason is not None and reason != GAPS:
         return _warn(reason, module._torch_forward(input, hx))
-    x, (h0, c0) = input, states
     if reason is not None:
         x, h0, c0, weights = _dense(x, h0, c0, weights)
     rows = 1 if x.dim() == 1 else x.size(0)
@@ -135,6 +181,9 @@ def cell(module: Any, input: Tensor, hx: Any) -> Any:
     h0, c0 = (None if s is None else s.reshape(1, rows, module.hidden_size) for s in (h0, c0))
     layer = kernels.layer(module.mode, 1, module.hidden_size, 0, len(weights) > 2, False)
     _, hn, cn = _one_layer(layer, x, h0, c0, weights, None)
+    if dtype is not None and module.mode in ("GRU", "LSTM"):
+        dtype = _promoted(hn.dtype, input, states[0 if cn is None else 1])
+        hn, cn = hn.to(dtype), None if cn is None else cn.to(dtype)
     shape = (*input.shape[:-1], module.hidden_size)
     return hn.view(shape) if cn is None else (hn.view(shape), cn.view(shape))
 

@@ -21,8 +21,9 @@ _EXTRA = """
         TypeError, ValueError: ``lengths`` or ``reset`` of the wrong type, dtype, shape or range, or
             given with a `PackedSequence`. For all else, what ``torch.nn`` raises.
 
-    float32 and float64 on the CPU run on rnnkern's kernels; anything else is carried out by
-    ``torch.nn`` with one `FallbackWarning` that says why.
+    float32, float64, bfloat16 and float16 on the CPU run on rnnkern's kernels, under
+    ``torch.autocast`` too; anything else is carried out by ``torch.nn`` with one `FallbackWarning`
+    that says why. 16-bit types are computed in float32, and rounded where they are stored.
 """
 
 

@@ -88,11 +88,6 @@ class Subclass(torch.Tensor):
     pass
 
 
-def _autocast(module: nn.Module, x: Tensor) -> Any:
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        return module(x)
-
-
 def _under_a_mode(module: nn.Module, x: Tensor) -> Any:
     with Mode():
         return module(x)
@@ -109,7 +104,6 @@ FALLBACKS: dict[str, Callable[[nn.Module, Tensor], Any]] = {
     "subclass": lambda m, x: m(x.as_subclass(Subclass)),
     "subclass-of-a-weight": lambda m, x: with_weight(m, lambda w: w.as_subclass(Subclass))(x),
     "functorch": lambda m, x: torch.func.grad(lambda a: flatten(m(a))["out.0"].sum())(x),
-    "autocast": _autocast,
     "dispatch-mode": _under_a_mode,
     "flop-counter": _counted,
     "negative-view": lambda m, x: m(torch.complex(x, -x).conj().imag),

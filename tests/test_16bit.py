@@ -5,10 +5,32 @@ Most tests run over these types too; here is what only they have.
 
 from __future__ import annotations
 
+from typing import Any
+
+import oracle
 import pytest
 import torch
-from support import LAYERS, build, on_threads, plain
-from torch import Tensor
+from support import (
+    CELLS,
+    FORMS,
+    LAYERS,
+    Call,
+    Leaves,
+    assert_agree,
+    assert_bitwise,
+    build,
+    evaluate,
+    flatten,
+    initial_states,
+    leaves_for,
+    on_threads,
+    plain,
+    states_of,
+)
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence
+
+import rnnkern
 
 pytestmark = pytest.mark.kernel
 
@@ -102,3 +124,88 @@ def test_threads_do_not_show(dtype: torch.dtype, kind: str, N: int) -> None:
     with torch.no_grad():
         one, two = (on_threads(plain, count)(module, leaves)[0] for count in (1, 2))
     assert torch.equal(one, two)
+
+
+def autocast(module: nn.Module, leaves: Leaves, dtype: torch.dtype = torch.bfloat16) -> Any:
+    with torch.autocast("cpu", dtype=dtype):
+        return module(leaves["x"], states_of(leaves))
+
+
+def assert_as_torch(module: nn.Module, leaves: Leaves, call: Call = autocast) -> None:
+    """Dtypes as torch.nn has them, errors within the tolerance of bfloat16, gradients too."""
+    ours = evaluate(module, leaves, call)
+    theirs = evaluate(oracle.twin(module), leaves, call)
+    exact = evaluate(oracle.twin(module, torch.float64), leaves, plain)
+    assert {k: v.dtype for k, v in ours.items()} == {k: v.dtype for k, v in theirs.items()}
+    narrow = [{k: v.bfloat16() for k, v in values.items()} for values in (ours, theirs)]
+    assert_agree(*narrow, exact)
+
+
+@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("hx", [True, False], ids=["hx", "no-hx"])
+@pytest.mark.parametrize("kind", [*LAYERS, *CELLS])
+def test_autocast(kind: str, hx: bool, given: torch.dtype) -> None:
+    """Weights are float32 and so are their gradients."""
+    module = build(kind, 24, 40)
+    leaves = {"x": torch.randn((7, 24) if kind in CELLS else (5, 7, 24))}
+    if hx:
+        leaves |= initial_states(module, 7)
+
+    def call(m: nn.Module, own: Leaves) -> Any:
+        return autocast(m, own | {"x": own["x"].to(given)})
+
+    assert_as_torch(module, leaves, call)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_autocast_of_stacks(form: str) -> None:
+    kind, own = FORMS[form]
+    module = build(kind, 24, 40, num_layers=2, bidirectional=True, **own)
+    leaves = leaves_for(module, 5, 7)
+    if form == "RNN-relu":  # its gradient jumps: see `check`
+        with torch.no_grad():
+            autocast(module, leaves)
+    else:
+        assert_as_torch(module, leaves)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_autocast_of_sequences(kind: str) -> None:
+    """`lengths`, `reset` and packed sequences; to float16 too, where torch.nn has no LSTM."""
+    module = build(kind, 8, 16)
+    x, lengths = torch.randn(6, 3, 8), torch.tensor([2, 6, 1])
+    reset = torch.rand(6, 3) < 0.3
+    packed = pack_padded_sequence(x, lengths, enforce_sorted=False)
+    with torch.no_grad():
+        wanted = [flatten(module(x, lengths=lengths, reset=reset)), flatten(module(packed))]
+        for dtype, allowed in ((torch.bfloat16, 0.05), (torch.float16, 0.005)):
+            with torch.autocast("cpu", dtype=dtype):
+                got = [flatten(module(x, lengths=lengths, reset=reset)), flatten(module(packed))]
+            for ours, exact in zip(got, wanted, strict=True):
+                for name, value in ours.items():
+                    assert value.dtype == (torch.float32 if kind == "GRU" else dtype)
+                    assert (value.float() - exact[name].float()).abs().max() < allowed
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_autocast_leaves_float64_alone(kind: str) -> None:
+    module = build(kind, 8, 16, dtype=torch.float64)
+    leaves = {"x": torch.randn(5, 3, 8, dtype=torch.float64)}
+    outside = flatten(plain(module, leaves))
+    assert_bitwise(flatten(autocast(module, leaves)), outside)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_autocast_of_other_devices_does_not_matter(kind: str) -> None:
+    module = build(kind, 8, 16)
+    x = torch.randn(5, 3, 8)
+    wanted = flatten(module(x))
+    with torch.autocast("xpu", dtype=torch.bfloat16):
+        assert_bitwise(flatten(module(x)), wanted)
+
+
+def test_explain_knows_autocast() -> None:
+    module, x = build("LSTM", 8, 16), torch.randn(5, 3, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert "bfloat16" in rnnkern.explain(module, x)
+    assert "float32" in rnnkern.explain(module, x)

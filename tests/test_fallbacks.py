@@ -78,7 +78,6 @@ NAMED = {
     "subclass": "subclass",
     "subclass-of-a-weight": "subclass",
     "functorch": "(?i)functorch|torch.func|transform",
-    "autocast": "(?i)autocast",
     "dispatch-mode": "mode",
     "flop-counter": "mode",
     "negative-view": "(?i)neg",
@@ -120,19 +119,6 @@ def test_fallback_results(form: str) -> None:
         lambda m, own: elsewhere(m, own, lengths=lengths, reset=reset),
         oracle_call=lambda m, own: oracle.run(m, own["x"], states_of(own), lengths, reset),
     )
-
-
-@pytest.mark.filterwarnings("ignore::rnnkern.FallbackWarning")
-@pytest.mark.parametrize("kind", LAYERS)
-def test_autocast(kind: str) -> None:
-    """As torch.nn has it: the same dtype and the same numbers."""
-    module = build(kind, 4, 6)
-    leaves = leaves_for(module, 5, 3)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        actual = flatten(plain(module, leaves))
-        expected = flatten(plain(oracle.twin(module), leaves))
-    assert actual["out.0"].dtype == expected["out.0"].dtype
-    assert_bitwise(actual, expected)
 
 
 @pytest.mark.filterwarnings("ignore::rnnkern.FallbackWarning")

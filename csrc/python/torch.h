@@ -24,7 +24,7 @@ struct TorchApi {
   // Methods of torch.Tensor, as plain functions of a tensor.
   PyObject *is_neg, *new_empty_strided;
   // Questions without arguments.
-  PyObject *num_threads, *deterministic, *grad_enabled, *inference_mode;
+  PyObject *num_threads, *deterministic, *grad_enabled, *inference_mode, *autocast;
   std::vector<Mode> modes;
   PyObject* forward_ad;  // the namespace of torch.autograd.forward_ad
 };
@@ -79,11 +79,12 @@ inline void bind_torch() {
   api.deterministic = keep(core.attr("_get_deterministic_algorithms"));
   api.grad_enabled = keep(package.attr("is_grad_enabled"));
   api.inference_mode = keep(package.attr("is_inference_mode_enabled"));
+  api.autocast = keep(
+      py::module_::import("functools").attr("partial")(package.attr("is_autocast_enabled"), "cpu"));
   api.modes = {
       {keep(core.attr("_get_tracing_state")), "torch.jit.trace"},
       {keep(core.attr("_are_functorch_transforms_active")), "torch.func transform"},
       {keep(core.attr("_len_torch_dispatch_stack")), "torch dispatch mode"},
-      {keep(core.attr("_is_any_autocast_enabled")), "autocast"},
   };
   api.forward_ad = keep(py::module_::import("torch.autograd.forward_ad").attr("__dict__"));
 }
