@@ -258,11 +258,12 @@ PYBIND11_MODULE(_C, m) {
   m.def("mode_refusal", &mode_refusal);
   m.def("plain_call", &plain_call);
   py::class_<Machine>(m, "Machine")
-      .def(py::init([](int threads, int lanes, int tile_rows, int element_bytes, int64_t l2_bytes) {
-             return Machine{threads, lanes, tile_rows, element_bytes, l2_bytes};
+      .def(py::init([](int threads, int lanes, int tile_rows, int element_bytes, int group,
+                       int64_t l2_bytes) {
+             return Machine{threads, lanes, tile_rows, element_bytes, group, l2_bytes};
            }),
            py::kw_only(), py::arg("threads"), py::arg("lanes"), py::arg("tile_rows"),
-           py::arg("element_bytes"), py::arg("l2_bytes"));
+           py::arg("element_bytes"), py::arg("group"), py::arg("l2_bytes"));
   m.def("machine", [](int threads, py::handle x) {
     return with_element_of(x, [&](auto element) {
       return machine_for<decltype(element)>(instruction_set(), threads);
@@ -272,7 +273,8 @@ PYBIND11_MODULE(_C, m) {
       .def_readonly("threads", &Plan::threads)
       .def_readonly("row_blocks", &Plan::row_blocks)
       .def_readonly("unit_blocks", &Plan::unit_blocks)
-      .def_readonly("packed", &Plan::packed)
+      .def_readonly("packs_input", &Plan::packs_input)
+      .def_readonly("packs_recurrent", &Plan::packs_recurrent)
       .def_readonly("block_steps", &Plan::block_steps);
   m.def(
       "plan",

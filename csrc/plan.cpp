@@ -21,9 +21,13 @@ constexpr double kFlopsPerThreadStep = 40e3;
 // Rows of one block of the input product: enough to read the weights of the input once for many
 // rows; more where they come from beyond the second-level cache.
 constexpr int64_t kInputRows = 48, kInputRowsOfLarge = 256;
-// Packing reads and writes all weights once; reading them as they lie costs this many times a
-// packed step per row.
-constexpr int64_t kPackingSteps = 3;
+// Forward, weights as they lie are read by dot products along their rows, which cost some 3
+// additions more per row of the weights than a product of panels; packing reads and writes all
+// weights once, which costs some 3 products of one row.
+constexpr int64_t kPackingReads = 3;
+// Backward, their rows are rows of a panel already, and packing only draws them together: for many
+// reads; or where they are this far apart, so that all of them want the same places of the cache.
+constexpr int64_t kGatheringReads = 64, kBytesOfSamePlace = 4096;
 
 // A matrix of weights comes from beyond the second-level cache each time it is read.
 bool large(const Sizes& z, int64_t columns, const Machine& machine) {
@@ -68,16 +72,24 @@ Plan plan_forward(const Problem& problem, const Machine& machine) {
   const int64_t wanted =
       large(problem.sizes, problem.sizes.I, machine) ? kInputRowsOfLarge : kInputRows;
   plan.block_steps = std::clamp<int64_t>(wanted / rows, 1, std::max<int64_t>(1, problem.T));
-  const int64_t reads = problem.T * rows;
-  const bool long_rows = std::min(problem.sizes.I, problem.sizes.O) >= 2 * machine.lanes;
-  plan.packed = problem.deterministic || reads > kPackingSteps || !long_rows;
+  const auto packs = [&](int64_t columns) {
+    return problem.deterministic || columns < 2 * machine.lanes ||
+           problem.total > std::max(kPackingReads, columns / (machine.lanes * machine.group));
+  };
+  plan.packs_input = packs(problem.sizes.I);
+  plan.packs_recurrent = packs(problem.sizes.O);
   return plan;
 }
 
 Plan plan_backward(const Problem& problem, const Machine& machine) {
   Plan plan;
   split_work(problem, machine, 2.0 * flops_per_row(problem.sizes), &plan);
-  plan.packed = problem.deterministic || problem.total > kPackingSteps;
+  const auto packs = [&](int64_t columns) {
+    const bool same_place = columns * machine.element_bytes % kBytesOfSamePlace == 0;
+    return problem.total > (same_place ? kPackingReads : kGatheringReads);
+  };
+  plan.packs_input = packs(problem.sizes.I);
+  plan.packs_recurrent = packs(problem.sizes.O);
   return plan;
 }
 
@@ -95,12 +107,13 @@ std::string describe(const Plan& plan, const Problem& problem, const Machine& ma
       : plan.threads > 1    ? "one thread per direction"
       : machine.threads > 1 ? "one thread: too little work to wake another"
                             : "one thread: no more are allowed";
+  const auto read = [](bool packs) {
+    return packs ? "packed into panels" : "as they lie: too few reads to repay packing";
+  };
   std::snprintf(
       line, sizeof(line),
-      "threads %d of %d (%s); weights %s; input product of %lld step%s at once; %.3g MFLOP",
-      plan.threads, machine.threads, split,
-      plan.packed ? "packed into panels of units with all gates"
-                  : "read as they lie: too few rows to repay packing",
+      "threads %d of %d (%s); W_ih %s; W_hh %s; input product of %lld step%s at once; %.3g MFLOP",
+      plan.threads, machine.threads, split, read(plan.packs_input), read(plan.packs_recurrent),
       static_cast<long long>(plan.block_steps), plan.block_steps == 1 ? "" : "s",
       flops_per_row(problem.sizes) * double(problem.total) * 1e-6);
   return line;

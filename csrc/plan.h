@@ -11,10 +11,11 @@ namespace rnnkern {
 
 // What the plan must know of the machine and of the code that will run.
 struct Machine {
-  int threads = 1;    // at most
-  int lanes = 4;      // elements of one vector
-  int tile_rows = 3;  // rows of one register tile
-  int element_bytes = 4;
+  int threads = 1;             // at most
+  int lanes = 4;               // elements of one vector
+  int tile_rows = 3;           // rows of one register tile
+  int element_bytes = 4;       // of a weight as the products take it
+  int group = 1;               // elements of a weight that one lane holds
   int64_t l2_bytes = 1 << 20;  // second-level cache of one core
 };
 
@@ -27,9 +28,10 @@ struct Problem {
 
 struct Plan {
   int threads = 1;
-  int row_blocks = 1;       // independent parts of the batch
-  int unit_blocks = 1;      // parts of the hidden units, one barrier a step between them
-  bool packed = true;       // weights repacked into panels; else read as they lie
+  int row_blocks = 1;   // independent parts of the batch
+  int unit_blocks = 1;  // parts of the hidden units, one barrier a step between them
+  // Weights repacked into panels; else read as they lie.
+  bool packs_input = true, packs_recurrent = true;
   int64_t block_steps = 1;  // steps whose input product is made at once
 };
 

@@ -58,7 +58,14 @@ def plain_call(module: Any, x: Tensor, record: Callable[..., tuple[Tensor, ...]]
 
 class Machine:
     def __init__(
-        self, *, threads: int, lanes: int, tile_rows: int, element_bytes: int, l2_bytes: int
+        self,
+        *,
+        threads: int,
+        lanes: int,
+        tile_rows: int,
+        element_bytes: int,
+        group: int,
+        l2_bytes: int,
     ) -> None: ...
 
 class Plan:
@@ -69,7 +76,9 @@ class Plan:
     @property
     def unit_blocks(self) -> int: ...
     @property
-    def packed(self) -> bool: ...
+    def packs_input(self) -> bool: ...
+    @property
+    def packs_recurrent(self) -> bool: ...
     @property
     def block_steps(self) -> int: ...
 

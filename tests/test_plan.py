@@ -8,9 +8,10 @@ import pytest
 
 from rnnkern import kernels
 
-V4 = {"lanes": 16, "tile_rows": 6, "element_bytes": 4, "l2_bytes": 2**20}
-V3 = {"lanes": 8, "tile_rows": 3, "element_bytes": 4, "l2_bytes": 2**18}
-V4_DOUBLE = {"lanes": 8, "tile_rows": 6, "element_bytes": 8, "l2_bytes": 2**20}
+V4 = {"lanes": 16, "tile_rows": 6, "element_bytes": 4, "group": 1, "l2_bytes": 2**20}
+V3 = {"lanes": 8, "tile_rows": 3, "element_bytes": 4, "group": 1, "l2_bytes": 2**18}
+V4_BF16 = {"lanes": 16, "tile_rows": 6, "element_bytes": 2, "group": 2, "l2_bytes": 2**20}
+V4_DOUBLE = {"lanes": 8, "tile_rows": 6, "element_bytes": 8, "group": 1, "l2_bytes": 2**20}
 
 
 def plan(
@@ -35,31 +36,33 @@ def plan(
         deterministic=deterministic,
         backward=backward,
     )
-    names = ("threads", "row_blocks", "unit_blocks", "packed", "block_steps")
-    return {name: getattr(found, name) for name in names}, text
+    names = ("threads", "row_blocks", "unit_blocks", "block_steps")
+    packs = {"packs": (found.packs_input, found.packs_recurrent)}
+    return {name: getattr(found, name) for name in names} | packs, text
 
 
 def expect(
-    threads: int, rows: int, units: int, packed: bool = True, steps: int = 1
+    threads: int, rows: int, units: int, packs: tuple[bool, bool] = (True, True), steps: int = 1
 ) -> dict[str, Any]:
     return {
         "threads": threads,
         "row_blocks": rows,
         "unit_blocks": units,
-        "packed": packed,
         "block_steps": steps,
+        "packs": packs,
     }
 
 
 # mode, (T, N, I, H), threads, the plan of forward
 TABLE = {
     "notebook": ("LSTM", (10, 1, 3, 3), 2, expect(1, 1, 1, steps=10)),
-    "one step": ("LSTM", (1, 1, 64, 256), 2, expect(2, 1, 2, packed=False)),
+    "one step": ("LSTM", (1, 1, 64, 256), 2, expect(2, 1, 2, (False, False))),
     "one step of many rows": ("LSTM", (1, 64, 64, 256), 2, expect(2, 2, 1)),
     "rows": ("LSTM", (28, 64, 28, 64), 2, expect(2, 2, 1)),
     "rows of eight threads": ("GRU", (28, 2000, 28, 64), 8, expect(8, 8, 1)),
     "one row of few units": ("RNN_TANH", (28, 1, 28, 64), 2, expect(1, 1, 1, steps=28)),
-    "one row of many units": ("LSTM", (30, 1, 80, 512), 2, expect(2, 1, 2, steps=30)),
+    "one row of many units": ("LSTM", (30, 1, 80, 512), 2, expect(2, 1, 2, (True, False), 30)),
+    "one row, twice as long": ("LSTM", (60, 1, 80, 512), 2, expect(2, 1, 2, steps=48)),
     "large": ("LSTM", (50, 64, 512, 512), 2, expect(2, 1, 2, steps=4)),
     "large, alone": ("LSTM", (50, 64, 512, 512), 1, expect(1, 1, 1, steps=4)),
     "rows and units": ("LSTM", (50, 64, 512, 512), 64, expect(40, 5, 8, steps=21)),
@@ -77,7 +80,9 @@ def test_table(name: str) -> None:
 
 @pytest.mark.parametrize("mode", ["RNN_TANH", "LSTM", "GRU"])
 @pytest.mark.parametrize("backward", [False, True])
-@pytest.mark.parametrize("cpu", [V4, V3, V4_DOUBLE], ids=["v4", "v3", "v4-float64"])
+@pytest.mark.parametrize(
+    "cpu", [V4, V3, V4_DOUBLE, V4_BF16], ids=["v4", "v3", "v4-float64", "v4-bf16"]
+)
 def test_every_plan_can_be_run(mode: str, backward: bool, cpu: dict[str, int]) -> None:
     """No more threads than allowed, none without a task, no part without rows or units."""
     for threads in (1, 2, 3, 8, 64):
@@ -106,8 +111,23 @@ def test_no_thread_is_left_idle_where_rows_abound(I: int, H: int, threads: int) 
 
 
 def test_weights_are_packed_where_the_order_of_summation_must_be_one() -> None:
-    assert not plan("LSTM", (1, 1, 64, 256))[0]["packed"]
-    assert plan("LSTM", (1, 1, 64, 256), deterministic=True)[0]["packed"]
+    assert plan("LSTM", (1, 1, 64, 256))[0]["packs"] == (False, False)
+    assert plan("LSTM", (1, 1, 64, 256), deterministic=True)[0]["packs"] == (True, True)
+
+
+@pytest.mark.parametrize(("cpu", "longest"), [(V4, 32), (V3, 64), (V4_BF16, 16), (V4_DOUBLE, 64)])
+def test_weights_are_packed_where_it_pays(cpu: dict[str, int], longest: int) -> None:
+    """Forward: longer rows repay it later. Rows and steps count alike."""
+    for T, N in ((longest, 1), (longest // 4, 4), (1, longest)):
+        assert plan("GRU", (T, N, 512, 512), 1, cpu)[0]["packs"] == (False, False)
+        assert plan("GRU", (T, N + 1, 512, 512), 1, cpu)[0]["packs"] == (True, True)
+
+
+def test_rows_that_want_one_place_of_the_cache_are_drawn_together() -> None:
+    """Backward, where a row of W is 4096 bytes."""
+    assert plan("LSTM", (5, 2, 512, 1024), backward=True)[0]["packs"] == (False, True)
+    assert plan("LSTM", (5, 2, 512, 1030), backward=True)[0]["packs"] == (False, False)
+    assert plan("LSTM", (50, 2, 512, 1030), backward=True)[0]["packs"] == (True, True)
 
 
 def test_more_cache_makes_weights_small() -> None:
@@ -123,6 +143,6 @@ def test_reasons() -> None:
         ((28, 64, 28, 64), 2, "no barrier"),
         ((50, 64, 512, 512), 2, "the recurrent weights are large"),
         ((30, 4, 100, 256), 2, "too few rows to split"),
-        ((1, 1, 64, 256), 2, "too few rows to repay packing"),
+        ((1, 1, 64, 256), 2, "W_hh as they lie"),
     ):
         assert words in plan("LSTM", sizes, threads)[1]

@@ -39,9 +39,9 @@ class BackwardScan {
     barriers_ = carver.take<Barrier>(1 + plan.threads);
     for (int d = 0; d < z.D; ++d) {
       const Weights<T>& w = b.weights[d];
-      recurrent_[d] = {kShape.gates * z.H, z.O, w.w_hh, w.w_hh_row, &kShape, nullptr};
-      projection_[d] = {z.O, z.H, w.w_hr, w.w_hr_row, nullptr, nullptr};
-      if (!plan.packed) continue;
+      const bool packs = plan.packs_recurrent;
+      recurrent_[d] = {kShape.gates * z.H, z.O, w.w_hh, w.w_hh_row, &kShape, packs, nullptr};
+      projection_[d] = {z.O, z.H, w.w_hr, w.w_hr_row, nullptr, packs, nullptr};
       recurrent_[d].packed = carver.take<A>(recurrent_[d].lanes());
       if (z.projected) projection_[d].packed = carver.take<A>(projection_[d].lanes());
     }
@@ -109,7 +109,7 @@ class BackwardScan {
   }
 
   void pack(int thread, int threads) {
-    for (int d = 0; plan_.packed && d < b_.sizes.D; ++d) {
+    for (int d = 0; d < b_.sizes.D; ++d) {
       for (int64_t p = thread; p < recurrent_[d].count(); p += threads) recurrent_[d].pack(p);
       if (!b_.sizes.projected) continue;
       for (int64_t p = thread; p < projection_[d].count(); p += threads) projection_[d].pack(p);
@@ -280,17 +280,10 @@ class BackwardScan {
     A* dh = dh_row(part.direction, part.row_begin);
     for (int64_t p = part.columns_of_dh.begin / kWidth; p * kWidth < part.columns_of_dh.end; ++p) {
       A* acc = dh + p * kWidth;
-      if (!w.packed) {
-        for (int64_t k = 0; k < count; ++k) {
-          A* row = acc + k * h_row_;
-          w.multiply(p, 1, dslots + k, &row, kShape.reads_h);
-        }
-        continue;
-      }
       if constexpr (!kShape.reads_h) {
         for (int64_t k = 0; k < count; ++k) zero_row(acc + k * h_row_, 0, kWidth);
       }
-      product(w.vectors(p), count, w.K, dslots, w.panel(p), acc, h_row_);
+      w.add(p, count, dslots, acc, h_row_);
     }
   }
 

@@ -46,12 +46,10 @@ class ForwardScan {
       const Weights<T>& w = f.weights[d];
       input_[d] = {panels_, w.w_ih, w.w_ih_row, z.I, nullptr};
       recurrent_[d] = {panels_, w.w_hh, w.w_hh_row, z.O, nullptr};
-      if (plan.packed) {
-        input_[d].packed = carver.take<A>(panels_.packed_lanes(z.I));
-        recurrent_[d].packed = carver.take<A>(panels_.packed_lanes(z.O));
-      }
+      if (plan.packs_input) input_[d].packed = carver.take<A>(panels_.packed_lanes(z.I));
+      if (plan.packs_recurrent) recurrent_[d].packed = carver.take<A>(panels_.packed_lanes(z.O));
       if (z.projected) {
-        projection_[d] = {z.H, z.O, w.w_hr, w.w_hr_row, nullptr, nullptr};
+        projection_[d] = {z.H, z.O, w.w_hr, w.w_hr_row, nullptr, true, nullptr};
         projection_[d].packed = carver.take<A>(projection_[d].lanes());
       }
     }
@@ -123,9 +121,8 @@ class ForwardScan {
     for (int d = 0; d < f_.sizes.D; ++d) {
       for (int64_t p = thread; p < panels_.count(); p += threads) {
         pack_bias(d, p);
-        if (!plan_.packed) continue;
-        input_[d].pack(p);
-        recurrent_[d].pack(p);
+        if (plan_.packs_input) input_[d].pack(p);
+        if (plan_.packs_recurrent) recurrent_[d].pack(p);
       }
       if (!f_.sizes.projected) continue;
       for (int64_t p = thread; p < projection_[d].count(); p += threads) {

@@ -35,9 +35,9 @@ static_assert(kDepth * kPanelVectors * kVectorBytes <= 64 * 1024,
 template <typename T>
 constexpr int64_t kPanelWidth = kPanelVectors * kLanes<T>;
 
-RNNKERN_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-RNNKERN_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
-RNNKERN_INLINE int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
+constexpr RNNKERN_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr RNNKERN_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr RNNKERN_INLINE int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // What the products take elements of type T as.
 template <typename T>
@@ -65,8 +65,9 @@ template <typename E>
 RNNKERN_INLINE E group_at(const E* row) {
   return *row;
 }
-RNNKERN_INLINE Vec<float> multiply_add(float a, Vec<float> b, Vec<float> c) { return a * b + c; }
-RNNKERN_INLINE Vec<double> multiply_add(double a, Vec<double> b, Vec<double> c) {
+// c + a * b, group by group; a is one group, or a vector of them.
+template <typename E, typename Left>
+RNNKERN_INLINE Vec<E> multiply_add(Left a, Vec<E> b, Vec<E> c) {
   return a * b + c;
 }
 #if defined(__AVX512BF16__)
@@ -80,14 +81,19 @@ RNNKERN_INLINE Pair group_at(const Bf16* row) {
 }
 // The last element of a row of odd length.
 RNNKERN_INLINE Pair half_group_at(const Bf16* row) { return {row->bits}; }
-RNNKERN_INLINE Vec<float> multiply_add(Pair a, Vec<float> b, Vec<float> c) {
-  return (Vec<float>)_mm512_dpbf16_ps((__m512)c, (__m512bh)_mm512_set1_epi32(a.bits), (__m512bh)b);
+template <>
+RNNKERN_INLINE Vec<Bf16> multiply_add<Bf16>(Vec<Bf16> a, Vec<Bf16> b, Vec<Bf16> c) {
+  return (Vec<Bf16>)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
+}
+template <>
+RNNKERN_INLINE Vec<Bf16> multiply_add<Bf16>(Pair a, Vec<Bf16> b, Vec<Bf16> c) {
+  return multiply_add<Bf16>((Vec<Bf16>)_mm512_set1_epi32(a.bits), b, c);
 }
 #endif
 
 template <typename E, int kVectors, int kRows>
 void tile(int64_t k_begin, int64_t k_count, const E* const* a, const Compute<E>* panel,
-          Compute<E>* acc, int64_t acc_row) {
+          int64_t panel_row, Compute<E>* acc, int64_t acc_row) {
   using V = Vec<E>;
   V c[kRows][kVectors];
   const E* row[kRows];
@@ -97,15 +103,17 @@ void tile(int64_t k_begin, int64_t k_count, const E* const* a, const Compute<E>*
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) c[m][v] = V{};
   }
-  const V* b = reinterpret_cast<const V*>(panel);
   const auto add = [&](auto group) __attribute__((always_inline)) {
+    V b[kVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) b[v] = load(panel + v * kLanes<E>);
+    panel += panel_row;
 #pragma GCC unroll 8
     for (int m = 0; m < kRows; ++m) {
       const auto left = group(row[m]);
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) c[m][v] = multiply_add(left, b[v], c[m][v]);
+      for (int v = 0; v < kVectors; ++v) c[m][v] = multiply_add<E>(left, b[v], c[m][v]);
     }
-    b += kVectors;
   };
   int64_t k = 0;
   for (; k + kGroup<E> <= k_count; k += kGroup<E>) {
@@ -125,8 +133,8 @@ void tile(int64_t k_begin, int64_t k_count, const E* const* a, const Compute<E>*
 }
 
 template <typename E>
-using TileFunction = void (*)(int64_t, int64_t, const E* const*, const Compute<E>*, Compute<E>*,
-                              int64_t);
+using TileFunction = void (*)(int64_t, int64_t, const E* const*, const Compute<E>*, int64_t,
+                              Compute<E>*, int64_t);
 
 template <typename E, int kVectors>
 TileFunction<E> tile_of(int64_t rows) {
@@ -152,40 +160,41 @@ TileFunction<E> tile_of(int vectors, int64_t rows) {
   }
 }
 
-// acc[m][..] += a[m][0..K) x panel for `rows` rows; the rows of acc are padded to whole vectors.
+// acc[m][..] += a[m][first..first+K) x panel for `rows` rows; the rows of acc are padded to whole
+// vectors. Groups of the panel are panel_row lanes apart.
 template <typename E>
-void product(int vectors, int64_t rows, int64_t K, const E* const* a, const Compute<E>* panel,
-             Compute<E>* acc, int64_t acc_row) {
+void product(int vectors, int64_t rows, int64_t first, int64_t K, const E* const* a,
+             const Compute<E>* panel, int64_t panel_row, Compute<E>* acc, int64_t acc_row) {
   static_assert(kDepth % kGroup<E> == 0, "a block is whole groups");
   const int64_t whole = rows / kTileRows * kTileRows;
   const TileFunction<E> full = tile_of<E>(vectors, kTileRows);
   for (int64_t k = 0; k < K; k += kDepth) {
     const int64_t depth = min_of(kDepth, K - k);
-    const Compute<E>* block = panel + groups<E>(k) * vectors * kLanes<E>;
+    const Compute<E>* block = panel + groups<E>(k) * panel_row;
     for (int64_t m = 0; m < whole; m += kTileRows)
-      full(k, depth, a + m, block, acc + m * acc_row, acc_row);
+      full(first + k, depth, a + m, block, panel_row, acc + m * acc_row, acc_row);
     if (whole < rows) {
-      tile_of<E>(vectors, rows - whole)(k, depth, a + whole, block, acc + whole * acc_row, acc_row);
+      tile_of<E>(vectors, rows - whole)(first + k, depth, a + whole, block, panel_row,
+                                        acc + whole * acc_row, acc_row);
     }
   }
 }
 
-// out[m][0..width) = or += a[m][0..K) x panel, width <= kPanelWidth: for results that are not
-// padded. Where it adds, the new sum is made apart and added once, so that long sums stay accurate.
-template <typename E, typename Out>
-void product_to(int64_t rows, int64_t K, const E* const* a, const Compute<E>* panel,
-                Out* const* out, int64_t width, bool add) {
-  constexpr int64_t kWidth = kPanelWidth<E>;
-  alignas(kVectorBytes) Compute<E> acc[kGroupRows * kWidth];
-  const int vectors = int(ceil_div(width, kLanes<E>));
+// out[m][0..width) = or += what add_to(first row, rows, acc) adds to zeros, width <= kPanelWidth:
+// for results that are not padded. Where it adds, the new sum is made apart and added once, so that
+// long sums stay accurate.
+template <typename A, typename Out, typename AddTo>
+void product_to(int64_t rows, Out* const* out, int64_t width, bool add, AddTo add_to) {
+  constexpr int64_t kWidth = kPanelWidth<A>;
+  alignas(kVectorBytes) A acc[kGroupRows * kWidth];
   for (int64_t first = 0; first < rows; first += kGroupRows) {
     const int64_t count = min_of(kGroupRows, rows - first);
-    for (int64_t i = 0; i < count * kWidth; i += kLanes<E>) store(acc + i, Vec<E>{});
-    product(vectors, count, K, a + first, panel, acc, kWidth);
+    for (int64_t i = 0; i < count * kWidth; i += kLanes<A>) store(acc + i, Vec<A>{});
+    add_to(first, count, acc);
     for (int64_t m = 0; m < count; ++m) {
       Out* to = out[first + m];
-      for (int64_t i = 0; i < width; i += kLanes<E>) {
-        Vec<E> sum = load(acc + m * kWidth + i);
+      for (int64_t i = 0; i < width; i += kLanes<A>) {
+        Vec<A> sum = load(acc + m * kWidth + i);
         if (add) sum += load_up_to(to + i, width - i);
         store_up_to(to + i, sum, width - i);
       }
@@ -232,32 +241,6 @@ class LeftRows {
   const E** copied_ = nullptr;
 };
 
-// Dot products of a[0..K) with `count` <= lanes rows of w, one per lane (lanes past count repeat
-// the last row). For few rows and few steps: reads the weights once, as they lie.
-template <typename E, typename T>
-Vec<T> dot_rows(int64_t K, const E* a, const T* w, int64_t w_row, int64_t count) {
-  constexpr int kL = kLanes<T>;
-  const T* row[kL];
-  Vec<T> sum[kL];
-#pragma GCC unroll 16
-  for (int i = 0; i < kL; ++i) {
-    row[i] = w + min_of(i, count - 1) * w_row;
-    sum[i] = Vec<T>{};
-  }
-  int64_t k = 0;
-  for (; k + kL <= K; k += kL) {
-    const Vec<T> x = load(a + k);
-#pragma GCC unroll 16
-    for (int i = 0; i < kL; ++i) sum[i] = x * load(row[i] + k) + sum[i];
-  }
-  if (k < K) {
-    const Vec<T> x = load_part(a + k, K - k);
-#pragma GCC unroll 16
-    for (int i = 0; i < kL; ++i) sum[i] = x * load_part(row[i] + k, K - k) + sum[i];
-  }
-  return sum_each<Compute<T>>(sum);
-}
-
 // The n elements at p, n > 0, as one vector of groups: at most lanes of them, zero behind the end.
 template <typename T>
 RNNKERN_INLINE Vec<T> load_groups(const T* p, int64_t n) {
@@ -269,6 +252,90 @@ RNNKERN_INLINE Vec<T> load_groups(const T* p, int64_t n) {
     const __mmask32 present = n >= 2 * kLanes<T> ? ~0u : (1u << n) - 1;
     return (Vec<T>)_mm512_maskz_loadu_epi16(present, p);
 #endif
+  }
+}
+
+// Weights as they lie, for few rows and few steps: dot products along rows of w, kDotRows of them
+// at once, each a stream of its own, so that they come from afar as fast as one stream does.
+template <typename T>
+constexpr int kDotRows = kLanes<T> < 4 ? kLanes<T> : 4;
+constexpr int kDotLeftRows = kTileRows < 6 ? 2 : 4;
+
+// sums[m][i] = a[m] . w[i], lane by lane, for kRows rows of a.
+template <typename T, int kRows>
+RNNKERN_INLINE void add_products(int64_t K, const Operand<T>* const* a,
+                                 const T* const (&w)[kDotRows<T>], Vec<T> (*sums)[kLanes<T>]) {
+  constexpr int kStep = kLanes<T> * kGroup<Operand<T>>;
+  constexpr int kUnrolled = kRows == 1 ? 2 : 1;  // against the latency of an addition
+  Vec<T> c[kUnrolled][kRows][kDotRows<T>] = {};
+  const auto add = [&](int u, int64_t k, int64_t n) __attribute__((always_inline)) {
+    Vec<T> left[kRows];
+#pragma GCC unroll 4
+    for (int m = 0; m < kRows; ++m) left[m] = load_groups(a[m] + k, n);
+#pragma GCC unroll 4
+    for (int i = 0; i < kDotRows<T>; ++i) {
+      const Vec<T> right = load_groups(w[i] + k, n);
+#pragma GCC unroll 4
+      for (int m = 0; m < kRows; ++m) {
+        c[u][m][i] = multiply_add<Operand<T>>(left[m], right, c[u][m][i]);
+      }
+    }
+  };
+  int64_t k = 0;
+  for (; k + kUnrolled * kStep <= K; k += kUnrolled * kStep) {
+#pragma GCC unroll 2
+    for (int u = 0; u < kUnrolled; ++u) add(u, k + u * kStep, kStep);
+  }
+  for (; k < K; k += kStep) add(0, k, K - k);
+#pragma GCC unroll 4
+  for (int m = 0; m < kRows; ++m) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kDotRows<T>; ++i) {
+      sums[m][i] = kUnrolled == 2 ? c[0][m][i] + c[kUnrolled - 1][m][i] : c[0][m][i];
+    }
+  }
+}
+
+// out[m][i] += a[m] . row i of w, for kRows rows of a and `count` <= lanes rows of w.
+template <typename T, int kRows>
+void dot_rows(int64_t K, const Operand<T>* const* a, const T* w, int64_t w_row, int64_t count,
+              Compute<T>* out, int64_t out_row) {
+  Vec<T> sums[kRows][kLanes<T>] = {};
+  for (int i = 0; i < count; i += kDotRows<T>) {
+    const T* rows[kDotRows<T>];
+    for (int j = 0; j < kDotRows<T>; ++j) rows[j] = w + min_of(i + j, count - 1) * w_row;
+    Vec<T> part[kRows][kLanes<T>];
+    add_products<T, kRows>(K, a, rows, part);
+    for (int m = 0; m < kRows; ++m) {
+      for (int j = 0; j < kDotRows<T>; ++j) sums[m][i + j] = part[m][j];
+    }
+  }
+  for (int m = 0; m < kRows; ++m) {
+    Compute<T>* to = out + m * out_row;
+    store_up_to(to, load_up_to(to, count) + sum_each<Compute<T>>(sums[m]), count);
+  }
+}
+
+// For any number of rows of a.
+template <typename T>
+void dot_rows(int64_t rows, int64_t K, const Operand<T>* const* a, const T* w, int64_t w_row,
+              int64_t count, Compute<T>* out, int64_t out_row) {
+  static_assert(kDotLeftRows <= 4, "extend the switch");
+  for (int64_t m = 0; m < rows;
+       m += kDotLeftRows, a += kDotLeftRows, out += kDotLeftRows * out_row) {
+    switch (min_of(kDotLeftRows, rows - m)) {
+      case 1:
+        dot_rows<T, 1>(K, a, w, w_row, count, out, out_row);
+        break;
+      case 2:
+        dot_rows<T, 2>(K, a, w, w_row, count, out, out_row);
+        break;
+      case 3:
+        dot_rows<T, min_of(3, kDotLeftRows)>(K, a, w, w_row, count, out, out_row);
+        break;
+      default:
+        dot_rows<T, kDotLeftRows>(K, a, w, w_row, count, out, out_row);
+    }
   }
 }
 

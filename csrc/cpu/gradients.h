@@ -65,9 +65,9 @@ class Gradients {
     const Sizes& z = b.sizes;
     zeros_ = carver.take<T>(max_of(z.H, z.O));
     for (int d = 0; b.dx.data && d < z.D; ++d) {
-      input_[d] = {kShape.gates * z.H,    z.I,     b.weights[d].w_ih,
-                   b.weights[d].w_ih_row, nullptr, nullptr};
-      if (plan.packed) input_[d].packed = carver.take<A>(input_[d].lanes());
+      input_[d] = {kShape.gates * z.H, z.I,    b.weights[d].w_ih, b.weights[d].w_ih_row, nullptr,
+                   plan.packs_input,   nullptr};
+      input_[d].packed = carver.take<A>(input_[d].lanes());
     }
     for (int d = 0; kNarrow<T> && d < z.D; ++d) {
       for (Matrix m : {kInput, kRecurrent, kProjection}) {
@@ -235,7 +235,7 @@ class Gradients {
                   bool add) const {
     const Range own = own_rows(target, thread, threads);
     if (own.begin == own.end) return;
-    const ColumnPanels<T> right = {count, target.width, nullptr, 0, nullptr, s.right};
+    const ColumnPanels<T> right = {count, target.width, nullptr, 0, nullptr, true, s.right};
     for (int64_t p = 0; target.weight && p < right.count(); ++p) {
       right.pack_rows(p, [&](int64_t r) { return s.right_rows[r]; });
     }

@@ -23,8 +23,8 @@ template <typename T>
 struct Kernels {
   size_t (*forward)(const Forward<T>&, const Plan&, Workspace);
   size_t (*backward)(const Backward<T>&, const Plan&, Workspace);
-  int lanes, tile_rows;  // of a register tile
-  int operand_bytes;     // an element of packed weights
+  int lanes, tile_rows;      // of a register tile
+  int operand_bytes, group;  // of an element of packed weights; elements in a lane
 };
 
 struct InstructionSet {

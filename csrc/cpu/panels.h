@@ -94,8 +94,9 @@ struct StepWeights {
     const int64_t width = panels.width(p);
     acc += Panels::slot_at(kFirstSlot - zeros_before(width), width);
     if (packed) {
-      product(int(slots_of(width) * width / kLanes<T>), rows, K, a,
-              packed + p * Panels::panel_lanes(K), acc, acc_row);
+      const int64_t panel_row = slots_of(width) * width;
+      product(int(panel_row / kLanes<T>), rows, 0, K, a, packed + p * Panels::panel_lanes(K),
+              panel_row, acc, acc_row);
       return;
     }
     acc += zeros_before(width) * width;
@@ -103,17 +104,15 @@ struct StepWeights {
       for (int64_t v = 0; v < width; v += kLanes<T>) {
         const int64_t u = panels.first_unit(p) + v, n = min_of(kLanes<T>, panels.H - u);
         const T* first = w + (gate_of(i) * panels.H + u) * row;
-        for (int64_t m = 0; m < rows; ++m) {
-          Compute<T>* to = acc + m * acc_row + i * width + v;
-          store_up_to(to, load(to) + dot_rows(K, a[m], first, row, n), n);
-        }
+        dot_rows(rows, K, a, first, row, n, acc + i * width + v, acc_row);
       }
     }
   }
 };
 
 // A matrix [K, width] as the other products read it: its columns in panels of kPanelWidth, panel p
-// packed as [groups of K][its columns, whole vectors]; or, where `packed` is null, as it lies.
+// packed as [groups of K][its columns, whole vectors]. A panel of whole vectors of elements that
+// are multiplied as they are may also be read where it lies: all that is, if not `packs`.
 //
 // Row k is w + k*row; with `shape`, the rows of a weight matrix of gates in the order of the
 // recurrent slots.
@@ -125,13 +124,22 @@ struct ColumnPanels {
   const T* w;
   int64_t row;
   const CellShape* shape;
+  bool packs;
   Compute<T>* packed;
 
   int64_t count() const { return ceil_div(width, kPanelWidth<T>); }
-  int64_t lanes() const { return count() * kPanelWidth<T> * groups<E>(K); }
+  int64_t lanes() const { return panels_packed() * kPanelWidth<T> * groups<E>(K); }
   int64_t columns(int64_t p) const { return min_of(kPanelWidth<T>, width - p * kPanelWidth<T>); }
   int vectors(int64_t p) const { return int(ceil_div(columns(p), kLanes<T>)); }
-  Compute<T>* panel(int64_t p) const { return packed + p * kPanelWidth<T> * groups<E>(K); }
+  Compute<T>* panel(int64_t p) const {
+    return packed + (p - count() + panels_packed()) * kPanelWidth<T> * groups<E>(K);
+  }
+  bool lies(int64_t p) const { return p < count() - panels_packed(); }
+  // The last ones.
+  int64_t panels_packed() const {
+    if (packs || kNarrow<T>) return count();
+    return width % kLanes<T> ? 1 : 0;
+  }
 
   const T* row_of(int64_t k) const {
     if (!shape) return w + k * row;
@@ -140,7 +148,7 @@ struct ColumnPanels {
   }
 
   void pack(int64_t p) const {
-    if (!packed) return;
+    if (lies(p)) return;
     pack_rows(p, [&](int64_t k) { return row_of(k); });
   }
   // From rows that lie anywhere: row k begins at rows(k).
@@ -162,43 +170,27 @@ struct ColumnPanels {
     }
   }
 
-  // out[m][columns of p] = or += a[m] x this matrix.
-  template <typename Out>
-  void multiply(int64_t p, int64_t rows, const E* const* a, Out* const* out, bool add) const {
-    if (packed) {
-      product_to(rows, K, a, panel(p), out, columns(p), add);
-      return;
+  // acc[m][columns of p, whole vectors] += a[m] x this matrix.
+  void add(int64_t p, int64_t rows, const E* const* a, Compute<T>* acc, int64_t acc_row) const {
+    if constexpr (!kNarrow<T>) {
+      if (lies(p)) {
+        const int64_t depth = shape ? K / shape->gates : K;  // rows in a row
+        for (int64_t k = 0; k < K; k += depth) {
+          product(vectors(p), rows, k, depth, a, row_of(k) + p * kPanelWidth<T>, row, acc, acc_row);
+        }
+        return;
+      }
     }
-    for (int64_t m = 0; m < rows; ++m) multiply_as_it_lies(p, a[m], out[m], add);
+    product(vectors(p), rows, 0, K, a, panel(p), vectors(p) * kLanes<T>, acc, acc_row);
   }
 
- private:
-  // The end of the part of K that begins there: at most kDepth, all in one gate.
-  static int64_t next_part(int64_t begin, int64_t depth) {
-    return min_of(begin + kDepth, (begin / depth + 1) * depth);
-  }
+  // out[m][columns of p] = or += a[m] x this matrix.
   template <typename Out>
-  void multiply_as_it_lies(int64_t p, const E* a, Out* out, bool add) const {
-    const int64_t n = columns(p), blocks = shape ? shape->gates : 1, depth = K / blocks;
-    Vec<T> sum[kPanelVectors] = {};
-    for (int64_t begin = 0; begin < K; begin = next_part(begin, depth)) {
-      const int64_t end = next_part(begin, depth);
-      const T* from = row_of(begin) + p * kPanelWidth<T>;
-      Vec<T> part[kPanelVectors] = {};
-      for (int64_t k = begin; k < end; ++k, from += row) {
-#pragma GCC unroll 4
-        for (int v = 0; v < kPanelVectors; ++v) {
-          const int64_t left = n - v * kLanes<T>;
-          if (left > 0) part[v] = value(a[k]) * load_up_to(from + v * kLanes<T>, left) + part[v];
-        }
-      }
-      for (int v = 0; v < kPanelVectors; ++v) sum[v] += part[v];
-    }
-    for (int v = 0; v < vectors(p); ++v) {
-      const int64_t i = v * kLanes<T>;
-      if (add) sum[v] += load_up_to(out + i, n - i);
-      store_up_to(out + i, sum[v], n - i);
-    }
+  void multiply(int64_t p, int64_t rows, const E* const* a, Out* const* out, bool adds) const {
+    product_to<Compute<T>>(rows, out, columns(p), adds,
+                           [&](int64_t first, int64_t count, Compute<T>* acc) {
+                             add(p, count, a + first, acc, kPanelWidth<T>);
+                           });
   }
 };
 

@@ -165,6 +165,7 @@ Machine machine_for(const InstructionSet& set, int threads) {
   machine.lanes = kernels.lanes;
   machine.tile_rows = kernels.tile_rows;
   machine.element_bytes = kernels.operand_bytes;
+  machine.group = kernels.group;
   machine.l2_bytes = l2_bytes();
   return machine;
 }
