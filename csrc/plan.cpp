@@ -23,16 +23,20 @@ constexpr double kFlopsPerThreadStep = 40e3;
 constexpr int64_t kInputRows = 48, kInputRowsOfLarge = 256;
 // Forward, weights as they lie are read by dot products along their rows, which cost some 3
 // additions more per row of the weights than a product of panels; packing reads and writes all
-// weights once, which costs some 3 products of one row.
-constexpr int64_t kPackingReads = 3;
+// weights once, which costs some 3 products of one row, and so many times more where they come from
+// beyond the second-level cache.
+constexpr int64_t kPackingReads = 3, kFarFactor = 4;
 // Backward, their rows are rows of a panel already, and packing only draws them together: for many
 // reads; or where they are this far apart, so that all of them want the same places of the cache.
 constexpr int64_t kGatheringReads = 64, kBytesOfSamePlace = 4096;
 
+double weight_bytes(const Sizes& z, int64_t columns, const Machine& machine) {
+  return double(cell_shape(z.cell).gates) * double(z.H) * double(columns) * machine.element_bytes;
+}
+
 // A matrix of weights comes from beyond the second-level cache each time it is read.
 bool large(const Sizes& z, int64_t columns, const Machine& machine) {
-  const double elements = double(cell_shape(z.cell).gates) * double(z.H) * double(columns);
-  return elements * machine.element_bytes > double(machine.l2_bytes);
+  return weight_bytes(z, columns, machine) > double(machine.l2_bytes);
 }
 
 // Rows are split where every part still fills its register tiles, for no barrier is needed then.
@@ -72,9 +76,12 @@ Plan plan_forward(const Problem& problem, const Machine& machine) {
   const int64_t wanted =
       large(problem.sizes, problem.sizes.I, machine) ? kInputRowsOfLarge : kInputRows;
   plan.block_steps = std::clamp<int64_t>(wanted / rows, 1, std::max<int64_t>(1, problem.T));
+  const double both = weight_bytes(problem.sizes, problem.sizes.I + problem.sizes.O, machine);
+  const int64_t far = both > double(machine.l2_bytes) ? kFarFactor : 1;
   const auto packs = [&](int64_t columns) {
+    const int64_t vectors = columns / (machine.lanes * machine.group);
     return problem.deterministic || columns < 2 * machine.lanes ||
-           problem.total > std::max(kPackingReads, columns / (machine.lanes * machine.group));
+           problem.total > far * std::max(kPackingReads, vectors);
   };
   plan.packs_input = packs(problem.sizes.I);
   plan.packs_recurrent = packs(problem.sizes.O);

@@ -57,12 +57,13 @@ def expect(
 TABLE = {
     "notebook": ("LSTM", (10, 1, 3, 3), 2, expect(1, 1, 1, steps=10)),
     "one step": ("LSTM", (1, 1, 64, 256), 2, expect(2, 1, 2, (False, False))),
-    "one step of many rows": ("LSTM", (1, 64, 64, 256), 2, expect(2, 2, 1)),
+    "one step of many rows": ("LSTM", (1, 64, 64, 256), 2, expect(2, 2, 1, (True, False))),
     "rows": ("LSTM", (28, 64, 28, 64), 2, expect(2, 2, 1)),
     "rows of eight threads": ("GRU", (28, 2000, 28, 64), 8, expect(8, 8, 1)),
     "one row of few units": ("RNN_TANH", (28, 1, 28, 64), 2, expect(1, 1, 1, steps=28)),
-    "one row of many units": ("LSTM", (30, 1, 80, 512), 2, expect(2, 1, 2, (True, False), 30)),
-    "one row, twice as long": ("LSTM", (60, 1, 80, 512), 2, expect(2, 1, 2, steps=48)),
+    "one row of many units": ("LSTM", (16, 1, 80, 512), 2, expect(2, 1, 2, (False, False), 16)),
+    "one row, longer": ("LSTM", (60, 1, 80, 512), 2, expect(2, 1, 2, (True, False), 48)),
+    "one row, longer yet": ("LSTM", (150, 1, 80, 512), 2, expect(2, 1, 2, steps=48)),
     "large": ("LSTM", (50, 64, 512, 512), 2, expect(2, 1, 2, steps=4)),
     "large, alone": ("LSTM", (50, 64, 512, 512), 1, expect(1, 1, 1, steps=4)),
     "rows and units": ("LSTM", (50, 64, 512, 512), 64, expect(40, 5, 8, steps=21)),
@@ -117,10 +118,13 @@ def test_weights_are_packed_where_the_order_of_summation_must_be_one() -> None:
 
 @pytest.mark.parametrize(("cpu", "longest"), [(V4, 32), (V3, 64), (V4_BF16, 16), (V4_DOUBLE, 64)])
 def test_weights_are_packed_where_it_pays(cpu: dict[str, int], longest: int) -> None:
-    """Forward: longer rows repay it later. Rows and steps count alike."""
+    """Forward: longer rows repay it later, and rows from afar. Rows and steps count alike."""
+    near = cpu | {"l2_bytes": 2**25}
     for T, N in ((longest, 1), (longest // 4, 4), (1, longest)):
-        assert plan("GRU", (T, N, 512, 512), 1, cpu)[0]["packs"] == (False, False)
-        assert plan("GRU", (T, N + 1, 512, 512), 1, cpu)[0]["packs"] == (True, True)
+        assert plan("GRU", (T, N, 512, 512), 1, near)[0]["packs"] == (False, False)
+        assert plan("GRU", (T, N + 1, 512, 512), 1, near)[0]["packs"] == (True, True)
+        assert plan("GRU", (4 * T, N, 512, 512), 1, cpu)[0]["packs"] == (False, False)
+        assert plan("GRU", (4 * T, N + 1, 512, 512), 1, cpu)[0]["packs"] == (True, True)
 
 
 def test_rows_that_want_one_place_of_the_cache_are_drawn_together() -> None:

@@ -356,6 +356,7 @@ void pack_transposed(int64_t K, const T* rows, int64_t row, int64_t count, Compu
     Compute<T>* to = panel + groups<E>(k) * panel_row;
 #pragma GCC unroll 16
     for (int i = 0; i < kL; ++i) {
+      __builtin_prefetch(to + (kL + i) * panel_row, 1);  // stores wait longer than loads
       if (i < depth) store_up_to(to + i * panel_row, block[i], width);
     }
   }
