@@ -16,10 +16,15 @@ import rnnkern
 
 # From the most capable down, and what torch calls a CPU that has it.
 KNOWN = {
+    "x86-64-v4-amx": "AVX512",
     "x86-64-v4-bf16": "AVX512",
     "x86-64-v4": "AVX512",
     "x86-64-v3": "AVX2",
     "baseline": "DEFAULT",
+}
+EXTENDED = {
+    "x86-64-v4-amx": torch.cpu._is_amx_tile_supported,
+    "x86-64-v4-bf16": torch.cpu._is_avx512_bf16_supported,
 }
 WITH_FMA = ("x86-64-v4", "x86-64-v3")
 
@@ -35,7 +40,7 @@ def supported() -> list[str]:
         for name, needs in KNOWN.items()
         if order.index(needs) >= rank
         and name in compiled
-        and (not name.endswith("bf16") or torch.cpu._is_avx512_bf16_supported())
+        and (name not in EXTENDED or EXTENDED[name]())
     ]
 
 

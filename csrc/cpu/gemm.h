@@ -17,6 +17,9 @@
 // fit the first-level cache read and write the accumulators more often, which costs 2 % more.
 #pragma once
 
+#ifdef RNNKERN_AMX
+#include "cpu/amx_product.h"
+#endif
 #include "cpu/rows.h"
 #include "cpu/workspace.h"
 
@@ -38,6 +41,13 @@ constexpr int64_t kPanelWidth = kPanelVectors * kLanes<T>;
 constexpr RNNKERN_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr RNNKERN_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr RNNKERN_INLINE int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// Rows that a part of the batch should have, to fill the registers.
+#ifdef RNNKERN_AMX
+constexpr int kRowsOfPart = kTileHeight;
+#else
+constexpr int kRowsOfPart = kTileRows;
+#endif
 
 // What the products take elements of type T as.
 template <typename T>
@@ -166,6 +176,12 @@ template <typename E>
 void product(int vectors, int64_t rows, int64_t first, int64_t K, const E* const* a,
              const Compute<E>* panel, int64_t panel_row, Compute<E>* acc, int64_t acc_row) {
   static_assert(kDepth % kGroup<E> == 0, "a block is whole groups");
+#ifdef RNNKERN_AMX
+  if constexpr (std::is_same_v<E, Bf16>) {
+    TileProduct(vectors, rows, first, K, a, panel, panel_row, acc, acc_row).run();
+    return;
+  }
+#endif
   const int64_t whole = rows / kTileRows * kTileRows;
   const TileFunction<E> full = tile_of<E>(vectors, kTileRows);
   for (int64_t k = 0; k < K; k += kDepth) {

@@ -32,7 +32,7 @@ size_t run_backward(const Backward<T>& scan, const Plan& plan, Workspace workspa
 template <typename T>
 Kernels<T> kernels() {
   return {run_forward<T>, run_backward<T>,         kLanes<T>,
-          kTileRows,      int(sizeof(Operand<T>)), kGroup<Operand<T>>};
+          kRowsOfPart,    int(sizeof(Operand<T>)), kGroup<Operand<T>>};
 }
 template Kernels<RNNKERN_ELEMENT> kernels<RNNKERN_ELEMENT>();
 

@@ -1,5 +1,8 @@
 // Picks the instruction set once, and runs one scan on it.
 #include <pthread.h>
+#ifdef __linux__
+#include <sys/syscall.h>
+#endif
 #include <unistd.h>
 
 #include <atomic>
@@ -32,6 +35,10 @@ namespace x86_64_v4_bf16 {
 template <typename T>
 Kernels<T> kernels();
 }
+namespace x86_64_v4_amx {
+template <typename T>
+Kernels<T> kernels();
+}
 #endif
 
 namespace {
@@ -42,6 +49,20 @@ bool always() { return true; }
 bool has_v3() { return __builtin_cpu_supports("x86-64-v3"); }
 bool has_v4() { return __builtin_cpu_supports("x86-64-v4"); }
 bool has_v4_bf16() { return has_v4() && __builtin_cpu_supports("avx512bf16"); }
+
+bool has_v4_amx() {
+#if defined(RNNKERN_AMX_STAND_IN)
+  return has_v4_bf16();
+#elif defined(__linux__)
+  // The system grants the tile registers to those who ask.
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return has_v4_bf16() && __builtin_cpu_supports("amx-tile") &&
+         __builtin_cpu_supports("amx-bf16") &&
+         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
 #endif
 
 const InstructionSet& choose() {
@@ -131,6 +152,10 @@ void with_workspace(Run run) {
 const std::vector<InstructionSet>& instruction_sets() {
   static const std::vector<InstructionSet> sets = {
 #ifdef RNNKERN_X86_64
+      {"x86-64-v4-amx",
+       has_v4_amx,
+       {x86_64_v4::kernels<float>(), x86_64_v4::kernels<double>(), x86_64_v4_amx::kernels<Bf16>(),
+        x86_64_v4::kernels<F16>()}},
       {"x86-64-v4-bf16",
        has_v4_bf16,
        {x86_64_v4::kernels<float>(), x86_64_v4::kernels<double>(), x86_64_v4_bf16::kernels<Bf16>(),
