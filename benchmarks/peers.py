@@ -34,13 +34,10 @@ def installed() -> dict[str, Callable[[Case, int], Call]]:
     return peers
 
 
-def module_calls(case: Case, pass_name: str) -> dict[str, Call]:
+def module_calls(case: Case, pass_name: str, dtype: torch.dtype = torch.float32) -> dict[str, Call]:
     """A pass of our module and of torch.nn's, by name."""
     libraries = {"rnnkern": rnnkern, "torch.nn": nn}
-    return {
-        name: case.side(library, torch.float32).call(pass_name)
-        for name, library in libraries.items()
-    }
+    return {name: case.side(library, dtype).call(pass_name) for name, library in libraries.items()}
 
 
 def calls(case: Case, threads: int) -> dict[str, Call]:

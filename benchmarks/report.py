@@ -2,9 +2,10 @@
 
     python -m benchmarks.report [--threads 1,2] [--quick]
 
-Inference against every peer, forward+backward against torch.nn, both beside what the machine could
-do at all (its measured matrix product and memory bandwidth), and time over T, N and H. All calls of
-a row are timed in turn in one process. The results go to benchmarks/results as JSON, the pictures
+Inference against every peer, forward+backward against torch.nn, both passes in bfloat16 too, all
+beside what the machine could do at all (its best matrix product, measured in the same rounds, and
+its memory bandwidth), and time over T, N and H. All calls of a row are timed in turn in one
+process. The results go to benchmarks/results as JSON, the pictures
 to docs/benchmarks.
 """
 
@@ -12,9 +13,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +39,7 @@ from rnnkern.workloads import (
 
 ROOT = Path(__file__).resolve().parent.parent
 OURS = "rnnkern"
+TIMED = {FORWARD: "Inference", FORWARD_BACKWARD: "Forward+backward"}
 
 # One of T, N and H grows, the others stay.
 SWEEP_BASE = {"steps": 64, "batch": 16, "input_size": 128, "hidden_size": 128}
@@ -66,109 +70,101 @@ SWEEPS = {
 AXES = {"steps": "time steps T", "batch": "batch N", "hidden_size": "hidden size H"}
 
 
+PRODUCT = "matrix product"
+
+
 @dataclass(frozen=True)
 class Limits:
-    """What the machine can do: GFLOP/s of the best float32 matrix product, GB/s of a copy."""
+    """What the machine can do: its best matrix product in a dtype, and GB/s of a copy."""
 
+    sizes: tuple[int, int, int]
+    dtype: torch.dtype
     gflops: float
     gbytes: float
 
-    def seconds(self, cell: str, w: Workload, pass_name: str) -> float:
+    def product(self) -> timing.Call:
+        """The matrix product as a call."""
+        m, k, n = self.sizes
+        a, b = (torch.randn(*shape).to(self.dtype) for shape in ((m, k), (k, n)))
+        out = torch.empty(m, n, dtype=self.dtype)
+        return lambda: torch.mm(a, b, out=out)
+
+    def seconds(self, cell: str, w: Workload, pass_name: str, product_s: float) -> float:
         """The longer of its products at full speed, and its tensors moved once from memory.
 
-        Small tensors stay in the caches and may be faster than that.
+        Full speed is that of the matrix product, which takes ``product_s`` seconds. Small tensors
+        stay in the caches and may be faster than memory.
 
         Backward reads what forward read and wrote, and writes as many gradients.
         """
         weights = GATES[cell] * w.hidden_size * (w.input_size + w.hidden_size)
-        moved = 4 * (weights + w.steps * w.batch * (w.input_size + w.hidden_size))
+        moved = self.dtype.itemsize * (weights + w.steps * w.batch * (w.input_size + w.hidden_size))
         times = 3 if pass_name == FORWARD_BACKWARD else 1
-        products = flops(cell, w, pass_name) / (self.gflops * 1e9)
+        products = flops(cell, w, pass_name) / _flops_of(self.sizes) * product_s
         return max(products, times * moved / (self.gbytes * 1e9))
 
 
-def measure_limits(quick: bool) -> Limits:
+def _flops_of(sizes: tuple[int, int, int]) -> float:
+    return 2.0 * math.prod(sizes)
+
+
+def measure_limits(dtype: torch.dtype, quick: bool) -> Limits:
     """The best of several shapes and runs: a limit is no average."""
-    best = 0.0
-    for m, k, n in ((512, 512, 512), (1024, 1024, 1024), (2048, 2048, 2048), (64, 1024, 4096)):
-        a, b, out = torch.randn(m, k), torch.randn(k, n), torch.empty(m, n)
-
-        def product(a: torch.Tensor = a, b: torch.Tensor = b, out: torch.Tensor = out) -> None:
-            torch.mm(a, b, out=out)
-
-        seconds = min(timing.time_in_turn([product], budget_s=0.2 if quick else 1, min_rounds=3)[0])
-        best = max(best, 2e-9 * m * k * n / seconds)
+    budget_s = 0.2 if quick else 1.0
+    found = []
+    for sizes in ((512, 512, 512), (1024, 1024, 1024), (64, 1024, 4096), (256, 1024, 1024)):
+        call = Limits(sizes, dtype, 0.0, 0.0).product()
+        seconds = min(timing.time_in_turn([call], budget_s=budget_s, min_rounds=3)[0])
+        found.append((1e-9 * _flops_of(sizes) / seconds, sizes))
     source, target = torch.randn(2**26), torch.empty(2**26)
-    copies = timing.time_in_turn(
-        [lambda: target.copy_(source)], budget_s=0.2 if quick else 1, min_rounds=3
-    )
-    return Limits(best, 2e-9 * source.nbytes / min(copies[0]))
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Microseconds per call of each library, and our speed-up over each: medians over rounds."""
-
-    us: dict[str, float]
-    speedup: dict[str, float]
-
-
-def time_calls(calls: dict[str, timing.Call], quick: bool) -> Timing:
-    """Times calls by name in turn."""
-    threads = torch.get_num_threads()
-    samples = timing.time_in_turn(
-        list(calls.values()),
-        budget_s=0.1 if quick else 2.0,
-        min_rounds=2 if quick else 5,
-        # Each library has a pool of its own, whose threads spin for a while after a call.
-        warm_s=0.03 if threads > 1 and len(calls) > 2 else 0.0,
-    )
-    by_name = dict(zip(calls, samples, strict=True))
-    ours = by_name[OURS]
-    return Timing(
-        {name: statistics.median(s) * 1e6 for name, s in by_name.items()},
-        {
-            name: statistics.median(t / o for t, o in zip(s, ours, strict=True))
-            for name, s in by_name.items()
-            if name != OURS
-        },
-    )
-
-
-def inference(cell: str, workload: Workload, quick: bool) -> Timing:
-    """The plain forward pass against torch.nn and every peer."""
-    calls = peers.calls(draw_case(cell, workload), torch.get_num_threads())
-    with grad_mode(FORWARD):
-        return time_calls(calls, quick)
-
-
-def training(cell: str, workload: Workload, quick: bool) -> Timing:
-    """Forward+backward against torch.nn."""
-    case = draw_case(cell, workload)
-    calls = peers.module_calls(case, FORWARD_BACKWARD)
-    with grad_mode(FORWARD_BACKWARD):
-        return time_calls(calls, quick)
-
-
-MEASURES = {FORWARD: inference, FORWARD_BACKWARD: training}
+    copies = timing.time_in_turn([lambda: target.copy_(source)], budget_s=budget_s, min_rounds=3)
+    gflops, sizes = max(found)
+    return Limits(sizes, dtype, gflops, 2e-9 * source.nbytes / min(copies[0]))
 
 
 def measure(
     pass_name: str, cell: str, workload: Workload, limits: Limits, quick: bool
 ) -> dict[str, Any]:
-    """One row of the report."""
-    measured = MEASURES[pass_name](cell, workload, quick)
-    seconds = measured.us[OURS] * 1e-6
+    """One row of the report: microseconds per call of each library, our speed-up over each, and the
+    share of the limit: medians over rounds.
+    """
+    case, threads = draw_case(cell, workload), torch.get_num_threads()
+    with_peers = pass_name == FORWARD and limits.dtype == torch.float32
+    calls = (
+        peers.calls(case, threads)
+        if with_peers
+        else peers.module_calls(case, pass_name, limits.dtype)
+    )
+    calls[PRODUCT] = limits.product()
+    with grad_mode(pass_name):
+        samples = timing.time_in_turn(
+            list(calls.values()),
+            budget_s=0.1 if quick else 1.5,
+            min_rounds=2 if quick else 5,
+            # Each library has a pool of its own, whose threads spin for a while after a call.
+            warm_s=0.03 if threads > 1 and with_peers else 0.0,
+        )
+    by_name = dict(zip(calls, samples, strict=True))
+    ours, products = by_name[OURS], by_name.pop(PRODUCT)
+    seconds = statistics.median(ours)
     return {
         "pass": pass_name,
+        "dtype": str(limits.dtype).removeprefix("torch."),
         "cell": cell,
         "workload": workload.name,
-        "threads": torch.get_num_threads(),
+        "threads": threads,
         "sizes": [workload.steps, workload.batch, workload.input_size, workload.hidden_size],
-        "us": measured.us,
-        "speedup": measured.speedup,
+        "us": {name: statistics.median(taken) * 1e6 for name, taken in by_name.items()},
+        "speedup": {
+            name: statistics.median(t / o for t, o in zip(taken, ours, strict=True))
+            for name, taken in by_name.items()
+            if name != OURS
+        },
         "gflops": flops(cell, workload, pass_name) * 1e-9 / seconds,
-        "of_limit": limits.seconds(cell, workload, pass_name) / seconds,
+        "of_limit": statistics.median(
+            limits.seconds(cell, workload, pass_name, full_speed) / own
+            for full_speed, own in zip(products, ours, strict=True)
+        ),
     }
 
 
@@ -180,7 +176,7 @@ def sweep(name: str, cell: str, limits: Limits, quick: bool) -> Iterator[dict[st
         if name == "hidden_size":
             sizes["input_size"] = value
         workload = Workload(f"{name}={value}", **sizes)
-        for pass_name in MEASURES:
+        for pass_name in TIMED:
             yield measure(pass_name, cell, workload, limits, True) | {"sweep": name, "value": value}
 
 
@@ -188,22 +184,28 @@ def run(threads: Iterable[int], quick: bool) -> dict[str, Any]:
     """Everything, as JSON-ready values."""
     header = compare.header(compare.Options(quick=quick))
     header["peers"] = {name: _version(name) for name in peers.installed()}
-    report: dict[str, Any] = {"header": header, "limits": {}, "rows": [], "sweeps": []}
+    report: dict[str, Any] = {"header": header, "limits": [], "rows": [], "sweeps": []}
     workloads = list(load_workloads().values())
     if quick:
         workloads = list(compare.quick_workloads(tuple(workloads), "cpu"))
     for count in threads:
         with timing.threads_set(count):
-            limits = measure_limits(quick)
-            report["limits"][str(count)] = {"gflops": limits.gflops, "gbytes": limits.gbytes}
-            for pass_name in MEASURES:
-                for cell in CELLS:
-                    for workload in workloads:
-                        row = measure(pass_name, cell, workload, limits, quick)
-                        print(_line(row), flush=True)
-                        report["rows"].append(row)
+            for dtype in (torch.float32, torch.bfloat16):
+                limits = measure_limits(dtype, quick)
+                report["limits"].append(
+                    {
+                        "threads": count,
+                        "dtype": str(dtype).removeprefix("torch."),
+                        "gflops": limits.gflops,
+                        "gbytes": limits.gbytes,
+                    }
+                )
+                for pass_name, cell, workload in product(TIMED, CELLS, workloads):
+                    row = measure(pass_name, cell, workload, limits, quick)
+                    print(_line(row), flush=True)
+                    report["rows"].append(row)
     with timing.threads_set(1):  # sizes and not threads are the question here
-        limits = measure_limits(quick)
+        limits = measure_limits(torch.float32, quick)
         for name in SWEEPS:
             for cell in CELLS:
                 print(f"sweep over {name}, {cell}", flush=True)
@@ -220,8 +222,8 @@ def _version(peer: str) -> str:
 def _line(row: dict[str, Any]) -> str:
     others = ", ".join(f"{name} {value:.2f}x" for name, value in row["speedup"].items())
     return (
-        f"{row['threads']} {row['pass']:16} {row['cell']:4} {row['workload']:13} "
-        f"{row['us'][OURS]:10.1f} us  {others}"
+        f"{row['threads']} {row['dtype']:8} {row['pass']:16} {row['cell']:4} {row['workload']:13} "
+        f"{row['us'][OURS]:10.1f} us  {100 * row['of_limit']:3.0f} %  {others}"
     )
 
 
@@ -267,20 +269,24 @@ def markdown(report: dict[str, Any], pictures: list[Path]) -> str:
         + f"; commit {header['commit']}; {header['date']}.",
         "",
         "Written by `python -m benchmarks.report`: all libraries in turn in one process, medians; a"
-        " speed-up is the median of the ratios within a round. float32. The limit of a row is the"
-        " larger of its products at the speed of this machine's best measured matrix product, and"
-        " its tensors moved once at the speed of a copy.",
+        " speed-up is the median of the ratios within a round. The limit of a row is the larger of"
+        " its products at the speed of torch.mm in the same rounds, and its tensors moved once at"
+        " the speed of a copy.",
     ]
-    for threads, limits in report["limits"].items():
+    for limits in report["limits"]:
         lines += [
             "",
-            f"## Threads: {threads}",
+            f"## {limits['dtype']}, threads: {limits['threads']}",
             "",
-            f"Matrix product {limits['gflops']:.0f} GFLOP/s, copy {limits['gbytes']:.1f} GB/s.",
+            f"Matrix product {limits['gflops']:.0f} GFLOP/s at best, "
+            f"copy {limits['gbytes']:.1f} GB/s.",
         ]
-        for pass_name, title in ((FORWARD, "Inference"), (FORWARD_BACKWARD, "Forward+backward")):
+        for pass_name, title in TIMED.items():
             rows = [
-                r for r in report["rows"] if r["threads"] == int(threads) and r["pass"] == pass_name
+                row
+                for row in report["rows"]
+                if (row["threads"], row["dtype"], row["pass"])
+                == (limits["threads"], limits["dtype"], pass_name)
             ]
             lines += ["", f"### {title}", "", *_table(rows)]
             slowest = min(rows, key=lambda r: min(r["speedup"].values()))
@@ -304,8 +310,8 @@ def draw(report: dict[str, Any], folder: Path) -> list[Path]:
     paths = []
     for name, label in AXES.items():
         figure = Figure(figsize=(9, 5.5), layout="constrained")
-        panels = figure.subplots(2, len(CELLS), sharex=True, sharey=True)
-        for panel_row, pass_name in zip(panels, MEASURES, strict=True):
+        panels = figure.subplots(len(TIMED), len(CELLS), sharex=True, sharey=True)
+        for panel_row, pass_name in zip(panels, TIMED, strict=True):
             for panel, cell in zip(panel_row, CELLS, strict=True):
                 rows = [
                     r

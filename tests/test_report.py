@@ -24,14 +24,21 @@ def test_peers_compute_the_same(cell: str, name: str) -> None:
         np.testing.assert_allclose(output, outputs["torch.nn"], atol=2e-6)
 
 
+def limits_of(gflops: float, dtype: torch.dtype = torch.float32) -> report.Limits:
+    return report.Limits((10, 10, 10), dtype, gflops, gbytes=10.0)
+
+
 def test_limits_are_the_larger_of_products_and_copies() -> None:
     large, step = (load_workloads()[name] for name in ("xlarge", "stream_step"))
-    limits = report.Limits(gflops=100.0, gbytes=10.0)
+    limits, product_s = limits_of(100.0), 2000 / 100e9
     products = 2 * 25 * 128 * 4 * 1024 * 2048 / 100e9
-    assert limits.seconds("LSTM", large, FORWARD) == pytest.approx(products)
-    assert limits.seconds("LSTM", large, FORWARD_BACKWARD) == pytest.approx(3 * products)
+    assert limits.seconds("LSTM", large, FORWARD, product_s) == pytest.approx(products)
+    both = limits.seconds("LSTM", large, FORWARD_BACKWARD, product_s)
+    assert both == pytest.approx(3 * products)
     moved = 4 * (4 * 256 * 320 + 320) / 10e9
-    assert limits.seconds("LSTM", step, FORWARD) == pytest.approx(moved)
+    assert limits.seconds("LSTM", step, FORWARD, product_s) == pytest.approx(moved)
+    halves = limits_of(100.0, torch.bfloat16)
+    assert halves.seconds("LSTM", step, FORWARD, product_s) == pytest.approx(moved / 2)
 
 
 def test_sweeps_are_measured_by_the_limits_of_their_one_thread(
@@ -39,7 +46,7 @@ def test_sweeps_are_measured_by_the_limits_of_their_one_thread(
 ) -> None:
     seen = []
     monkeypatch.setattr(
-        report, "measure_limits", lambda quick: report.Limits(float(torch.get_num_threads()), 1.0)
+        report, "measure_limits", lambda *_: limits_of(float(torch.get_num_threads()))
     )
     monkeypatch.setattr(report, "load_workloads", dict)
     monkeypatch.setattr(report, "SWEEPS", {"steps": (1,)})
@@ -48,6 +55,12 @@ def test_sweeps_are_measured_by_the_limits_of_their_one_thread(
     )
     report.run([2], quick=True)
     assert {limits.gflops for limits in seen} == {1.0}
+
+
+def test_the_product_is_the_one_it_says() -> None:
+    call = report.Limits((3, 4, 5), torch.bfloat16, 0.0, 0.0).product()
+    assert call().shape == (3, 5)
+    assert call().dtype == torch.bfloat16
 
 
 def test_time_in_turn_takes_turns() -> None:
@@ -70,12 +83,15 @@ def test_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report, "SWEEPS", {"steps": (1, 2), "batch": (1, 2), "hidden_size": (4, 8)})
     found = report.run([1], quick=True)
     json.dumps(found, allow_nan=False)
-    assert len(found["rows"]) == 2 * len(CELLS)
+    assert len(found["rows"]) == 4 * len(CELLS)
     assert all(0 < row["of_limit"] < 1.5 for row in found["rows"])
     pictures = report.draw(found, tmp_path)
     assert [path.stat().st_size > 10_000 for path in pictures] == [True] * 3
     page = report.markdown(found, pictures)
     tables = [line for line in page.splitlines() if line.startswith("|")]
-    assert len(tables) == 2 * (2 + len(CELLS) + len(CELLS) + 1)
-    for table in (tables[: len(tables) // 2], tables[len(tables) // 2 :]):
-        assert len({line.count("|") for line in table}) == 1
+    each = 2 + len(CELLS) + len(CELLS) + 1
+    assert len(tables) == 4 * each
+    for first in range(0, len(tables), each):
+        assert len({line.count("|") for line in tables[first : first + each]}) == 1
+    for title in ("## float32, threads: 1", "## bfloat16, threads: 1"):
+        assert title in page
