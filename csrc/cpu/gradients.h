@@ -23,6 +23,7 @@ namespace rnnkern {
 namespace RNNKERN_NAMESPACE {
 
 constexpr int64_t kBlockRows = 384;
+constexpr int64_t kOuterRows = 4;  // at most, of a block that is not worth panels
 
 // Walks all active rows, step by step.
 class ActiveRows {
@@ -235,6 +236,13 @@ class Gradients {
                   bool add) const {
     const Range own = own_rows(target, thread, threads);
     if (own.begin == own.end) return;
+    if (count <= kOuterRows) {
+      for (int64_t j = own.begin; j < own.end; ++j) add_outer_products(target, count, j, s, add);
+      for (int64_t j = own.begin; target.bias && j < own.end; j += kGroupRows) {
+        add_bias(target, count, j, min_of(kGroupRows, own.end - j), s, add);
+      }
+      return;
+    }
     const ColumnPanels<T> right = {count, target.width, nullptr, 0, nullptr, true, s.right};
     for (int64_t p = 0; target.weight && p < right.count(); ++p) {
       right.pack_rows(p, [&](int64_t r) { return s.right_rows[r]; });
@@ -252,6 +260,22 @@ class Gradients {
           out[i] = target.weight + target.row_of(j + i) * target.width + p * kWidth;
         right.multiply(p, rows, left, out, add);
       }
+    }
+  }
+
+  // Row j of one weight gradient, of few rows: no panels, for they are written once and read once.
+  void add_outer_products(const Target& target, int64_t count, int64_t j, const Scratch& s,
+                          bool add) const {
+    if (!target.weight) return;
+    A* to = target.weight + target.row_of(j) * target.width;
+    A left[kOuterRows];
+    for (int64_t r = 0; r < count; ++r) left[r] = value(s.left_rows[r][j]);
+    for (int64_t i = 0; i < target.width; i += kLanes<T>) {
+      const int64_t n = target.width - i;
+      Vec<T> sum{};
+      for (int64_t r = 0; r < count; ++r) sum = left[r] * load_up_to(s.right_rows[r] + i, n) + sum;
+      if (add) sum += load_up_to(to + i, n);
+      store_up_to(to + i, sum, n);
     }
   }
 
