@@ -259,11 +259,13 @@ PYBIND11_MODULE(_C, m) {
   m.def("plain_call", &plain_call);
   py::class_<Machine>(m, "Machine")
       .def(py::init([](int threads, int lanes, int tile_rows, int element_bytes, int group,
-                       int64_t l2_bytes) {
-             return Machine{threads, lanes, tile_rows, element_bytes, group, l2_bytes};
+                       bool multiplies_in_place, int64_t l2_bytes) {
+             return Machine{threads, lanes, tile_rows, element_bytes, group, multiplies_in_place,
+                            l2_bytes};
            }),
            py::kw_only(), py::arg("threads"), py::arg("lanes"), py::arg("tile_rows"),
-           py::arg("element_bytes"), py::arg("group"), py::arg("l2_bytes"));
+           py::arg("element_bytes"), py::arg("group"), py::arg("multiplies_in_place"),
+           py::arg("l2_bytes"));
   m.def("machine", [](int threads, py::handle x) {
     return with_element_of(x, [&](auto element) {
       return machine_for<decltype(element)>(instruction_set(), threads);

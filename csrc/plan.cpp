@@ -93,7 +93,8 @@ Plan plan_backward(const Problem& problem, const Machine& machine) {
   split_work(problem, machine, 2.0 * flops_per_row(problem.sizes), &plan);
   const auto packs = [&](int64_t columns) {
     const bool same_place = columns * machine.element_bytes % kBytesOfSamePlace == 0;
-    return problem.total > (same_place ? kPackingReads : kGatheringReads);
+    return problem.deterministic || !machine.multiplies_in_place ||
+           problem.total > (same_place ? kPackingReads : kGatheringReads);
   };
   plan.packs_input = packs(problem.sizes.I);
   plan.packs_recurrent = packs(problem.sizes.O);

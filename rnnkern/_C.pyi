@@ -65,6 +65,7 @@ class Machine:
         tile_rows: int,
         element_bytes: int,
         group: int,
+        multiplies_in_place: bool,
         l2_bytes: int,
     ) -> None: ...
 

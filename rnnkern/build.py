@@ -72,6 +72,7 @@ def explain(module: Any, input: Any, hx: Any = None) -> Explanation:
     weights = functional.current_weights(module)
     dtype = functional.autocast_dtype()
     if dtype is not None:
+        dtype = functional.dtype_under_autocast(module, dtype, x, h0, packed)
         x, h0, c0, *weights = functional.autocast(dtype, x, h0, c0, *weights)
     reason = kernels.mode_refusal() or kernels.refusal(x, h0, c0, weights)
     if reason is not None and reason != kernels.GAPS:

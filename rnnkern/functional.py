@@ -103,8 +103,21 @@ def autocast(dtype: torch.dtype, *tensors: Tensor | None) -> Iterator[Any]:
 
 
 def _promoted(dtype: torch.dtype, x: Tensor, state: Tensor | None) -> torch.dtype:
-    """Of results under autocast whose state torch.nn multiplies with gates."""
+    """The dtype under autocast of a state that torch.nn multiplies with gates by an operator of
+    their own: mostly float32.
+
+    Where a layer's state is such a one, it is computed in that dtype altogether: rounded to 16 bits
+    in each step it would be another one.
+    """
     return torch.promote_types(dtype, (x if state is None else state).dtype)
+
+
+def dtype_under_autocast(
+    module: Any, dtype: torch.dtype, x: Tensor, h0: Tensor | None, packed: bool
+) -> torch.dtype:
+    """What a layer is computed in, and its results have, where autocast asks for ``dtype``."""
+    by_operators = module.mode == "GRU" or (module.mode == "LSTM" and (packed or not x.numel()))
+    return _promoted(dtype, x, h0) if by_operators else dtype
 
 
 def _on_kernels(
@@ -115,15 +128,14 @@ def _on_kernels(
     dtype = autocast_dtype()
     if dtype is None:
         return _with_weights(module, x, h0, c0, weights, steps)
+    packed = steps is not None and steps.packed
+    dtype = dtype_under_autocast(module, dtype, x, h0, packed)
     with torch.autocast("cpu", enabled=False):
-        x16, h16, c16, *weights = autocast(dtype, x, h0, c0, *weights)
-        result = _with_weights(module, x16, h16, c16, weights, steps)
+        own_x, own_h0, own_c0, *weights = autocast(dtype, x, h0, c0, *weights)
+        result = _with_weights(module, own_x, own_h0, own_c0, weights, steps)
         if isinstance(result, str):
             return result
         y, hn, cn = result
-        if module.mode == "GRU":
-            dtype = _promoted(y.dtype, x, h0)
-            y, hn = y.to(dtype), hn.to(dtype)
         if cn is not None and module.proj_size:
             cn = cn.to(_promoted(cn.dtype, x, c0))
         return y, hn, cn
@@ -169,8 +181,9 @@ def cell(module: Any, input: Tensor, hx: Any) -> Any:
     x, (h0, c0) = input, states
     weights = [module.weight_ih, module.weight_hh, *_cell_biases(module)]
     dtype = autocast_dtype()
-    if dtype is not None:
-        x, h0, c0, *weights = autocast(dtype, x, h0, c0, *weights)
+    if dtype is not None:  # a copy of the weights for each step would be dear
+        wide = _promoted(dtype, x, h0 if c0 is None else c0)
+        x, h0, c0, *weights = autocast(wide, x, h0, c0, *weights)
     reason = kernels.mode_refusal() or kernels.refusal(x, h0, c0, weights)
     if reason is not None and reason != GAPS:
         return _warn(reason, module._torch_forward(input, hx))
@@ -181,9 +194,8 @@ def cell(module: Any, input: Tensor, hx: Any) -> Any:
     h0, c0 = (None if s is None else s.reshape(1, rows, module.hidden_size) for s in (h0, c0))
     layer = kernels.layer(module.mode, 1, module.hidden_size, 0, len(weights) > 2, False)
     _, hn, cn = _one_layer(layer, x, h0, c0, weights, None)
-    if dtype is not None and module.mode in ("GRU", "LSTM"):
-        dtype = _promoted(hn.dtype, input, states[0 if cn is None else 1])
-        hn, cn = hn.to(dtype), None if cn is None else cn.to(dtype)
+    if dtype is not None and module.mode not in ("GRU", "LSTM"):
+        hn = hn.to(dtype)
     shape = (*input.shape[:-1], module.hidden_size)
     return hn.view(shape) if cn is None else (hn.view(shape), cn.view(shape))
 

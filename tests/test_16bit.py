@@ -5,6 +5,7 @@ Most tests run over these types too; here is what only they have.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import oracle
@@ -19,6 +20,7 @@ from support import (
     assert_agree,
     assert_bitwise,
     build,
+    check,
     evaluate,
     flatten,
     initial_states,
@@ -171,7 +173,9 @@ def test_autocast_of_stacks(form: str) -> None:
 
 @pytest.mark.parametrize("kind", LAYERS)
 def test_autocast_of_sequences(kind: str) -> None:
-    """`lengths`, `reset` and packed sequences; to float16 too, where torch.nn has no LSTM."""
+    """`lengths`, `reset` and packed sequences, the latter with torch.nn's dtypes; and float16, for
+    which torch.nn has no LSTM of padded batches here.
+    """
     module = build(kind, 8, 16)
     x, lengths = torch.randn(6, 3, 8), torch.tensor([2, 6, 1])
     reset = torch.rand(6, 3) < 0.3
@@ -181,10 +185,13 @@ def test_autocast_of_sequences(kind: str) -> None:
         for dtype, allowed in ((torch.bfloat16, 0.05), (torch.float16, 0.005)):
             with torch.autocast("cpu", dtype=dtype):
                 got = [flatten(module(x, lengths=lengths, reset=reset)), flatten(module(packed))]
+                theirs = flatten(oracle.twin(module)(packed))
             for ours, exact in zip(got, wanted, strict=True):
                 for name, value in ours.items():
-                    assert value.dtype == (torch.float32 if kind == "GRU" else dtype)
                     assert (value.float() - exact[name].float()).abs().max() < allowed
+            padded, of_packed = ({name: v.dtype for name, v in values.items()} for values in got)
+            assert set(padded.values()) == {torch.float32 if kind == "GRU" else dtype}
+            assert of_packed == {name: v.dtype for name, v in theirs.items()}
 
 
 @pytest.mark.parametrize("kind", LAYERS)
@@ -209,3 +216,97 @@ def test_explain_knows_autocast() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert "bfloat16" in rnnkern.explain(module, x)
     assert "float32" in rnnkern.explain(module, x)
+
+
+@pytest.mark.parametrize("kind", ["GRU", "GRUCell", "LSTMCell"])
+def test_autocast_keeps_slow_states(kind: str) -> None:
+    """States that torch.nn carries in float32 grow by less than half a unit of bfloat16."""
+    module = build(kind, 1, 4)
+    for parameter in module.parameters():
+        torch.nn.init.zeros_(parameter)
+    gates = next(p for name, p in module.named_parameters() if "bias_ih" in name).view(-1, 4)
+    with torch.no_grad():
+        if kind == "LSTMCell":
+            gates[0], gates[1], gates[2] = 20.0, 20.0, 0.001  # c grows by 0.001
+        else:
+            gates[1], gates[2] = 5.5, 20.0  # h approaches 1 by a 250th of what is missing
+        x = torch.zeros(1, 1, 1)
+
+        def last(m: nn.Module) -> Tensor:
+            if kind == "GRU":
+                return m(x.expand(1000, 1, 1))[1]
+            state = (torch.zeros(1, 4), torch.ones(1, 4)) if kind == "LSTMCell" else None
+            for _ in range(1000):
+                state = m(x[0], state)
+            return state[1] if kind == "LSTMCell" else state
+
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            ours, theirs = last(module), last(oracle.twin(module))
+    exact = 2.0 if kind == "LSTMCell" else 1 - (1 - 1 / (1 + math.exp(5.5))) ** 1000
+    assert ours.dtype == theirs.dtype == torch.float32
+    assert (ours - exact).abs().max() < 1e-3
+    assert (theirs - exact).abs().max() < 1e-1
+
+
+@pytest.mark.parametrize("kind", CELLS)
+def test_autocast_of_cells_copies_no_weights(kind: str) -> None:
+    """What a step keeps for backward: nothing of the size of the weights."""
+    module, sizes = build(kind, 64, 64), []
+
+    def pack(t: Tensor) -> Tensor:
+        if t.data_ptr() not in {p.data_ptr() for p in module.parameters()}:
+            sizes.append(t.numel())
+        return t
+
+    with (
+        torch.autocast("cpu", dtype=torch.bfloat16),
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
+    ):
+        module(torch.randn(3, 64))
+    assert sizes
+    assert max(sizes) < 64 * 64
+
+
+@pytest.mark.parametrize("K", [1, 2, 31, 32, 33, 63, 129, 511, 513, 1025])
+@pytest.mark.parametrize("N", [1, 5, 15, 16, 17, 31, 33, 48])
+def test_products_of_every_shape(N: int, K: int) -> None:
+    """Whole tiles of AMX and the rest of them in every direction, odd rows that begin anywhere,
+    rows at unequal distances; forward and backward.
+    """
+    module = build("RNN", K, 37, dtype=torch.bfloat16)
+    memory = torch.randn(2 * N * K + 1).bfloat16()
+    x = memory[1:].view(2, N, K)  # aligned to an element and no more
+    leaves = {"x": x, "h0": torch.randn(1, N, 37).bfloat16()}
+    check(module, leaves)
+    lengths = torch.randint(0, 3, (N,))
+    check(
+        module,
+        leaves,
+        lambda m, own: m(own["x"], own["h0"], lengths=lengths),
+        oracle_call=lambda m, own: oracle.run(m, own["x"], own["h0"], lengths),
+    )
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+def test_training_and_inference_agree(dtype: torch.dtype, form: str) -> None:
+    kind, own = FORMS[form]
+    module = build(kind, 11, 37, dtype=dtype, bidirectional=True, **own)
+    leaves = {name: leaf.to(dtype) for name, leaf in leaves_for(module, 6, 5).items()}
+    lengths, reset = torch.tensor([3, 6, 0, 5, 1]), torch.rand(6, 5) < 0.3
+
+    def call() -> dict[str, Tensor]:
+        found = module(leaves["x"], states_of(leaves), lengths=lengths, reset=reset)
+        return {name: value.detach() for name, value in flatten(found).items()}
+
+    training = call()
+    with torch.no_grad():
+        assert_bitwise(call(), training)
+
+
+def test_explain_says_that_backward_packs() -> None:
+    """Rows of 16-bit weights are no rows of a panel."""
+    module, x = build("LSTM", 64, 64), torch.randn(4, 2, 64)
+    assert "W_hh as they lie" in rnnkern.explain(module, x).splitlines()[2]
+    lines = rnnkern.explain(module.bfloat16(), x.bfloat16()).splitlines()
+    assert "W_ih packed into panels; W_hh packed into panels" in lines[2]

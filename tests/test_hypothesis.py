@@ -20,6 +20,7 @@ from support import (
     build,
     check,
     flatten,
+    has_smooth_gradient,
     initial_states,
     leaves_for,
     plain,
@@ -143,6 +144,7 @@ def test_any_cell(kind: str, data: st.DataObject) -> None:
 @given(layers(), st.data())
 def test_second_derivatives(module: nn.RNNBase, data: st.DataObject) -> None:
     assume(module.hidden_size < 12)
+    assume(has_smooth_gradient(module))
     leaves = leaves_for(module, data.draw(st.integers(1, 4)), data.draw(st.integers(1, 3)))
 
     def call(m: nn.Module, own: Leaves) -> Any:

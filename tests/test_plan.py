@@ -8,10 +8,18 @@ import pytest
 
 from rnnkern import kernels
 
-V4 = {"lanes": 16, "tile_rows": 6, "element_bytes": 4, "group": 1, "l2_bytes": 2**20}
-V3 = {"lanes": 8, "tile_rows": 3, "element_bytes": 4, "group": 1, "l2_bytes": 2**18}
-V4_BF16 = {"lanes": 16, "tile_rows": 6, "element_bytes": 2, "group": 2, "l2_bytes": 2**20}
-V4_DOUBLE = {"lanes": 8, "tile_rows": 6, "element_bytes": 8, "group": 1, "l2_bytes": 2**20}
+V4 = {
+    "lanes": 16,
+    "tile_rows": 6,
+    "element_bytes": 4,
+    "group": 1,
+    "multiplies_in_place": True,
+    "l2_bytes": 2**20,
+}
+V3 = V4 | {"lanes": 8, "tile_rows": 3, "l2_bytes": 2**18}
+V4_BF16 = V4 | {"element_bytes": 2, "group": 2, "multiplies_in_place": False}
+AMX = V4_BF16 | {"tile_rows": 16}
+V4_DOUBLE = V4 | {"lanes": 8, "element_bytes": 8}
 
 
 def plan(
@@ -82,7 +90,7 @@ def test_table(name: str) -> None:
 @pytest.mark.parametrize("mode", ["RNN_TANH", "LSTM", "GRU"])
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize(
-    "cpu", [V4, V3, V4_DOUBLE, V4_BF16], ids=["v4", "v3", "v4-float64", "v4-bf16"]
+    "cpu", [V4, V3, V4_DOUBLE, V4_BF16, AMX], ids=["v4", "v3", "v4-float64", "v4-bf16", "amx"]
 )
 def test_every_plan_can_be_run(mode: str, backward: bool, cpu: dict[str, int]) -> None:
     """No more threads than allowed, none without a task, no part without rows or units."""
@@ -113,7 +121,9 @@ def test_no_thread_is_left_idle_where_rows_abound(I: int, H: int, threads: int) 
 
 def test_weights_are_packed_where_the_order_of_summation_must_be_one() -> None:
     assert plan("LSTM", (1, 1, 64, 256))[0]["packs"] == (False, False)
-    assert plan("LSTM", (1, 1, 64, 256), deterministic=True)[0]["packs"] == (True, True)
+    for backward in (False, True):
+        found = plan("LSTM", (1, 1, 64, 256), deterministic=True, backward=backward)[0]
+        assert found["packs"] == (True, True)
 
 
 @pytest.mark.parametrize(("cpu", "longest"), [(V4, 32), (V3, 64), (V4_BF16, 16), (V4_DOUBLE, 64)])
@@ -132,6 +142,7 @@ def test_rows_that_want_one_place_of_the_cache_are_drawn_together() -> None:
     assert plan("LSTM", (5, 2, 512, 1024), backward=True)[0]["packs"] == (False, True)
     assert plan("LSTM", (5, 2, 512, 1030), backward=True)[0]["packs"] == (False, False)
     assert plan("LSTM", (50, 2, 512, 1030), backward=True)[0]["packs"] == (True, True)
+    assert plan("LSTM", (1, 1, 512, 512), 1, V4_BF16, backward=True)[0]["packs"] == (True, True)
 
 
 def test_more_cache_makes_weights_small() -> None:

@@ -30,6 +30,7 @@ SIZES = {
     "one-row": (3, 1, 64, 300),
     "rows": (4, 70, 40, 150),
     "odd": (5, 13, 7, 129),
+    "as-they-lie": (1, 21, 64, 256),  # an odd row by itself, on one thread or on two
 }
 
 
@@ -50,12 +51,19 @@ def test_outputs_do_not_depend_on_threads(form: str, sizes: str, dtype: torch.dt
         assert_bitwise(*({k: v for k, v in r.items() if "out" in k} for r in (trained, alone)))
 
 
+def test_weights_lie_where_the_table_says_so() -> None:
+    T, N, inputs, H = SIZES["as-they-lie"]
+    forward = rnnkern.explain(build("LSTM", inputs, H), torch.randn(T, N, inputs)).splitlines()[1]
+    assert "W_hh as they lie" in forward
+
+
 @pytest.mark.kernel
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("form", FORMS)
-def test_lengths_and_reset_do_not_depend_on_threads(form: str) -> None:
+def test_lengths_and_reset_do_not_depend_on_threads(form: str, dtype: torch.dtype) -> None:
     kind, own = FORMS[form]
-    module = build(kind, 7, 129, bidirectional=True, **own)
-    leaves = leaves_for(module, 5, 40)
+    module = build(kind, 7, 129, dtype=dtype, bidirectional=True, **own)
+    leaves = {name: leaf.to(dtype) for name, leaf in leaves_for(module, 5, 40).items()}
     lengths = torch.randint(0, 6, (40,))
     reset = torch.rand(5, 40) < 0.3
     results = []

@@ -6,6 +6,8 @@
 // batch first, expanded) is ever copied. Every sum runs over k in ascending order, kDepth k in one
 // accumulator of their own, which is then added: the result depends neither on the tile, nor on the
 // vector width, nor on who computes it, and rounding grows with kDepth and K / kDepth, not with K.
+// Three exceptions have an order of their own, as independent of rows and threads: pairs of
+// bfloat16, AMX tiles (amx_product.h), and weights read as they lie (dot_rows).
 //
 // A lane of a panel holds one *group* of consecutive k: one element; or a pair of bfloat16 where
 // the CPU multiplies pairs of them and adds both products to a float. Tensors of 16 bits whose
@@ -271,44 +273,38 @@ RNNKERN_INLINE Vec<T> load_groups(const T* p, int64_t n) {
   }
 }
 
-// Weights as they lie, for few rows and few steps: dot products along rows of w, kDotRows of them
-// at once, each a stream of its own, so that they come from afar as fast as one stream does.
-template <typename T>
-constexpr int kDotRows = kLanes<T> < 4 ? kLanes<T> : 4;
+// Weights as they lie, for few rows and few steps: dot products along rows of w, several rows at
+// once, each a stream of its own, so that they come from afar as fast as one stream does. Lane i of
+// a sum adds up the k that are i modulo the lanes, in ascending order, and the lanes are added in
+// the end: whatever number of rows is taken at once.
 constexpr int kDotLeftRows = kTileRows < 6 ? 2 : 4;
 
-// sums[m][i] = a[m] . w[i], lane by lane, for kRows rows of a.
-template <typename T, int kRows>
-RNNKERN_INLINE void add_products(int64_t K, const Operand<T>* const* a,
-                                 const T* const (&w)[kDotRows<T>], Vec<T> (*sums)[kLanes<T>]) {
+// sums[m][i] = a[m] . w[i], lane by lane, for kRows rows of a and kRight rows of w.
+template <typename T, int kRows, int kRight>
+RNNKERN_INLINE void add_products(int64_t K, const Operand<T>* const* a, const T* const* w,
+                                 Vec<T> (*sums)[kLanes<T>]) {
   constexpr int kStep = kLanes<T> * kGroup<Operand<T>>;
-  constexpr int kUnrolled = kRows == 1 ? 2 : 1;  // against the latency of an addition
-  Vec<T> c[kUnrolled][kRows][kDotRows<T>] = {};
-  const auto add = [&](int u, int64_t k, int64_t n) __attribute__((always_inline)) {
+  Vec<T> c[kRows][kRight] = {};
+  const auto add = [&](int64_t k, int64_t n) __attribute__((always_inline)) {
     Vec<T> left[kRows];
 #pragma GCC unroll 4
     for (int m = 0; m < kRows; ++m) left[m] = load_groups(a[m] + k, n);
-#pragma GCC unroll 4
-    for (int i = 0; i < kDotRows<T>; ++i) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kRight; ++i) {
       const Vec<T> right = load_groups(w[i] + k, n);
 #pragma GCC unroll 4
       for (int m = 0; m < kRows; ++m) {
-        c[u][m][i] = multiply_add<Operand<T>>(left[m], right, c[u][m][i]);
+        c[m][i] = multiply_add<Operand<T>>(left[m], right, c[m][i]);
       }
     }
   };
   int64_t k = 0;
-  for (; k + kUnrolled * kStep <= K; k += kUnrolled * kStep) {
-#pragma GCC unroll 2
-    for (int u = 0; u < kUnrolled; ++u) add(u, k + u * kStep, kStep);
-  }
-  for (; k < K; k += kStep) add(0, k, K - k);
+  for (; k + kStep <= K; k += kStep) add(k, kStep);
+  if (k < K) add(k, K - k);
 #pragma GCC unroll 4
   for (int m = 0; m < kRows; ++m) {
-#pragma GCC unroll 4
-    for (int i = 0; i < kDotRows<T>; ++i) {
-      sums[m][i] = kUnrolled == 2 ? c[0][m][i] + c[kUnrolled - 1][m][i] : c[0][m][i];
-    }
+#pragma GCC unroll 8
+    for (int i = 0; i < kRight; ++i) sums[m][i] = c[m][i];
   }
 }
 
@@ -316,14 +312,16 @@ RNNKERN_INLINE void add_products(int64_t K, const Operand<T>* const* a,
 template <typename T, int kRows>
 void dot_rows(int64_t K, const Operand<T>* const* a, const T* w, int64_t w_row, int64_t count,
               Compute<T>* out, int64_t out_row) {
+  // As many as hide the latency of an addition.
+  constexpr int kRight = int(min_of(kRows == 1 ? 8 : 4, kLanes<T>));
   Vec<T> sums[kRows][kLanes<T>] = {};
-  for (int i = 0; i < count; i += kDotRows<T>) {
-    const T* rows[kDotRows<T>];
-    for (int j = 0; j < kDotRows<T>; ++j) rows[j] = w + min_of(i + j, count - 1) * w_row;
+  for (int i = 0; i < count; i += kRight) {
+    const T* rows[kRight];
+    for (int j = 0; j < kRight; ++j) rows[j] = w + min_of(i + j, count - 1) * w_row;
     Vec<T> part[kRows][kLanes<T>];
-    add_products<T, kRows>(K, a, rows, part);
+    add_products<T, kRows, kRight>(K, a, rows, part);
     for (int m = 0; m < kRows; ++m) {
-      for (int j = 0; j < kDotRows<T>; ++j) sums[m][i + j] = part[m][j];
+      for (int j = 0; j < kRight; ++j) sums[m][i + j] = part[m][j];
     }
   }
   for (int m = 0; m < kRows; ++m) {

@@ -25,6 +25,7 @@ struct Kernels {
   size_t (*backward)(const Backward<T>&, const Plan&, Workspace);
   int lanes, tile_rows;      // of a register tile
   int operand_bytes, group;  // of an element of packed weights; elements in a lane
+  bool multiplies_in_place;  // rows of weights need no conversion
 };
 
 struct InstructionSet {

@@ -38,7 +38,13 @@ Kernels<T> kernels();
 namespace x86_64_v4_amx {
 template <typename T>
 Kernels<T> kernels();
-}
+bool tiles_multiply();
+}  // namespace x86_64_v4_amx
+#ifdef RNNKERN_AMX_STAND_IN
+constexpr const char* kAmx = "x86-64-v4-amx-stand-in";
+#else
+constexpr const char* kAmx = "x86-64-v4-amx";
+#endif
 #endif
 
 namespace {
@@ -50,15 +56,16 @@ bool has_v3() { return __builtin_cpu_supports("x86-64-v3"); }
 bool has_v4() { return __builtin_cpu_supports("x86-64-v4"); }
 bool has_v4_bf16() { return has_v4() && __builtin_cpu_supports("avx512bf16"); }
 
+// The system grants the tile registers to those who ask.
 bool has_v4_amx() {
 #if defined(RNNKERN_AMX_STAND_IN)
-  return has_v4_bf16();
+  return has_v4_bf16() && x86_64_v4_amx::tiles_multiply();
 #elif defined(__linux__)
-  // The system grants the tile registers to those who ask.
   constexpr long kRequestPermission = 0x1023, kTileData = 18;
   return has_v4_bf16() && __builtin_cpu_supports("amx-tile") &&
          __builtin_cpu_supports("amx-bf16") &&
-         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0 &&
+         x86_64_v4_amx::tiles_multiply();
 #else
   return false;
 #endif
@@ -67,11 +74,14 @@ bool has_v4_amx() {
 
 const InstructionSet& choose() {
   const char* wanted = std::getenv("RNNKERN_ISA");
+  const bool named = wanted && *wanted;
+  for (const InstructionSet& set : instruction_sets()) {
+    // Asked only where it matters: for AMX the question has an effect.
+    if ((!named || set.name == std::string(wanted)) && set.supported()) return set;
+  }
   std::string known;
   for (const InstructionSet& set : instruction_sets()) {
-    if (!set.supported()) continue;
-    if (!wanted || !*wanted || set.name == std::string(wanted)) return set;
-    known += known.empty() ? set.name : std::string(", ") + set.name;
+    if (set.supported()) known += known.empty() ? set.name : std::string(", ") + set.name;
   }
   throw std::runtime_error("RNNKERN_ISA is '" + std::string(wanted) +
                            "'; this CPU and this build have: " + known);
@@ -152,7 +162,7 @@ void with_workspace(Run run) {
 const std::vector<InstructionSet>& instruction_sets() {
   static const std::vector<InstructionSet> sets = {
 #ifdef RNNKERN_X86_64
-      {"x86-64-v4-amx",
+      {kAmx,
        has_v4_amx,
        {x86_64_v4::kernels<float>(), x86_64_v4::kernels<double>(), x86_64_v4_amx::kernels<Bf16>(),
         x86_64_v4::kernels<F16>()}},
@@ -191,6 +201,7 @@ Machine machine_for(const InstructionSet& set, int threads) {
   machine.tile_rows = kernels.tile_rows;
   machine.element_bytes = kernels.operand_bytes;
   machine.group = kernels.group;
+  machine.multiplies_in_place = kernels.multiplies_in_place;
   machine.l2_bytes = l2_bytes();
   return machine;
 }
