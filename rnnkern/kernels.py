@@ -43,15 +43,20 @@ mode_refusal = _C.mode_refusal
 To be asked before a layer runs; `plain_call` asks by itself.
 """
 
-plan = _C.plan
-machine = _C.machine
 Machine = _C.Machine
+machine = _C.machine
+"""``machine(threads, x)``: this one, for tensors of x's dtype."""
+
+plan = _C.plan
 """``plan(layer, machine, *, T, N, I, total, deterministic, backward)``: the plan and its text."""
 
 compiler: str = _C.compiler
 compiled_sets = _C.compiled_sets
 instruction_set = _C.instruction_set
-"""What the extension was built with, and the widest instruction set in use."""
+"""What the extension was built with, and the instruction set in use.
+
+Those named after the one for all types have kernels of their own for bfloat16 alone.
+"""
 
 
 plain_call = _C.plain_call
