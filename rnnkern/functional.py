@@ -181,9 +181,12 @@ def cell(module: Any, input: Tensor, hx: Any) -> Any:
     x, (h0, c0) = input, states
     weights = [module.weight_ih, module.weight_hh, *_cell_biases(module)]
     dtype = autocast_dtype()
-    if dtype is not None:  # a copy of the weights for each step would be dear
-        wide = _promoted(dtype, x, h0 if c0 is None else c0)
-        x, h0, c0, *weights = autocast(wide, x, h0, c0, *weights)
+    if dtype is not None:
+        if module.mode in ("GRU", "LSTM"):
+            dtype = _promoted(dtype, x, h0 if c0 is None else c0)
+        # Computed in the dtype of the weights: a copy of them for each step would be dear.
+        own = torch.float32 if module.weight_ih.dtype == torch.float32 else dtype
+        x, h0, c0, *weights = autocast(own, x, h0, c0, *weights)
     reason = kernels.mode_refusal() or kernels.refusal(x, h0, c0, weights)
     if reason is not None and reason != GAPS:
         return _warn(reason, module._torch_forward(input, hx))
@@ -194,8 +197,8 @@ def cell(module: Any, input: Tensor, hx: Any) -> Any:
     h0, c0 = (None if s is None else s.reshape(1, rows, module.hidden_size) for s in (h0, c0))
     layer = kernels.layer(module.mode, 1, module.hidden_size, 0, len(weights) > 2, False)
     _, hn, cn = _one_layer(layer, x, h0, c0, weights, None)
-    if dtype is not None and module.mode not in ("GRU", "LSTM"):
-        hn = hn.to(dtype)
+    if dtype is not None and x.dtype != torch.float64:
+        hn, cn = hn.to(dtype), None if cn is None else cn.to(dtype)
     shape = (*input.shape[:-1], module.hidden_size)
     return hn.view(shape) if cn is None else (hn.view(shape), cn.view(shape))
 

@@ -194,10 +194,10 @@ def test_autocast_of_sequences(kind: str) -> None:
             assert of_packed == {name: v.dtype for name, v in theirs.items()}
 
 
-@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("kind", [*LAYERS, *CELLS])
 def test_autocast_leaves_float64_alone(kind: str) -> None:
     module = build(kind, 8, 16, dtype=torch.float64)
-    leaves = {"x": torch.randn(5, 3, 8, dtype=torch.float64)}
+    leaves = {"x": torch.randn((3, 8) if kind in CELLS else (5, 3, 8), dtype=torch.float64)}
     outside = flatten(plain(module, leaves))
     assert_bitwise(flatten(autocast(module, leaves)), outside)
 
@@ -248,8 +248,9 @@ def test_autocast_keeps_slow_states(kind: str) -> None:
     assert (theirs - exact).abs().max() < 1e-1
 
 
+@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", CELLS)
-def test_autocast_of_cells_copies_no_weights(kind: str) -> None:
+def test_autocast_of_cells_copies_no_weights(kind: str, given: torch.dtype) -> None:
     """What a step keeps for backward: nothing of the size of the weights."""
     module, sizes = build(kind, 64, 64), []
 
@@ -262,7 +263,7 @@ def test_autocast_of_cells_copies_no_weights(kind: str) -> None:
         torch.autocast("cpu", dtype=torch.bfloat16),
         torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
     ):
-        module(torch.randn(3, 64))
+        module(torch.randn(3, 64).to(given))
     assert sizes
     assert max(sizes) < 64 * 64
 
@@ -310,3 +311,14 @@ def test_explain_says_that_backward_packs() -> None:
     assert "W_hh as they lie" in rnnkern.explain(module, x).splitlines()[2]
     lines = rnnkern.explain(module.bfloat16(), x.bfloat16()).splitlines()
     assert "W_ih packed into panels; W_hh packed into panels" in lines[2]
+
+
+@pytest.mark.filterwarnings("ignore::rnnkern.FallbackWarning")
+@pytest.mark.parametrize("kind", [*LAYERS, *CELLS])
+def test_autocast_does_not_widen_to_float64(kind: str) -> None:
+    """Input of float32 for weights of float64 is the error that it is in torch.nn."""
+    module = build(kind, 8, 16, dtype=torch.float64)
+    x = torch.randn((3, 8) if kind in CELLS else (5, 3, 8))
+    for m in (module, oracle.twin(module)):
+        with pytest.raises((RuntimeError, ValueError)):
+            autocast(m, {"x": x})
