@@ -112,6 +112,7 @@ void multiply_tiles() {
 
 // The instructions name tile registers by immediate numbers. All of them are told to touch memory,
 // for the compiler must not move stores of what they read behind them.
+
 // Tile registers become zero.
 inline void shape_tiles(const TileShapes& shapes) {
   asm volatile("ldtilecfg %0" ::"m"(shapes) : "memory");

@@ -31,13 +31,13 @@ class TileProduct {
 
   void run() {
     for (int64_t row = 0; row < rows_; row += 2 * kTileHeight) {
-      const int64_t upper = smaller(kTileHeight, rows_ - row);
-      const int64_t lower = smaller(kTileHeight, rows_ - row - upper);
+      const int64_t upper = min_of(kTileHeight, rows_ - row);
+      const int64_t lower = min_of(kTileHeight, rows_ - row - upper);
       const int64_t whole = K_ / kTileDepth * kTileDepth, rest = K_ - whole;
       if (whole) {
         shape(upper, lower, kTilePairs);
         for (int64_t k = 0; k < whole; k += kCopiedDepth) {
-          multiply(row, upper, lower, k, smaller(kCopiedDepth, whole - k), kTileDepth);
+          multiply(row, upper, lower, k, min_of(kCopiedDepth, whole - k), kTileDepth);
         }
       }
       if (rest) {
@@ -58,8 +58,6 @@ class TileProduct {
     const Bf16* data;
     int64_t stride;
   };
-
-  static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
   // Tiles 0-3: two by two of the result; 4, 5: of the left operand; 6, 7: of the panel.
   static void shape(int64_t upper, int64_t lower, int64_t pairs) {

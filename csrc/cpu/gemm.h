@@ -40,10 +40,6 @@ static_assert(kDepth * kPanelVectors * kVectorBytes <= 64 * 1024,
 template <typename T>
 constexpr int64_t kPanelWidth = kPanelVectors * kLanes<T>;
 
-constexpr RNNKERN_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-constexpr RNNKERN_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
-constexpr RNNKERN_INLINE int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
-
 // Rows that a part of the batch should have, to fill the registers.
 #ifdef RNNKERN_AMX
 constexpr int kRowsOfPart = kTileHeight;

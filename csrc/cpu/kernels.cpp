@@ -31,8 +31,13 @@ size_t run_backward(const Backward<T>& scan, const Plan& plan, Workspace workspa
 
 template <typename T>
 Kernels<T> kernels() {
-  return {run_forward<T>,          run_backward<T>,    kLanes<T>,  kRowsOfPart,
-          int(sizeof(Operand<T>)), kGroup<Operand<T>>, !kNarrow<T>};
+  Machine machine;
+  machine.lanes = kLanes<T>;
+  machine.tile_rows = kRowsOfPart;
+  machine.element_bytes = sizeof(Operand<T>);
+  machine.group = kGroup<Operand<T>>;
+  machine.multiplies_in_place = !kNarrow<T>;
+  return {run_forward<T>, run_backward<T>, machine};
 }
 template Kernels<RNNKERN_ELEMENT> kernels<RNNKERN_ELEMENT>();
 

@@ -23,9 +23,7 @@ template <typename T>
 struct Kernels {
   size_t (*forward)(const Forward<T>&, const Plan&, Workspace);
   size_t (*backward)(const Backward<T>&, const Plan&, Workspace);
-  int lanes, tile_rows;      // of a register tile
-  int operand_bytes, group;  // of an element of packed weights; elements in a lane
-  bool multiplies_in_place;  // rows of weights need no conversion
+  Machine machine;  // what the plan must know of this code
 };
 
 struct InstructionSet {

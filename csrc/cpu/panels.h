@@ -112,7 +112,8 @@ struct StepWeights {
 
 // A matrix [K, width] as the other products read it: its columns in panels of kPanelWidth, panel p
 // packed as [groups of K][its columns, whole vectors]. A panel of whole vectors of elements that
-// are multiplied as they are may also be read where it lies: all that is, if not `packs`.
+// are multiplied as they are may also be read where it lies: where `packs` is false, each such
+// panel is, and the last one is packed if its vectors are not whole.
 //
 // Row k is w + k*row; with `shape`, the rows of a weight matrix of gates in the order of the
 // recurrent slots.
@@ -137,7 +138,7 @@ struct ColumnPanels {
   bool lies(int64_t p) const { return p < count() - panels_packed(); }
   // The last ones.
   int64_t panels_packed() const {
-    if (packs || kNarrow<T>) return count();
+    if (packs) return count();
     return width % kLanes<T> ? 1 : 0;
   }
 

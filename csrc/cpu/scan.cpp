@@ -194,14 +194,8 @@ const InstructionSet& instruction_set() {
 
 template <typename T>
 Machine machine_for(const InstructionSet& set, int threads) {
-  const Kernels<T>& kernels = std::get<Kernels<T>>(set.kernels);
-  Machine machine;
+  Machine machine = std::get<Kernels<T>>(set.kernels).machine;
   machine.threads = forked ? 1 : threads;
-  machine.lanes = kernels.lanes;
-  machine.tile_rows = kernels.tile_rows;
-  machine.element_bytes = kernels.operand_bytes;
-  machine.group = kernels.group;
-  machine.multiplies_in_place = kernels.multiplies_in_place;
   machine.l2_bytes = l2_bytes();
   return machine;
 }

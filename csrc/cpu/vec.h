@@ -28,6 +28,10 @@ constexpr int kVectorBytes = 16;
 constexpr int kTileRows = 3;
 #endif
 
+constexpr RNNKERN_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr RNNKERN_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr RNNKERN_INLINE int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
+
 template <typename T>
 struct VecOf {
   typedef T Type __attribute__((vector_size(kVectorBytes)));
