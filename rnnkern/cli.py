@@ -314,12 +314,16 @@ class Printer:
         """Prints the means, and the verdict on all checks."""
         cells = self.options.cells
         if report.notebook:
-            linear_us = statistics.median(r.linear_us for r in report.notebook)
-            parts = ", ".join(f"{r.cell} {_figures(r.linear_ratio)}" for r in report.notebook)
-            print(
-                f"\nThe notebook's call without grad, in calls of nn.Linear(3, 3) on the same input"
-                f"\n({_duration(linear_us)}): {parts}"
-            )
+            print("\nThe notebook's call, in calls of nn.Linear(3, 3) on the same input")
+            for label, us_of, ratio_of in (
+                ("without grad", "linear_us", "linear_ratio"),
+                ("with grad", "linear_grad_us", "linear_grad_ratio"),
+            ):
+                us = statistics.median(getattr(r, us_of) for r in report.notebook)
+                parts = ", ".join(
+                    f"{r.cell} {_figures(getattr(r, ratio_of))}" for r in report.notebook
+                )
+                print(f"{label:12} ({_duration(us)}): {parts}")
         if report.rows:
             heads = "".join(f"{cell:>9}" for cell in cells)
             print(f"\n{'geometric mean of the speed-up':30}{heads}{'all':>9}   the least")

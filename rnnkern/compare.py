@@ -103,7 +103,8 @@ class NotebookResult:
     """The notebook's comparison for one cell: sums of squared differences, seconds for all runs.
 
     ``us`` is one call without grad, ``linear_us`` one of ``nn.Linear`` of the same sizes on the
-    same input, ``linear_ratio`` the inverse of the speed-up over it.
+    same input, ``linear_ratio`` the inverse of the speed-up over it; ``grad_us``,
+    ``linear_grad_us`` and ``linear_grad_ratio`` the same with grad.
     """
 
     cell: str
@@ -117,6 +118,9 @@ class NotebookResult:
     us: float
     linear_us: float
     linear_ratio: float
+    grad_us: float
+    linear_grad_us: float
+    linear_grad_ratio: float
 
 
 @dataclass(frozen=True)
@@ -277,14 +281,20 @@ def compare_notebook(cell: str, options: Options) -> NotebookResult:
     torch_seconds = timing.notebook_seconds(lambda: their_module(x), runs, sync)
     seconds = timing.notebook_seconds(lambda: our_module(x), runs, sync)
     linear = nn.Linear(case.workload.input_size, case.workload.hidden_size).to(x.device, x.dtype)
-    with torch.no_grad():
-        one = timing.time_pair(
+
+    def beside_linear() -> timing.PairTiming:
+        return timing.time_pair(
             lambda: our_module(x),
             lambda: linear(x),
             budget_s=options.row_budget_s,
             min_pairs=options.min_pairs,
             sync=sync,
         )
+
+    with torch.no_grad():
+        one = beside_linear()
+    with torch.enable_grad():
+        one_grad = beside_linear()
     return NotebookResult(
         cell=cell,
         output_difference=output,
@@ -297,6 +307,9 @@ def compare_notebook(cell: str, options: Options) -> NotebookResult:
         us=one.us,
         linear_us=one.their_us,
         linear_ratio=1 / one.speedup,
+        grad_us=one_grad.us,
+        linear_grad_us=one_grad.their_us,
+        linear_grad_ratio=1 / one_grad.speedup,
     )
 
 

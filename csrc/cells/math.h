@@ -15,9 +15,7 @@
 // |----------|-------|--------|---------------|--------|
 // | sigmoid  | 2 ulp | 2 ulp  | 0, 1          | passed |
 // | tanh     | 2 ulp | 2 ulp  | -1, 1         | passed |
-// measured: 1.5 ulp for each, near zero 0.6
-//
-// Results of sigmoid below the smallest normal number are zero.
+// measured over all floats: 1.7 ulp for sigmoid, 1.5 for tanh, near zero 0.6
 #pragma once
 
 #include <cstdint>
@@ -71,9 +69,8 @@ struct MathConstants<float> {
   static constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440054690582770e-4f;
   static constexpr int kMantissaBits = 23, kBias = 127;
   static constexpr float kExpMin = -87.0f,
-                         kExpMax = 88.0f;          // scale is a normal number between them
-  static constexpr float kSigmoidMin = -87.3365f;  // sigmoid of less is no normal number
-  static constexpr float kTanhMax = 10.0f;         // tanh is 1 from 9.02 on
+                         kExpMax = 88.0f;   // scale is a normal number between them
+  static constexpr float kTanhMax = 10.0f;  // tanh is 1 from 9.02 on
   static constexpr float kTanhSmall = 0.3f;
   static constexpr int kTanhTerms = 4;
   static constexpr float kT[kTanhTerms] = {-0.33333332901269590127f, 0.13333180384304557242f,
@@ -90,7 +87,6 @@ struct MathConstants<double> {
   static constexpr double kLn2High = 0x1.62e42feep-1, kLn2Low = 1.908214929270587816144266e-10;
   static constexpr int kMantissaBits = 52, kBias = 1023;
   static constexpr double kExpMin = -708.0, kExpMax = 709.0;
-  static constexpr double kSigmoidMin = -708.396;
   static constexpr double kTanhMax = 20.0;  // tanh is 1 from 19.07 on
   static constexpr double kTanhSmall = 0.3;
   static constexpr int kTanhTerms = 9;
@@ -115,52 +111,56 @@ struct MathConstants<double> {
   };
 };
 
-// e^x as scale * (1 + p), scale a power of two; x within [kExpMin, kExpMax] or NaN.
+// e^(kFactor x) as scale * (1 + kFactor p), scale a power of two; kFactor x within [kExpMin,
+// kExpMax] or NaN. A factor that is plus or minus a power of two costs nothing and changes no bit:
+// it stands in the constants.
 template <typename V>
 struct SplitExp {
   V scale, p;
 };
 
-template <typename V>
+template <int kFactor, typename V>
 RNNKERN_INLINE SplitExp<V> split_exp(V x) {
   using Element = typename ValueTraits<V>::Element;
   using Bits = typename ValueTraits<V>::Bits;
   using C = MathConstants<Element>;
-  constexpr Element kLog2E = Element(1.442695040888963407359925);
+  static_assert(kFactor == -1 || kFactor == 1 || kFactor == 2, "a power of two");
+  constexpr Element f = kFactor, kLog2E = Element(1.442695040888963407359925) * f;
+  const auto term = [](int i) {
+    Element c = C::kQ[i];
+    for (int j = 0; j <= i; ++j) c *= f;
+    return c;
+  };
   const V shifted = x * kLog2E + C::kRound;
   const V n = shifted - C::kRound;
-  V r = x - n * C::kLn2High;
-  r = r - n * C::kLn2Low;
-  V q = r * C::kQ[C::kTerms - 1] + C::kQ[C::kTerms - 2];
+  V r = x - n * (C::kLn2High / f);
+  r = r - n * (C::kLn2Low / f);
+  V q = r * term(C::kTerms - 1) + term(C::kTerms - 2);
 #pragma GCC unroll 16
-  for (int i = C::kTerms - 3; i >= 0; --i) q = q * r + C::kQ[i];
+  for (int i = C::kTerms - 3; i >= 0; --i) q = q * r + term(i);
   const V p = (r * r) * q + r;
   const Bits scale = (bit_cast<Bits>(shifted) + C::kBias) << C::kMantissaBits;
   return {bit_cast<V>(scale), p};
 }
 
-// Comparisons are written so that NaN fails them and stays.
-template <typename V, typename S>
-RNNKERN_INLINE V clamp_above(V x, S high) {
-  const V limit = V{} + high;
-  return x > limit ? limit : x;
-}
+// The smaller or larger of both; a NaN in x fails the comparison and stays. vec.h has it in one
+// instruction.
+template <typename V>
+struct Compare {
+  static RNNKERN_INLINE V min(V limit, V x) { return limit < x ? limit : x; }
+  static RNNKERN_INLINE V max(V limit, V x) { return limit > x ? limit : x; }
+};
 
-template <typename V, typename S>
-RNNKERN_INLINE V clamp_below(V x, S low) {
-  const V limit = V{} + low;
-  return x < limit ? limit : x;
-}
-
+// Of an x so small that the result is no normal number, zero: kernels flush those.
 template <typename V>
 RNNKERN_INLINE V sigmoid(V x) {
   using Element = typename ValueTraits<V>::Element;
   using C = MathConstants<Element>;
-  const SplitExp<V> e = split_exp(clamp_below(clamp_above(-x, C::kExpMax), C::kExpMin));
+  const V within = Compare<V>::max(V{} - C::kExpMax, Compare<V>::min(V{} - C::kExpMin, x));
+  const SplitExp<V> e = split_exp<-1>(within);
   const V sum = e.scale + Element(1);
   const V lost = Element(1) - (sum - e.scale);  // the 1, where the scale is too large for it
-  const V result = Element(1) / (sum + (e.scale * e.p + lost));
-  return x < V{} + C::kSigmoidMin ? V{} : result;
+  return Element(1) / (sum + (lost - e.scale * e.p));
 }
 
 template <typename V>
@@ -176,15 +176,15 @@ RNNKERN_INLINE V tanh(V x) {
 #pragma GCC unroll 16
   for (int i = C::kTanhTerms - 3; i >= 0; --i) t = t * square + C::kT[i];
   const V small = (square * t) * x + x;
-  const SplitExp<V> e = split_exp(clamp_above(magnitude, C::kTanhMax) * Element(2));
-  const V expm1 = e.scale * e.p + (e.scale - Element(1));
-  const V large = expm1 / (expm1 + Element(2));
+  const SplitExp<V> e = split_exp<2>(Compare<V>::min(V{} + C::kTanhMax, magnitude));
+  const V half = e.scale * e.p + (e.scale * Element(0.5) - Element(0.5));  // of e^2x - 1
+  const V large = half / (half + Element(1));
   return magnitude < V{} + C::kTanhSmall ? small : bit_cast<V>(bit_cast<Bits>(large) | sign);
 }
 
 template <typename V>
 RNNKERN_INLINE V relu(V x) {
-  return clamp_below(x, typename ValueTraits<V>::Element(0));
+  return Compare<V>::max(V{}, x);
 }
 
 }  // namespace RNNKERN_NAMESPACE

@@ -186,7 +186,7 @@ class ForwardScan {
       int64_t first = 0;
       for (int64_t j = i; j < end; ++j) {
         const Visit v = visit(f_.steps, d == 0, j, part.row_begin, part.row_end);
-        step(part, v, x, first);
+        step(part, v, x, first, j % 2 != 0);
         first += v.active_end - part.row_begin;
       }
     }
@@ -226,19 +226,23 @@ class ForwardScan {
     for (int64_t i = 0; i < kWidth; i += kLanes<T>) store(to + i, load(from + i));
   }
 
-  // x: the rows of the input where the step is fused; first: of the step among the accumulators.
-  void step(const Part& part, const Visit& v, const E* const* x, int64_t first) const {
+  // x: the rows of the input where the step is fused; first: of the step among the accumulators;
+  // backwards: from the last panel to the first. Every other step goes that way: it begins with the
+  // weights that the step before has read last, which are still in the cache.
+  void step(const Part& part, const Visit& v, const E* const* x, int64_t first,
+            bool backwards) const {
     const int64_t count = v.active_end - part.row_begin;
     for (int64_t k = 0; k < count; ++k) {
       part.scratch.pointers[k] = pointers(part, v.t, part.row_begin + k);
       part.scratch.h[k] = part.scratch.pointers[k].h_prev;
     }
     const E* const* h = part.scratch.h.operands(count);
-    for (int64_t p = part.panel_begin; p < part.panel_end; ++p) {
+    for (int64_t i = part.panel_begin; i < part.panel_end; ++i) {
+      const int64_t p = backwards ? part.panel_begin + part.panel_end - 1 - i : i;
       if (fused()) input_product(part, p, x, count);
       A* acc = accumulators(part, p) + first * kWidth;
       recurrent_[part.direction].add(p, count, h, acc, kWidth);
-      for (int64_t k = 0; k < count; ++k) cell(p, part.scratch.pointers[k], acc + k * kWidth);
+      cells(p, part.scratch.pointers, count, acc);
     }
     if (f_.sizes.projected) project(part, v, count);
     if (f_.steps.active && !f_.steps.start) {
@@ -283,20 +287,43 @@ class ForwardScan {
     return r;
   }
 
-  // The cell on all units of a panel of one row.
-  void cell(int64_t p, const RowPointers& row, A* acc) const {
-    const int64_t H = f_.sizes.H;
+  // The cell on all units of a panel of `count` rows: two rows at once where vectors are whole, for
+  // a single one is a chain of operations that wait for each other.
+  void cells(int64_t p, const RowPointers* rows, int64_t count, A* acc) const {
     const int64_t width = panels_.width(p);
     for (int64_t v = 0; v < width; v += kLanes<T>) {
-      const int64_t u = panels_.first_unit(p) + v, n = H - u;
-      Step<Vec<T>> s;
+      const int64_t u = panels_.first_unit(p) + v, n = f_.sizes.H - u;
+      int64_t k = 0;
+      if (n >= kLanes<T>) {
+        for (; k + 2 <= count; k += 2) cell<2>(rows + k, u, kLanes<T>, acc + k * kWidth + v, width);
+        for (; k < count; ++k) cell<1>(rows + k, u, kLanes<T>, acc + k * kWidth + v, width);
+      } else {
+        for (; k < count; ++k) cell<1>(rows + k, u, n, acc + k * kWidth + v, width);
+      }
+    }
+  }
+
+  // On n units from u on, of kRows rows.
+  template <int kRows>
+  RNNKERN_INLINE void cell(const RowPointers* rows, int64_t u, int64_t n, const A* acc,
+                           int64_t width) const {
+    Step<Vec<T>> steps[kRows];
+#pragma GCC unroll 2
+    for (int k = 0; k < kRows; ++k) {
+      Step<Vec<T>>& s = steps[k];
 #pragma GCC unroll 4
       for (int i = 0; i < kShape.slots; ++i) {
-        s.slot[i] = load(acc + Panels::slot_at(i, width) + v);
+        s.slot[i] = load(acc + k * kWidth + Panels::slot_at(i, width));
       }
-      if constexpr (kShape.reads_h) s.h_prev = load_up_to(row.h_prev + u, n);
-      if constexpr (kShape.cell_state) s.c_prev = load_up_to(row.c_prev + u, n);
-      Cell::forward(s);
+      if constexpr (kShape.reads_h) s.h_prev = load_up_to(rows[k].h_prev + u, n);
+      if constexpr (kShape.cell_state) s.c_prev = load_up_to(rows[k].c_prev + u, n);
+    }
+#pragma GCC unroll 2
+    for (int k = 0; k < kRows; ++k) Cell::forward(steps[k]);
+#pragma GCC unroll 2
+    for (int k = 0; k < kRows; ++k) {
+      Step<Vec<T>>& s = steps[k];
+      const RowPointers& row = rows[k];
       store_up_to(row.h + u, s.h, n);
       if constexpr (kCarriesCells) {
         if (f_.rounds_cells) s.c = rounded<T>(s.c);
@@ -305,7 +332,9 @@ class ForwardScan {
       if constexpr (kShape.cell_state) store_up_to(row.c + u, s.c, n);
       if (kShape.saves_slots && row.slots) {
 #pragma GCC unroll 4
-        for (int i = 0; i < kShape.slots; ++i) store_up_to(row.slots + i * H + u, s.slot[i], n);
+        for (int i = 0; i < kShape.slots; ++i) {
+          store_up_to(row.slots + i * f_.sizes.H + u, s.slot[i], n);
+        }
       }
     }
   }

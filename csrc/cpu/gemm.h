@@ -275,12 +275,11 @@ RNNKERN_INLINE Vec<T> load_groups(const T* p, int64_t n) {
 // the end: whatever number of rows is taken at once.
 constexpr int kDotLeftRows = kTileRows < 6 ? 2 : 4;
 
-// sums[m][i] = a[m] . w[i], lane by lane, for kRows rows of a and kRight rows of w.
+// sums[m][i] += a[m] . w[i], lane by lane, for kRows rows of a and kRight rows of w.
 template <typename T, int kRows, int kRight>
-RNNKERN_INLINE void add_products(int64_t K, const Operand<T>* const* a, const T* const* w,
-                                 Vec<T> (*sums)[kLanes<T>]) {
+RNNKERN_INLINE void add_products(int64_t K, const Operand<T>* const* a, const T* const (&w)[kRight],
+                                 Vec<T> (&sums)[kRows][kRight]) {
   constexpr int kStep = kLanes<T> * kGroup<Operand<T>>;
-  Vec<T> c[kRows][kRight] = {};
   const auto add = [&](int64_t k, int64_t n) __attribute__((always_inline)) {
     Vec<T> left[kRows];
 #pragma GCC unroll 4
@@ -290,18 +289,13 @@ RNNKERN_INLINE void add_products(int64_t K, const Operand<T>* const* a, const T*
       const Vec<T> right = load_groups(w[i] + k, n);
 #pragma GCC unroll 4
       for (int m = 0; m < kRows; ++m) {
-        c[m][i] = multiply_add<Operand<T>>(left[m], right, c[m][i]);
+        sums[m][i] = multiply_add<Operand<T>>(left[m], right, sums[m][i]);
       }
     }
   };
   int64_t k = 0;
   for (; k + kStep <= K; k += kStep) add(k, kStep);
   if (k < K) add(k, K - k);
-#pragma GCC unroll 4
-  for (int m = 0; m < kRows; ++m) {
-#pragma GCC unroll 8
-    for (int i = 0; i < kRight; ++i) sums[m][i] = c[m][i];
-  }
 }
 
 // out[m][i] += a[m] . row i of w, for kRows rows of a and `count` <= lanes rows of w.
@@ -310,13 +304,23 @@ void dot_rows(int64_t K, const Operand<T>* const* a, const T* w, int64_t w_row, 
               Compute<T>* out, int64_t out_row) {
   // As many as hide the latency of an addition.
   constexpr int kRight = int(min_of(kRows == 1 ? 8 : 4, kLanes<T>));
-  Vec<T> sums[kRows][kLanes<T>] = {};
-  for (int i = 0; i < count; i += kRight) {
-    const T* rows[kRight];
-    for (int j = 0; j < kRight; ++j) rows[j] = w + min_of(i + j, count - 1) * w_row;
-    Vec<T> part[kRows][kLanes<T>];
-    add_products<T, kRows, kRight>(K, a, rows, part);
+  Vec<T> sums[kRows][kLanes<T>];
+  const T* next = w;
+#pragma GCC unroll 4
+  for (int i = 0; i < kLanes<T>; i += kRight) {
+    Vec<T> part[kRows][kRight] = {};
+    if (i < count) {
+      const T* rows[kRight];
+#pragma GCC unroll 8
+      for (int j = 0; j < kRight; ++j) {
+        rows[j] = next;
+        if (i + j + 1 < count) next += w_row;
+      }
+      add_products<T>(K, a, rows, part);
+    }
+#pragma GCC unroll 4
     for (int m = 0; m < kRows; ++m) {
+#pragma GCC unroll 8
       for (int j = 0; j < kRight; ++j) sums[m][i + j] = part[m][j];
     }
   }

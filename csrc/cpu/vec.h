@@ -7,7 +7,7 @@
 
 #include "cells/narrow.h"
 
-#if defined(__AVX512F__) || defined(__AVX2__)
+#if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
@@ -44,6 +44,33 @@ using Vec = typename VecOf<Compute<T>>::Type;
 template <typename T>
 constexpr int kLanes = kVectorBytes / int(sizeof(Compute<T>));
 
+// In one instruction, which GCC does not find by itself.
+#define RNNKERN_COMPARE(T, Native, minimum, maximum)           \
+  template <>                                                  \
+  struct Compare<Vec<T>> {                                     \
+    static RNNKERN_INLINE Vec<T> min(Vec<T> limit, Vec<T> x) { \
+      const auto a = (Native)limit, b = (Native)x;             \
+      return (Vec<T>)minimum;                                  \
+    }                                                          \
+    static RNNKERN_INLINE Vec<T> max(Vec<T> limit, Vec<T> x) { \
+      const auto a = (Native)limit, b = (Native)x;             \
+      return (Vec<T>)maximum;                                  \
+    }                                                          \
+  };
+#if defined(__AVX512F__)
+constexpr __mmask16 kAll = -1;
+RNNKERN_COMPARE(float, __m512, _mm512_maskz_min_ps(kAll, a, b), _mm512_maskz_max_ps(kAll, a, b))
+RNNKERN_COMPARE(double, __m512d, _mm512_maskz_min_pd(__mmask8(kAll), a, b),
+                _mm512_maskz_max_pd(__mmask8(kAll), a, b))
+#elif defined(__AVX2__)
+RNNKERN_COMPARE(float, __m256, _mm256_min_ps(a, b), _mm256_max_ps(a, b))
+RNNKERN_COMPARE(double, __m256d, _mm256_min_pd(a, b), _mm256_max_pd(a, b))
+#elif defined(__x86_64__)
+RNNKERN_COMPARE(float, __m128, _mm_min_ps(a, b), _mm_max_ps(a, b))
+RNNKERN_COMPARE(double, __m128d, _mm_min_pd(a, b), _mm_max_pd(a, b))
+#endif
+#undef RNNKERN_COMPARE
+
 // The 16 bits of each float of a vector.
 typedef uint16_t Bits16 __attribute__((vector_size(kVectorBytes / 2)));
 typedef uint16_t UnalignedBits16
@@ -54,7 +81,7 @@ template <typename T>
 RNNKERN_INLINE Vec<T> from_bits(Bits16 bits) {
 #if defined(__AVX512F__)
   if constexpr (std::is_same_v<T, F16>) {
-    return (Vec<T>)_mm512_maskz_cvtph_ps(__mmask16(-1), (__m256i)bits);
+    return (Vec<T>)_mm512_maskz_cvtph_ps(kAll, (__m256i)bits);
   }
 #elif defined(__F16C__)
   if constexpr (std::is_same_v<T, F16>) return (Vec<T>)_mm256_cvtph_ps((__m128i)bits);
@@ -69,7 +96,7 @@ RNNKERN_INLINE Bits16 to_bits(Vec<T> v) {
 #endif
 #if defined(__AVX512F__)
   if constexpr (std::is_same_v<T, F16>) {
-    return (Bits16)_mm512_maskz_cvtps_ph(__mmask16(-1), (__m512)v, 0);
+    return (Bits16)_mm512_maskz_cvtps_ph(kAll, (__m512)v, 0);
   }
 #elif defined(__F16C__)
   if constexpr (std::is_same_v<T, F16>) return (Bits16)_mm256_cvtps_ph((__m256)v, 0);
