@@ -34,13 +34,19 @@ py::object refusal(py::handle x, py::handle h0, py::handle c0, const py::sequenc
   return gaps ? py::object(py::str(gaps)) : py::object(py::none());
 }
 
-// f(T{}) for elements T of the input.
+// f(T{}) for elements T that the input of a layer has.
 template <typename F>
-auto with_element_of(py::handle x, F f) {
+auto with_element_of(const Layer& layer, py::handle x, F f) {
   if (!is_tensor(x)) throw Refused("input is not covered: tensor subclass");
   const TensorView view = view_of(x, "input");
   if (!with_element(view.tensor.dtype, [](auto) { return true; })) {
     view.fail("is not covered: its dtype");
+  }
+  if (layer.by_bfloat16 && view.tensor.dtype == dlpack::kDataType<float> &&
+      has_kernels<F32ByBf16>()) {
+    int64_t rows = 1;
+    for (int i = 0; i + 1 < view.tensor.ndim; ++i) rows *= view.size(i);
+    if (worth_bfloat16(rows, is_so(api.deterministic))) return f(F32ByBf16{});
   }
   return with_element(view.tensor.dtype, f);
 }
@@ -97,7 +103,7 @@ Outputs forward_of(const Layer& layer, py::handle x, py::handle h0, py::handle c
 template <typename Weights>
 Outputs forward_any(const Layer& layer, py::handle x, py::handle h0, py::handle c0,
                     const Weights& weights, py::handle steps, bool training) {
-  return with_element_of(x, [&](auto element) {
+  return with_element_of(layer, x, [&](auto element) {
     return forward_of<decltype(element)>(layer, x, h0, c0, weights, steps, training);
   });
 }
@@ -220,6 +226,7 @@ PYBIND11_MODULE(_C, m) {
       .def_readonly("out", &Layer::out)
       .def_readonly("bias", &Layer::bias)
       .def_readonly("batch_first", &Layer::batch_first)
+      .def_readonly("by_bfloat16", &Layer::by_bfloat16)
       .def_property_readonly("tensors", &Layer::tensors)
       .def_property_readonly("has_cell_state", &Layer::has_cell_state)
       .def("forward",
@@ -235,7 +242,7 @@ PYBIND11_MODULE(_C, m) {
                           const py::sequence& weights, py::handle steps, py::handle y,
                           py::handle saved, py::handle dy, py::handle dhn, py::handle dcn,
                           const py::sequence& wanted, bool overwrite) {
-        return with_element_of(x, [&](auto element) {
+        return with_element_of(layer, x, [&](auto element) {
           return backward_of<decltype(element)>(layer, x, h0, c0, weights, steps, y, saved, dy, dhn,
                                                 dcn, wanted, overwrite);
         });
@@ -243,31 +250,35 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "layer",
       [](const std::string& mode, int directions, int64_t hidden, int64_t proj, bool bias,
-         bool batch_first) {
+         bool batch_first, bool by_bfloat16) {
         const std::optional<CellId> cell = cell_named(mode);
         if (!cell) throw py::value_error("no kernel knows the cell '" + mode + "'");
         if (directions < 1 || directions > kMaxDirections) {
           throw py::value_error("a layer has 1 or 2 directions, got " + std::to_string(directions));
         }
-        return object_of(Layer(*cell, directions, hidden, proj, bias, batch_first));
+        Layer layer(*cell, directions, hidden, proj, bias, batch_first);
+        layer.by_bfloat16 = by_bfloat16;
+        return object_of(layer);
       },
       py::arg("mode"), py::arg("directions"), py::arg("hidden"), py::arg("proj"), py::arg("bias"),
-      py::arg("batch_first"));
+      py::arg("batch_first"), py::arg("by_bfloat16") = false);
   m.attr("GAPS") = kGaps;
   m.def("refusal", &refusal);
   m.def("mode_refusal", &mode_refusal);
   m.def("plain_call", &plain_call);
   py::class_<Machine>(m, "Machine")
       .def(py::init([](int threads, int lanes, int tile_rows, int element_bytes, int group,
-                       bool multiplies_in_place, int64_t l2_bytes) {
-             return Machine{threads, lanes, tile_rows, element_bytes, group, multiplies_in_place,
-                            l2_bytes};
+                       bool multiplies_in_place, bool stored_wider, int64_t l2_bytes) {
+             return Machine{threads,       lanes,   tile_rows,
+                            element_bytes, group,   multiplies_in_place,
+                            stored_wider,  l2_bytes};
            }),
            py::kw_only(), py::arg("threads"), py::arg("lanes"), py::arg("tile_rows"),
            py::arg("element_bytes"), py::arg("group"), py::arg("multiplies_in_place"),
-           py::arg("l2_bytes"));
-  m.def("machine", [](int threads, py::handle x) {
-    return with_element_of(x, [&](auto element) {
+           py::arg("stored_wider"), py::arg("l2_bytes"))
+      .def_readonly("group", &Machine::group);
+  m.def("machine", [](const Layer& layer, int threads, py::handle x) {
+    return with_element_of(layer, x, [&](auto element) {
       return machine_for<decltype(element)>(instruction_set(), threads);
     });
   });

@@ -17,6 +17,7 @@ struct Machine {
   int element_bytes = 4;            // of a weight as the products take it
   int group = 1;                    // elements of a weight that one lane holds
   bool multiplies_in_place = true;  // rows of weights need no conversion to be rows of a panel
+  bool stored_wider = false;        // than the products take them: packed they are fewer bytes
   int64_t l2_bytes = 1 << 20;       // second-level cache of one core
 };
 
@@ -38,6 +39,9 @@ struct Plan {
 
 // Operations of one step of one row and direction, forward.
 double flops_per_row(const Sizes& sizes);
+
+// Whether float32 is worth being multiplied as bfloat16, where the CPU does that: for `total` rows.
+bool worth_bfloat16(int64_t total, bool deterministic);
 
 Plan plan_forward(const Problem& problem, const Machine& machine);
 Plan plan_backward(const Problem& problem, const Machine& machine);

@@ -48,7 +48,13 @@ class Layer:
     ) -> list[Tensor | None]: ...
 
 def layer(
-    mode: str, directions: int, hidden: int, proj: int, bias: bool, batch_first: bool
+    mode: str,
+    directions: int,
+    hidden: int,
+    proj: int,
+    bias: bool,
+    batch_first: bool,
+    by_bfloat16: bool = False,
 ) -> Layer: ...
 def refusal(
     x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor]
@@ -57,6 +63,7 @@ def mode_refusal() -> str | None: ...
 def plain_call(module: Any, x: Tensor, record: Callable[..., tuple[Tensor, ...]]) -> Any: ...
 
 class Machine:
+    group: int
     def __init__(
         self,
         *,
@@ -66,6 +73,7 @@ class Machine:
         element_bytes: int,
         group: int,
         multiplies_in_place: bool,
+        stored_wider: bool,
         l2_bytes: int,
     ) -> None: ...
 
@@ -83,7 +91,7 @@ class Plan:
     @property
     def block_steps(self) -> int: ...
 
-def machine(threads: int, x: Tensor) -> Machine: ...
+def machine(layer: Layer, threads: int, x: Tensor) -> Machine: ...
 def plan(
     layer: Layer,
     machine: Machine,

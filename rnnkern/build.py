@@ -70,9 +70,9 @@ def explain(module: Any, input: Any, hx: Any = None) -> Explanation:
         )
     h0, c0 = hx if isinstance(hx, (tuple, list)) and len(hx) == 2 else (hx, None)
     weights = functional.current_weights(module)
-    dtype = functional.autocast_dtype()
-    if dtype is not None:
-        dtype = functional.dtype_under_autocast(module, dtype, x, h0, packed)
+    asked = functional.autocast_dtype()
+    if asked is not None:
+        dtype = functional.dtype_under_autocast(module, asked, x, h0, packed)
         x, h0, c0, *weights = functional.autocast(dtype, x, h0, c0, *weights)
     reason = kernels.mode_refusal() or kernels.refusal(x, h0, c0, weights)
     if reason is not None and reason != kernels.GAPS:
@@ -83,16 +83,22 @@ def explain(module: Any, input: Any, hx: Any = None) -> Explanation:
         sizes = x.size(0), 1
     else:
         sizes = (x.size(1), x.size(0)) if module.batch_first else (x.size(0), x.size(1))
-    return Explanation("\n".join(_lines(module, x, *sizes, reason)))
+    layer = functional.layer_of(module, asked)
+    return Explanation("\n".join(_lines(layer, module, x, *sizes, reason)))
 
 
-def _lines(module: Any, x: Tensor, T: int, N: int, reason: str | None) -> list[str]:
-    D = 2 if module.bidirectional else 1
-    layer = kernels.layer(
-        module.mode, D, module.hidden_size, module.proj_size, module.bias, module.batch_first
-    )
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _lines(
+    layer: kernels.Layer, module: Any, x: Tensor, T: int, N: int, reason: str | None
+) -> list[str]:
+    D = layer.directions
+    products = kernels.products_dtype(layer, x)
+    multiplied = "" if products is x.dtype else f" multiplied as {_name(products)}"
     lines = [
-        f"{module.mode} on the CPU, {str(x.dtype).removeprefix('torch.')}: "
+        f"{module.mode} on the CPU, {_name(x.dtype)}{multiplied}: "
         f"T={T} N={N} I={module.input_size} H={module.hidden_size} "
         f"layers={module.num_layers} directions={D}"
     ]

@@ -125,14 +125,15 @@ def _on_kernels(
 ) -> tuple[Tensor, Tensor, Tensor | None] | str:
     """Runs the layers, under autocast in its dtype; or says why no kernel covers them."""
     weights = current_weights(module)
-    dtype = autocast_dtype()
-    if dtype is None:
-        return _with_weights(module, x, h0, c0, weights, steps)
+    asked = autocast_dtype()
+    if asked is None:
+        return _with_weights(layer_of(module), module, x, h0, c0, weights, steps)
     packed = steps is not None and steps.packed
-    dtype = dtype_under_autocast(module, dtype, x, h0, packed)
+    dtype = dtype_under_autocast(module, asked, x, h0, packed)
     with torch.autocast("cpu", enabled=False):
         own_x, own_h0, own_c0, *weights = autocast(dtype, x, h0, c0, *weights)
-        result = _with_weights(module, own_x, own_h0, own_c0, weights, steps)
+        layer = layer_of(module, asked)
+        result = _with_weights(layer, module, own_x, own_h0, own_c0, weights, steps)
         if isinstance(result, str):
             return result
         y, hn, cn = result
@@ -141,7 +142,21 @@ def _on_kernels(
         return y, hn, cn
 
 
+def layer_of(module: Any, asked: torch.dtype | None = None) -> Layer:
+    """What each layer of a module is, where autocast asks for that dtype."""
+    return kernels.layer(
+        module.mode,
+        2 if module.bidirectional else 1,
+        module.hidden_size,
+        module.proj_size,
+        module.bias,
+        module.batch_first,
+        asked is torch.bfloat16,
+    )
+
+
 def _with_weights(
+    layer: Layer,
     module: Any,
     x: Tensor,
     h0: Tensor | None,
@@ -151,14 +166,14 @@ def _with_weights(
 ) -> tuple[Tensor, Tensor, Tensor | None] | str:
     """Runs the layers, with dense copies of what has gaps; or says why no kernel covers them."""
     try:
-        return _layers(module, x, h0, c0, weights, steps)
+        return _layers(layer, module, x, h0, c0, weights, steps)
     except kernels.RefusedError:
         reason = kernels.refusal(x, h0, c0, weights)
         if reason is None:
             raise
         if reason != GAPS:
             return reason
-    return _layers(module, *_dense(x, h0, c0, weights), steps)
+    return _layers(layer, module, *_dense(x, h0, c0, weights), steps)
 
 
 def _dense(
@@ -180,7 +195,7 @@ def cell(module: Any, input: Tensor, hx: Any) -> Any:
         return _warn(WRONG, module._torch_forward(input, hx))
     x, (h0, c0) = input, states
     weights = [module.weight_ih, module.weight_hh, *_cell_biases(module)]
-    dtype = autocast_dtype()
+    asked = dtype = autocast_dtype()
     if dtype is not None:
         if module.mode in ("GRU", "LSTM"):
             dtype = _promoted(dtype, x, h0 if c0 is None else c0)
@@ -195,7 +210,8 @@ def cell(module: Any, input: Tensor, hx: Any) -> Any:
     rows = 1 if x.dim() == 1 else x.size(0)
     x = x.reshape(1, rows, module.input_size)
     h0, c0 = (None if s is None else s.reshape(1, rows, module.hidden_size) for s in (h0, c0))
-    layer = kernels.layer(module.mode, 1, module.hidden_size, 0, len(weights) > 2, False)
+    bias, by_bfloat16 = len(weights) > 2, asked is torch.bfloat16
+    layer = kernels.layer(module.mode, 1, module.hidden_size, 0, bias, False, by_bfloat16)
     _, hn, cn = _one_layer(layer, x, h0, c0, weights, None)
     if dtype is not None and x.dtype != torch.float64:
         hn, cn = hn.to(dtype), None if cn is None else cn.to(dtype)
@@ -257,6 +273,7 @@ def _cell_states(module: Any, input: Any, hx: Any) -> tuple[Tensor | None, Tenso
 
 
 def _layers(
+    layer: Layer,
     module: Any,
     x: Tensor,
     h0: Tensor | None,
@@ -264,10 +281,6 @@ def _layers(
     weights: list[Tensor],
     steps: Steps | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    D = 2 if module.bidirectional else 1
-    layer = kernels.layer(
-        module.mode, D, module.hidden_size, module.proj_size, module.bias, module.batch_first
-    )
     if module.num_layers == 1:
         return _one_layer(layer, x, h0, c0, weights, steps)
     if module.dropout and module.training:
@@ -275,6 +288,7 @@ def _layers(
         reason = kernels.refusal(x, h0, c0, weights)
         if reason is not None:
             raise kernels.RefusedError(reason)
+    D = layer.directions
     count = D * layer.tensors
     finals: list[tuple[Tensor, Tensor | None]] = []
     for i in range(module.num_layers):

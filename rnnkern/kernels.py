@@ -22,8 +22,11 @@ Both raise `RefusedError` before anything is written.
 """
 
 layer = _C.layer
-"""``layer(mode, directions, hidden, proj, bias, batch_first)``: that layer; equal
-ones are mostly one object."""
+"""``layer(mode, directions, hidden, proj, bias, batch_first, by_bfloat16=False)``: that layer.
+
+Equal ones are mostly one object. With ``by_bfloat16``, products take float32 as bfloat16 where the
+CPU is faster at that.
+"""
 
 RefusedError = _C.RefusedError
 """A RuntimeError: an operand does not fit, or no kernel covers it (`refusal` says why)."""
@@ -45,7 +48,7 @@ To be asked before a layer runs; `plain_call` asks by itself.
 
 Machine = _C.Machine
 machine = _C.machine
-"""``machine(threads, x)``: this one, for tensors of x's dtype."""
+"""``machine(layer, threads, x)``: this one, for that layer of tensors of x's dtype."""
 
 plan = _C.plan
 """``plan(layer, machine, *, T, N, I, total, deterministic, backward)``: the plan and its text."""
@@ -71,11 +74,17 @@ Raises:
 """
 
 
+def products_dtype(layer: Layer, x: Tensor) -> torch.dtype:
+    """What products take tensors of x's dtype as, mostly that dtype."""
+    rounded = x.dtype is torch.float32 and machine(layer, 1, x).group > 1
+    return torch.bfloat16 if rounded else x.dtype
+
+
 def describe(layer: Layer, x: Tensor, T: int, N: int, features: int, back: bool) -> str:
     """Instruction set and plan of one layer in words."""
     _, text = plan(
         layer,
-        machine(torch.get_num_threads(), x),
+        machine(layer, torch.get_num_threads(), x),
         T=T,
         N=N,
         I=features,

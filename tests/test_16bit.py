@@ -171,6 +171,68 @@ def test_autocast_of_stacks(form: str) -> None:
         assert_as_torch(module, leaves)
 
 
+BY_BFLOAT16 = "bf16" in rnnkern.build_info()["isa"] or "amx" in rnnkern.build_info()["isa"]
+"""The CPU multiplies bfloat16: float32 may be multiplied as such."""
+
+
+@pytest.mark.parametrize("sizes", [(5, 7, 33, 37), (2, 4, 1, 1), (9, 1, 70, 130), (3, 40, 64, 65)])
+def test_products_of_float32_as_bfloat16(sizes: tuple[int, int, int, int]) -> None:
+    """Input, state and weights are rounded for a product and nowhere else: the state is carried in
+    float32. Gradients within the tolerance of bfloat16, of both directions.
+    """
+    T, N, I, H = sizes
+    module = build("GRU", I, H)
+    x = torch.randn(T, N, I)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        y, _ = module(x)
+
+    def rounded(t: Tensor) -> Tensor:
+        return (t.bfloat16() if BY_BFLOAT16 else t).double()
+
+    w_ih, w_hh, b_ih, b_hh = (p.detach() for p in module.parameters())
+    h = torch.zeros(N, H)
+    for t in range(T):
+        given = rounded(x[t]) @ rounded(w_ih).T + b_ih
+        own = rounded(h) @ rounded(w_hh).T + b_hh
+        (ir, iz, i_n), (hr, hz, hn) = given.chunk(3, 1), own.chunk(3, 1)
+        n, z = torch.tanh(i_n + torch.sigmoid(ir + hr) * hn), torch.sigmoid(iz + hz)
+        assert (y[t] - (n + z * (h - n))).abs().max() < 1e-6
+        h = y[t]
+    assert y.dtype == torch.float32
+    both = build("GRU", I, H, bidirectional=True)
+    assert_as_torch(both, leaves_for(both, T, N))
+
+
+def test_few_rows_of_float32_are_not_rounded() -> None:
+    """To round the weights would take longer than it saves."""
+    module = build("GRU", 24, 40)
+    seen = []
+    for T in (7, 8):
+        x = torch.randn(T, 1, 24)
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+            seen.append("multiplied as bfloat16" in rnnkern.explain(module, x))
+            y, _ = module(x)
+        with torch.no_grad():
+            assert torch.equal(y, module(x)[0]) == (not seen[-1])
+    assert seen == [False, BY_BFLOAT16]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_autocast_under_deterministic_algorithms(count: int) -> None:
+    """Neither threads nor the batch nor a cut into blocks shows."""
+    torch.use_deterministic_algorithms(True)
+    module, x = build("GRU", 64, 300), torch.randn(6, 9, 64)
+
+    def run(part: Tensor, h: Tensor | None = None) -> Any:
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+            return on_threads(lambda m, own: m(own["x"], h), count)(module, {"x": part})
+
+    whole, h = run(x)[0], None
+    for t in range(6):
+        y, h = run(x[t : t + 1, 3:4], h)
+        assert torch.equal(y, whole[t : t + 1, 3:4])
+
+
 @pytest.mark.parametrize("kind", LAYERS)
 def test_autocast_of_sequences(kind: str) -> None:
     """`lengths`, `reset` and packed sequences, the latter with torch.nn's dtypes; and float16, for

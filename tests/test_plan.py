@@ -14,11 +14,13 @@ V4 = {
     "element_bytes": 4,
     "group": 1,
     "multiplies_in_place": True,
+    "stored_wider": False,
     "l2_bytes": 2**20,
 }
 V3 = V4 | {"lanes": 8, "tile_rows": 3, "l2_bytes": 2**18}
 V4_BF16 = V4 | {"element_bytes": 2, "group": 2, "multiplies_in_place": False}
 AMX = V4_BF16 | {"tile_rows": 16}
+V4_BY_BF16 = V4_BF16 | {"stored_wider": True}
 V4_DOUBLE = V4 | {"lanes": 8, "element_bytes": 8}
 
 
@@ -90,7 +92,9 @@ def test_table(name: str) -> None:
 @pytest.mark.parametrize("mode", ["RNN_TANH", "LSTM", "GRU"])
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize(
-    "cpu", [V4, V3, V4_DOUBLE, V4_BF16, AMX], ids=["v4", "v3", "v4-float64", "v4-bf16", "amx"]
+    "cpu",
+    [V4, V3, V4_DOUBLE, V4_BF16, V4_BY_BF16, AMX],
+    ids=["v4", "v3", "v4-float64", "v4-bf16", "v4-by-bf16", "amx"],
 )
 def test_every_plan_can_be_run(mode: str, backward: bool, cpu: dict[str, int]) -> None:
     """No more threads than allowed, none without a task, no part without rows or units."""
@@ -135,6 +139,11 @@ def test_weights_are_packed_where_it_pays(cpu: dict[str, int], longest: int) -> 
         assert plan("GRU", (T, N + 1, 512, 512), 1, near)[0]["packs"] == (True, True)
         assert plan("GRU", (4 * T, N, 512, 512), 1, cpu)[0]["packs"] == (False, False)
         assert plan("GRU", (4 * T, N + 1, 512, 512), 1, cpu)[0]["packs"] == (True, True)
+
+
+def test_weights_are_packed_where_they_become_fewer_bytes() -> None:
+    assert plan("GRU", (8, 1, 512, 512), 1, V4_BF16)[0]["packs"] == (False, False)
+    assert plan("GRU", (8, 1, 512, 512), 1, V4_BY_BF16)[0]["packs"] == (True, True)
 
 
 def test_rows_that_want_one_place_of_the_cache_are_drawn_together() -> None:

@@ -64,6 +64,7 @@ RNNKERN_INLINE typename UnsignedBits<V>::Type narrow(F16, V value) {
 // An element as a number.
 RNNKERN_INLINE float value(float x) { return x; }
 RNNKERN_INLINE double value(double x) { return x; }
+RNNKERN_INLINE float value(F32ByBf16 x) { return x.number; }
 RNNKERN_INLINE float value(Bf16 x) { return widen<float>(x, uint32_t(x.bits)); }
 RNNKERN_INLINE float value(F16 x) { return widen<float>(x, uint32_t(x.bits)); }
 

@@ -33,6 +33,7 @@ class ForwardScan {
   static constexpr int64_t kWidth = kPanelWidth<T>;
   // Cell states of narrow types are carried from step to step as what is computed with.
   static constexpr bool kCarriesCells = kShape.cell_state && kNarrow<T>;
+  using Carried = std::conditional_t<kCarriesCells, A, T>;
 
  public:
   ForwardScan(const Forward<T>& f, const Plan& plan, Carver& carver)
@@ -81,9 +82,9 @@ class ForwardScan {
   // Where one row of one step stands.
   struct RowPointers {
     const T* h_prev;
-    const A* c_prev;
+    const Carried* c_prev;
     T* h;
-    A* c;
+    Carried* c;
     T *slots, *saved_c;  // saved_c: where c is carried elsewhere
   };
   struct Scratch {

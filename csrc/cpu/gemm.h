@@ -57,9 +57,17 @@ template <>
 struct OperandOf<Bf16> {
   using Type = Bf16;
 };
+template <>
+struct OperandOf<F32ByBf16> {
+  using Type = Bf16;
+};
 #endif
 template <typename T>
 using Operand = typename OperandOf<T>::Type;
+
+// Rows of weights are rows of a panel as they lie.
+template <typename T>
+constexpr bool kMultipliedInPlace = std::is_same_v<T, Compute<T>>;
 
 // For operands E: k in a group, and groups of K elements.
 template <typename E>
@@ -263,8 +271,14 @@ RNNKERN_INLINE Vec<T> load_groups(const T* p, int64_t n) {
     return load_up_to(p, n);
   } else {
 #if defined(__AVX512BF16__)
-    const __mmask32 present = n >= 2 * kLanes<T> ? ~0u : (1u << n) - 1;
-    return (Vec<T>)_mm512_maskz_loadu_epi16(present, p);
+    constexpr int kL = kLanes<T>;
+    if constexpr (std::is_same_v<T, E>) {
+      const __mmask32 present = n >= 2 * kL ? ~0u : (1u << n) - 1;
+      return (Vec<T>)_mm512_maskz_loadu_epi16(present, p);
+    } else {
+      const Vec<T> low = load_up_to(p, n), high = n > kL ? load_up_to(p + kL, n - kL) : Vec<T>{};
+      return (Vec<T>)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+    }
 #endif
   }
 }
@@ -387,10 +401,14 @@ RNNKERN_INLINE void pack_group(int64_t k, int64_t K, RowOf row_of, int64_t width
     for (int64_t i = 0; i < width; i += kLanes<T>) store(panel + i, load_up_to(row + i, width - i));
   } else {
     const T* next = k + 1 < K ? row_of(k + 1) : nullptr;
-    for (int64_t i = 0; i < width; i += kLanes<T>) {
+    const auto load_operands = [](const T* p, int64_t n) {
       // Widened, a bfloat16 stands in the upper half of its lane.
-      const Bits32 low = bit_cast<Bits32>(load_up_to(row + i, width - i)) >> 16;
-      const Bits32 high = next ? bit_cast<Bits32>(load_up_to(next + i, width - i)) : Bits32{};
+      if constexpr (std::is_same_v<T, E>) return bit_cast<Bits32>(load_up_to(p, n));
+      return bit_cast<Bits32>(rounded<E>(load_up_to(p, n)));
+    };
+    for (int64_t i = 0; i < width; i += kLanes<T>) {
+      const Bits32 low = load_operands(row + i, width - i) >> 16;
+      const Bits32 high = next ? load_operands(next + i, width - i) : Bits32{};
       store(panel + i, bit_cast<Vec<T>>(high | low));
     }
   }

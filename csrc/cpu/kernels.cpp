@@ -36,7 +36,8 @@ Kernels<T> kernels() {
   machine.tile_rows = kRowsOfPart;
   machine.element_bytes = sizeof(Operand<T>);
   machine.group = kGroup<Operand<T>>;
-  machine.multiplies_in_place = !kNarrow<T>;
+  machine.multiplies_in_place = kMultipliedInPlace<T>;
+  machine.stored_wider = sizeof(T) > sizeof(Operand<T>);
   return {run_forward<T>, run_backward<T>, machine};
 }
 template Kernels<RNNKERN_ELEMENT> kernels<RNNKERN_ELEMENT>();
@@ -44,7 +45,7 @@ template Kernels<RNNKERN_ELEMENT> kernels<RNNKERN_ELEMENT>();
 #ifdef RNNKERN_AMX
 // A small product of integers, of two tiles and a bit in every direction: whether this CPU does as
 // this code believes, before anything depends on it.
-bool tiles_multiply();
+template <typename T>
 bool tiles_multiply() {
   constexpr int kRows = 33, kDepthOfTest = 67, kPairs = (kDepthOfTest + 1) / 2, kColumns = 48;
   const auto left = [](int m, int k) { return (m * 3 + k * 5) % 7 - 3; };
@@ -77,6 +78,7 @@ bool tiles_multiply() {
   }
   return true;
 }
+template bool tiles_multiply<RNNKERN_ELEMENT>();
 #endif
 
 }  // namespace RNNKERN_NAMESPACE

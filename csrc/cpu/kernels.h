@@ -29,7 +29,9 @@ struct Kernels {
 struct InstructionSet {
   const char* name;
   bool (*supported)();
-  std::tuple<Kernels<float>, Kernels<double>, Kernels<Bf16>, Kernels<F16>> kernels;
+  // Those for F32ByBf16 are null where the CPU does not multiply bfloat16.
+  std::tuple<Kernels<float>, Kernels<double>, Kernels<Bf16>, Kernels<F16>, Kernels<F32ByBf16>>
+      kernels;
 };
 
 // Compiled in, best first.
@@ -44,6 +46,12 @@ template <typename T>
 void forward(const Forward<T>& scan, int threads, bool deterministic);
 template <typename T>
 void backward(const Backward<T>& scan, int threads, bool deterministic);
+
+// Whether the instruction set in use has kernels for T.
+template <typename T>
+bool has_kernels() {
+  return std::get<Kernels<T>>(instruction_set().kernels).forward;
+}
 
 template <typename T>
 Machine machine_for(const InstructionSet& set, int threads);

@@ -173,7 +173,7 @@ struct ColumnPanels {
 
   // acc[m][columns of p, whole vectors] += a[m] x this matrix.
   void add(int64_t p, int64_t rows, const E* const* a, Compute<T>* acc, int64_t acc_row) const {
-    if constexpr (!kNarrow<T>) {
+    if constexpr (kMultipliedInPlace<T>) {
       if (lies(p)) {
         const int64_t depth = shape ? K / shape->gates : K;  // rows in a row
         for (int64_t k = 0; k < K; k += depth) {

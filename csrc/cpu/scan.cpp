@@ -38,6 +38,7 @@ Kernels<T> kernels();
 namespace x86_64_v4_amx {
 template <typename T>
 Kernels<T> kernels();
+template <typename T>
 bool tiles_multiply();
 }  // namespace x86_64_v4_amx
 #ifdef RNNKERN_AMX_STAND_IN
@@ -59,13 +60,13 @@ bool has_v4_bf16() { return has_v4() && __builtin_cpu_supports("avx512bf16"); }
 // The system grants the tile registers to those who ask.
 bool has_v4_amx() {
 #if defined(RNNKERN_AMX_STAND_IN)
-  return has_v4_bf16() && x86_64_v4_amx::tiles_multiply();
+  return has_v4_bf16() && x86_64_v4_amx::tiles_multiply<Bf16>();
 #elif defined(__linux__)
   constexpr long kRequestPermission = 0x1023, kTileData = 18;
   return has_v4_bf16() && __builtin_cpu_supports("amx-tile") &&
          __builtin_cpu_supports("amx-bf16") &&
          syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0 &&
-         x86_64_v4_amx::tiles_multiply();
+         x86_64_v4_amx::tiles_multiply<Bf16>();
 #else
   return false;
 #endif
@@ -165,24 +166,33 @@ const std::vector<InstructionSet>& instruction_sets() {
       {kAmx,
        has_v4_amx,
        {x86_64_v4::kernels<float>(), x86_64_v4::kernels<double>(), x86_64_v4_amx::kernels<Bf16>(),
-        x86_64_v4::kernels<F16>()}},
+        x86_64_v4::kernels<F16>(), x86_64_v4_amx::kernels<F32ByBf16>()}},
       {"x86-64-v4-bf16",
        has_v4_bf16,
        {x86_64_v4::kernels<float>(), x86_64_v4::kernels<double>(), x86_64_v4_bf16::kernels<Bf16>(),
-        x86_64_v4::kernels<F16>()}},
+        x86_64_v4::kernels<F16>(), x86_64_v4_bf16::kernels<F32ByBf16>()}},
       {"x86-64-v4",
        has_v4,
-       {x86_64_v4::kernels<float>(), x86_64_v4::kernels<double>(), x86_64_v4::kernels<Bf16>(),
-        x86_64_v4::kernels<F16>()}},
+       {x86_64_v4::kernels<float>(),
+        x86_64_v4::kernels<double>(),
+        x86_64_v4::kernels<Bf16>(),
+        x86_64_v4::kernels<F16>(),
+        {}}},
       {"x86-64-v3",
        has_v3,
-       {x86_64_v3::kernels<float>(), x86_64_v3::kernels<double>(), x86_64_v3::kernels<Bf16>(),
-        x86_64_v3::kernels<F16>()}},
+       {x86_64_v3::kernels<float>(),
+        x86_64_v3::kernels<double>(),
+        x86_64_v3::kernels<Bf16>(),
+        x86_64_v3::kernels<F16>(),
+        {}}},
 #endif
       {"baseline",
        always,
-       {baseline::kernels<float>(), baseline::kernels<double>(), baseline::kernels<Bf16>(),
-        baseline::kernels<F16>()}},
+       {baseline::kernels<float>(),
+        baseline::kernels<double>(),
+        baseline::kernels<Bf16>(),
+        baseline::kernels<F16>(),
+        {}}},
   };
   return sets;
 }
@@ -226,6 +236,7 @@ RNNKERN_INSTANTIATE(float)
 RNNKERN_INSTANTIATE(double)
 RNNKERN_INSTANTIATE(Bf16)
 RNNKERN_INSTANTIATE(F16)
+RNNKERN_INSTANTIATE(F32ByBf16)
 #undef RNNKERN_INSTANTIATE
 
 }  // namespace rnnkern

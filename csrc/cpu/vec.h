@@ -109,7 +109,7 @@ RNNKERN_INLINE Vec<T> load(const T* p) {
   if constexpr (kNarrow<T>) {
     return from_bits<T>(*reinterpret_cast<const UnalignedBits16*>(p));
   } else {
-    return *reinterpret_cast<const typename VecOf<T>::Unaligned*>(p);
+    return *reinterpret_cast<const typename VecOf<Compute<T>>::Unaligned*>(p);
   }
 }
 
@@ -118,7 +118,7 @@ RNNKERN_INLINE void store(T* p, Vec<T> v) {
   if constexpr (kNarrow<T>) {
     *reinterpret_cast<UnalignedBits16*>(p) = to_bits<T>(v);
   } else {
-    *reinterpret_cast<typename VecOf<T>::Unaligned*>(p) = v;
+    *reinterpret_cast<typename VecOf<Compute<T>>::Unaligned*>(p) = v;
   }
 }
 
@@ -153,12 +153,12 @@ RNNKERN_INLINE Vec<T> load_part(const T* p, int64_t n) {
 #endif
   } else {
 #if defined(__AVX512F__)
-    return (Vec<T>)load_masked(p, n);
+    return (Vec<T>)load_masked(reinterpret_cast<const Compute<T>*>(p), n);
 #else
     Vec<T> v{};
 #pragma GCC unroll 8
     for (int i = 0; i < kLanes<T> - 1; ++i) {
-      if (i < n) v[i] = p[i];
+      if (i < n) v[i] = value(p[i]);
     }
     return v;
 #endif
@@ -179,7 +179,7 @@ RNNKERN_INLINE void store_part(T* p, Vec<T> v, int64_t n) {
 #endif
   } else {
 #if defined(__AVX512F__)
-    store_masked(p, v, n);
+    store_masked(reinterpret_cast<Compute<T>*>(p), v, n);
 #else
 #pragma GCC unroll 8
     for (int i = 0; i < kLanes<T> - 1; ++i) {

@@ -24,6 +24,7 @@ struct Layer {
   int directions;
   int64_t hidden, out;
   bool bias, projected, batch_first;
+  bool by_bfloat16 = false;  // float32 is multiplied as bfloat16 where that is faster
 
   Layer(CellId cell, int directions, int64_t hidden, int64_t proj, bool bias, bool batch_first)
       : cell(cell),
