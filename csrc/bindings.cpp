@@ -34,7 +34,8 @@ py::object refusal(py::handle x, py::handle h0, py::handle c0, const py::sequenc
   return gaps ? py::object(py::str(gaps)) : py::object(py::none());
 }
 
-// f(T{}) for elements T that the input of a layer has.
+// f(T{}) for elements T that the input of a layer has. Forward and backward ask separately: what
+// one saves is right for the other, whatever either multiplies.
 template <typename F>
 auto with_element_of(const Layer& layer, py::handle x, F f) {
   if (!is_tensor(x)) throw Refused("input is not covered: tensor subclass");
@@ -226,7 +227,6 @@ PYBIND11_MODULE(_C, m) {
       .def_readonly("out", &Layer::out)
       .def_readonly("bias", &Layer::bias)
       .def_readonly("batch_first", &Layer::batch_first)
-      .def_readonly("by_bfloat16", &Layer::by_bfloat16)
       .def_property_readonly("tensors", &Layer::tensors)
       .def_property_readonly("has_cell_state", &Layer::has_cell_state)
       .def("forward",
@@ -256,9 +256,7 @@ PYBIND11_MODULE(_C, m) {
         if (directions < 1 || directions > kMaxDirections) {
           throw py::value_error("a layer has 1 or 2 directions, got " + std::to_string(directions));
         }
-        Layer layer(*cell, directions, hidden, proj, bias, batch_first);
-        layer.by_bfloat16 = by_bfloat16;
-        return object_of(layer);
+        return object_of(Layer(*cell, directions, hidden, proj, bias, batch_first, by_bfloat16));
       },
       py::arg("mode"), py::arg("directions"), py::arg("hidden"), py::arg("proj"), py::arg("bias"),
       py::arg("batch_first"), py::arg("by_bfloat16") = false);
@@ -268,19 +266,23 @@ PYBIND11_MODULE(_C, m) {
   m.def("plain_call", &plain_call);
   py::class_<Machine>(m, "Machine")
       .def(py::init([](int threads, int lanes, int tile_rows, int element_bytes, int group,
-                       bool multiplies_in_place, bool stored_wider, int64_t l2_bytes) {
-             return Machine{threads,       lanes,   tile_rows,
-                            element_bytes, group,   multiplies_in_place,
-                            stored_wider,  l2_bytes};
+                       bool multiplies_in_place, bool rounded_for_products, int64_t l2_bytes) {
+             return Machine{threads,
+                            lanes,
+                            tile_rows,
+                            element_bytes,
+                            group,
+                            multiplies_in_place,
+                            rounded_for_products,
+                            l2_bytes};
            }),
            py::kw_only(), py::arg("threads"), py::arg("lanes"), py::arg("tile_rows"),
            py::arg("element_bytes"), py::arg("group"), py::arg("multiplies_in_place"),
-           py::arg("stored_wider"), py::arg("l2_bytes"))
-      .def_readonly("group", &Machine::group);
+           py::arg("rounded_for_products"), py::arg("l2_bytes"))
+      .def_readonly("rounded_for_products", &Machine::rounded_for_products);
   m.def("machine", [](const Layer& layer, int threads, py::handle x) {
-    return with_element_of(layer, x, [&](auto element) {
-      return machine_for<decltype(element)>(instruction_set(), threads);
-    });
+    return with_element_of(layer, x,
+                           [&](auto element) { return machine_for<decltype(element)>(threads); });
   });
   py::class_<Plan>(m, "Plan")
       .def_readonly("threads", &Plan::threads)

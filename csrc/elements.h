@@ -1,5 +1,5 @@
-// The element types of tensors: what is stored, what is computed of it, and what products take it
-// as. The 16-bit ones are storage: what is computed of them is float.
+// The element types of tensors: what is stored, and what is computed of it. The 16-bit ones are
+// storage: what is computed of them is float. What products take them as is said in cpu/gemm.h.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +13,8 @@ struct Bf16 {
 struct F16 {
   uint16_t bits;
 };
-// A float32 that products take as bfloat16. Known only to code for CPUs that multiply those.
+// A float32 that products take as bfloat16. There are kernels for it only where the CPU multiplies
+// those.
 struct F32ByBf16 {
   float number;
 };

@@ -30,9 +30,9 @@ constexpr int64_t kPackingReads = 3, kFarFactor = 4;
 // reads; or where they are this far apart, so that all of them want the same places of the cache.
 constexpr int64_t kGatheringReads = 64, kBytesOfSamePlace = 4096;
 
-// Rounding float32 weights to bfloat16 while they are packed costs some 8 products of one row; to
-// round them each time they are read gains nothing.
-constexpr int64_t kRowsWorthBfloat16 = 8;
+// Rounding float32 weights to bfloat16 while they are packed costs some 8 products of one row of
+// float32, and each row then costs half; to round them each time they are read gains nothing.
+constexpr int64_t kRowsWorthBfloat16 = 16;
 
 double weight_bytes(const Sizes& z, int64_t columns, const Machine& machine) {
   return double(cell_shape(z.cell).gates) * double(z.H) * double(columns) * machine.element_bytes;
@@ -88,7 +88,7 @@ Plan plan_forward(const Problem& problem, const Machine& machine) {
   const int64_t far = both > double(machine.l2_bytes) ? kFarFactor : 1;
   const auto packs = [&](int64_t columns) {
     const int64_t vectors = columns / (machine.lanes * machine.group);
-    return problem.deterministic || machine.stored_wider || columns < 2 * machine.lanes ||
+    return problem.deterministic || machine.rounded_for_products || columns < 2 * machine.lanes ||
            problem.total > far * std::max(kPackingReads, vectors);
   };
   plan.packs_input = packs(problem.sizes.I);

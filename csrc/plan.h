@@ -11,14 +11,14 @@ namespace rnnkern {
 
 // What the plan must know of the machine and of the code that will run.
 struct Machine {
-  int threads = 1;                  // at most
-  int lanes = 4;                    // elements of one vector
-  int tile_rows = 3;                // rows of one register tile
-  int element_bytes = 4;            // of a weight as the products take it
-  int group = 1;                    // elements of a weight that one lane holds
-  bool multiplies_in_place = true;  // rows of weights need no conversion to be rows of a panel
-  bool stored_wider = false;        // than the products take them: packed they are fewer bytes
-  int64_t l2_bytes = 1 << 20;       // second-level cache of one core
+  int threads = 1;                    // at most
+  int lanes = 4;                      // elements of one vector
+  int tile_rows = 3;                  // rows of one register tile
+  int element_bytes = 4;              // of a weight as the products take it
+  int group = 1;                      // elements of a weight that one lane holds
+  bool multiplies_in_place = true;    // rows of weights need no conversion to be rows of a panel
+  bool rounded_for_products = false;  // weights, from more bits than the products take
+  int64_t l2_bytes = 1 << 20;         // second-level cache of one core
 };
 
 struct Problem {

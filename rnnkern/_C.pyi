@@ -63,7 +63,8 @@ def mode_refusal() -> str | None: ...
 def plain_call(module: Any, x: Tensor, record: Callable[..., tuple[Tensor, ...]]) -> Any: ...
 
 class Machine:
-    group: int
+    @property
+    def rounded_for_products(self) -> bool: ...
     def __init__(
         self,
         *,
@@ -73,7 +74,7 @@ class Machine:
         element_bytes: int,
         group: int,
         multiplies_in_place: bool,
-        stored_wider: bool,
+        rounded_for_products: bool,
         l2_bytes: int,
     ) -> None: ...
 

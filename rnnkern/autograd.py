@@ -111,7 +111,7 @@ def _differentiable_backward(
 ) -> tuple[Tensor | None, ...]:
     layer, steps, states = scanned
     create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
+    with torch.enable_grad(), torch.autocast("cpu", enabled=False):
         # Aliases, so that one input being a function of another does not count twice.
         x, *tensors = inputs = [t.view_as(t) for t in (x, *tensors)]
         outputs = reference.layer(

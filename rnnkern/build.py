@@ -87,18 +87,13 @@ def explain(module: Any, input: Any, hx: Any = None) -> Explanation:
     return Explanation("\n".join(_lines(layer, module, x, *sizes, reason)))
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def _lines(
     layer: kernels.Layer, module: Any, x: Tensor, T: int, N: int, reason: str | None
 ) -> list[str]:
     D = layer.directions
-    products = kernels.products_dtype(layer, x)
-    multiplied = "" if products is x.dtype else f" multiplied as {_name(products)}"
+    multiplied = " multiplied as bfloat16" if kernels.multiplied_as_bfloat16(layer, x) else ""
     lines = [
-        f"{module.mode} on the CPU, {_name(x.dtype)}{multiplied}: "
+        f"{module.mode} on the CPU, {str(x.dtype).removeprefix('torch.')}{multiplied}: "
         f"T={T} N={N} I={module.input_size} H={module.hidden_size} "
         f"layers={module.num_layers} directions={D}"
     ]

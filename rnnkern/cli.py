@@ -315,14 +315,12 @@ class Printer:
         cells = self.options.cells
         if report.notebook:
             print("\nThe notebook's call, in calls of nn.Linear(3, 3) on the same input")
-            for label, us_of, ratio_of in (
-                ("without grad", "linear_us", "linear_ratio"),
-                ("with grad", "linear_grad_us", "linear_grad_ratio"),
+            for label, beside in (
+                ("without grad", {r.cell: r.without_grad for r in report.notebook}),
+                ("with grad", {r.cell: r.with_grad for r in report.notebook}),
             ):
-                us = statistics.median(getattr(r, us_of) for r in report.notebook)
-                parts = ", ".join(
-                    f"{r.cell} {_figures(getattr(r, ratio_of))}" for r in report.notebook
-                )
+                us = statistics.median(one.linear_us for one in beside.values())
+                parts = ", ".join(f"{cell} {_figures(one.ratio)}" for cell, one in beside.items())
                 print(f"{label:12} ({_duration(us)}): {parts}")
         if report.rows:
             heads = "".join(f"{cell:>9}" for cell in cells)

@@ -99,12 +99,21 @@ class Options:
 
 
 @dataclass(frozen=True)
+class BesideLinear:
+    """One call of a layer, one of ``nn.Linear`` of the same sizes on the same input, and how many
+    of the latter the former takes (the median of the ratios).
+    """
+
+    us: float
+    linear_us: float
+    ratio: float
+
+
+@dataclass(frozen=True)
 class NotebookResult:
     """The notebook's comparison for one cell: sums of squared differences, seconds for all runs.
 
-    ``us`` is one call without grad, ``linear_us`` one of ``nn.Linear`` of the same sizes on the
-    same input, ``linear_ratio`` the inverse of the speed-up over it; ``grad_us``,
-    ``linear_grad_us`` and ``linear_grad_ratio`` the same with grad.
+    And one call beside ``nn.Linear``, without and with grad.
     """
 
     cell: str
@@ -115,12 +124,8 @@ class NotebookResult:
     seconds: float
     torch_seconds: float
     speedup: float
-    us: float
-    linear_us: float
-    linear_ratio: float
-    grad_us: float
-    linear_grad_us: float
-    linear_grad_ratio: float
+    without_grad: BesideLinear
+    with_grad: BesideLinear
 
 
 @dataclass(frozen=True)
@@ -282,19 +287,20 @@ def compare_notebook(cell: str, options: Options) -> NotebookResult:
     seconds = timing.notebook_seconds(lambda: our_module(x), runs, sync)
     linear = nn.Linear(case.workload.input_size, case.workload.hidden_size).to(x.device, x.dtype)
 
-    def beside_linear() -> timing.PairTiming:
-        return timing.time_pair(
+    def beside_linear() -> BesideLinear:
+        pair = timing.time_pair(
             lambda: our_module(x),
             lambda: linear(x),
             budget_s=options.row_budget_s,
             min_pairs=options.min_pairs,
             sync=sync,
         )
+        return BesideLinear(pair.us, pair.their_us, 1 / pair.speedup)
 
     with torch.no_grad():
-        one = beside_linear()
+        without_grad = beside_linear()
     with torch.enable_grad():
-        one_grad = beside_linear()
+        with_grad = beside_linear()
     return NotebookResult(
         cell=cell,
         output_difference=output,
@@ -304,12 +310,8 @@ def compare_notebook(cell: str, options: Options) -> NotebookResult:
         seconds=seconds,
         torch_seconds=torch_seconds,
         speedup=torch_seconds / seconds,
-        us=one.us,
-        linear_us=one.their_us,
-        linear_ratio=1 / one.speedup,
-        grad_us=one_grad.us,
-        linear_grad_us=one_grad.their_us,
-        linear_grad_ratio=1 / one_grad.speedup,
+        without_grad=without_grad,
+        with_grad=with_grad,
     )
 
 

@@ -138,6 +138,8 @@ def _on_kernels(
             return result
         y, hn, cn = result
         if cn is not None and module.proj_size:
+            # Outputs are results of a product, the cell state is not.
+            y, hn = autocast(asked, y, hn)
             cn = cn.to(_promoted(cn.dtype, x, c0))
         return y, hn, cn
 
@@ -146,12 +148,12 @@ def layer_of(module: Any, asked: torch.dtype | None = None) -> Layer:
     """What each layer of a module is, where autocast asks for that dtype."""
     return kernels.layer(
         module.mode,
-        2 if module.bidirectional else 1,
-        module.hidden_size,
-        module.proj_size,
-        module.bias,
-        module.batch_first,
-        asked is torch.bfloat16,
+        directions=2 if module.bidirectional else 1,
+        hidden=module.hidden_size,
+        proj=module.proj_size,
+        bias=module.bias,
+        batch_first=module.batch_first,
+        by_bfloat16=asked is torch.bfloat16,
     )
 
 
@@ -195,11 +197,13 @@ def cell(module: Any, input: Tensor, hx: Any) -> Any:
         return _warn(WRONG, module._torch_forward(input, hx))
     x, (h0, c0) = input, states
     weights = [module.weight_ih, module.weight_hh, *_cell_biases(module)]
-    asked = dtype = autocast_dtype()
+    asked = autocast_dtype()
+    dtype = asked
     if dtype is not None:
         if module.mode in ("GRU", "LSTM"):
             dtype = _promoted(dtype, x, h0 if c0 is None else c0)
-        # Computed in the dtype of the weights: a copy of them for each step would be dear.
+        # Computed in the dtype of the weights: else each step would keep copies of them for
+        # backward.
         own = torch.float32 if module.weight_ih.dtype == torch.float32 else dtype
         x, h0, c0, *weights = autocast(own, x, h0, c0, *weights)
     reason = kernels.mode_refusal() or kernels.refusal(x, h0, c0, weights)
@@ -210,8 +214,15 @@ def cell(module: Any, input: Tensor, hx: Any) -> Any:
     rows = 1 if x.dim() == 1 else x.size(0)
     x = x.reshape(1, rows, module.input_size)
     h0, c0 = (None if s is None else s.reshape(1, rows, module.hidden_size) for s in (h0, c0))
-    bias, by_bfloat16 = len(weights) > 2, asked is torch.bfloat16
-    layer = kernels.layer(module.mode, 1, module.hidden_size, 0, bias, False, by_bfloat16)
+    layer = kernels.layer(
+        module.mode,
+        directions=1,
+        hidden=module.hidden_size,
+        proj=0,
+        bias=len(weights) > 2,
+        batch_first=False,
+        by_bfloat16=asked is torch.bfloat16,
+    )
     _, hn, cn = _one_layer(layer, x, h0, c0, weights, None)
     if dtype is not None and x.dtype != torch.float64:
         hn, cn = hn.to(dtype), None if cn is None else cn.to(dtype)

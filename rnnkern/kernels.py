@@ -24,8 +24,8 @@ Both raise `RefusedError` before anything is written.
 layer = _C.layer
 """``layer(mode, directions, hidden, proj, bias, batch_first, by_bfloat16=False)``: that layer.
 
-Equal ones are mostly one object. With ``by_bfloat16``, products take float32 as bfloat16 where the
-CPU is faster at that.
+Equal ones are mostly one object. With ``by_bfloat16``, products take float32 as bfloat16: on a CPU
+that multiplies those, from 16 rows on (of all steps), and always under deterministic algorithms.
 """
 
 RefusedError = _C.RefusedError
@@ -58,7 +58,7 @@ compiled_sets = _C.compiled_sets
 instruction_set = _C.instruction_set
 """What the extension was built with, and the instruction set in use.
 
-Those named after the one for all types have kernels of their own for bfloat16 alone.
+Those named after the one for all types have kernels of their own for products of bfloat16 alone.
 """
 
 
@@ -74,10 +74,9 @@ Raises:
 """
 
 
-def products_dtype(layer: Layer, x: Tensor) -> torch.dtype:
-    """What products take tensors of x's dtype as, mostly that dtype."""
-    rounded = x.dtype is torch.float32 and machine(layer, 1, x).group > 1
-    return torch.bfloat16 if rounded else x.dtype
+def multiplied_as_bfloat16(layer: Layer, x: Tensor) -> bool:
+    """Whether products take this input, of float32, as bfloat16."""
+    return machine(layer, 1, x).rounded_for_products
 
 
 def describe(layer: Layer, x: Tensor, T: int, N: int, features: int, back: bool) -> str:

@@ -126,6 +126,10 @@ def test_threads_do_not_show(dtype: torch.dtype, kind: str, N: int) -> None:
     with torch.no_grad():
         one, two = (on_threads(plain, count)(module, leaves)[0] for count in (1, 2))
     assert torch.equal(one, two)
+    module = build(kind, 61, 150, bidirectional=True)
+    with torch.no_grad(), torch.autocast("cpu", dtype=dtype):
+        one, two = (on_threads(plain, count)(module, leaves)[0] for count in (1, 2))
+    assert torch.equal(one, two)
 
 
 def autocast(module: nn.Module, leaves: Leaves, dtype: torch.dtype = torch.bfloat16) -> Any:
@@ -133,11 +137,13 @@ def autocast(module: nn.Module, leaves: Leaves, dtype: torch.dtype = torch.bfloa
         return module(leaves["x"], states_of(leaves))
 
 
-def assert_as_torch(module: nn.Module, leaves: Leaves, call: Call = autocast) -> None:
+def assert_as_torch(
+    module: nn.Module, leaves: Leaves, call: Call = autocast, exact_call: Call = plain
+) -> None:
     """Dtypes as torch.nn has them, errors within the tolerance of bfloat16, gradients too."""
     ours = evaluate(module, leaves, call)
     theirs = evaluate(oracle.twin(module), leaves, call)
-    exact = evaluate(oracle.twin(module, torch.float64), leaves, plain)
+    exact = evaluate(oracle.twin(module, torch.float64), leaves, exact_call)
     assert {k: v.dtype for k, v in ours.items()} == {k: v.dtype for k, v in theirs.items()}
     narrow = [{k: v.bfloat16() for k, v in values.items()} for values in (ours, theirs)]
     assert_agree(*narrow, exact)
@@ -145,13 +151,14 @@ def assert_as_torch(module: nn.Module, leaves: Leaves, call: Call = autocast) ->
 
 @pytest.mark.parametrize("given", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("hx", [True, False], ids=["hx", "no-hx"])
+@pytest.mark.parametrize("N", [7, 17])
 @pytest.mark.parametrize("kind", [*LAYERS, *CELLS])
-def test_autocast(kind: str, hx: bool, given: torch.dtype) -> None:
-    """Weights are float32 and so are their gradients."""
+def test_autocast(kind: str, N: int, hx: bool, given: torch.dtype) -> None:
+    """Weights are float32 and so are their gradients. Cells multiply 7 rows as float32."""
     module = build(kind, 24, 40)
-    leaves = {"x": torch.randn((7, 24) if kind in CELLS else (5, 7, 24))}
+    leaves = {"x": torch.randn((N, 24) if kind in CELLS else (5, N, 24))}
     if hx:
-        leaves |= initial_states(module, 7)
+        leaves |= initial_states(module, N)
 
     def call(m: nn.Module, own: Leaves) -> Any:
         return autocast(m, own | {"x": own["x"].to(given)})
@@ -175,7 +182,11 @@ BY_BFLOAT16 = "bf16" in rnnkern.build_info()["isa"] or "amx" in rnnkern.build_in
 """The CPU multiplies bfloat16: float32 may be multiplied as such."""
 
 
-@pytest.mark.parametrize("sizes", [(5, 7, 33, 37), (2, 4, 1, 1), (9, 1, 70, 130), (3, 40, 64, 65)])
+@pytest.mark.parametrize(
+    "sizes",
+    [(5, 7, 33, 37), (4, 4, 1, 1), (18, 1, 70, 130), (3, 40, 64, 65), (43, 9, 5, 20)],
+    ids=str,
+)
 def test_products_of_float32_as_bfloat16(sizes: tuple[int, int, int, int]) -> None:
     """Input, state and weights are rounded for a product and nowhere else: the state is carried in
     float32. Gradients within the tolerance of bfloat16, of both directions.
@@ -207,7 +218,7 @@ def test_few_rows_of_float32_are_not_rounded() -> None:
     """To round the weights would take longer than it saves."""
     module = build("GRU", 24, 40)
     seen = []
-    for T in (7, 8):
+    for T in (15, 16):
         x = torch.randn(T, 1, 24)
         with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
             seen.append("multiplied as bfloat16" in rnnkern.explain(module, x))
@@ -217,19 +228,69 @@ def test_few_rows_of_float32_are_not_rounded() -> None:
     assert seen == [False, BY_BFLOAT16]
 
 
+@pytest.mark.parametrize("proj_size", [0, 9])
+def test_autocast_of_packed_lstm(proj_size: int) -> None:
+    """Computed in float32, multiplied as bfloat16, as torch.nn does; gradients too."""
+    module = build("LSTM", 24, 40, proj_size=proj_size, bidirectional=True)
+    lengths = torch.tensor([2, 9, 1, 7, 9])
+
+    def call(m: nn.Module, own: Leaves) -> Any:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return m(pack_padded_sequence(own["x"], lengths, enforce_sorted=False), states_of(own))
+
+    def exact_call(m: nn.Module, own: Leaves) -> Any:
+        return m(pack_padded_sequence(own["x"], lengths, enforce_sorted=False), states_of(own))
+
+    assert_as_torch(module, leaves_for(module, 9, 5), call, exact_call)
+
+
+@pytest.mark.parametrize("number", [math.inf, math.nan, 3.4e38])
+def test_special_numbers_under_autocast(number: float) -> None:
+    """The largest float32 is infinite in bfloat16; each number stays in its row."""
+    module = build("GRU", 24, 40)
+    x = torch.randn(5, 7, 24)
+    x[1, 3, 2] = number
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        ours, theirs = module(x)[0], oracle.twin(module)(x)[0]
+    other_rows = torch.arange(7) != 3
+    assert torch.equal(ours.isnan(), theirs.isnan())
+    assert ours[:, other_rows].isfinite().all()
+
+
+def test_second_derivatives_under_autocast() -> None:
+    """Backward may run under autocast too; what it recomputes is float32."""
+    module = build("GRU", 8, 16)
+    x = torch.randn(6, 3, 8, requires_grad=True)
+    exact = oracle.twin(module, torch.float64)
+    found = []
+    for m, own, enabled in (
+        (module, x, True),
+        (exact, x.detach().double().requires_grad_(), False),
+    ):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            y, _ = m(own)
+            (first,) = torch.autograd.grad(y.square().sum(), own, create_graph=True)
+            (second,) = torch.autograd.grad(first.square().sum(), own)
+        found.append((first, second))
+    for ours, wanted in zip(*found, strict=True):
+        assert ours.dtype == torch.float32
+        assert (ours - wanted).abs().max() < 0.03 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("kind", ["GRU", "LSTM"])
 @pytest.mark.parametrize("count", [1, 2])
-def test_autocast_under_deterministic_algorithms(count: int) -> None:
+def test_autocast_under_deterministic_algorithms(count: int, kind: str) -> None:
     """Neither threads nor the batch nor a cut into blocks shows."""
     torch.use_deterministic_algorithms(True)
-    module, x = build("GRU", 64, 300), torch.randn(6, 9, 64)
+    module, x = build(kind, 64, 300), torch.randn(6, 9, 64)
 
-    def run(part: Tensor, h: Tensor | None = None) -> Any:
+    def run(part: Tensor, state: Any = None, threads: int = count) -> Any:
         with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-            return on_threads(lambda m, own: m(own["x"], h), count)(module, {"x": part})
+            return on_threads(lambda m, own: m(own["x"], state), threads)(module, {"x": part})
 
-    whole, h = run(x)[0], None
+    whole, state = run(x, threads=1)[0], None
     for t in range(6):
-        y, h = run(x[t : t + 1, 3:4], h)
+        y, state = run(x[t : t + 1, 3:4], state)
         assert torch.equal(y, whole[t : t + 1, 3:4])
 
 

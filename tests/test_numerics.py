@@ -202,6 +202,43 @@ def test_sigmoid_to_the_last_places(dtype: torch.dtype, along: str) -> None:
 
 
 @pytest.mark.kernel
+@pytest.mark.parametrize("dtype", WIDE_DTYPES, ids=str)
+def test_sigmoid_of_very_small_numbers(dtype: torch.dtype) -> None:
+    """To the last places as long as it is a normal number, then exactly zero."""
+    least = -87.0 if dtype == torch.float32 else -708.0
+    x = torch.cat([torch.linspace(least, -20, 1000), torch.tensor([least - 2, 2 * least, -1e30])])
+    x = x.to(dtype)
+    module = build("LSTM", 1, 1, dtype=dtype)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.zero_()
+        module.weight_ih_l0[1] = 1.0  # c = sigmoid(x) * 1, and the input gate is shut
+        module.bias_ih_l0[0] = -INFINITE
+        zeros = x.new_zeros(1, len(x), 1)
+        _, (_, c) = module(x.view(1, -1, 1), (zeros, zeros + 1))
+        module.bias_ih_l0[1] = -INFINITE
+        _, (_, shut) = module(x.view(1, -1, 1), (zeros, zeros + 1))
+    exact = 1 / (1 + np.exp(-x[:1000].numpy().astype(np.longdouble)))
+    assert ulps(c.flatten()[:1000], exact).max() <= MAX_ULP
+    assert (c.flatten()[1000:] == 0).all()
+    assert (shut == 0).all()
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("form", FORMS)
+def test_rows_do_not_depend_on_their_neighbours(form: str, dtype: torch.dtype) -> None:
+    """Alone, one of two and the odd one of three: where the same kernel runs, the same bits."""
+    kind, own = FORMS[form]
+    module = build(kind, 16, 64, dtype=dtype, **own)
+    x = torch.randn(100, 3, 16).to(dtype)
+    with torch.no_grad():
+        alone = torch.cat([module(x[:, n : n + 1].contiguous())[0] for n in range(3)], 1)
+        assert torch.equal(module(x)[0], alone)
+        assert torch.equal(module(x[:, :2].contiguous())[0], alone[:, :2])
+
+
+@pytest.mark.kernel
 @pytest.mark.parametrize("number", [INFINITE, -INFINITE, 1e30, -1e30, 200.0, -200.0, 1e-40, 0.0])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("form", FORMS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 from rnnkern import kernels
 
@@ -14,13 +15,13 @@ V4 = {
     "element_bytes": 4,
     "group": 1,
     "multiplies_in_place": True,
-    "stored_wider": False,
+    "rounded_for_products": False,
     "l2_bytes": 2**20,
 }
 V3 = V4 | {"lanes": 8, "tile_rows": 3, "l2_bytes": 2**18}
 V4_BF16 = V4 | {"element_bytes": 2, "group": 2, "multiplies_in_place": False}
 AMX = V4_BF16 | {"tile_rows": 16}
-V4_BY_BF16 = V4_BF16 | {"stored_wider": True}
+V4_BY_BF16 = V4_BF16 | {"rounded_for_products": True}
 V4_DOUBLE = V4 | {"lanes": 8, "element_bytes": 8}
 
 
@@ -144,6 +145,19 @@ def test_weights_are_packed_where_it_pays(cpu: dict[str, int], longest: int) -> 
 def test_weights_are_packed_where_they_become_fewer_bytes() -> None:
     assert plan("GRU", (8, 1, 512, 512), 1, V4_BF16)[0]["packs"] == (False, False)
     assert plan("GRU", (8, 1, 512, 512), 1, V4_BY_BF16)[0]["packs"] == (True, True)
+
+
+@pytest.mark.parametrize("rows", [1, 15, 16, 1000])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_float32_is_multiplied_as_bfloat16_where_it_pays(rows: int, deterministic: bool) -> None:
+    torch.use_deterministic_algorithms(deterministic)
+    known = "bf16" in kernels.instruction_set() or "amx" in kernels.instruction_set()
+    for by_bfloat16 in (False, True):
+        layer = kernels.layer("GRU", 1, 8, 0, True, False, by_bfloat16)
+        wanted = by_bfloat16 and known and (rows >= 16 or deterministic)
+        for x in (torch.zeros(rows, 1, 4), torch.zeros(1, rows, 4), torch.zeros(rows, 4)):
+            assert kernels.multiplied_as_bfloat16(layer, x) == wanted
+        assert not kernels.multiplied_as_bfloat16(layer, torch.zeros(rows, 4).double())
 
 
 def test_rows_that_want_one_place_of_the_cache_are_drawn_together() -> None:

@@ -65,6 +65,18 @@ RNNKERN_INLINE typename UnsignedBits<V>::Type narrow(F16, V value) {
 RNNKERN_INLINE float value(float x) { return x; }
 RNNKERN_INLINE double value(double x) { return x; }
 RNNKERN_INLINE float value(F32ByBf16 x) { return x.number; }
+
+// Elements that are stored as what is computed of them.
+template <typename T>
+RNNKERN_INLINE Compute<T>* numbers(T* elements) {
+  static_assert(!kNarrow<T>, "16 bits are no numbers");
+  return reinterpret_cast<Compute<T>*>(elements);
+}
+template <typename T>
+RNNKERN_INLINE const Compute<T>* numbers(const T* elements) {
+  static_assert(!kNarrow<T>, "16 bits are no numbers");
+  return reinterpret_cast<const Compute<T>*>(elements);
+}
 RNNKERN_INLINE float value(Bf16 x) { return widen<float>(x, uint32_t(x.bits)); }
 RNNKERN_INLINE float value(F16 x) { return widen<float>(x, uint32_t(x.bits)); }
 

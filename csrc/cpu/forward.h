@@ -33,7 +33,7 @@ class ForwardScan {
   static constexpr int64_t kWidth = kPanelWidth<T>;
   // Cell states of narrow types are carried from step to step as what is computed with.
   static constexpr bool kCarriesCells = kShape.cell_state && kNarrow<T>;
-  using Carried = std::conditional_t<kCarriesCells, A, T>;
+  using Carried = std::conditional_t<kCarriesCells, A, T>;  // else as they are stored
 
  public:
   ForwardScan(const Forward<T>& f, const Plan& plan, Carver& carver)
@@ -289,7 +289,9 @@ class ForwardScan {
   }
 
   // The cell on all units of a panel of `count` rows: two rows at once where vectors are whole, for
-  // a single one is a chain of operations that wait for each other.
+  // a single one is a chain of operations that wait for each other. Which rows are two depends on
+  // the split into threads, their bits must not (a test compares them): the compiler has to
+  // contract the sums of both the same way.
   void cells(int64_t p, const RowPointers* rows, int64_t count, A* acc) const {
     const int64_t width = panels_.width(p);
     for (int64_t v = 0; v < width; v += kLanes<T>) {
@@ -297,7 +299,7 @@ class ForwardScan {
       int64_t k = 0;
       if (n >= kLanes<T>) {
         for (; k + 2 <= count; k += 2) cell<2>(rows + k, u, kLanes<T>, acc + k * kWidth + v, width);
-        for (; k < count; ++k) cell<1>(rows + k, u, kLanes<T>, acc + k * kWidth + v, width);
+        if (k < count) cell<1>(rows + k, u, kLanes<T>, acc + k * kWidth + v, width);
       } else {
         for (; k < count; ++k) cell<1>(rows + k, u, n, acc + k * kWidth + v, width);
       }

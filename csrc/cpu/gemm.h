@@ -10,8 +10,9 @@
 // bfloat16, AMX tiles (amx_product.h), and weights read as they lie (dot_rows).
 //
 // A lane of a panel holds one *group* of consecutive k: one element; or a pair of bfloat16 where
-// the CPU multiplies pairs of them and adds both products to a float. Tensors of 16 bits whose
-// products the CPU does not make itself are multiplied as float.
+// the CPU multiplies pairs of them and adds both products to a float. That is bfloat16, and
+// F32ByBf16. Tensors of 16 bits whose products the CPU does not make itself are multiplied as
+// float.
 //
 // Of a tile of 6 x 4 vectors, one group costs 24 multiply-adds, 4 loads of the panel and 6
 // broadcasts. Blocks of kDepth k keep the part of the panel near while all row tiles pass over it:
@@ -64,6 +65,10 @@ struct OperandOf<F32ByBf16> {
 #endif
 template <typename T>
 using Operand = typename OperandOf<T>::Type;
+
+// Products take fewer bits than are stored: weights are always packed.
+template <typename T>
+constexpr bool kRoundedForProducts = sizeof(T) > sizeof(Operand<T>);
 
 // Rows of weights are rows of a panel as they lie.
 template <typename T>
@@ -318,8 +323,9 @@ void dot_rows(int64_t K, const Operand<T>* const* a, const T* w, int64_t w_row, 
               Compute<T>* out, int64_t out_row) {
   // As many as hide the latency of an addition.
   constexpr int kRight = int(min_of(kRows == 1 ? 8 : 4, kLanes<T>));
+  // Unrolled, all indices are constants: the sums of one row of a stay in registers.
   Vec<T> sums[kRows][kLanes<T>];
-  const T* next = w;
+  const T* next = w;  // the last row again where there are no more
 #pragma GCC unroll 4
   for (int i = 0; i < kLanes<T>; i += kRight) {
     Vec<T> part[kRows][kRight] = {};

@@ -150,7 +150,7 @@ class Gradients {
     if constexpr (kNarrow<T>) {
       sums = sums_[d][matrix];
     } else {
-      sums = {reinterpret_cast<A*>(to.weight), reinterpret_cast<A*>(to.bias)};
+      sums = {numbers(to.weight), numbers(to.bias)};
     }
     return {to.rows, to.width, sums.weight, sums.bias, b_.sizes.H, matrix == kRecurrent};
   }

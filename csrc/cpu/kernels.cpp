@@ -37,14 +37,14 @@ Kernels<T> kernels() {
   machine.element_bytes = sizeof(Operand<T>);
   machine.group = kGroup<Operand<T>>;
   machine.multiplies_in_place = kMultipliedInPlace<T>;
-  machine.stored_wider = sizeof(T) > sizeof(Operand<T>);
+  machine.rounded_for_products = kRoundedForProducts<T>;
   return {run_forward<T>, run_backward<T>, machine};
 }
 template Kernels<RNNKERN_ELEMENT> kernels<RNNKERN_ELEMENT>();
 
 #ifdef RNNKERN_AMX
 // A small product of integers, of two tiles and a bit in every direction: whether this CPU does as
-// this code believes, before anything depends on it.
+// this code believes, before anything depends on it. Of T only to have one name in each object.
 template <typename T>
 bool tiles_multiply() {
   constexpr int kRows = 33, kDepthOfTest = 67, kPairs = (kDepthOfTest + 1) / 2, kColumns = 48;

@@ -26,12 +26,14 @@ struct Kernels {
   Machine machine;  // what the plan must know of this code
 };
 
+// Those for F32ByBf16 are null where the CPU does not multiply bfloat16.
+using AllKernels =
+    std::tuple<Kernels<float>, Kernels<double>, Kernels<Bf16>, Kernels<F16>, Kernels<F32ByBf16>>;
+
 struct InstructionSet {
   const char* name;
   bool (*supported)();
-  // Those for F32ByBf16 are null where the CPU does not multiply bfloat16.
-  std::tuple<Kernels<float>, Kernels<double>, Kernels<Bf16>, Kernels<F16>, Kernels<F32ByBf16>>
-      kernels;
+  AllKernels (*kernels)();
 };
 
 // Compiled in, best first.
@@ -47,13 +49,14 @@ void forward(const Forward<T>& scan, int threads, bool deterministic);
 template <typename T>
 void backward(const Backward<T>& scan, int threads, bool deterministic);
 
-// Whether the instruction set in use has kernels for T.
+const AllKernels& kernels_in_use();
+
 template <typename T>
 bool has_kernels() {
-  return std::get<Kernels<T>>(instruction_set().kernels).forward;
+  return std::get<Kernels<T>>(kernels_in_use()).forward;
 }
 
 template <typename T>
-Machine machine_for(const InstructionSet& set, int threads);
+Machine machine_for(int threads);
 
 }  // namespace rnnkern

@@ -93,18 +93,20 @@ struct StepWeights {
   void add(int64_t p, int64_t rows, const E* const* a, Compute<T>* acc, int64_t acc_row) const {
     const int64_t width = panels.width(p);
     acc += Panels::slot_at(kFirstSlot - zeros_before(width), width);
-    if (packed) {
+    if (kRoundedForProducts<T> || packed) {
       const int64_t panel_row = slots_of(width) * width;
       product(int(panel_row / kLanes<T>), rows, 0, K, a, packed + p * Panels::panel_lanes(K),
               panel_row, acc, acc_row);
       return;
     }
-    acc += zeros_before(width) * width;
-    for (int i = 0; i < kShape.gates; ++i) {
-      for (int64_t v = 0; v < width; v += kLanes<T>) {
-        const int64_t u = panels.first_unit(p) + v, n = min_of(kLanes<T>, panels.H - u);
-        const T* first = w + (gate_of(i) * panels.H + u) * row;
-        dot_rows(rows, K, a, first, row, n, acc + i * width + v, acc_row);
+    if constexpr (!kRoundedForProducts<T>) {
+      acc += zeros_before(width) * width;
+      for (int i = 0; i < kShape.gates; ++i) {
+        for (int64_t v = 0; v < width; v += kLanes<T>) {
+          const int64_t u = panels.first_unit(p) + v, n = min_of(kLanes<T>, panels.H - u);
+          const T* first = w + (gate_of(i) * panels.H + u) * row;
+          dot_rows(rows, K, a, first, row, n, acc + i * width + v, acc_row);
+        }
       }
     }
   }

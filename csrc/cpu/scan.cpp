@@ -160,39 +160,48 @@ void with_workspace(Run run) {
 
 }  // namespace
 
+// Each is called only on a CPU that has the instructions: even these few lines are compiled for
+// them.
 const std::vector<InstructionSet>& instruction_sets() {
   static const std::vector<InstructionSet> sets = {
 #ifdef RNNKERN_X86_64
-      {kAmx,
-       has_v4_amx,
-       {x86_64_v4::kernels<float>(), x86_64_v4::kernels<double>(), x86_64_v4_amx::kernels<Bf16>(),
-        x86_64_v4::kernels<F16>(), x86_64_v4_amx::kernels<F32ByBf16>()}},
-      {"x86-64-v4-bf16",
-       has_v4_bf16,
-       {x86_64_v4::kernels<float>(), x86_64_v4::kernels<double>(), x86_64_v4_bf16::kernels<Bf16>(),
-        x86_64_v4::kernels<F16>(), x86_64_v4_bf16::kernels<F32ByBf16>()}},
-      {"x86-64-v4",
-       has_v4,
-       {x86_64_v4::kernels<float>(),
-        x86_64_v4::kernels<double>(),
-        x86_64_v4::kernels<Bf16>(),
-        x86_64_v4::kernels<F16>(),
-        {}}},
-      {"x86-64-v3",
-       has_v3,
-       {x86_64_v3::kernels<float>(),
-        x86_64_v3::kernels<double>(),
-        x86_64_v3::kernels<Bf16>(),
-        x86_64_v3::kernels<F16>(),
-        {}}},
+      {kAmx, has_v4_amx,
+       [] {
+         return AllKernels{x86_64_v4::kernels<float>(), x86_64_v4::kernels<double>(),
+                           x86_64_v4_amx::kernels<Bf16>(), x86_64_v4::kernels<F16>(),
+                           x86_64_v4_amx::kernels<F32ByBf16>()};
+       }},
+      {"x86-64-v4-bf16", has_v4_bf16,
+       [] {
+         return AllKernels{x86_64_v4::kernels<float>(), x86_64_v4::kernels<double>(),
+                           x86_64_v4_bf16::kernels<Bf16>(), x86_64_v4::kernels<F16>(),
+                           x86_64_v4_bf16::kernels<F32ByBf16>()};
+       }},
+      {"x86-64-v4", has_v4,
+       [] {
+         return AllKernels{x86_64_v4::kernels<float>(),
+                           x86_64_v4::kernels<double>(),
+                           x86_64_v4::kernels<Bf16>(),
+                           x86_64_v4::kernels<F16>(),
+                           {}};
+       }},
+      {"x86-64-v3", has_v3,
+       [] {
+         return AllKernels{x86_64_v3::kernels<float>(),
+                           x86_64_v3::kernels<double>(),
+                           x86_64_v3::kernels<Bf16>(),
+                           x86_64_v3::kernels<F16>(),
+                           {}};
+       }},
 #endif
-      {"baseline",
-       always,
-       {baseline::kernels<float>(),
-        baseline::kernels<double>(),
-        baseline::kernels<Bf16>(),
-        baseline::kernels<F16>(),
-        {}}},
+      {"baseline", always,
+       [] {
+         return AllKernels{baseline::kernels<float>(),
+                           baseline::kernels<double>(),
+                           baseline::kernels<Bf16>(),
+                           baseline::kernels<F16>(),
+                           {}};
+       }},
   };
   return sets;
 }
@@ -202,35 +211,41 @@ const InstructionSet& instruction_set() {
   return chosen;
 }
 
+const AllKernels& kernels_in_use() {
+  static const AllKernels kernels = instruction_set().kernels();
+  return kernels;
+}
+
 template <typename T>
-Machine machine_for(const InstructionSet& set, int threads) {
-  Machine machine = std::get<Kernels<T>>(set.kernels).machine;
+Machine machine_for(int threads) {
+  Machine machine = std::get<Kernels<T>>(kernels_in_use()).machine;
   machine.threads = forked ? 1 : threads;
   machine.l2_bytes = l2_bytes();
   return machine;
 }
 
+template <typename Scan>
+Problem problem_of(const Scan& scan, bool deterministic) {
+  return {scan.sizes, scan.steps.T, scan.steps.N, scan.steps.total, deterministic};
+}
+
 template <typename T>
 void forward(const Forward<T>& scan, int threads, bool deterministic) {
-  const InstructionSet& set = instruction_set();
-  const Problem problem = {scan.sizes, scan.steps.T, scan.steps.N, scan.steps.total, deterministic};
-  const Plan plan = plan_forward(problem, machine_for<T>(set, threads));
-  const Kernels<T>& kernels = std::get<Kernels<T>>(set.kernels);
+  const Plan plan = plan_forward(problem_of(scan, deterministic), machine_for<T>(threads));
+  const Kernels<T>& kernels = std::get<Kernels<T>>(kernels_in_use());
   with_workspace([&](Workspace w) { return kernels.forward(scan, plan, w); });
 }
 
 template <typename T>
 void backward(const Backward<T>& scan, int threads, bool deterministic) {
-  const InstructionSet& set = instruction_set();
-  const Problem problem = {scan.sizes, scan.steps.T, scan.steps.N, scan.steps.total, deterministic};
-  const Plan plan = plan_backward(problem, machine_for<T>(set, threads));
-  const Kernels<T>& kernels = std::get<Kernels<T>>(set.kernels);
+  const Plan plan = plan_backward(problem_of(scan, deterministic), machine_for<T>(threads));
+  const Kernels<T>& kernels = std::get<Kernels<T>>(kernels_in_use());
   with_workspace([&](Workspace w) { return kernels.backward(scan, plan, w); });
 }
 
-#define RNNKERN_INSTANTIATE(T)                                 \
-  template Machine machine_for<T>(const InstructionSet&, int); \
-  template void forward<T>(const Forward<T>&, int, bool);      \
+#define RNNKERN_INSTANTIATE(T)                            \
+  template Machine machine_for<T>(int);                   \
+  template void forward<T>(const Forward<T>&, int, bool); \
   template void backward<T>(const Backward<T>&, int, bool);
 RNNKERN_INSTANTIATE(float)
 RNNKERN_INSTANTIATE(double)

@@ -45,31 +45,31 @@ template <typename T>
 constexpr int kLanes = kVectorBytes / int(sizeof(Compute<T>));
 
 // In one instruction, which GCC does not find by itself.
-#define RNNKERN_COMPARE(T, Native, minimum, maximum)           \
-  template <>                                                  \
-  struct Compare<Vec<T>> {                                     \
-    static RNNKERN_INLINE Vec<T> min(Vec<T> limit, Vec<T> x) { \
-      const auto a = (Native)limit, b = (Native)x;             \
-      return (Vec<T>)minimum;                                  \
-    }                                                          \
-    static RNNKERN_INLINE Vec<T> max(Vec<T> limit, Vec<T> x) { \
-      const auto a = (Native)limit, b = (Native)x;             \
-      return (Vec<T>)maximum;                                  \
-    }                                                          \
+#define RNNKERN_CLAMP(T, Native, minimum, maximum)               \
+  template <>                                                    \
+  struct Clamp<Vec<T>> {                                         \
+    static RNNKERN_INLINE Vec<T> above(Vec<T> limit, Vec<T> x) { \
+      const auto a = (Native)limit, b = (Native)x;               \
+      return (Vec<T>)minimum;                                    \
+    }                                                            \
+    static RNNKERN_INLINE Vec<T> below(Vec<T> limit, Vec<T> x) { \
+      const auto a = (Native)limit, b = (Native)x;               \
+      return (Vec<T>)maximum;                                    \
+    }                                                            \
   };
 #if defined(__AVX512F__)
 constexpr __mmask16 kAll = -1;
-RNNKERN_COMPARE(float, __m512, _mm512_maskz_min_ps(kAll, a, b), _mm512_maskz_max_ps(kAll, a, b))
-RNNKERN_COMPARE(double, __m512d, _mm512_maskz_min_pd(__mmask8(kAll), a, b),
-                _mm512_maskz_max_pd(__mmask8(kAll), a, b))
+RNNKERN_CLAMP(float, __m512, _mm512_maskz_min_ps(kAll, a, b), _mm512_maskz_max_ps(kAll, a, b))
+RNNKERN_CLAMP(double, __m512d, _mm512_maskz_min_pd(__mmask8(kAll), a, b),
+              _mm512_maskz_max_pd(__mmask8(kAll), a, b))
 #elif defined(__AVX2__)
-RNNKERN_COMPARE(float, __m256, _mm256_min_ps(a, b), _mm256_max_ps(a, b))
-RNNKERN_COMPARE(double, __m256d, _mm256_min_pd(a, b), _mm256_max_pd(a, b))
+RNNKERN_CLAMP(float, __m256, _mm256_min_ps(a, b), _mm256_max_ps(a, b))
+RNNKERN_CLAMP(double, __m256d, _mm256_min_pd(a, b), _mm256_max_pd(a, b))
 #elif defined(__x86_64__)
-RNNKERN_COMPARE(float, __m128, _mm_min_ps(a, b), _mm_max_ps(a, b))
-RNNKERN_COMPARE(double, __m128d, _mm_min_pd(a, b), _mm_max_pd(a, b))
+RNNKERN_CLAMP(float, __m128, _mm_min_ps(a, b), _mm_max_ps(a, b))
+RNNKERN_CLAMP(double, __m128d, _mm_min_pd(a, b), _mm_max_pd(a, b))
 #endif
-#undef RNNKERN_COMPARE
+#undef RNNKERN_CLAMP
 
 // The 16 bits of each float of a vector.
 typedef uint16_t Bits16 __attribute__((vector_size(kVectorBytes / 2)));
@@ -153,12 +153,12 @@ RNNKERN_INLINE Vec<T> load_part(const T* p, int64_t n) {
 #endif
   } else {
 #if defined(__AVX512F__)
-    return (Vec<T>)load_masked(reinterpret_cast<const Compute<T>*>(p), n);
+    return (Vec<T>)load_masked(numbers(p), n);
 #else
     Vec<T> v{};
 #pragma GCC unroll 8
     for (int i = 0; i < kLanes<T> - 1; ++i) {
-      if (i < n) v[i] = value(p[i]);
+      if (i < n) v[i] = numbers(p)[i];
     }
     return v;
 #endif
@@ -179,11 +179,11 @@ RNNKERN_INLINE void store_part(T* p, Vec<T> v, int64_t n) {
 #endif
   } else {
 #if defined(__AVX512F__)
-    store_masked(reinterpret_cast<Compute<T>*>(p), v, n);
+    store_masked(numbers(p), v, n);
 #else
 #pragma GCC unroll 8
     for (int i = 0; i < kLanes<T> - 1; ++i) {
-      if (i < n) p[i] = v[i];
+      if (i < n) numbers(p)[i] = v[i];
     }
 #endif
   }

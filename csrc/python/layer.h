@@ -24,16 +24,18 @@ struct Layer {
   int directions;
   int64_t hidden, out;
   bool bias, projected, batch_first;
-  bool by_bfloat16 = false;  // float32 is multiplied as bfloat16 where that is faster
+  bool by_bfloat16;  // float32 is multiplied as bfloat16 where worth_bfloat16 (plan.h) says so
 
-  Layer(CellId cell, int directions, int64_t hidden, int64_t proj, bool bias, bool batch_first)
+  Layer(CellId cell, int directions, int64_t hidden, int64_t proj, bool bias, bool batch_first,
+        bool by_bfloat16)
       : cell(cell),
         directions(directions),
         hidden(hidden),
         out(proj ? proj : hidden),
         bias(bias),
         projected(proj > 0),
-        batch_first(batch_first) {}
+        batch_first(batch_first),
+        by_bfloat16(by_bfloat16) {}
 
   bool operator==(const Layer&) const = default;
 
