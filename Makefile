@@ -25,7 +25,7 @@ export PIP_CONSTRAINT := constraints.txt
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help install compare test test-isa bench bench-smoke report lint format wheel check-wheel \
-  check-neon sanitize clean distclean
+  check-neon sanitize simt clean distclean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -83,6 +83,9 @@ check-neon:  ## compile the kernels for AArch64 (needs Debian's g++-aarch64-linu
 
 sanitize: $(BUILT)  ## run the kernel tests under the address and undefined-behaviour sanitizers
 	sh tools/sanitize.sh $(BIN)/python $(ARGS)
+
+simt: $(BUILT)  ## run kernel tests on the CUDA kernels, on a stand-in for the GPU (ARGS: of pytest)
+	sh tools/simt.sh $(BIN)/python $(ARGS)
 
 clean:  ## remove what was built, keep .venv
 	rm -rf build dist *.egg-info rnnkern/_C*.so $(BUILT)

@@ -18,8 +18,8 @@
 #include "cpu/panels.h"
 #include "cpu/rows.h"
 #include "cpu/threads.h"
-#include "cpu/workspace.h"
 #include "plan.h"
+#include "workspace.h"
 
 namespace rnnkern {
 namespace RNNKERN_NAMESPACE {

@@ -24,7 +24,7 @@
 #include "cpu/amx_product.h"
 #endif
 #include "cpu/rows.h"
-#include "cpu/workspace.h"
+#include "workspace.h"
 
 namespace rnnkern {
 namespace RNNKERN_NAMESPACE {

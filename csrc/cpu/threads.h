@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "cells/math.h"
+#include "steps.h"
 
 namespace rnnkern {
 namespace RNNKERN_NAMESPACE {
@@ -46,16 +47,6 @@ class Barrier {
   alignas(64) int arrived_ = 0;
   alignas(64) int generation_ = 0;
 };
-
-// Part `index` of `parts` of [0, count), in whole multiples of `unit`.
-struct Range {
-  int64_t begin, end;
-};
-RNNKERN_INLINE Range split(int64_t count, int64_t parts, int64_t index, int64_t unit = 1) {
-  const int64_t units = (count + unit - 1) / unit;
-  const int64_t begin = units * index / parts * unit, end = units * (index + 1) / parts * unit;
-  return {begin < count ? begin : count, end < count ? end : count};
-}
 
 // While it lives, this thread reads and writes denormal numbers as zero: a forgotten state decays
 // through them, and each would cost over a hundred cycles.
