@@ -61,6 +61,13 @@ RNNKERN_INLINE To bit_cast(const From& from) {
   return to;
 }
 
+// Polynomial coefficients, to be copied where they are used: a constant of a class is no object in
+// device code.
+template <typename T, int kCount>
+struct Polynomial {
+  T of[kCount];
+};
+
 template <typename T>
 struct MathConstants;
 
@@ -75,8 +82,9 @@ struct MathConstants<float> {
   static constexpr float kTanhMax = 10.0f;  // tanh is 1 from 9.02 on
   static constexpr float kTanhSmall = 0.3f;
   static constexpr int kTanhTerms = 4;
-  static constexpr float kT[kTanhTerms] = {-0.33333332901269590127f, 0.13333180384304557242f,
-                                           -0.053883228609494861485f, 0.020342777523137260445f};
+  static constexpr Polynomial<float, kTanhTerms> kT = {
+      {-0.33333332901269590127f, 0.13333180384304557242f, -0.053883228609494861485f,
+       0.020342777523137260445f}};
   static constexpr int kTerms = 6;
   static constexpr float kQ[kTerms] = {0.50000000134981778643f,   0.16666666681659179129f,
                                        0.041666464602026541557f,  0.0083333108895820771937f,
@@ -92,11 +100,17 @@ struct MathConstants<double> {
   static constexpr double kTanhMax = 20.0;  // tanh is 1 from 19.07 on
   static constexpr double kTanhSmall = 0.3;
   static constexpr int kTanhTerms = 9;
-  static constexpr double kT[kTanhTerms] = {
-      -0.33333333333333333308,   0.13333333333333287522,    -0.053968253968118826768,
-      0.021869488520790526696,   -0.0088632346536568289338, 0.0035920999092204388848,
-      -0.0014553022292202877509, 0.00058412076410193495509, -0.00020319709849910683706,
-  };
+  static constexpr Polynomial<double, kTanhTerms> kT = {{
+      -0.33333333333333333308,
+      0.13333333333333287522,
+      -0.053968253968118826768,
+      0.021869488520790526696,
+      -0.0088632346536568289338,
+      0.0035920999092204388848,
+      -0.0014553022292202877509,
+      0.00058412076410193495509,
+      -0.00020319709849910683706,
+  }};
   static constexpr int kTerms = 11;
   static constexpr double kQ[kTerms] = {
       0.5,
@@ -185,9 +199,10 @@ RNNKERN_INLINE V tanh(V x) {
   const Bits sign = bit_cast<Bits>(x) & ((bit_cast<Bits>(V{}) + 1) << kSignShift);
   const V magnitude = bit_cast<V>(bit_cast<Bits>(x) ^ sign);
   const V square = x * x;
-  V t = square * C::kT[C::kTanhTerms - 1] + C::kT[C::kTanhTerms - 2];
+  constexpr auto kT = C::kT;
+  V t = square * kT.of[C::kTanhTerms - 1] + kT.of[C::kTanhTerms - 2];
 #pragma GCC unroll 16
-  for (int i = C::kTanhTerms - 3; i >= 0; --i) t = t * square + C::kT[i];
+  for (int i = C::kTanhTerms - 3; i >= 0; --i) t = t * square + kT.of[i];
   const V small = (square * t) * x + x;
   const SplitExp<V> e = split_exp<2>(Clamp<V>::above(V{} + C::kTanhMax, magnitude));
   const V half = e.scale * e.p + (e.scale * Element(0.5) - Element(0.5));  // of e^2x - 1

@@ -53,7 +53,7 @@ class PlainBackward {
       const Visit v = visit(s_, d_ == 1, i, share_.rows.begin, share_.rows.end);
       const Range active = {share_.rows.begin, v.active_end};
       enter({v.entering, v.active_end});
-      sync_block();
+      sync_block();  // dh of these rows, and of the step before
       if (z_.projected) {
         for_each_element(active, share_.outputs, [&](int64_t slot, int64_t o) {
           put(row_at(s_, dprojected_, v.t, slot) + o, dh(slot)[o] + dy(v.t, slot, o));
@@ -67,18 +67,8 @@ class PlainBackward {
       publish(share_, ++epoch);
       wait_for(share_, a_.teams, epoch);
       for_each_tile(active, share_.outputs, [&](int64_t row, int64_t o) { product(v, row, o); });
-      sync_block();
-      if (s_.reset) cut_carry(v);
-      sync_block();
-      leave({v.leaving, v.active_end});
-      sync_block();
     }
-    // Rows that never take part pass the gradients of their final states on to their initial ones.
-    const int64_t first = s_.T ? active_rows(s_, 0) : 0;
-    const Range idle = {first < share_.rows.begin ? share_.rows.begin : first, share_.rows.end};
-    enter(idle);
-    sync_block();
-    leave(idle);
+    pass_idle_rows();
   }
 
   RNNKERN_DEVICE A* dh(int64_t slot) const { return a_.dh + (d_ * s_.N + slot) * z_.O; }
@@ -101,28 +91,27 @@ class PlainBackward {
     });
   }
 
-  RNNKERN_DEVICE void leave(const Range& rows) const {
-    if (b_.dh0.data) {
-      for_each_element(rows, share_.outputs, [&](int64_t slot, int64_t o) {
-        put(state_at(s_, b_.dh0, d_, slot) + o, dh(slot)[o]);
+  // Rows that never take part pass the gradients of their final states on to their initial ones.
+  RNNKERN_DEVICE void pass_idle_rows() const {
+    const int64_t first = s_.T ? active_rows(s_, 0) : 0;
+    const Range idle = {first < share_.rows.begin ? share_.rows.begin : first, share_.rows.end};
+    const auto pass = [&](const Range& own, const State<const T>& from, const State<T>& to) {
+      if (!to.data) return;
+      for_each_element(idle, own, [&](int64_t slot, int64_t column) {
+        state_at(s_, to, d_, slot)[column] = from.data ? state_at(s_, from, d_, slot)[column] : T{};
       });
-    }
-    if (!kShape.cell_state || !b_.dc0.data) return;
-    for_each_element(rows, share_.units, [&](int64_t slot, int64_t u) {
-      put(state_at(s_, b_.dc0, d_, slot) + u, dc(slot)[u]);
-    });
+    };
+    pass(share_.outputs, b_.dhn, b_.dh0);
+    if (kShape.cell_state) pass(share_.units, b_.dcn, b_.dc0);
   }
 
-  // Nothing passes to the steps before the beginning of an episode.
-  RNNKERN_DEVICE void cut_carry(const Visit& v) const {
-    const Range active = {share_.rows.begin, v.active_end};
-    for_each_element(active, share_.outputs, [&](int64_t slot, int64_t o) {
-      if (cut(s_, d_, v.t, slot)) dh(slot)[o] = 0;
-    });
-    if (!kShape.cell_state) return;
-    for_each_element(active, share_.units, [&](int64_t slot, int64_t u) {
-      if (cut(s_, d_, v.t, slot)) dc(slot)[u] = 0;
-    });
+  // What a step hands on to the one before it in time: to the carry, where no episode begins at
+  // this step; and to the gradient of the initial state where it is the row's first.
+  RNNKERN_DEVICE void hand_on(const Visit& v, int64_t slot, int64_t column, A value, A* carry,
+                              const State<T>& initial) const {
+    if (cut(s_, d_, v.t, slot)) value = 0;
+    carry[column] = value;
+    if (slot >= v.leaving && initial.data) put(state_at(s_, initial, d_, slot) + column, value);
   }
 
   // dm = (dy + dh) x W_hr
@@ -161,7 +150,7 @@ class PlainBackward {
     T* to = row_at(s_, dslots_, v.t, slot) + unit;
 #pragma unroll
     for (int i = 0; i < kShape.slots; ++i) put(to + i * H, s.slot[i]);
-    if constexpr (kShape.cell_state) dc(slot)[unit] = s.dc;
+    if constexpr (kShape.cell_state) hand_on(v, slot, unit, s.dc, dc(slot), b_.dc0);
     if constexpr (kShape.reads_h) dh(slot)[unit] = s.dh_direct;
   }
 
@@ -175,13 +164,14 @@ class PlainBackward {
     add_product<1>(
         kShape.gates * H, rows, mine, [&](int r) { return row_at(s_, dslots_, v.t, row + r); },
         [&](int, int64_t k) {
-          return w.w_hh[(kShape.recurrent_gate(int(k / H)) * H + k % H) * w.w_hh_row + o];
+          return w.w_hh[(recurrent_gate<Cell>(int(k / H)) * H + k % H) * w.w_hh_row + o];
         },
         sums);
     sum_over_warp(sums[0]);
     if (!mine || lane_index() >= rows) return;
-    A* to = dh(row + lane_index()) + o;
-    *to = own_row(sums[0]) + (kShape.reads_h ? *to : A(0));
+    const int64_t slot = row + lane_index();
+    const A direct = kShape.reads_h ? dh(slot)[o] : A(0);
+    hand_on(v, slot, o, direct + own_row(sums[0]), dh(slot), b_.dh0);
   }
 
   const Arguments& a_;
@@ -291,7 +281,7 @@ class PlainGradients {
         rows, z_.O, g.w_hh, g.b_hh,
         [&](int64_t t, int64_t slot) { return row_at(s_, slots, t, slot); },
         [&](int64_t t, int64_t slot) { return previous_state(s_, d, t, slot, y, b_.h0, a_.zeros); },
-        [&](int64_t j) { return kShape.recurrent_gate(int(j / H)) * H + j % H; });
+        [&](int64_t j) { return recurrent_gate<Cell>(int(j / H)) * H + j % H; });
     if (!z_.projected) return;
     const Rows<const T> left = saved_rows(s_, static_cast<const T*>(b_.dprojected), d, z_.O),
                         right = saved_rows(s_, b_.unprojected, d, H);

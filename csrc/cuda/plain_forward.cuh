@@ -79,13 +79,13 @@ class PlainForward {
     add_product<kShape.gates>(
         z_.I, rows, mine, [&](int r) { return row_at(s_, f_.x, v.t, row + r); },
         [&](int i, int64_t k) {
-          return w.w_ih[(kShape.input_gate(i + kShape.input_slot) * H + unit) * w.w_ih_row + k];
+          return w.w_ih[(input_gate<Cell>(i + kShape.input_slot) * H + unit) * w.w_ih_row + k];
         },
         sums + kShape.input_slot);
     add_product<kShape.gates>(
         z_.O, rows, mine, [&](int r) { return h_before(v.t, row + r); },
         [&](int i, int64_t k) {
-          return w.w_hh[(kShape.recurrent_gate(i) * H + unit) * w.w_hh_row + k];
+          return w.w_hh[(recurrent_gate<Cell>(i) * H + unit) * w.w_hh_row + k];
         },
         sums);
     Step<A> s = {};
@@ -101,10 +101,10 @@ class PlainForward {
     const Weights<T>& w = f_.weights[d_];
     A sum = 0;
     if (w.b_ih && slot >= kShape.input_slot) {
-      sum += value(w.b_ih[kShape.input_gate(slot) * z_.H + unit]);
+      sum += value(w.b_ih[input_gate<Cell>(slot) * z_.H + unit]);
     }
     if (w.b_hh && slot < kShape.gates) {
-      sum += value(w.b_hh[kShape.recurrent_gate(slot) * z_.H + unit]);
+      sum += value(w.b_hh[recurrent_gate<Cell>(slot) * z_.H + unit]);
     }
     return sum;
   }

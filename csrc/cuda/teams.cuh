@@ -48,16 +48,28 @@ RNNKERN_DEVICE Share share_of(const Sizes& z, const Steps& s, const Teams& teams
           teams.flags + team * teams.unit_blocks};
 }
 
-// All blocks of the team have published `epoch`, and what they wrote before is seen.
+// All blocks of the team have published `epoch`; what they wrote before may be read once the block
+// has met again, as it does at the start of add_product.
 RNNKERN_DEVICE void wait_for(const Share& share, const Teams& teams, int epoch) {
   for (int m = thread_index(); m < teams.unit_blocks; m += threads_per_block()) {
     wait_until(share.flags + m, epoch);
   }
-  sync_block();
 }
 RNNKERN_DEVICE void publish(const Share& share, int epoch) {
   sync_block();
   if (thread_index() == 0) set_flag(share.flags + share.member, epoch);
+}
+
+// As in scan.h; a constant of a class is no object in device code.
+template <typename Cell>
+RNNKERN_DEVICE int recurrent_gate(int slot) {
+  constexpr CellShape shape = Cell::kShape;
+  return shape.recurrent_gate(slot);
+}
+template <typename Cell>
+RNNKERN_DEVICE int input_gate(int slot) {
+  constexpr CellShape shape = Cell::kShape;
+  return shape.input_gate(slot);
 }
 
 RNNKERN_DEVICE int lane_index() { return thread_index() % kWarp; }
@@ -80,7 +92,7 @@ RNNKERN_DEVICE void add_product(int64_t K, int rows, bool mine, LeftRow left_row
   A* staged = reinterpret_cast<A*>(shared_memory());  // [kRowTile][kChunk]
   for (int64_t k0 = 0; k0 < K; k0 += kChunk) {
     const int depth = int(least(kChunk, K - k0));
-    sync_block();  // nobody reads the chunk before
+    sync_block();  // nobody reads the chunk before; all have waited for their team
     for (int i = thread_index(); i < rows * depth; i += threads_per_block()) {
       staged[i / depth * kChunk + i % depth] = value(left_row(i / depth)[k0 + i % depth]);
     }

@@ -29,8 +29,9 @@ Machine machine_for(int) {
 
 namespace {
 
-// Few multiprocessors, of an odd number, so that small layers are split in every way.
-constexpr cuda::Device kDevice = {7, 1};
+// Few multiprocessors, of an odd number, so that small layers are split in every way: rows and
+// units of both directions.
+constexpr cuda::Device kDevice = {13, 1};
 
 // run(memory), with the beginning of the memory zero and all else NaN.
 template <typename Run>
