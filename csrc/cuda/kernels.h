@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstddef>
-#include <stdexcept>
 
 #include "scan.h"
 
@@ -14,7 +13,7 @@ struct Device {
   int blocks_per_multiprocessor = 1;  // of a plain kernel, at once
 };
 
-// Scratch memory in bytes; its first flag_bytes have to be zero at the start.
+// Scratch memory in bytes; its first zero_bytes have to be zero at the start.
 struct Workspace {
   size_t bytes = 0, zero_bytes = 0;
 };

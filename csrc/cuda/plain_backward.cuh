@@ -68,7 +68,8 @@ class PlainBackward {
       wait_for(share_, a_.teams, epoch);
       for_each_tile(active, share_.outputs, [&](int64_t row, int64_t o) { product(v, row, o); });
     }
-    pass_idle_rows();
+    pass_idle_rows(s_, share_, share_.outputs, b_.dhn, b_.dh0);
+    if (kShape.cell_state) pass_idle_rows(s_, share_, share_.units, b_.dcn, b_.dc0);
   }
 
   RNNKERN_DEVICE A* dh(int64_t slot) const { return a_.dh + (d_ * s_.N + slot) * z_.O; }
@@ -89,20 +90,6 @@ class PlainBackward {
     for_each_element(rows, share_.units, [&](int64_t slot, int64_t u) {
       dc(slot)[u] = b_.dcn.data ? value(state_at(s_, b_.dcn, d_, slot)[u]) : A(0);
     });
-  }
-
-  // Rows that never take part pass the gradients of their final states on to their initial ones.
-  RNNKERN_DEVICE void pass_idle_rows() const {
-    const int64_t first = s_.T ? active_rows(s_, 0) : 0;
-    const Range idle = {first < share_.rows.begin ? share_.rows.begin : first, share_.rows.end};
-    const auto pass = [&](const Range& own, const State<const T>& from, const State<T>& to) {
-      if (!to.data) return;
-      for_each_element(idle, own, [&](int64_t slot, int64_t column) {
-        state_at(s_, to, d_, slot)[column] = from.data ? state_at(s_, from, d_, slot)[column] : T{};
-      });
-    };
-    pass(share_.outputs, b_.dhn, b_.dh0);
-    if (kShape.cell_state) pass(share_.units, b_.dcn, b_.dc0);
   }
 
   // What a step hands on to the one before it in time: to the carry, where no episode begins at

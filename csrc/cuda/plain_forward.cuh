@@ -64,7 +64,8 @@ class PlainForward {
       zero_inactive(v);
       publish(share_, ++epoch);
     }
-    finish_idle_rows();
+    pass_idle_rows(s_, share_, share_.outputs, f_.h0, f_.hn);
+    if (kShape.cell_state) pass_idle_rows(s_, share_, share_.units, f_.c0, f_.cn);
   }
 
   RNNKERN_DEVICE Range active(const Visit& v) const { return {share_.rows.begin, v.active_end}; }
@@ -176,19 +177,6 @@ class PlainForward {
     if (!s_.active || s_.start) return;
     for_each_element({v.active_end, share_.rows.end}, share_.outputs,
                      [&](int64_t slot, int64_t o) { row_at(s_, y_, v.t, slot)[o] = T{}; });
-  }
-
-  // Rows that never take part end where they began.
-  RNNKERN_DEVICE void finish_idle_rows() const {
-    const int64_t first = s_.T ? active_rows(s_, 0) : 0;
-    const Range idle = {first < share_.rows.begin ? share_.rows.begin : first, share_.rows.end};
-    const auto pass = [&](const Range& own, const State<const T>& from, const State<T>& to) {
-      for_each_element(idle, own, [&](int64_t slot, int64_t column) {
-        state_at(s_, to, d_, slot)[column] = from.data ? state_at(s_, from, d_, slot)[column] : T{};
-      });
-    };
-    pass(share_.outputs, f_.h0, f_.hn);
-    if (kShape.cell_state) pass(share_.units, f_.c0, f_.cn);
   }
 
   const Arguments& a_;

@@ -142,5 +142,19 @@ RNNKERN_DEVICE void for_each_element(const Range& rows, const Range& columns, F 
   }
 }
 
+// Rows that never take part end where they began: a state, and the gradient of one, pass unchanged.
+// Nothing where `to` is not wanted.
+template <typename T>
+RNNKERN_DEVICE void pass_idle_rows(const Steps& s, const Share& share, const Range& columns,
+                                   const State<const T>& from, const State<T>& to) {
+  if (!to.data) return;
+  const int64_t first = s.T ? active_rows(s, 0) : 0;
+  const Range idle = {first < share.rows.begin ? share.rows.begin : first, share.rows.end};
+  const int d = share.direction;
+  for_each_element(idle, columns, [&](int64_t slot, int64_t column) {
+    state_at(s, to, d, slot)[column] = from.data ? state_at(s, from, d, slot)[column] : T{};
+  });
+}
+
 }  // namespace RNNKERN_NAMESPACE
 }  // namespace rnnkern
