@@ -111,27 +111,29 @@ def _differentiable_backward(
 ) -> tuple[Tensor | None, ...]:
     layer, steps, states = scanned
     create_graph = torch.is_grad_enabled()
-    with torch.enable_grad(), torch.autocast("cpu", enabled=False):
-        # Aliases, so that one input being a function of another does not count twice.
-        x, *tensors = inputs = [t.view_as(t) for t in (x, *tensors)]
-        outputs = reference.layer(
-            layer.mode,
-            x,
-            *_initial_states(tensors, states),
-            directions=layer.directions,
-            bias=layer.bias,
-            batch_first=layer.batch_first,
-            steps=steps,
+    # Backward may run under autocast, the layer did not.
+    with torch.autocast("cpu", enabled=False):
+        with torch.enable_grad():
+            # Aliases, so that one input being a function of another does not count twice.
+            x, *tensors = inputs = [t.view_as(t) for t in (x, *tensors)]
+            outputs = reference.layer(
+                layer.mode,
+                x,
+                *_initial_states(tensors, states),
+                directions=layer.directions,
+                bias=layer.bias,
+                batch_first=layer.batch_first,
+                steps=steps,
+            )
+        needed = [t for t, need in zip(inputs, wanted, strict=True) if need]
+        pairs = [(o, g) for o, g in zip(outputs, incoming, strict=False) if g is not None]
+        found = iter(
+            torch.autograd.grad(
+                [o for o, _ in pairs],
+                needed,
+                [g for _, g in pairs],
+                create_graph=create_graph,
+                allow_unused=True,
+            )
         )
-    needed = [t for t, need in zip(inputs, wanted, strict=True) if need]
-    pairs = [(o, g) for o, g in zip(outputs, incoming, strict=False) if g is not None]
-    found = iter(
-        torch.autograd.grad(
-            [o for o, _ in pairs],
-            needed,
-            [g for _, g in pairs],
-            create_graph=create_graph,
-            allow_unused=True,
-        )
-    )
     return (None, None, None, *(next(found) if need else None for need in wanted))

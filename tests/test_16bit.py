@@ -258,7 +258,9 @@ def test_special_numbers_under_autocast(number: float) -> None:
 
 
 def test_second_derivatives_under_autocast() -> None:
-    """Backward may run under autocast too; what it recomputes is float32."""
+    """Backward may run under autocast too; what it recomputes is float32, and so are the first
+    derivatives.
+    """
     module = build("GRU", 8, 16)
     x = torch.randn(6, 3, 8, requires_grad=True)
     exact = oracle.twin(module, torch.float64)
@@ -269,12 +271,13 @@ def test_second_derivatives_under_autocast() -> None:
     ):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
             y, _ = m(own)
-            (first,) = torch.autograd.grad(y.square().sum(), own, create_graph=True)
+            (first,) = torch.autograd.grad(y.sum(), own, create_graph=True)
             (second,) = torch.autograd.grad(first.square().sum(), own)
         found.append((first, second))
-    for ours, wanted in zip(*found, strict=True):
+    # What torch makes of the second backward is its own affair.
+    for ours, wanted, allowed in zip(*found, (1e-5, 0.03), strict=True):
         assert ours.dtype == torch.float32
-        assert (ours - wanted).abs().max() < 0.03 * wanted.abs().max()
+        assert (ours - wanted).abs().max() < allowed * wanted.abs().max()
 
 
 @pytest.mark.parametrize("kind", ["GRU", "LSTM"])
