@@ -12,6 +12,7 @@
 #include "python/layer.h"
 #include "python/operands.h"
 #include "python/plain_module.h"
+#include "python/run.h"
 #include "python/torch.h"
 
 namespace rnnkern {
@@ -43,25 +44,13 @@ auto with_element_of(const Layer& layer, py::handle x, F f) {
   if (!with_element(view.tensor.dtype, [](auto) { return true; })) {
     view.fail("is not covered: its dtype");
   }
-  if (layer.by_bfloat16 && view.tensor.dtype == dlpack::kDataType<float> &&
-      has_kernels<F32ByBf16>()) {
+  if (layer.by_bfloat16 && view.tensor.device.type == dlpack::kCpu &&
+      view.tensor.dtype == dlpack::kDataType<float> && has_kernels<F32ByBf16>()) {
     int64_t rows = 1;
     for (int i = 0; i + 1 < view.tensor.ndim; ++i) rows *= view.size(i);
     if (worth_bfloat16(rows, is_so(api.deterministic))) return f(F32ByBf16{});
   }
   return with_element(view.tensor.dtype, f);
-}
-
-// Lets other Python threads run meanwhile, where that takes longer than to switch to them: some 4
-// us.
-template <typename Run>
-void with_interpreter_released(const Sizes& sizes, const Steps& steps, Run run) {
-  constexpr double kFlopsOfOneStep = 4e3;  // what the shortest step costs, in products
-  constexpr double kFlopsOfSwitch = 200e3;
-  const double work = sizes.D * double(steps.total) * (flops_per_row(sizes) + kFlopsOfOneStep);
-  std::optional<py::gil_scoped_release> release;
-  if (work > kFlopsOfSwitch) release.emplace();
-  run();
 }
 
 struct Outputs {
@@ -96,8 +85,7 @@ Outputs forward_of(const Layer& layer, py::handle x, py::handle h0, py::handle c
   f.sizes = z;
   f.steps = o.steps;
   f.rounds_cells = o.deterministic;
-  const int threads = num_threads();
-  with_interpreter_released(z, o.steps, [&] { forward<T>(f, threads, o.deterministic); });
+  run(o, f);
   return made;
 }
 
@@ -147,7 +135,7 @@ py::tuple recorded(py::handle record, const Layer& layer, py::handle x, const Pl
 py::object plain_call(py::handle module, py::handle x, py::handle record) {
   if (!is_tensor(x) || view_of(x, "input").tensor.ndim != 3) return py::none();
   const std::optional<PlainModule> plain = plain_module(module);
-  if (!plain || mode_refusal() || is_so(api.autocast)) return py::none();
+  if (!plain || mode_refusal() || is_autocast(view_of(x, "input").tensor.device)) return py::none();
   const auto& [layer, weights] = *plain;
   const bool training = wants_gradient(weights) || wants_gradient(std::array<py::handle, 1>{x});
   Outputs made = forward_any(layer, x, py::none(), py::none(), weights, py::none(), training);
@@ -198,8 +186,7 @@ py::list backward_of(const Layer& layer, py::handle x, py::handle h0, py::handle
   if (!c0.is_none()) made.append(is_next_wanted() ? o.make_state(z.H, &b.dc0) : py::none());
   b.sizes = z;
   b.steps = o.steps;
-  const int threads = num_threads();
-  with_interpreter_released(z, o.steps, [&] { backward<T>(b, threads, o.deterministic); });
+  run(o, b);
   return made;
 }
 
@@ -308,6 +295,9 @@ PYBIND11_MODULE(_C, m) {
       py::arg("layer"), py::arg("machine"), py::kw_only(), py::arg("T"), py::arg("N"), py::arg("I"),
       py::arg("total"), py::arg("deterministic"), py::arg("backward"));
   m.def("compiled_sets", &compiled_sets);
+  m.def("cuda_version", &cuda::version);
+  m.def("cuda_architectures", &cuda::architectures);
+  m.def("cuda_driver", &cuda::driver);
   m.def("instruction_set", [] { return std::string(instruction_set().name); });
 #if defined(__clang__)
   m.attr("compiler") = __VERSION__;

@@ -20,6 +20,8 @@ enum TypeCode : uint8_t { kInt = 0, kUInt = 1, kFloat = 2, kBfloat = 4, kBool = 
 
 struct Device {
   int32_t type, id;
+
+  bool operator==(const Device&) const = default;
 };
 struct DataType {
   uint8_t code, bits;
@@ -84,8 +86,11 @@ struct TensorView {
     return reinterpret_cast<T*>(static_cast<char*>(tensor.data) + tensor.byte_offset);
   }
 
+  void expect_device(dlpack::Device device) const {
+    if (tensor.device != device) fail("is on another device than the input");
+  }
+
   void expect_dtype(dlpack::DataType dtype, const char* wanted) const {
-    if (tensor.device.type != dlpack::kCpu) fail("is not on the CPU");
     if (tensor.dtype != dtype) {
       fail(std::string("has another dtype than ") + wanted);
     }

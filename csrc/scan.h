@@ -98,6 +98,7 @@ struct Sizes {
 
 template <typename T>
 struct Forward {
+  using Element = T;
   Sizes sizes;
   Steps steps;
   Rows<const T> x;                     // [T, N, I]
@@ -115,6 +116,7 @@ struct Forward {
 
 template <typename T>
 struct Backward {
+  using Element = T;
   Sizes sizes;
   Steps steps;
   Rows<const T> x;

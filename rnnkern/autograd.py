@@ -112,7 +112,7 @@ def _differentiable_backward(
     layer, steps, states = scanned
     create_graph = torch.is_grad_enabled()
     # Backward may run under autocast, the layer did not.
-    with torch.autocast("cpu", enabled=False):
+    with torch.autocast(x.device.type, enabled=False):
         with torch.enable_grad():
             # Aliases, so that one input being a function of another does not count twice.
             x, *tensors = inputs = [t.view_as(t) for t in (x, *tensors)]

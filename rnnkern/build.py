@@ -23,14 +23,18 @@ def build_info() -> dict[str, Any]:
     """Version, compiler, CUDA, and the instruction sets compiled and in use.
 
     Returns:
-        A dict with the keys ``version``, ``compiler``, ``cuda`` (None: built without),
-        ``isa_compiled`` (list, best first), ``isa`` (in use; the environment variable
-        ``RNNKERN_ISA`` forces a lower one), ``openmp``, ``torch``, ``threads``.
+        A dict with the keys ``version``, ``compiler``, ``cuda`` (the toolkit's version; None: built
+        without), ``cuda_architectures`` (list), ``cuda_driver`` (the latest CUDA that this
+        machine's driver knows; None: no driver), ``isa_compiled`` (list, best first), ``isa`` (in
+        use; the environment variable ``RNNKERN_ISA`` forces a lower one), ``openmp``, ``torch``,
+        ``threads``.
     """
     return {
         "version": _version(),
         "compiler": kernels.compiler,
-        "cuda": None,
+        "cuda": kernels.cuda_version(),
+        "cuda_architectures": (kernels.cuda_architectures() or "").split(),
+        "cuda_driver": kernels.cuda_driver(),
         "isa_compiled": kernels.compiled_sets(),
         "isa": kernels.instruction_set(),
         "openmp": True,
@@ -70,7 +74,7 @@ def explain(module: Any, input: Any, hx: Any = None) -> Explanation:
         )
     h0, c0 = hx if isinstance(hx, (tuple, list)) and len(hx) == 2 else (hx, None)
     weights = functional.current_weights(module)
-    asked = functional.autocast_dtype()
+    asked = functional.autocast_dtype(x)
     if asked is not None:
         dtype = functional.dtype_under_autocast(module, asked, x, h0, packed)
         x, h0, c0, *weights = functional.autocast(dtype, x, h0, c0, *weights)
@@ -92,8 +96,9 @@ def _lines(
 ) -> list[str]:
     D = layer.directions
     multiplied = " multiplied as bfloat16" if kernels.multiplied_as_bfloat16(layer, x) else ""
+    dtype = str(x.dtype).removeprefix("torch.")
     lines = [
-        f"{module.mode} on the CPU, {str(x.dtype).removeprefix('torch.')}{multiplied}: "
+        f"{module.mode} on the {x.device.type.upper()}, {dtype}{multiplied}: "
         f"T={T} N={N} I={module.input_size} H={module.hidden_size} "
         f"layers={module.num_layers} directions={D}"
     ]

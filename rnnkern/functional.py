@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import PackedSequence
 from rnnkern import kernels, reference
 from rnnkern.autograd import record
 from rnnkern.kernels import GAPS, Layer
-from rnnkern.sequence import Steps, packed_steps, padded_steps
+from rnnkern.sequence import Steps, packed_steps, padded_steps, place_of
 
 
 class FallbackWarning(UserWarning):
@@ -83,7 +83,7 @@ def _checked(module: Any, input: Any, hx: Any, lengths: Any, reset: Any) -> Any:
         return _elsewhere(module, input, hx, lengths, reset, reason)
     steps = None
     if lengths is not None or reset is not None:
-        steps = padded_steps(lengths, reset, T, N, batch_first)
+        steps = padded_steps(lengths, reset, T, N, batch_first, place_of(input))
     result = _on_kernels(module, input, h0, c0, steps)
     if isinstance(result, str):
         return _elsewhere(module, input, hx, lengths, reset, result)
@@ -91,9 +91,12 @@ def _checked(module: Any, input: Any, hx: Any, lengths: Any, reset: Any) -> Any:
     return y, (hn if cn is None else (hn, cn))
 
 
-def autocast_dtype() -> torch.dtype | None:
-    """The dtype that ``torch.autocast`` asks for on the CPU, or None where it is off."""
-    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype that ``torch.autocast`` asks for on x's device, or None where it is off."""
+    device = x.device.type
+    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
 
 
 def autocast(dtype: torch.dtype, *tensors: Tensor | None) -> Iterator[Any]:
@@ -116,6 +119,8 @@ def dtype_under_autocast(
     module: Any, dtype: torch.dtype, x: Tensor, h0: Tensor | None, packed: bool
 ) -> torch.dtype:
     """What a layer is computed in, and its results have, where autocast asks for ``dtype``."""
+    if x.device.type != "cpu":  # one operator for all of it
+        return dtype
     by_operators = module.mode == "GRU" or (module.mode == "LSTM" and (packed or not x.numel()))
     return _promoted(dtype, x, h0) if by_operators else dtype
 
@@ -125,19 +130,19 @@ def _on_kernels(
 ) -> tuple[Tensor, Tensor, Tensor | None] | str:
     """Runs the layers, under autocast in its dtype; or says why no kernel covers them."""
     weights = current_weights(module)
-    asked = autocast_dtype()
+    asked = autocast_dtype(x)
     if asked is None:
         return _with_weights(layer_of(module), module, x, h0, c0, weights, steps)
     packed = steps is not None and steps.packed
     dtype = dtype_under_autocast(module, asked, x, h0, packed)
-    with torch.autocast("cpu", enabled=False):
+    with torch.autocast(x.device.type, enabled=False):
         own_x, own_h0, own_c0, *weights = autocast(dtype, x, h0, c0, *weights)
         layer = layer_of(module, asked)
         result = _with_weights(layer, module, own_x, own_h0, own_c0, weights, steps)
         if isinstance(result, str):
             return result
         y, hn, cn = result
-        if cn is not None and module.proj_size:
+        if cn is not None and module.proj_size and x.device.type == "cpu":
             # Outputs are results of a product, the cell state is not.
             y, hn = autocast(asked, y, hn)
             cn = cn.to(_promoted(cn.dtype, x, c0))
@@ -197,10 +202,10 @@ def cell(module: Any, input: Tensor, hx: Any) -> Any:
         return _warn(WRONG, module._torch_forward(input, hx))
     x, (h0, c0) = input, states
     weights = [module.weight_ih, module.weight_hh, *_cell_biases(module)]
-    asked = autocast_dtype()
+    asked = autocast_dtype(x)
     dtype = asked
     if dtype is not None:
-        if module.mode in ("GRU", "LSTM"):
+        if module.mode in ("GRU", "LSTM") and x.device.type == "cpu":
             dtype = _promoted(dtype, x, h0 if c0 is None else c0)
         # Computed in the dtype of the weights: else each step would keep copies of them for
         # backward.
@@ -389,7 +394,8 @@ def _packed(module: Any, input: PackedSequence, hx: Any, lengths: Any, reset: An
     reason = kernels.mode_refusal()
     if reason is not None:
         return _elsewhere(module, input, hx, None, None, reason)
-    result = _on_kernels(module, data, h0, c0, packed_steps(batch_sizes, sorted_indices))
+    steps = packed_steps(batch_sizes, sorted_indices, place_of(data))
+    result = _on_kernels(module, data, h0, c0, steps)
     if isinstance(result, str):
         return _elsewhere(module, input, hx, None, None, result)
     y, hn, cn = result
@@ -433,7 +439,7 @@ def _by_reference(module: Any, x: Tensor, hx: Any, lengths: Any, reset: Any) -> 
     batch_first = module.batch_first
     T, N = (x.size(1), x.size(0)) if batch_first else (x.size(0), x.size(1))
     h0, c0, _ = _initial_states(module, hx, N)
-    steps = padded_steps(lengths, reset, T, N, batch_first)
+    steps = padded_steps(lengths, reset, T, N, batch_first, place_of(x))
     weights = current_weights(module)
     D = 2 if module.bidirectional else 1
     count = len(weights) // module.num_layers

@@ -136,7 +136,7 @@ def _episode_begins(
         return None
     row = flags[begin] if steps.order is None else flags[begin].index_select(0, steps.order)
     if backwards and steps.active is not None:  # a row that ends at t starts from its initial state
-        row = row & (torch.arange(row.shape[0], device="cpu") < steps.active[begin])
+        row = row & (torch.arange(row.shape[0], device=row.device) < steps.active[begin])
     return row[:count]
 
 

@@ -12,41 +12,69 @@ class Steps(NamedTuple):
     """Which rows of a batch take part in which step. The kernels read it as it is.
 
     Rows are looked at in the order ``order``, in which those active at a step are always
-    the first ones.
+    the first ones. All tensors are where the kernels run, but for the batch sizes of a packed
+    sequence.
 
     Attributes:
-        active: int64 ``[T]``, rows active at each step, never increasing; None: all, always.
+        active: int64 ``[T]``, rows active at each step, never increasing; None: all, always. Of a
+            packed sequence its ``batch_sizes``, on the CPU.
         order: int64 ``[N]``, the batch row that stands in each place; None: as they come.
         reset: bool ``[T, N]`` (``[N, T]`` batch first), an episode begins at that step;
             None: never.
         packed: the data is a packed sequence: only active rows are stored, step after step.
+        placed: of a packed sequence on a GPU, int64 ``[2, T]`` there: ``active``, and the row at
+            which each step begins; else None.
     """
 
     active: Tensor | None
     order: Tensor | None
     reset: Tensor | None
     packed: bool
+    placed: Tensor | None = None
 
 
-def packed_steps(batch_sizes: Tensor, sorted_indices: Tensor | None) -> Steps:
-    """Steps of a ``torch.nn.utils.rnn.PackedSequence``."""
+def place_of(x: Tensor) -> torch.device:
+    """Where the steps of an input are wanted: where there may be kernels for it."""
+    return x.device if x.device.type == "cuda" else torch.device("cpu")
+
+
+def packed_steps(batch_sizes: Tensor, sorted_indices: Tensor | None, place: torch.device) -> Steps:
+    """Steps of a ``torch.nn.utils.rnn.PackedSequence`` whose data is at ``place``."""
     # Copies: backward reads them again, whatever the caller does to them in between.
-    order = None if sorted_indices is None else sorted_indices.to("cpu", copy=True)
-    return Steps(batch_sizes.to("cpu", copy=True).contiguous(), order, None, True)
+    order = None if sorted_indices is None else _copy(sorted_indices, place)
+    active = batch_sizes.to("cpu", copy=True).contiguous()
+    if place.type == "cpu":
+        return Steps(active, order, None, True)
+    if order is not None:
+        rows = torch.arange(order.numel(), device=place)
+        # The kernels cannot look before they run, and nobody waits for the GPU.
+        torch._assert_async(
+            order.sort().values.eq(rows).all(),
+            "order of rows must be a permutation of the batch",
+        )
+    starts = active.cumsum(0) - active
+    return Steps(active, order, None, True, _copy(torch.stack([active, starts]), place))
 
 
 def padded_steps(
-    lengths: Tensor | None, reset: Tensor | None, T: int, N: int, batch_first: bool
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    T: int,
+    N: int,
+    batch_first: bool,
+    place: torch.device,
 ) -> Steps | None:
-    """Steps of a padded batch.
+    """Steps of a padded batch whose kernels run at ``place``.
 
     Args:
         lengths: int64 ``[N]`` with ``0 <= lengths[n] <= T``, any device, any order.
-        reset: bool ``[T, N]``, or ``[N, T]`` with ``batch_first``.
+        reset: bool ``[T, N]``, or ``[N, T]`` with ``batch_first``, any device.
 
     Raises:
         TypeError: not a tensor, or of the wrong dtype.
-        ValueError: of the wrong shape, or lengths out of range.
+        ValueError: of the wrong shape, or lengths out of range. Where both lengths and ``place``
+            are on a GPU nobody waits to look: lengths out of range are an assertion there, as an
+            index out of range is for torch.
     """
     if lengths is None and reset is None:
         return None
@@ -54,22 +82,31 @@ def padded_steps(
     if reset is not None:
         wanted = (N, T) if batch_first else (T, N)
         _expect("reset", reset, torch.bool, wanted, "(N, T)" if batch_first else "(T, N)")
-        reset = reset.to(
-            "cpu", copy=True
-        )  # backward reads it again: what the caller does to it later is no matter
+        # A copy: backward reads it again, what the caller does to it later is no matter.
+        reset = _copy(reset, place)
     if lengths is not None:
         _expect("lengths", lengths, torch.int64, (N,), "(N,)")
-        lengths = lengths.cpu()
-        if N and not 0 <= int(lengths.min()) <= int(lengths.max()) <= T:
-            raise ValueError(
-                f"lengths must be between 0 and the number of steps {T}, "
-                f"got values from {int(lengths.min())} to {int(lengths.max())}"
-            )
+        if place.type == "cpu":
+            lengths = lengths.cpu()
+        _check_range(lengths, T)
+        lengths = lengths.to(place, non_blocking=True)
         descending, order = lengths.sort(descending=True, stable=True)
         active = N - torch.searchsorted(
-            descending.flip(0), torch.arange(T, device="cpu"), right=True
+            descending.flip(0), torch.arange(T, device=place), right=True
         )
     return Steps(active, order, reset, False)
+
+
+def _copy(tensor: Tensor, place: torch.device) -> Tensor:
+    return tensor.to(place, copy=True, non_blocking=place.type != "cpu")
+
+
+def _check_range(lengths: Tensor, T: int) -> None:
+    wanted = f"lengths must be between 0 and the number of steps {T}"
+    if lengths.device.type != "cpu":
+        torch._assert_async(((lengths >= 0) & (lengths <= T)).all(), wanted)
+    elif lengths.numel() and not 0 <= int(lengths.min()) <= int(lengths.max()) <= T:
+        raise ValueError(f"{wanted}, got values from {int(lengths.min())} to {int(lengths.max())}")
 
 
 def _expect(

@@ -45,9 +45,9 @@ const InstructionSet& instruction_set();
 
 // One call: plans, allocates the workspace, runs.
 template <typename T>
-void forward(const Forward<T>& scan, int threads, bool deterministic);
+void run(const Forward<T>& scan, int threads, bool deterministic);
 template <typename T>
-void backward(const Backward<T>& scan, int threads, bool deterministic);
+void run(const Backward<T>& scan, int threads, bool deterministic);
 
 const AllKernels& kernels_in_use();
 

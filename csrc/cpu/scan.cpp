@@ -230,23 +230,23 @@ Problem problem_of(const Scan& scan, bool deterministic) {
 }
 
 template <typename T>
-void forward(const Forward<T>& scan, int threads, bool deterministic) {
+void run(const Forward<T>& scan, int threads, bool deterministic) {
   const Plan plan = plan_forward(problem_of(scan, deterministic), machine_for<T>(threads));
   const Kernels<T>& kernels = std::get<Kernels<T>>(kernels_in_use());
   with_workspace([&](Workspace w) { return kernels.forward(scan, plan, w); });
 }
 
 template <typename T>
-void backward(const Backward<T>& scan, int threads, bool deterministic) {
+void run(const Backward<T>& scan, int threads, bool deterministic) {
   const Plan plan = plan_backward(problem_of(scan, deterministic), machine_for<T>(threads));
   const Kernels<T>& kernels = std::get<Kernels<T>>(kernels_in_use());
   with_workspace([&](Workspace w) { return kernels.backward(scan, plan, w); });
 }
 
-#define RNNKERN_INSTANTIATE(T)                            \
-  template Machine machine_for<T>(int);                   \
-  template void forward<T>(const Forward<T>&, int, bool); \
-  template void backward<T>(const Backward<T>&, int, bool);
+#define RNNKERN_INSTANTIATE(T)                        \
+  template Machine machine_for<T>(int);               \
+  template void run<T>(const Forward<T>&, int, bool); \
+  template void run<T>(const Backward<T>&, int, bool);
 RNNKERN_INSTANTIATE(float)
 RNNKERN_INSTANTIATE(double)
 RNNKERN_INSTANTIATE(Bf16)

@@ -1,33 +1,45 @@
-// The scans on a GPU: as in cpu/kernels.h, for operands in its memory.
+// The scans on a GPU: as in cpu/kernels.h, for operands in its memory. Without a CUDA compiler
+// absent.cpp stands in for them.
 #pragma once
 
 #include <cstddef>
+#include <type_traits>
 
 #include "scan.h"
 
 namespace rnnkern::cuda {
 
-// What the plan must know of a GPU.
-struct Device {
-  int multiprocessors = 1;
-  int blocks_per_multiprocessor = 1;  // of a plain kernel, at once
+// What the kernels were compiled with and for, or null in a build without them: "13.0" and "80
+// 90a-real".
+const char* version();
+const char* architectures();
+// The latest CUDA that this machine's driver knows, as "13.0"; null without a driver.
+const char* driver();
+
+// Why there are no kernels for tensors of that CUDA device, or null.
+const char* refusal(int device);
+
+// float32 that is multiplied as bfloat16 is for CPUs.
+template <typename T>
+constexpr bool kHasKernels = !std::is_same_v<T, F32ByBf16>;
+
+struct Call {
+  int device;
+  void* stream;  // a cudaStream_t
+  bool tf32;     // float32 may be multiplied as TF32
 };
 
-// Scratch memory in bytes; its first zero_bytes have to be zero at the start.
-struct Workspace {
-  size_t bytes = 0, zero_bytes = 0;
-};
+// Scratch memory that run() needs.
+template <typename T>
+size_t workspace_bytes(const Forward<T>& scan, const Call& call);
+template <typename T>
+size_t workspace_bytes(const Backward<T>& scan, const Call& call);
 
+// Queues the kernels on the stream and returns; nothing waits for the host, so it may be part of a
+// CUDA graph. Throws std::runtime_error, naming kernel and shape, where a launch is refused.
 template <typename T>
-Workspace forward_workspace(const Forward<T>& scan, const Device& device);
+void run(const Forward<T>& scan, const Call& call, char* workspace);
 template <typename T>
-Workspace backward_workspace(const Backward<T>& scan, const Device& device);
-
-// Starts the kernels on the stream (a cudaStream_t) and returns. Throws std::runtime_error, naming
-// kernel and shape, where a launch is refused.
-template <typename T>
-void forward(const Forward<T>& scan, const Device& device, char* workspace, void* stream);
-template <typename T>
-void backward(const Backward<T>& scan, const Device& device, char* workspace, void* stream);
+void run(const Backward<T>& scan, const Call& call, char* workspace);
 
 }  // namespace rnnkern::cuda

@@ -1,7 +1,8 @@
-// Launches: every kernel is a class with Arguments, kSharedBytes and run(arguments), and starts
-// here, checked.
+// Launches: every kernel is a class with Arguments, kSharedBytes, run(arguments), and kBlocksWait
+// where blocks wait for each other. It starts here, checked.
 #pragma once
 
+#include <cstring>
 #include <stdexcept>
 #include <string>
 
@@ -22,32 +23,56 @@ struct Grid {
 
 // A new interleaving for each launch, the same ones in each process.
 template <typename Kernel>
-void launch(const char*, Grid grid, void*, const typename Kernel::Arguments& arguments) {
+bool launch(const std::string&, Grid grid, void*, const typename Kernel::Arguments& arguments) {
   static uint32_t seed = 0;
   simt::Launch(
       {unsigned(grid.blocks)}, {unsigned(grid.threads)}, Kernel::kSharedBytes,
       [&] { Kernel::run(arguments); }, ++seed)
       .run();
+  return true;
 }
 
+inline void clear(char* memory, size_t bytes, void*) { std::memset(memory, 0, bytes); }
+
 #else
+
+inline void check(cudaError_t error, const std::string& what) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // so that nobody else finds it
+  throw std::runtime_error(what + ": " + cudaGetErrorString(error));
+}
 
 template <typename Kernel>
 __global__ void run_kernel(const __grid_constant__ typename Kernel::Arguments arguments) {
   Kernel::run(arguments);
 }
 
-// All blocks run at once, or the launch is refused: `what` names kernel and shape in the error.
+// False where the blocks wait for each other and the device does not run that many at once; then
+// nothing has been started. `what` names kernel and shape in errors.
 template <typename Kernel>
-void launch(const char* what, Grid grid, void* stream, typename Kernel::Arguments arguments) {
-  void* parameters[] = {&arguments};
-  const cudaError_t error = cudaLaunchCooperativeKernel(
-      reinterpret_cast<const void*>(&run_kernel<Kernel>), dim3(unsigned(grid.blocks)),
-      dim3(unsigned(grid.threads)), parameters, Kernel::kSharedBytes,
-      static_cast<cudaStream_t>(stream));
-  if (error != cudaSuccess) {
-    throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
+bool launch(const std::string& what, Grid grid, void* stream,
+            const typename Kernel::Arguments& arguments) {
+  cudaLaunchAttribute cooperative;
+  cooperative.id = cudaLaunchAttributeCooperative;
+  cooperative.val.cooperative = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(unsigned(grid.blocks));
+  config.blockDim = dim3(unsigned(grid.threads));
+  config.dynamicSmemBytes = Kernel::kSharedBytes;
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &cooperative;
+  config.numAttrs = Kernel::kBlocksWait;
+  const cudaError_t error = cudaLaunchKernelEx(&config, run_kernel<Kernel>, arguments);
+  if (error == cudaErrorCooperativeLaunchTooLarge && grid.blocks > 1) {
+    cudaGetLastError();
+    return false;
   }
+  check(error, what);
+  return true;
+}
+
+inline void clear(char* memory, size_t bytes, void* stream) {
+  check(cudaMemsetAsync(memory, 0, bytes, static_cast<cudaStream_t>(stream)), "clearing memory");
 }
 
 #endif

@@ -28,6 +28,7 @@ class PlainBackward {
     A* dm;           // [D, N, H] where there is a projection: the gradient of what is projected
   };
 
+  static constexpr bool kBlocksWait = true;
   static constexpr size_t kSharedBytes = sizeof(A) * kRowTile * kChunk;
 
   RNNKERN_DEVICE static void run(const Arguments& arguments) { PlainBackward(arguments).scan(); }
@@ -185,6 +186,7 @@ class PlainGradients {
     const T* zeros;
   };
 
+  static constexpr bool kBlocksWait = false;
   static constexpr size_t kSharedBytes = 0;
 
   RNNKERN_DEVICE static void run(const Arguments& arguments) { PlainGradients(arguments).all(); }

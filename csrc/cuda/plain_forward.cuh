@@ -27,6 +27,7 @@ class PlainForward {
     A* carried;      // [D, N, H] where kCarriesCells
   };
 
+  static constexpr bool kBlocksWait = true;
   static constexpr size_t kSharedBytes = sizeof(A) * kRowTile * kChunk;
 
   RNNKERN_DEVICE static void run(const Arguments& arguments) { PlainForward(arguments).scan(); }

@@ -1,6 +1,8 @@
-// Lays out a scan on the GPU and starts its kernels. With RNNKERN_SIMT, plain C++ for the stand-in.
+// Lays out a scan of tensors of RNNKERN_ELEMENT on the GPU and starts its kernels. With
+// RNNKERN_SIMT plain C++, for the stand-in.
 #include <string>
 
+#include "cuda/device.h"
 #include "cuda/kernels.h"
 #include "cuda/launch.cuh"
 #include "cuda/plain_backward.cuh"
@@ -18,10 +20,9 @@ constexpr int kThreads = kPlainThreads;
 #endif
 
 // Batch rows first, for their teams need not wait for each other; then units, as many blocks as
-// run at once.
+// run at once, one a multiprocessor.
 Teams teams_for(const Sizes& z, int64_t N, const cuda::Device& device) {
-  const int64_t blocks = int64_t(device.multiprocessors) * device.blocks_per_multiprocessor;
-  const int64_t most = blocks / z.D > 1 ? blocks / z.D : 1;  // of a direction
+  const int64_t most = device.multiprocessors / z.D > 1 ? device.multiprocessors / z.D : 1;
   const int64_t tiles = (N + kRowTile - 1) / kRowTile;
   const int64_t groups = (z.H + kThreads / kWarp - 1) / (kThreads / kWarp);
   Teams teams;
@@ -31,18 +32,23 @@ Teams teams_for(const Sizes& z, int64_t N, const cuda::Device& device) {
   return teams;
 }
 
+// What a scan needs of scratch memory, its first bytes zero.
+struct Layout {
+  size_t zero_bytes = 0, bytes = 0;
+};
+
 // Carves the scratch memory of a scan: flags and zeros first, for they begin as zero.
 template <typename T>
 struct Common {
   Teams teams;
   T* zeros;
-  cuda::Workspace size;
+  Layout layout;
 
   Common(const Sizes& z, int64_t N, const cuda::Device& device, Carver& carver)
       : teams(teams_for(z, N, device)) {
     teams.flags = carver.take<int>(blocks(z));
     zeros = carver.take<T>(z.H > z.O ? z.H : z.O);
-    size.zero_bytes = carver.used();
+    layout.zero_bytes = carver.used();
   }
   int blocks(const Sizes& z) const { return z.D * teams.row_blocks * teams.unit_blocks; }
 };
@@ -53,9 +59,11 @@ std::string name_of(const char* pass, const Sizes& z, const Steps& s) {
          " H=" + std::to_string(z.H) + ")";
 }
 
+// A scan laid out for a device: plan(memory) says what it needs, and given that much memory starts
+// the kernels; false where a launch asks for more blocks at once than the device runs.
 template <typename T, typename Cell>
-cuda::Workspace forward_of(const Forward<T>& f, const cuda::Device& device, char* memory,
-                           void* stream) {
+bool start(const Forward<T>& f, const cuda::Device& device, char* memory, void* stream,
+           Layout* layout) {
   using Kernel = PlainForward<T, Cell>;
   const Sizes& z = f.sizes;
   Carver carver(memory);
@@ -66,17 +74,17 @@ cuda::Workspace forward_of(const Forward<T>& f, const cuda::Device& device, char
   if (Cell::kShape.cell_state && kNarrow<T>) {
     arguments.carried = carver.take<Compute<T>>(rows * z.H);
   }
-  common.size.bytes = carver.used();
-  if (memory) {
-    launch<Kernel>(name_of("forward", z, f.steps).c_str(), {common.blocks(z), kThreads}, stream,
-                   arguments);
-  }
-  return common.size;
+  common.layout.bytes = carver.used();
+  *layout = common.layout;
+  if (!memory) return true;
+  clear(memory, layout->zero_bytes, stream);
+  return launch<Kernel>(name_of("forward", z, f.steps), {common.blocks(z), kThreads}, stream,
+                        arguments);
 }
 
 template <typename T, typename Cell>
-cuda::Workspace backward_of(const Backward<T>& b, const cuda::Device& device, char* memory,
-                            void* stream) {
+bool start(const Backward<T>& b, const cuda::Device& device, char* memory, void* stream,
+           Layout* layout) {
   using Kernel = PlainBackward<T, Cell>;
   using A = Compute<T>;
   const Sizes& z = b.sizes;
@@ -87,16 +95,40 @@ cuda::Workspace backward_of(const Backward<T>& b, const cuda::Device& device, ch
   arguments.dh = carver.take<A>(rows * z.O);
   if (Cell::kShape.cell_state) arguments.dc = carver.take<A>(rows * z.H);
   if (z.projected) arguments.dm = carver.take<A>(rows * z.H);
-  common.size.bytes = carver.used();
-  if (memory) {
-    launch<Kernel>(name_of("backward", z, b.steps).c_str(), {common.blocks(z), kThreads}, stream,
-                   arguments);
-    launch<PlainGradients<T, Cell>>(
-        name_of("gradients", z, b.steps).c_str(),
-        {device.multiprocessors * device.blocks_per_multiprocessor, kThreads}, stream,
-        {b, common.zeros});
-  }
-  return common.size;
+  common.layout.bytes = carver.used();
+  *layout = common.layout;
+  if (!memory) return true;
+  clear(memory, layout->zero_bytes, stream);
+  return launch<Kernel>(name_of("backward", z, b.steps), {common.blocks(z), kThreads}, stream,
+                        arguments) &&
+         launch<PlainGradients<T, Cell>>(name_of("gradients", z, b.steps),
+                                         {device.multiprocessors, kThreads}, stream,
+                                         {b, common.zeros});
+}
+
+template <typename Scan>
+bool start_any(const Scan& scan, const cuda::Device& device, char* memory, void* stream,
+               Layout* layout) {
+  return with_cell(scan.sizes.cell, [&](auto cell) {
+    return start<typename Scan::Element, decltype(cell)>(scan, device, memory, stream, layout);
+  });
+}
+
+template <typename Scan>
+size_t bytes_of(const Scan& scan, const cuda::Call& call) {
+  Layout layout;
+  start_any(scan, cuda::device(call.device), nullptr, nullptr, &layout);
+  return layout.bytes;
+}
+
+// Where other work holds a part of the device, fewer blocks run at once: then a smaller plan, which
+// needs no more memory.
+template <typename Scan>
+void run_any(const Scan& scan, const cuda::Call& call, char* workspace) {
+  const cuda::Current current(call.device);
+  cuda::Device device = cuda::device(call.device);
+  Layout layout;
+  while (!start_any(scan, device, workspace, call.stream, &layout)) device.multiprocessors /= 2;
 }
 
 }  // namespace
@@ -106,41 +138,22 @@ namespace cuda {
 
 using namespace RNNKERN_NAMESPACE;
 
-template <typename T>
-Workspace forward_workspace(const Forward<T>& scan, const Device& device) {
-  return with_cell(scan.sizes.cell, [&](auto cell) {
-    return forward_of<T, decltype(cell)>(scan, device, nullptr, nullptr);
-  });
+template <>
+size_t workspace_bytes(const Forward<RNNKERN_ELEMENT>& scan, const Call& call) {
+  return bytes_of(scan, call);
 }
-template <typename T>
-Workspace backward_workspace(const Backward<T>& scan, const Device& device) {
-  return with_cell(scan.sizes.cell, [&](auto cell) {
-    return backward_of<T, decltype(cell)>(scan, device, nullptr, nullptr);
-  });
+template <>
+size_t workspace_bytes(const Backward<RNNKERN_ELEMENT>& scan, const Call& call) {
+  return bytes_of(scan, call);
 }
-template <typename T>
-void forward(const Forward<T>& scan, const Device& device, char* workspace, void* stream) {
-  with_cell(scan.sizes.cell, [&](auto cell) {
-    return forward_of<T, decltype(cell)>(scan, device, workspace, stream);
-  });
+template <>
+void run(const Forward<RNNKERN_ELEMENT>& scan, const Call& call, char* workspace) {
+  run_any(scan, call, workspace);
 }
-template <typename T>
-void backward(const Backward<T>& scan, const Device& device, char* workspace, void* stream) {
-  with_cell(scan.sizes.cell, [&](auto cell) {
-    return backward_of<T, decltype(cell)>(scan, device, workspace, stream);
-  });
+template <>
+void run(const Backward<RNNKERN_ELEMENT>& scan, const Call& call, char* workspace) {
+  run_any(scan, call, workspace);
 }
-
-#define RNNKERN_INSTANTIATE(T)                                                 \
-  template Workspace forward_workspace<T>(const Forward<T>&, const Device&);   \
-  template Workspace backward_workspace<T>(const Backward<T>&, const Device&); \
-  template void forward<T>(const Forward<T>&, const Device&, char*, void*);    \
-  template void backward<T>(const Backward<T>&, const Device&, char*, void*);
-RNNKERN_INSTANTIATE(float)
-RNNKERN_INSTANTIATE(double)
-RNNKERN_INSTANTIATE(Bf16)
-RNNKERN_INSTANTIATE(F16)
-#undef RNNKERN_INSTANTIATE
 
 }  // namespace cuda
 }  // namespace rnnkern

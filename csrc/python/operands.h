@@ -6,6 +6,7 @@
 #include <utility>
 #include <vector>
 
+#include "cuda/kernels.h"
 #include "python/layer.h"
 #include "python/new_tensor.h"
 #include "python/torch.h"
@@ -48,6 +49,14 @@ auto with_element(dlpack::DataType dtype, F f) {
   return decltype(f(float{})){};
 }
 
+constexpr dlpack::Device kHost = {dlpack::kCpu, 0};
+
+// Why there are no kernels for tensors of this device, or null.
+inline const char* refusal_of(dlpack::Device device) {
+  if (device.type == dlpack::kCpu) return nullptr;
+  return device.type == dlpack::kCuda ? cuda::refusal(device.id) : "device other than cpu and cuda";
+}
+
 // Why no kernel covers this tensor, or null. `like` is the tensor whose dtype it must share.
 inline const char* refusal_of(py::handle object, const TensorView* like, TensorView* view) {
   if (!is_tensor(object)) return "tensor subclass";
@@ -56,11 +65,12 @@ inline const char* refusal_of(py::handle object, const TensorView* like, TensorV
     return kNoMemory;
   }
   const dlpack::Tensor& t = view->tensor;
-  if (t.device.type != dlpack::kCpu) return "device other than cpu";
+  if (const char* reason = refusal_of(t.device)) return reason;
   if (!with_element(t.dtype, [](auto) { return true; })) {
     return "dtype other than float32, float64, bfloat16 and float16";
   }
   if (like && like->tensor.dtype != t.dtype) return "mixed dtypes";
+  if (like && like->tensor.device != t.device) return "tensors on different devices";
   int64_t elements = 1;
   for (int i = 0; i < t.ndim; ++i) elements *= t.shape[i];
   if (elements && !t.data) return kNoMemory;
@@ -110,6 +120,8 @@ class Operands {
   Sizes sizes;
   Steps steps;
 
+  dlpack::Device device() const { return x_.tensor.device; }
+
   // `list` has size() and [].
   template <typename List>
   void read_weights(const List& list, Weights<T>* out) {
@@ -120,8 +132,7 @@ class Operands {
     const int gates = cell_shape(sizes.cell).gates;
     size_t i = 0;
     for (int d = 0; d < layer_.directions; ++d) {
-      const TensorView w_ih = float_view<T>(list[i++], "weight_ih"),
-                       w_hh = float_view<T>(list[i++], "weight_hh");
+      const TensorView w_ih = view(list[i++], "weight_ih"), w_hh = view(list[i++], "weight_hh");
       const int64_t rows = gates * sizes.H;
       w_ih.expect_shape({rows, sizes.I});
       w_hh.expect_shape({rows, sizes.O});
@@ -135,7 +146,7 @@ class Operands {
         w.b_hh = vector(list[i++], "bias_hh", rows);
       }
       if (layer_.projected) {
-        const TensorView w_hr = float_view<T>(list[i++], "weight_hr");
+        const TensorView w_hr = view(list[i++], "weight_hr");
         w_hr.expect_shape({sizes.O, sizes.H});
         w.w_hr = w_hr.template data<const T>();
         w.w_hr_row = w_hr.stride(0);
@@ -148,14 +159,14 @@ class Operands {
   template <typename U>
   Rows<U> rows(py::handle object, const char* name, int64_t features) {
     if (object.is_none()) return {};
-    return rows_of<U>(float_view<T>(object, name), features);
+    return rows_of<U>(view(object, name), features);
   }
 
   // As rows, but the last axis may be expanded from one element, as in the gradient of a sum.
   Rows<const T> incoming_rows(py::handle object, const char* name, int64_t features,
                               bool* uniform) {
     if (object.is_none()) return {};
-    const TensorView v = float_view<T>(object, name, true);
+    const TensorView v = view(object, name, true);
     const int64_t stride = v.tensor.ndim ? v.stride(v.tensor.ndim - 1) : 1;
     *uniform = features > 1 && stride == 0;
     if (features > 1 && stride > 1 && steps.total) v.fail(std::string("is not covered: ") + kGaps);
@@ -165,7 +176,7 @@ class Operands {
   template <typename U>
   State<U> state(py::handle object, const char* name, int64_t features) {
     if (object.is_none()) return {};
-    const TensorView v = float_view<T>(object, name);
+    const TensorView v = view(object, name);
     v.expect_shape({sizes.D, steps.N, features});
     return {v.data<U>(), v.stride(0), v.stride(1)};
   }
@@ -173,7 +184,7 @@ class Operands {
   // New tensors like the input, and where to write.
   template <typename U = T>
   py::object make(const Shape& shape, U** data) const {
-    NewTensor made = new_tensor(object_, shape, dlpack::kDataType<T>, deterministic);
+    NewTensor made = new_tensor(object_, device(), shape, dlpack::kDataType<T>, deterministic);
     *data = static_cast<T*>(made.data);
     return std::move(made.object);
   }
@@ -210,7 +221,7 @@ class Operands {
 
   // What was saved, as autograd hands it back: hooks may have made another tensor of it.
   T* saved_data(py::handle object, int64_t elements) const {
-    const TensorView v = float_view<T>(object, "what forward saved");
+    const TensorView v = view(object, "what forward saved");
     v.expect_shape({elements});
     return v.data<T>();
   }
@@ -236,7 +247,22 @@ class Operands {
   }
 
  private:
-  // steps: None, or (active, order, reset, packed), each tensor or None.
+  TensorView view(py::handle object, const char* name, bool allow_gaps = false) const {
+    const TensorView v = float_view<T>(object, name, allow_gaps);
+    v.expect_device(device());
+    return v;
+  }
+
+  // Numbers that say which rows take part, where the kernels run or else on the CPU.
+  TensorView index_view(py::handle object, const char* name, dlpack::Device where) const {
+    const TensorView v = view_of(object, name);
+    v.expect_device(where);
+    v.expect_dtype({dlpack::kInt, 64, 1}, "int64");
+    return v;
+  }
+
+  // steps: None, or (active, order, reset, packed, placed), each tensor or None; as in
+  // sequence.Steps.
   void read_steps(py::handle object) {
     const bool packed = !object.is_none() &&
                         py::cast<bool>(py::tuple(py::reinterpret_borrow<py::object>(object))[3]);
@@ -250,43 +276,64 @@ class Operands {
     }
     if (object.is_none()) return;
     const py::tuple parts = py::reinterpret_borrow<py::object>(object);
-    if (!parts[0].is_none()) read_active(parts[0], packed);
+    if (packed) {
+      read_batch_sizes(parts[0], parts[4]);
+    } else if (!parts[0].is_none()) {
+      read_active(parts[0]);
+    }
     if (!parts[1].is_none()) read_order(parts[1]);
     if (!parts[2].is_none()) read_reset(parts[2]);
   }
 
-  void read_active(py::handle object, bool packed) {
-    const TensorView v = view_of(object, packed ? "batch_sizes" : "active rows");
-    v.expect_dtype({dlpack::kInt, 64, 1}, "int64");
-    if (packed) {
-      if (v.tensor.ndim != 1) v.fail("must have one axis");
-      steps.T = v.size(0);
-      steps.N = steps.T ? v.data<const int64_t>()[0] : 0;
-    }
-    v.expect_shape({steps.T});
-    steps.active = v.data<const int64_t>();
-    int64_t total = 0;
+  void check_active(const TensorView& v) const {
+    const auto* active = v.data<const int64_t>();
     for (int64_t t = 0; t < steps.T; ++t) {
-      if (packed) start_.push_back(total);
-      if (steps.active[t] < 0 || steps.active[t] > (t ? steps.active[t - 1] : steps.N)) {
+      if (active[t] < 0 || active[t] > (t ? active[t - 1] : steps.N)) {
         v.fail("must not increase, nor be negative");
       }
-      total += steps.active[t];
-    }
-    if (!packed) return;
-    steps.start = start_.data();
-    steps.total = total;
-    if (x_.size(0) != total) {
-      x_.fail("has " + std::to_string(x_.size(0)) + " rows, but the batch_sizes add up to " +
-              std::to_string(total));
     }
   }
 
+  // On a GPU nobody can look at them here: sequence.py has made them.
+  void read_active(py::handle object) {
+    const TensorView v = index_view(object, "active rows", device());
+    v.expect_shape({steps.T});
+    if (device().type == dlpack::kCpu) check_active(v);
+    steps.active = v.data<const int64_t>();
+  }
+
+  // Those of a packed sequence, which are on the CPU; `placed` is the same for another device.
+  void read_batch_sizes(py::handle object, py::handle placed) {
+    const TensorView v = index_view(object, "batch_sizes", kHost);
+    if (v.tensor.ndim != 1) v.fail("must have one axis");
+    const auto* sizes = v.data<const int64_t>();
+    steps.T = v.size(0);
+    steps.N = steps.T ? sizes[0] : 0;
+    check_active(v);
+    for (int64_t t = 0; t < steps.T; ++t) {
+      start_.push_back(steps.total);
+      steps.total += sizes[t];
+    }
+    if (x_.size(0) != steps.total) {
+      x_.fail("has " + std::to_string(x_.size(0)) + " rows, but the batch_sizes add up to " +
+              std::to_string(steps.total));
+    }
+    if (device().type == dlpack::kCpu) {
+      steps.active = sizes;
+      steps.start = start_.data();
+      return;
+    }
+    const TensorView p = index_view(placed, "batch_sizes and starts", device());
+    p.expect_shape({2, steps.T});
+    steps.active = p.data<const int64_t>();
+    steps.start = steps.active + steps.T;
+  }
+
   void read_order(py::handle object) {
-    const TensorView v = view_of(object, "order of rows");
-    v.expect_dtype({dlpack::kInt, 64, 1}, "int64");
+    const TensorView v = index_view(object, "order of rows", device());
     v.expect_shape({steps.N});
     steps.order = v.data<const int64_t>();
+    if (device().type != dlpack::kCpu) return;  // sequence.py has looked
     std::vector<bool> seen(size_t(steps.N), false);
     for (int64_t k = 0; k < steps.N; ++k) {
       const int64_t row = steps.order[k];
@@ -298,6 +345,7 @@ class Operands {
 
   void read_reset(py::handle object) {
     const TensorView v = view_of(object, "reset");
+    v.expect_device(device());
     v.expect_dtype({dlpack::kBool, 8, 1}, "bool");
     const int t = layer_.batch_first ? 1 : 0;
     if (v.tensor.ndim != 2 || v.size(t) != steps.T || v.size(1 - t) != steps.N) {
@@ -324,7 +372,7 @@ class Operands {
   }
 
   const T* vector(py::handle object, const char* name, int64_t size) {
-    const TensorView v = float_view<T>(object, name);
+    const TensorView v = view(object, name);
     v.expect_shape({size});
     return v.data<const T>();
   }

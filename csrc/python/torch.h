@@ -4,6 +4,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include <string>
 #include <vector>
 
 #include "dlpack_view.h"
@@ -24,7 +25,9 @@ struct TorchApi {
   // Methods of torch.Tensor, as plain functions of a tensor.
   PyObject *is_neg, *new_empty_strided;
   // Questions without arguments.
-  PyObject *num_threads, *deterministic, *grad_enabled, *inference_mode, *autocast;
+  PyObject *num_threads, *deterministic, *grad_enabled, *inference_mode;
+  PyObject *autocast_on_cpu, *autocast_on_cuda;
+  PyObject* float32_on_cuda;  // how torch.nn's recurrent layers multiply float32 there: a string
   std::vector<Mode> modes;
   PyObject* forward_ad;  // the namespace of torch.autograd.forward_ad
 };
@@ -52,6 +55,22 @@ inline PyObject* find_in(PyObject* dict, PyObject* name) {
   return found;
 }
 
+inline bool is_autocast(dlpack::Device device) {
+  return is_so(device.type == dlpack::kCuda ? api.autocast_on_cuda : api.autocast_on_cpu);
+}
+
+// torch.backends.cudnn.rnn.fp32_precision, or the older torch.backends.cudnn.allow_tf32.
+inline bool is_tf32_allowed() { return ask(api.float32_on_cuda).cast<std::string>() == "tf32"; }
+
+// The stream that torch works on now, a cudaStream_t.
+inline void* current_stream(dlpack::Device device) {
+  void* stream = nullptr;
+  if (api.exchange->current_stream(device.type, device.id, &stream) != 0) {
+    throw py::error_already_set();
+  }
+  return stream;
+}
+
 inline int num_threads() { return ask(api.num_threads).cast<int>(); }
 
 inline void bind_torch() {
@@ -67,7 +86,7 @@ inline void bind_torch() {
   while (table && table->header.major != 1) {
     table = reinterpret_cast<const dlpack::ExchangeTable*>(table->header.previous);
   }
-  if (!table || !table->view_of_object || !table->managed_to_object)
+  if (!table || !table->view_of_object || !table->managed_to_object || !table->current_stream)
     throw py::import_error("this torch has no DLPack 1.x exchange table");
   api.exchange = table;
   api.tensor = reinterpret_cast<PyTypeObject*>(keep(type));
@@ -79,8 +98,11 @@ inline void bind_torch() {
   api.deterministic = keep(core.attr("_get_deterministic_algorithms"));
   api.grad_enabled = keep(package.attr("is_grad_enabled"));
   api.inference_mode = keep(package.attr("is_inference_mode_enabled"));
-  api.autocast = keep(
-      py::module_::import("functools").attr("partial")(package.attr("is_autocast_enabled"), "cpu"));
+  const py::object partial = py::module_::import("functools").attr("partial"),
+                   autocast = package.attr("is_autocast_enabled");
+  api.autocast_on_cpu = keep(partial(autocast, "cpu"));
+  api.autocast_on_cuda = keep(partial(autocast, "cuda"));
+  api.float32_on_cuda = keep(partial(core.attr("_get_fp32_precision_getter"), "cuda", "rnn"));
   api.modes = {
       {keep(core.attr("_get_tracing_state")), "torch.jit.trace"},
       {keep(core.attr("_are_functorch_transforms_active")), "torch.func transform"},

@@ -7,6 +7,7 @@
 
 #include "cpu/kernels.h"
 #include "cpu/threads.h"
+#include "cuda/device.h"
 #include "cuda/kernels.h"
 
 namespace rnnkern {
@@ -27,48 +28,51 @@ Machine machine_for(int) {
   return {};
 }
 
-namespace {
+namespace cuda {
 
 // Few multiprocessors, of an odd number, so that small layers are split in every way: rows and
 // units of both directions.
-constexpr cuda::Device kDevice = {13, 1};
+const Device& device(int) {
+  static const Device stand_in = {13, 48 << 10};
+  return stand_in;
+}
+Current::Current(int device) : before_(device), device_(device) {}
+Current::~Current() = default;
 
-// run(memory), with the beginning of the memory zero and all else NaN.
-template <typename Run>
-void with_memory(const cuda::Workspace& size, Run run) {
+}  // namespace cuda
+
+template <typename Scan>
+void run_on_stand_in(const Scan& scan) {
+  const cuda::Call call = {0, nullptr, false};
   constexpr size_t kAlignment = 256;
-  const size_t bytes = (size.bytes + kAlignment - 1) / kAlignment * kAlignment;
+  const size_t bytes =
+      (cuda::workspace_bytes(scan, call) + kAlignment - 1) / kAlignment * kAlignment;
   const std::unique_ptr<char, decltype(&std::free)> memory(
       static_cast<char*>(std::aligned_alloc(kAlignment, bytes)), &std::free);
-  std::memset(memory.get(), 0xff, bytes);
-  std::memset(memory.get(), 0, size.zero_bytes);
-  const portable::FlushDenormals flush;  // as the kernels are compiled to do
-  run(memory.get());
+  std::memset(memory.get(), 0xff, bytes);  // NaN
+  const portable::FlushDenormals flush;    // as the kernels are compiled to do
+  cuda::run(scan, call, memory.get());
 }
 
-}  // namespace
-
 template <typename T>
-void forward(const Forward<T>& scan, int, bool) {
-  with_memory(cuda::forward_workspace(scan, kDevice),
-              [&](char* memory) { cuda::forward(scan, kDevice, memory, nullptr); });
+void run(const Forward<T>& scan, int, bool) {
+  run_on_stand_in(scan);
 }
 template <typename T>
-void backward(const Backward<T>& scan, int, bool) {
-  with_memory(cuda::backward_workspace(scan, kDevice),
-              [&](char* memory) { cuda::backward(scan, kDevice, memory, nullptr); });
+void run(const Backward<T>& scan, int, bool) {
+  run_on_stand_in(scan);
 }
 
 // The stand-in has no kernels for it, and nobody asks (`has_kernels`).
 template <>
-void forward(const Forward<F32ByBf16>&, int, bool) {}
+void run(const Forward<F32ByBf16>&, int, bool) {}
 template <>
-void backward(const Backward<F32ByBf16>&, int, bool) {}
+void run(const Backward<F32ByBf16>&, int, bool) {}
 
-#define RNNKERN_INSTANTIATE(T)                            \
-  template Machine machine_for<T>(int);                   \
-  template void forward<T>(const Forward<T>&, int, bool); \
-  template void backward<T>(const Backward<T>&, int, bool);
+#define RNNKERN_INSTANTIATE(T)                        \
+  template Machine machine_for<T>(int);               \
+  template void run<T>(const Forward<T>&, int, bool); \
+  template void run<T>(const Backward<T>&, int, bool);
 RNNKERN_INSTANTIATE(float)
 RNNKERN_INSTANTIATE(double)
 RNNKERN_INSTANTIATE(Bf16)

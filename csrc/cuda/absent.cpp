@@ -1,0 +1,44 @@
+// In place of the CUDA kernels in a build without them. Nobody calls what throws here: refusal()
+// comes first.
+#include <stdexcept>
+
+#include "cuda/kernels.h"
+
+namespace rnnkern::cuda {
+namespace {
+
+constexpr char kReason[] = "CUDA tensors, and this build of rnnkern has no CUDA kernels";
+
+}  // namespace
+
+const char* version() { return nullptr; }
+const char* architectures() { return nullptr; }
+const char* driver() { return nullptr; }
+const char* refusal(int) { return kReason; }
+
+#ifndef RNNKERN_SIMT
+#define RNNKERN_INSTANTIATE(T)                              \
+  template <>                                               \
+  size_t workspace_bytes(const Forward<T>&, const Call&) {  \
+    throw std::logic_error(kReason);                        \
+  }                                                         \
+  template <>                                               \
+  size_t workspace_bytes(const Backward<T>&, const Call&) { \
+    throw std::logic_error(kReason);                        \
+  }                                                         \
+  template <>                                               \
+  void run(const Forward<T>&, const Call&, char*) {         \
+    throw std::logic_error(kReason);                        \
+  }                                                         \
+  template <>                                               \
+  void run(const Backward<T>&, const Call&, char*) {        \
+    throw std::logic_error(kReason);                        \
+  }
+RNNKERN_INSTANTIATE(float)
+RNNKERN_INSTANTIATE(double)
+RNNKERN_INSTANTIATE(Bf16)
+RNNKERN_INSTANTIATE(F16)
+#undef RNNKERN_INSTANTIATE
+#endif
+
+}  // namespace rnnkern::cuda

@@ -1,0 +1,103 @@
+// The CUDA runtime as far as it is not launches: which devices there are, and whether their driver
+// will do.
+#include <cuda_runtime_api.h>
+
+#include <map>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+
+#include "cuda/device.h"
+#include "cuda/kernels.h"
+
+namespace rnnkern::cuda {
+namespace {
+
+constexpr int kOldest = 8;  // major compute capability
+
+std::string version_text(int version) {
+  return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
+}
+
+// 0 without a driver.
+int driver_version() {
+  int version = 0;
+  return cudaDriverGetVersion(&version) == cudaSuccess ? version : 0;
+}
+
+struct Found {
+  Device device;
+  std::string refusal;
+};
+
+Found find(int id) {
+  Found found;
+  const int driver = driver_version();
+  if (driver / 1000 < CUDART_VERSION / 1000) {
+    found.refusal = "an NVIDIA driver for CUDA " + version_text(driver) +
+                    ", and this build of rnnkern needs one for CUDA " +
+                    version_text(CUDART_VERSION);
+    return found;
+  }
+  cudaDeviceProp properties;
+  const cudaError_t error = cudaGetDeviceProperties(&properties, id);
+  if (error != cudaSuccess) {
+    cudaGetLastError();  // so that nobody else finds it
+    found.refusal = std::string("a CUDA device that does not answer: ") + cudaGetErrorString(error);
+    return found;
+  }
+  if (properties.major < kOldest) {
+    found.refusal = "a GPU of compute capability " + std::to_string(properties.major) + "." +
+                    std::to_string(properties.minor) + ", older than " + std::to_string(kOldest) +
+                    ".0";
+  }
+  found.device.multiprocessors = properties.multiProcessorCount;
+  found.device.shared_bytes = int64_t(properties.sharedMemPerBlockOptin);
+  return found;
+}
+
+const Found& found(int id) {
+  static std::mutex mutex;
+  static auto& all = *new std::map<int, Found>();  // outlives the interpreter
+  const std::lock_guard lock(mutex);
+  const auto [place, is_new] = all.try_emplace(id);
+  if (is_new) place->second = find(id);
+  return place->second;
+}
+
+void check(cudaError_t error, const char* what) {
+  if (error != cudaSuccess) {
+    throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
+  }
+}
+
+}  // namespace
+
+const char* version() {
+  static const std::string text = version_text(CUDART_VERSION);
+  return text.c_str();
+}
+const char* architectures() { return RNNKERN_CUDA_ARCHITECTURES; }
+
+const char* driver() {
+  static const int version = driver_version();
+  static const std::string text = version_text(version);
+  return version ? text.c_str() : nullptr;
+}
+
+const char* refusal(int device) {
+  const std::string& reason = found(device).refusal;
+  return reason.empty() ? nullptr : reason.c_str();
+}
+
+const Device& device(int id) { return found(id).device; }
+
+Current::Current(int device) : before_(device), device_(device) {
+  check(cudaGetDevice(&before_), "the current CUDA device");
+  if (before_ != device_) check(cudaSetDevice(device_), "the tensors' CUDA device");
+}
+Current::~Current() {
+  if (before_ != device_) cudaSetDevice(before_);
+}
+
+}  // namespace rnnkern::cuda

@@ -1,0 +1,47 @@
+// Runs a scan where its operands are.
+#pragma once
+
+#include <optional>
+
+#include "cpu/kernels.h"
+#include "cuda/kernels.h"
+#include "plan.h"
+#include "python/operands.h"
+
+namespace rnnkern {
+
+// Lets other Python threads run meanwhile, where that takes longer than to switch to them: some 4
+// us.
+template <typename Run>
+void with_interpreter_released(const Sizes& sizes, const Steps& steps, Run run) {
+  constexpr double kFlopsOfOneStep = 4e3;  // what the shortest step costs, in products
+  constexpr double kFlopsOfSwitch = 200e3;
+  const double work = sizes.D * double(steps.total) * (flops_per_row(sizes) + kFlopsOfOneStep);
+  std::optional<py::gil_scoped_release> release;
+  if (work > kFlopsOfSwitch) release.emplace();
+  run();
+}
+
+// On the CPU it has run when this returns. On a GPU it is queued on torch's present stream; scratch
+// memory is torch's, whose allocator gives it to nobody else before the kernels of that stream are
+// done.
+template <typename T, typename Scan>
+void run(const Operands<T>& operands, const Scan& scan) {
+  const dlpack::Device device = operands.device();
+  if (device.type == dlpack::kCpu) {
+    const int threads = num_threads();
+    with_interpreter_released(scan.sizes, scan.steps,
+                              [&] { run(scan, threads, operands.deterministic); });
+    return;
+  }
+  if constexpr (cuda::kHasKernels<T>) {
+    const cuda::Call call = {device.id, current_stream(device), is_tf32_allowed()};
+    const size_t bytes = cuda::workspace_bytes(scan, call);
+    T* workspace = nullptr;
+    const py::object kept =
+        operands.make(dense({int64_t((bytes + sizeof(T) - 1) / sizeof(T))}), &workspace);
+    cuda::run(scan, call, reinterpret_cast<char*>(workspace));
+  }
+}
+
+}  // namespace rnnkern
