@@ -17,22 +17,14 @@ const char* driver() { return nullptr; }
 const char* refusal(int) { return kReason; }
 
 #ifndef RNNKERN_SIMT
-#define RNNKERN_INSTANTIATE(T)                              \
-  template <>                                               \
-  size_t workspace_bytes(const Forward<T>&, const Call&) {  \
-    throw std::logic_error(kReason);                        \
-  }                                                         \
-  template <>                                               \
-  size_t workspace_bytes(const Backward<T>&, const Call&) { \
-    throw std::logic_error(kReason);                        \
-  }                                                         \
-  template <>                                               \
-  void run(const Forward<T>&, const Call&, char*) {         \
-    throw std::logic_error(kReason);                        \
-  }                                                         \
-  template <>                                               \
-  void run(const Backward<T>&, const Call&, char*) {        \
-    throw std::logic_error(kReason);                        \
+#define RNNKERN_INSTANTIATE(T)                                 \
+  template <>                                                  \
+  void run(const Forward<T>&, const Call&, const Allocate&) {  \
+    throw std::logic_error(kReason);                           \
+  }                                                            \
+  template <>                                                  \
+  void run(const Backward<T>&, const Call&, const Allocate&) { \
+    throw std::logic_error(kReason);                           \
   }
 RNNKERN_INSTANTIATE(float)
 RNNKERN_INSTANTIATE(double)

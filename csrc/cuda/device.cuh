@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "cells/math.h"
+#include "cells/narrow.h"
 
 #ifdef RNNKERN_SIMT
 #include <source_location>
@@ -23,6 +24,16 @@ namespace rnnkern {
 namespace RNNKERN_NAMESPACE {
 
 constexpr int kWarp = 32;
+
+// 16 bytes, the most that a lane moves at once.
+struct alignas(16) Quad {
+  uint32_t words[4];
+};
+
+// float32 that is multiplied as TF32: its last 13 bits are zero.
+struct Tf32 {
+  float number;
+};
 
 #ifdef RNNKERN_SIMT
 
@@ -45,6 +56,75 @@ RNNKERN_DEVICE void wait_until(const int* flag, int least, RNNKERN_HERE) {
 RNNKERN_DEVICE void set_flag(int* flag, int value) {
   *flag = value;
   simt::launch().progress();
+}
+
+// All lanes of the warp are here, and see what each has written.
+RNNKERN_DEVICE void sync_warp(RNNKERN_HERE) {
+  if (!simt::left_out(where)) simt::launch().meet(simt::warp().meeting);
+}
+
+// What other blocks have written, past this multiprocessor's cache.
+RNNKERN_DEVICE Quad load_from_l2(const Quad* from) { return *from; }
+
+// f(lanes) with a pointer to the `own` of each lane of the warp.
+template <typename Value, typename F>
+auto with_all_lanes(const Value& own, F f) {
+  simt::Warp& warp = simt::warp();
+  warp.values[thread_index() % kWarp] = reinterpret_cast<uintptr_t>(&own);
+  simt::launch().meet(warp.meeting);
+  const auto result = f(
+      [&](int lane) -> const Value& { return *reinterpret_cast<const Value*>(warp.values[lane]); });
+  simt::launch().meet(warp.meeting);
+  return result;
+}
+
+template <typename A>
+RNNKERN_DEVICE A from_lane_xor(A value, int mask) {
+  return with_all_lanes(value, [&](auto lane) { return lane((thread_index() % kWarp) ^ mask); });
+}
+
+RNNKERN_DEVICE Tf32 to_tf32(float x) {
+  const auto bits = bit_cast<uint32_t>(x);
+  if (x != x) return {x};
+  return {bit_cast<float>((bits + 0x1000u) & ~0x1fffu)};  // to the nearest, ties away from zero
+}
+
+// The numbers in a word of operands, in order.
+RNNKERN_DEVICE void numbers_of(Tf32, uint32_t word, float* out) { out[0] = bit_cast<float>(word); }
+template <typename E>
+RNNKERN_DEVICE void numbers_of(E, uint32_t word, float* out) {
+  out[0] = value(E{uint16_t(word)});
+  out[1] = value(E{uint16_t(word >> 16)});
+}
+
+// sums += a b on the tensor cores, of operands E: a is 16 rows, b 8 columns, of 32 bytes along k.
+// Lane 4 g + q has rows g (words 0, 2) and g + 8 (1, 3) of a, column g of b, and of the sums rows g
+// (0, 1) and g + 8 (2, 3) at columns 2 q and 2 q + 1. Words of a and b at the same q and place
+// belong together, whatever k they are.
+template <typename E>
+RNNKERN_DEVICE void multiply_tiles(const Quad& a, uint32_t b0, uint32_t b1, float (&sums)[4]) {
+  constexpr int kPerWord = 4 / int(sizeof(E));
+  struct Own {
+    Quad a;
+    uint32_t b[2];
+  } own = {a, {b0, b1}};
+  const int g = thread_index() % kWarp / 4, q = thread_index() % 4;
+  with_all_lanes(own, [&](auto lane) {
+    for (int i = 0; i < 4; ++i) {
+      const int row = i / 2, column = 2 * q + i % 2;
+      double sum = 0;
+      for (int p = 0; p < 4; ++p) {
+        for (int half = 0; half < 2; ++half) {
+          float left[2], right[2];
+          numbers_of(E{}, lane(4 * g + p).a.words[row + 2 * half], left);
+          numbers_of(E{}, lane(4 * column + p).b[half], right);
+          for (int j = 0; j < kPerWord; ++j) sum += double(left[j]) * right[j];
+        }
+      }
+      sums[i] += float(sum);
+    }
+    return 0;
+  });
 }
 
 // Every value of every lane becomes the sum over the lanes of the warp, halves first.
@@ -89,6 +169,46 @@ RNNKERN_DEVICE void wait_until(const int* flag, int least) {
 }
 RNNKERN_DEVICE void set_flag(int* flag, int value) {
   asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
+}
+
+RNNKERN_DEVICE void sync_warp() { __syncwarp(); }
+
+RNNKERN_DEVICE Quad load_from_l2(const Quad* from) {
+  Quad quad;
+  asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(quad.words[0]), "=r"(quad.words[1]), "=r"(quad.words[2]), "=r"(quad.words[3])
+               : "l"(from)
+               : "memory");
+  return quad;
+}
+
+template <typename A>
+RNNKERN_DEVICE A from_lane_xor(A value, int mask) {
+  return __shfl_xor_sync(~0u, value, mask);
+}
+
+RNNKERN_DEVICE Tf32 to_tf32(float x) {
+  uint32_t bits;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
+  return {__uint_as_float(bits)};
+}
+
+#define RNNKERN_MULTIPLY_TILES(E, TILE)                                                          \
+  RNNKERN_DEVICE void multiply_tiles_of(E, const Quad& a, uint32_t b0, uint32_t b1,              \
+                                        float (&sums)[4]) {                                      \
+    asm("mma.sync.aligned." TILE                                                                 \
+        " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                       \
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])                             \
+        : "r"(a.words[0]), "r"(a.words[1]), "r"(a.words[2]), "r"(a.words[3]), "r"(b0), "r"(b1)); \
+  }
+RNNKERN_MULTIPLY_TILES(Bf16, "m16n8k16.row.col.f32.bf16.bf16.f32")
+RNNKERN_MULTIPLY_TILES(F16, "m16n8k16.row.col.f32.f16.f16.f32")
+RNNKERN_MULTIPLY_TILES(Tf32, "m16n8k8.row.col.f32.tf32.tf32.f32")
+#undef RNNKERN_MULTIPLY_TILES
+
+template <typename E>
+RNNKERN_DEVICE void multiply_tiles(const Quad& a, uint32_t b0, uint32_t b1, float (&sums)[4]) {
+  multiply_tiles_of(E{}, a, b0, b1, sums);
 }
 
 template <int kCount, typename A>

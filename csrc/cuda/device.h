@@ -1,14 +1,9 @@
-// A GPU as plan and launches see it.
+// The devices of this machine.
 #pragma once
 
-#include <cstdint>
+#include "cuda/plan.h"
 
 namespace rnnkern::cuda {
-
-struct Device {
-  int multiprocessors = 1;
-  int64_t shared_bytes = 48 << 10;  // that a block may have
-};
 
 // That device of this machine. Throws std::runtime_error where it does not answer.
 const Device& device(int id);

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstddef>
+#include <functional>
 #include <type_traits>
 
 #include "scan.h"
@@ -29,17 +30,15 @@ struct Call {
   bool tf32;     // float32 may be multiplied as TF32
 };
 
-// Scratch memory that run() needs.
-template <typename T>
-size_t workspace_bytes(const Forward<T>& scan, const Call& call);
-template <typename T>
-size_t workspace_bytes(const Backward<T>& scan, const Call& call);
+// Gives scratch memory on the call's device, which stays there until the kernels queued with it are
+// done.
+using Allocate = std::function<char*(size_t bytes)>;
 
 // Queues the kernels on the stream and returns; nothing waits for the host, so it may be part of a
 // CUDA graph. Throws std::runtime_error, naming kernel and shape, where a launch is refused.
 template <typename T>
-void run(const Forward<T>& scan, const Call& call, char* workspace);
+void run(const Forward<T>& scan, const Call& call, const Allocate& allocate);
 template <typename T>
-void run(const Backward<T>& scan, const Call& call, char* workspace);
+void run(const Backward<T>& scan, const Call& call, const Allocate& allocate);
 
 }  // namespace rnnkern::cuda

@@ -1,5 +1,5 @@
-// Launches: every kernel is a class with Arguments, kSharedBytes, run(arguments), and kBlocksWait
-// where blocks wait for each other. It starts here, checked.
+// Launches: every kernel is a class with Arguments, run(arguments), and kBlocksWait where blocks
+// wait for each other. It starts here, checked.
 #pragma once
 
 #include <cstring>
@@ -17,6 +17,7 @@ namespace RNNKERN_NAMESPACE {
 
 struct Grid {
   int blocks, threads;
+  int64_t shared_bytes;
 };
 
 #ifdef RNNKERN_SIMT
@@ -26,7 +27,7 @@ template <typename Kernel>
 bool launch(const std::string&, Grid grid, void*, const typename Kernel::Arguments& arguments) {
   static uint32_t seed = 0;
   simt::Launch(
-      {unsigned(grid.blocks)}, {unsigned(grid.threads)}, Kernel::kSharedBytes,
+      {unsigned(grid.blocks)}, {unsigned(grid.threads)}, size_t(grid.shared_bytes),
       [&] { Kernel::run(arguments); }, ++seed)
       .run();
   return true;
@@ -43,7 +44,8 @@ inline void check(cudaError_t error, const std::string& what) {
 }
 
 template <typename Kernel>
-__global__ void run_kernel(const __grid_constant__ typename Kernel::Arguments arguments) {
+__global__ void __launch_bounds__(Kernel::kMostThreads, 1)
+    run_kernel(const __grid_constant__ typename Kernel::Arguments arguments) {
   Kernel::run(arguments);
 }
 
@@ -52,13 +54,19 @@ __global__ void run_kernel(const __grid_constant__ typename Kernel::Arguments ar
 template <typename Kernel>
 bool launch(const std::string& what, Grid grid, void* stream,
             const typename Kernel::Arguments& arguments) {
+  constexpr int64_t kSharedWithoutAsking = 48 << 10;
+  if (grid.shared_bytes > kSharedWithoutAsking) {
+    check(cudaFuncSetAttribute(run_kernel<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               int(grid.shared_bytes)),
+          what);
+  }
   cudaLaunchAttribute cooperative;
   cooperative.id = cudaLaunchAttributeCooperative;
   cooperative.val.cooperative = 1;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(unsigned(grid.blocks));
   config.blockDim = dim3(unsigned(grid.threads));
-  config.dynamicSmemBytes = Kernel::kSharedBytes;
+  config.dynamicSmemBytes = size_t(grid.shared_bytes);
   config.stream = static_cast<cudaStream_t>(stream);
   config.attrs = &cooperative;
   config.numAttrs = Kernel::kBlocksWait;

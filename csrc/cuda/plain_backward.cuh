@@ -29,7 +29,8 @@ class PlainBackward {
   };
 
   static constexpr bool kBlocksWait = true;
-  static constexpr size_t kSharedBytes = sizeof(A) * kRowTile * kChunk;
+  static constexpr int kMostThreads = kPlainThreads;
+  static constexpr int64_t kSharedBytes = sizeof(A) * kRowTile * kChunk;
 
   RNNKERN_DEVICE static void run(const Arguments& arguments) { PlainBackward(arguments).scan(); }
 
@@ -53,6 +54,7 @@ class PlainBackward {
     for (int64_t i = 0; i < s_.T; ++i) {
       const Visit v = visit(s_, d_ == 1, i, share_.rows.begin, share_.rows.end);
       const Range active = {share_.rows.begin, v.active_end};
+      zero_inactive(v);
       enter({v.entering, v.active_end});
       sync_block();  // dh of these rows, and of the step before
       if (z_.projected) {
@@ -80,6 +82,20 @@ class PlainBackward {
   RNNKERN_DEVICE A dy(int64_t t, int64_t slot, int64_t o) const {
     if (!dy_.data) return 0;
     return value(row_at(s_, dy_, t, slot)[b_.dy_uniform ? 0 : o]);
+  }
+
+  // Padded rows past their end: the products after the loop take all rows.
+  RNNKERN_DEVICE void zero_inactive(const Visit& v) const {
+    if (!s_.active || s_.start) return;
+    const Range rows = {v.active_end, share_.rows.end};
+    for_each_element(rows, share_.units, [&](int64_t slot, int64_t u) {
+      T* to = row_at(s_, dslots_, v.t, slot) + u;
+#pragma unroll
+      for (int i = 0; i < kShape.slots; ++i) to[i * z_.H] = T{};
+    });
+    if (!z_.projected) return;
+    for_each_element(rows, share_.outputs,
+                     [&](int64_t slot, int64_t o) { row_at(s_, dprojected_, v.t, slot)[o] = T{}; });
   }
 
   // The gradients a row starts from at its last step: those of its final states.
@@ -187,7 +203,7 @@ class PlainGradients {
   };
 
   static constexpr bool kBlocksWait = false;
-  static constexpr size_t kSharedBytes = 0;
+  static constexpr int kMostThreads = kPlainThreads;
 
   RNNKERN_DEVICE static void run(const Arguments& arguments) { PlainGradients(arguments).all(); }
 

@@ -15,8 +15,7 @@ template <typename T, typename Cell>
 class PlainForward {
   using A = Compute<T>;
   static constexpr CellShape kShape = Cell::kShape;
-  // Cell states of narrow types are carried from step to step as what is computed with.
-  static constexpr bool kCarriesCells = kShape.cell_state && kNarrow<T>;
+  static constexpr bool kCarries = kCarriesCells<T, Cell>;
 
  public:
   struct Arguments {
@@ -28,7 +27,8 @@ class PlainForward {
   };
 
   static constexpr bool kBlocksWait = true;
-  static constexpr size_t kSharedBytes = sizeof(A) * kRowTile * kChunk;
+  static constexpr int kMostThreads = kPlainThreads;
+  static constexpr int64_t kSharedBytes = sizeof(A) * kRowTile * kChunk;
 
   RNNKERN_DEVICE static void run(const Arguments& arguments) { PlainForward(arguments).scan(); }
 
@@ -42,8 +42,7 @@ class PlainForward {
         d_(share_.direction),
         y_(columns(f_.y, d_ * z_.O)),
         h_(y_),
-        slots_(saved_rows(s_, f_.slots, d_, kShape.slots * z_.H)),
-        cells_(saved_rows(s_, f_.cells, d_, z_.H)) {
+        stores_(f_, d_) {
     if (!z_.projected) return;
     h_ = f_.unprojected ? saved_rows(s_, f_.unprojected, d_, z_.H)
                         : Rows<T>{a.unprojected + d_ * s_.N * z_.H, 0, z_.H};
@@ -94,21 +93,9 @@ class PlainForward {
 #pragma unroll
     for (int i = 0; i < kShape.slots; ++i) {
       sum_over_warp(sums[i]);
-      if (mine) s.slot[i] = own_row(sums[i]) + bias(i, unit);
+      if (mine) s.slot[i] = own_row(sums[i]) + bias_of<Cell>(w, H, i, unit);
     }
     if (mine && lane_index() < rows) cell(v, row + lane_index(), unit, &s);
-  }
-
-  RNNKERN_DEVICE A bias(int slot, int64_t unit) const {
-    const Weights<T>& w = f_.weights[d_];
-    A sum = 0;
-    if (w.b_ih && slot >= kShape.input_slot) {
-      sum += value(w.b_ih[input_gate<Cell>(slot) * z_.H + unit]);
-    }
-    if (w.b_hh && slot < kShape.gates) {
-      sum += value(w.b_hh[recurrent_gate<Cell>(slot) * z_.H + unit]);
-    }
-    return sum;
   }
 
   RNNKERN_DEVICE const T* h_before(int64_t t, int64_t slot) const {
@@ -117,11 +104,11 @@ class PlainForward {
   }
 
   RNNKERN_DEVICE A c_before(int64_t t, int64_t slot, int64_t unit) const {
-    const bool first = enters(s_, d_, t, slot);
-    if (cut(s_, d_, t, slot) || (first && !f_.c0.data)) return 0;
-    if (first) return value(state_at(s_, f_.c0, d_, slot)[unit]);
-    if constexpr (kCarriesCells) return carried(slot)[unit];
-    if (cells_.data) return value(row_at(s_, cells_, previous(d_, t), slot)[unit]);
+    if (cut(s_, d_, t, slot)) return 0;
+    if (enters(s_, d_, t, slot)) return element_of(s_, f_.c0, d_, slot, unit);
+    if constexpr (kCarries) return carried(slot)[unit];
+    if (stores_.cells().data)
+      return value(row_at(s_, stores_.cells(), previous(d_, t), slot)[unit]);
     return value(state_at(s_, f_.cn, d_, slot)[unit]);  // kept there from step to step
   }
 
@@ -133,27 +120,13 @@ class PlainForward {
     if constexpr (kShape.cell_state) s->c_prev = c_before(v.t, slot, unit);
     Cell::forward(*s);
     put(row_at(s_, h_, z_.projected && !f_.unprojected ? 0 : v.t, slot) + unit, s->h);
-    const bool leaves = slot >= v.leaving;
-    if (leaves && !z_.projected) put(state_at(s_, f_.hn, d_, slot) + unit, s->h);
-    if constexpr (kShape.cell_state) {
-      if (kCarriesCells && f_.rounds_cells) s->c = rounded(s->c);
-      if constexpr (kCarriesCells) carried(slot)[unit] = s->c;
-      if (cells_.data) put(row_at(s_, cells_, v.t, slot) + unit, s->c);
-      if (leaves || (!kCarriesCells && !cells_.data)) {
-        put(state_at(s_, f_.cn, d_, slot) + unit, s->c);
-      }
+    if constexpr (kCarries) {
+      if (f_.rounds_cells) s->c = rounded<T>(s->c);
+      carried(slot)[unit] = s->c;
+    } else if (kShape.cell_state && !stores_.cells().data) {
+      put(state_at(s_, f_.cn, d_, slot) + unit, s->c);
     }
-    if (kShape.saves_slots && slots_.data) {
-      T* saved = row_at(s_, slots_, v.t, slot) + unit;
-#pragma unroll
-      for (int i = 0; i < kShape.slots; ++i) put(saved + i * z_.H, s->slot[i]);
-    }
-  }
-
-  RNNKERN_DEVICE static A rounded(A c) {
-    T stored;
-    put(&stored, c);
-    return value(stored);
+    stores_.put_step(v, slot, unit, *s);
   }
 
   // y = W_hr h
@@ -173,11 +146,15 @@ class PlainForward {
     if (slot >= v.leaving) put(state_at(s_, f_.hn, d_, slot) + o, y);
   }
 
-  // Padded rows past their end.
+  // Padded rows past their end; what was to be projected too, for backward's products take all rows.
   RNNKERN_DEVICE void zero_inactive(const Visit& v) const {
     if (!s_.active || s_.start) return;
-    for_each_element({v.active_end, share_.rows.end}, share_.outputs,
+    const Range rows = {v.active_end, share_.rows.end};
+    for_each_element(rows, share_.outputs,
                      [&](int64_t slot, int64_t o) { row_at(s_, y_, v.t, slot)[o] = T{}; });
+    if (!f_.unprojected) return;
+    for_each_element(rows, share_.units,
+                     [&](int64_t slot, int64_t unit) { row_at(s_, h_, v.t, slot)[unit] = T{}; });
   }
 
   const Arguments& a_;
@@ -188,7 +165,7 @@ class PlainForward {
   const int d_;
   const Rows<T> y_;
   Rows<T> h_;  // y, or what is projected to y
-  const Rows<T> slots_, cells_;
+  const ForwardStores<T, Cell> stores_;
 };
 
 }  // namespace RNNKERN_NAMESPACE

@@ -51,6 +51,7 @@ Found find(int id) {
                     std::to_string(properties.minor) + ", older than " + std::to_string(kOldest) +
                     ".0";
   }
+  found.device = device_of_kind(properties.major, properties.minor);
   found.device.multiprocessors = properties.multiProcessorCount;
   found.device.shared_bytes = int64_t(properties.sharedMemPerBlockOptin);
   return found;

@@ -1,13 +1,17 @@
-// Lays out a scan of tensors of RNNKERN_ELEMENT on the GPU and starts its kernels. With
+// Lays out a scan of tensors of RNNKERN_ELEMENT on the GPU and queues its kernels. With
 // RNNKERN_SIMT plain C++, for the stand-in.
+#include <algorithm>
+#include <iterator>
 #include <string>
+#include <utility>
 
-#include "cuda/device.h"
+#include "cuda/gradients.cuh"
 #include "cuda/kernels.h"
-#include "cuda/launch.cuh"
 #include "cuda/plain_backward.cuh"
 #include "cuda/plain_forward.cuh"
-#include "workspace.h"
+#include "cuda/queue.cuh"
+#include "cuda/resident_backward.cuh"
+#include "cuda/resident_forward.cuh"
 
 namespace rnnkern {
 namespace RNNKERN_NAMESPACE {
@@ -19,8 +23,8 @@ constexpr int kThreads = 64;  // fibers are dear
 constexpr int kThreads = kPlainThreads;
 #endif
 
-// Batch rows first, for their teams need not wait for each other; then units, as many blocks as
-// run at once, one a multiprocessor.
+// The plain tier. Batch rows first, for their teams need not wait for each other; then units, as
+// many blocks as run at once, one a multiprocessor.
 Teams teams_for(const Sizes& z, int64_t N, const cuda::Device& device) {
   const int64_t most = device.multiprocessors / z.D > 1 ? device.multiprocessors / z.D : 1;
   const int64_t tiles = (N + kRowTile - 1) / kRowTile;
@@ -32,103 +36,325 @@ Teams teams_for(const Sizes& z, int64_t N, const cuda::Device& device) {
   return teams;
 }
 
-// What a scan needs of scratch memory, its first bytes zero.
-struct Layout {
-  size_t zero_bytes = 0, bytes = 0;
-};
-
-// Carves the scratch memory of a scan: flags and zeros first, for they begin as zero.
-template <typename T>
-struct Common {
-  Teams teams;
-  T* zeros;
-  Layout layout;
-
-  Common(const Sizes& z, int64_t N, const cuda::Device& device, Carver& carver)
-      : teams(teams_for(z, N, device)) {
-    teams.flags = carver.take<int>(blocks(z));
-    zeros = carver.take<T>(z.H > z.O ? z.H : z.O);
-    layout.zero_bytes = carver.used();
-  }
-  int blocks(const Sizes& z) const { return z.D * teams.row_blocks * teams.unit_blocks; }
-};
-
-std::string name_of(const char* pass, const Sizes& z, const Steps& s) {
-  return std::string("plain ") + pass + " of " + kCellModes[int(z.cell)] +
-         " (T=" + std::to_string(s.T) + " N=" + std::to_string(s.N) + " I=" + std::to_string(z.I) +
-         " H=" + std::to_string(z.H) + ")";
+int blocks_of(const Sizes& z, const Teams& teams) {
+  return z.D * teams.row_blocks * teams.unit_blocks;
 }
 
-// A scan laid out for a device: plan(memory) says what it needs, and given that much memory starts
-// the kernels; false where a launch asks for more blocks at once than the device runs.
+template <typename T>
+T* take_zeros(const Sizes& z, Queue& queue) {
+  return queue.take<T>(std::max({z.I, z.H, z.O}));
+}
+
 template <typename T, typename Cell>
-bool start(const Forward<T>& f, const cuda::Device& device, char* memory, void* stream,
-           Layout* layout) {
+bool plain(const Forward<T>& f, Queue& queue) {
   using Kernel = PlainForward<T, Cell>;
   const Sizes& z = f.sizes;
-  Carver carver(memory);
-  Common<T> common(z, f.steps.N, device, carver);
-  typename Kernel::Arguments arguments = {f, common.teams, common.zeros, nullptr, nullptr};
+  Teams teams = teams_for(z, f.steps.N, queue.device);
+  teams.flags = queue.take<int>(blocks_of(z, teams));
+  typename Kernel::Arguments arguments = {f, teams, take_zeros<T>(z, queue), nullptr, nullptr};
+  queue.clear_taken();
   const int64_t rows = z.D * f.steps.N;
-  if (z.projected && !f.unprojected) arguments.unprojected = carver.take<T>(rows * z.H);
-  if (Cell::kShape.cell_state && kNarrow<T>) {
-    arguments.carried = carver.take<Compute<T>>(rows * z.H);
-  }
-  common.layout.bytes = carver.used();
-  *layout = common.layout;
-  if (!memory) return true;
-  clear(memory, layout->zero_bytes, stream);
-  return launch<Kernel>(name_of("forward", z, f.steps), {common.blocks(z), kThreads}, stream,
-                        arguments);
+  if (z.projected && !f.unprojected) arguments.unprojected = queue.take<T>(rows * z.H);
+  if (kCarriesCells<T, Cell>) arguments.carried = queue.take<Compute<T>>(rows * z.H);
+  return queue.start<Kernel>("plain forward", {blocks_of(z, teams), kThreads, Kernel::kSharedBytes},
+                             arguments);
 }
 
 template <typename T, typename Cell>
-bool start(const Backward<T>& b, const cuda::Device& device, char* memory, void* stream,
-           Layout* layout) {
+bool plain(const Backward<T>& b, const T** zeros, Queue& queue) {
   using Kernel = PlainBackward<T, Cell>;
   using A = Compute<T>;
   const Sizes& z = b.sizes;
-  Carver carver(memory);
-  Common<T> common(z, b.steps.N, device, carver);
+  Teams teams = teams_for(z, b.steps.N, queue.device);
+  teams.flags = queue.take<int>(blocks_of(z, teams));
+  *zeros = take_zeros<T>(z, queue);
+  typename Kernel::Arguments arguments = {b, teams, *zeros, nullptr, nullptr, nullptr};
+  queue.clear_taken();
   const int64_t rows = z.D * b.steps.N;
-  typename Kernel::Arguments arguments = {b, common.teams, common.zeros, nullptr, nullptr, nullptr};
-  arguments.dh = carver.take<A>(rows * z.O);
-  if (Cell::kShape.cell_state) arguments.dc = carver.take<A>(rows * z.H);
-  if (z.projected) arguments.dm = carver.take<A>(rows * z.H);
-  common.layout.bytes = carver.used();
-  *layout = common.layout;
-  if (!memory) return true;
-  clear(memory, layout->zero_bytes, stream);
-  return launch<Kernel>(name_of("backward", z, b.steps), {common.blocks(z), kThreads}, stream,
-                        arguments) &&
-         launch<PlainGradients<T, Cell>>(name_of("gradients", z, b.steps),
-                                         {device.multiprocessors, kThreads}, stream,
-                                         {b, common.zeros});
+  arguments.dh = queue.take<A>(rows * z.O);
+  if (Cell::kShape.cell_state) arguments.dc = queue.take<A>(rows * z.H);
+  if (z.projected) arguments.dm = queue.take<A>(rows * z.H);
+  return queue.start<Kernel>("plain backward",
+                             {blocks_of(z, teams), kThreads, Kernel::kSharedBytes}, arguments);
+}
+
+// As which float32 is multiplied, and all else as it is.
+template <typename T, typename F>
+bool with_operand(const Queue& queue, F f) {
+  if constexpr (std::is_same_v<T, float>) {
+    if (queue.tf32()) return f(Tf32{});
+  }
+  return f(T{});
+}
+
+template <typename T>
+cuda::Plan plan_of(const Sizes& z, const Steps& s, bool backward, const Queue& queue) {
+  if (!cuda::has_library()) return {};
+  return cuda::plan_for(
+      {z, s.T, s.N, backward, int(sizeof(T)), kNarrow<T> || queue.tf32(), int(sizeof(Compute<T>))},
+      queue.device);
+}
+
+// Calls f with the register tile of the plan, as a type.
+template <int kRowTiles, int kColumnTiles>
+struct TileOf {
+  static constexpr int kRow = kRowTiles, kColumn = kColumnTiles;
+};
+template <const auto& kShapes, typename F>
+bool with_tile(const cuda::Plan& plan, F f) {
+  const auto pick = [&]<size_t... i>(std::index_sequence<i...>) {
+    bool result = false;
+    ((plan.row_tiles == kShapes[i].row_tiles && plan.column_tiles == kShapes[i].column_tiles &&
+      (result = f(TileOf<kShapes[i].row_tiles, kShapes[i].column_tiles>{}), true)) ||
+     ...);
+    return result;
+  };
+  return pick(std::make_index_sequence<std::size(kShapes)>{});
+}
+template <typename E, bool kBackward, typename F>
+bool with_tile_of(const cuda::Plan& plan, F f) {
+  if constexpr (kOnTensorCores<E> && kBackward) return with_tile<cuda::kBackwardTiles>(plan, f);
+  if constexpr (kOnTensorCores<E> && !kBackward) return with_tile<cuda::kForwardTiles>(plan, f);
+  if constexpr (kBackward) return with_tile<cuda::kPlainBackwardTiles>(plan, f);
+  return with_tile<cuda::kPlainForwardTiles>(plan, f);
+}
+
+// The memory that a plan asks for; zero_taken() has yet to be called.
+Residency take_residency(const cuda::Plan& plan, int D, Queue& queue) {
+  constexpr int kQuads = cuda::kChunkBytes / int(sizeof(Quad));
+  Residency r = {plan};
+  const int64_t parts = int64_t(plan.row_teams) * plan.passes;
+  r.flags = queue.take<int>(D * parts * plan.unit_blocks);
+  r.exchange = queue.take<Quad>(2 * D * parts * plan.columns() * plan.chunks * kQuads);
+  return r;
+}
+void take_streamed(Residency& r, int D, Queue& queue) {
+  constexpr int kQuads = cuda::kChunkBytes / int(sizeof(Quad));
+  r.streamed =
+      queue.take<Quad>(r.blocks(D) * r.groups * (r.chunks - r.resident_chunks) * r.rows() * kQuads);
+}
+
+// The rows of x as a matrix [total, I]; gathered where they do not stand so, or where some take no
+// part and are wanted as zero.
+template <typename T>
+cuda::Matrix input_matrix(const Rows<const T>& x, const Sizes& z, const Steps& s, const T* zeros,
+                          bool zero_inactive, Queue& queue) {
+  const bool dense = s.start || s.T == 1 || x.step == s.N * x.row;
+  const bool whole = s.start || !s.active || !zero_inactive;
+  if (dense && whole) return {x.data, x.row};
+  if (s.N == 1 && whole) return {x.data, x.step};
+  using Kernel = GatherRows<T>;
+  T* const to = queue.take<T>(s.total * z.I);
+  queue.start<Kernel>("gathering the input",
+                      {kRowBlocks * queue.device.multiprocessors, kRowThreads, 0},
+                      {s, x, {}, zeros, false, 0, z.I, to});
+  return {to, z.I};
+}
+
+template <typename T, typename Cell>
+bool resident(const Forward<T>& f, const cuda::Plan& plan, Queue& queue) {
+  using A = Compute<T>;
+  constexpr CellShape kShape = Cell::kShape;
+  const Sizes& z = f.sizes;
+  const Steps& s = f.steps;
+  Residency r = take_residency(plan, z.D, queue);
+  const T* const zeros = take_zeros<T>(z, queue);
+  queue.clear_taken();
+  take_streamed(r, z.D, queue);
+
+  // Where what is saved is what is computed with, the products are made where the slots will stand.
+  const int64_t gates = kShape.gates * z.H;
+  A* inputs = nullptr;
+  int64_t width = gates, first = 0;
+  if constexpr (!kNarrow<T>) {
+    inputs = f.slots;
+    if (inputs) width = kShape.slots * z.H, first = kShape.input_slot * z.H;
+  }
+  if (!inputs) inputs = queue.take<A>(z.D * s.total * width);
+  const cuda::Matrix x = input_matrix(f.x, z, s, zeros, false, queue);
+  for (int d = 0; d < z.D; ++d) {
+    const Weights<T>& w = f.weights[d];
+    queue.multiply({s.total,
+                    gates,
+                    z.I,
+                    x,
+                    {w.w_ih, w.w_ih_row, true},
+                    cuda::kNumber<T>,
+                    inputs + d * s.total * width + first,
+                    width,
+                    cuda::kNumber<A>});
+  }
+  return with_operand<T>(queue, [&](auto operand) {
+    using E = decltype(operand);
+    return with_tile_of<E, false>(plan, [&](auto tile) {
+      using Kernel = ResidentForward<T, E, Cell, decltype(tile)::kRow, decltype(tile)::kColumn>;
+      return queue.start<Kernel>("resident forward",
+                                 {int(plan.blocks(z.D)), cuda::kResidentThreads, plan.shared_bytes},
+                                 {f, r, inputs, width, first});
+    });
+  });
+}
+
+template <typename T, typename Cell>
+bool resident(const Backward<T>& b, const cuda::Plan& plan, const T** zeros, Queue& queue) {
+  const Sizes& z = b.sizes;
+  Residency r = take_residency(plan, z.D, queue);
+  *zeros = take_zeros<T>(z, queue);
+  queue.clear_taken();
+  take_streamed(r, z.D, queue);
+  return with_operand<T>(queue, [&](auto operand) {
+    using E = decltype(operand);
+    return with_tile_of<E, true>(plan, [&](auto tile) {
+      using Kernel = ResidentBackward<T, E, Cell, decltype(tile)::kRow, decltype(tile)::kColumn>;
+      return queue.start<Kernel>("resident backward",
+                                 {int(plan.blocks(z.D)), cuda::kResidentThreads, plan.shared_bytes},
+                                 {b, r, *zeros});
+    });
+  });
+}
+
+// f(first slot, first gate, count) for runs of slots that the recurrent product owns and whose
+// gates stand side by side in the weights.
+template <typename Cell, typename F>
+void for_each_run(F f) {
+  constexpr CellShape kShape = Cell::kShape;
+  for (int slot = 0, count; slot < kShape.gates; slot += count) {
+    const int gate = kShape.recurrent_gate(slot);
+    count = std::min(kShape.gates - slot, kShape.gates - gate);
+    f(slot, gate, count);
+  }
+}
+
+template <typename T>
+void sum_columns(const T* from, int64_t rows, int64_t width, int64_t first, int64_t count, T* to,
+                 const Queue& queue) {
+  using Kernel = ColumnSums<T>;
+  const int64_t blocks = (count + Kernel::kColumns - 1) / Kernel::kColumns;
+  queue.start<Kernel>("gradients of biases", {int(blocks), kRowThreads, Kernel::kSharedBytes},
+                      {from, rows, width, first, count, to});
+}
+
+// After the loop, one product each over all rows: dW_ih, dW_hh, dW_hr, biases and dx.
+template <typename T, typename Cell>
+void gradients(const Backward<T>& b, const T* zeros, Queue& queue) {
+  constexpr CellShape kShape = Cell::kShape;
+  constexpr cuda::Number kT = cuda::kNumber<T>;
+  const Sizes& z = b.sizes;
+  const Steps& s = b.steps;
+  const int64_t H = z.H, gates = kShape.gates * H, width = kShape.slots * H;
+  bool wants_w_ih = false;
+  for (int d = 0; d < z.D; ++d) wants_w_ih = wants_w_ih || b.gradients[d].w_ih;
+  cuda::Matrix x = {};
+  if (wants_w_ih) x = input_matrix(b.x, z, s, zeros, true, queue);
+  T* previous = nullptr;
+  for (int d = 0; d < z.D; ++d) {
+    const WeightGradients<T>& g = b.gradients[d];
+    const Weights<T>& w = b.weights[d];
+    const T* const dslots = b.dslots + d * s.total * width;
+    const T* const dinputs = dslots + kShape.input_slot * H;
+    if (g.w_ih) {
+      queue.multiply({gates, z.I, s.total, {dinputs, width, true}, x, kT, g.w_ih, z.I, kT});
+    }
+    if (g.w_hh) {
+      using Kernel = GatherRows<T>;
+      if (!previous) previous = queue.take<T>(s.total * z.O);
+      queue.start<Kernel>("gathering states",
+                          {kRowBlocks * queue.device.multiprocessors, kRowThreads, 0},
+                          {s, columns(b.y, d * z.O), b.h0, zeros, true, d, z.O, previous});
+      for_each_run<Cell>([&](int slot, int gate, int count) {
+        queue.multiply({count * H,
+                        z.O,
+                        s.total,
+                        {dslots + slot * H, width, true},
+                        {previous, z.O},
+                        kT,
+                        g.w_hh + gate * H * z.O,
+                        z.O,
+                        kT});
+      });
+    }
+    if (g.w_hr) {
+      queue.multiply({z.O,
+                      H,
+                      s.total,
+                      {b.dprojected + d * s.total * z.O, z.O, true},
+                      {b.unprojected + d * s.total * H, H},
+                      kT,
+                      g.w_hr,
+                      H,
+                      kT});
+    }
+    if (g.b_ih) sum_columns(dslots, s.total, width, kShape.input_slot * H, gates, g.b_ih, queue);
+    if (g.b_hh) {
+      for_each_run<Cell>([&](int slot, int gate, int count) {
+        sum_columns(dslots, s.total, width, slot * H, count * H, g.b_hh + gate * H, queue);
+      });
+    }
+    if (b.dx.data) {
+      // Dense, time first: as made for the call.
+      queue.multiply({s.total,
+                      z.I,
+                      gates,
+                      {dinputs, width},
+                      {w.w_ih, w.w_ih_row},
+                      kT,
+                      b.dx.data,
+                      z.I,
+                      kT,
+                      d > 0});
+    }
+  }
+}
+
+template <typename T, typename Cell>
+bool start(const Forward<T>& f, Queue& queue) {
+  const cuda::Plan plan = plan_of<T>(f.sizes, f.steps, false, queue);
+  return plan.resident ? resident<T, Cell>(f, plan, queue) : plain<T, Cell>(f, queue);
+}
+
+template <typename T, typename Cell>
+bool start(const Backward<T>& b, Queue& queue) {
+  const cuda::Plan plan = plan_of<T>(b.sizes, b.steps, true, queue);
+  const T* zeros = nullptr;
+  const bool started =
+      plan.resident ? resident<T, Cell>(b, plan, &zeros, queue) : plain<T, Cell>(b, &zeros, queue);
+  if (!started) return false;
+  if (cuda::has_library()) {
+    gradients<T, Cell>(b, zeros, queue);
+  } else {
+    queue.start<PlainGradients<T, Cell>>("plain gradients",
+                                         {queue.device.multiprocessors, kThreads, 0}, {b, zeros});
+  }
+  return true;
 }
 
 template <typename Scan>
-bool start_any(const Scan& scan, const cuda::Device& device, char* memory, void* stream,
-               Layout* layout) {
+bool start_any(const Scan& scan, Queue& queue) {
   return with_cell(scan.sizes.cell, [&](auto cell) {
-    return start<typename Scan::Element, decltype(cell)>(scan, device, memory, stream, layout);
+    return start<typename Scan::Element, decltype(cell)>(scan, queue);
   });
 }
 
 template <typename Scan>
-size_t bytes_of(const Scan& scan, const cuda::Call& call) {
-  Layout layout;
-  start_any(scan, cuda::device(call.device), nullptr, nullptr, &layout);
-  return layout.bytes;
+std::string name_of(const Scan& scan) {
+  const Sizes& z = scan.sizes;
+  return std::string(kCellModes[int(z.cell)]) + " (T=" + std::to_string(scan.steps.T) +
+         " N=" + std::to_string(scan.steps.N) + " I=" + std::to_string(z.I) +
+         " H=" + std::to_string(z.H) + ")";
 }
 
-// Where other work holds a part of the device, fewer blocks run at once: then a smaller plan, which
-// needs no more memory.
+// Laid out twice, first without memory. Where other work holds a part of the device, fewer blocks
+// run at once: then a smaller plan.
 template <typename Scan>
-void run_any(const Scan& scan, const cuda::Call& call, char* workspace) {
+void run_any(const Scan& scan, const cuda::Call& call, const cuda::Allocate& allocate) {
   const cuda::Current current(call.device);
   cuda::Device device = cuda::device(call.device);
-  Layout layout;
-  while (!start_any(scan, device, workspace, call.stream, &layout)) device.multiprocessors /= 2;
+  for (bool started = false; !started; device.multiprocessors /= 2) {
+    Queue counts(call, device, nullptr, "");
+    start_any(scan, counts);
+    Queue runs(call, device, allocate(counts.bytes()), name_of(scan));
+    started = start_any(scan, runs);
+  }
 }
 
 }  // namespace
@@ -139,20 +365,12 @@ namespace cuda {
 using namespace RNNKERN_NAMESPACE;
 
 template <>
-size_t workspace_bytes(const Forward<RNNKERN_ELEMENT>& scan, const Call& call) {
-  return bytes_of(scan, call);
+void run(const Forward<RNNKERN_ELEMENT>& scan, const Call& call, const Allocate& allocate) {
+  run_any(scan, call, allocate);
 }
 template <>
-size_t workspace_bytes(const Backward<RNNKERN_ELEMENT>& scan, const Call& call) {
-  return bytes_of(scan, call);
-}
-template <>
-void run(const Forward<RNNKERN_ELEMENT>& scan, const Call& call, char* workspace) {
-  run_any(scan, call, workspace);
-}
-template <>
-void run(const Backward<RNNKERN_ELEMENT>& scan, const Call& call, char* workspace) {
-  run_any(scan, call, workspace);
+void run(const Backward<RNNKERN_ELEMENT>& scan, const Call& call, const Allocate& allocate) {
+  run_any(scan, call, allocate);
 }
 
 }  // namespace cuda

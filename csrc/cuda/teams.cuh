@@ -11,10 +11,7 @@
 // reads G U (I + O) weights for U units, from the cache.
 #pragma once
 
-#include "cells/cells.h"
-#include "cells/narrow.h"
-#include "cuda/device.cuh"
-#include "steps.h"
+#include "cuda/stores.cuh"
 
 namespace rnnkern {
 namespace RNNKERN_NAMESPACE {
@@ -60,28 +57,9 @@ RNNKERN_DEVICE void publish(const Share& share, int epoch) {
   if (thread_index() == 0) set_flag(share.flags + share.member, epoch);
 }
 
-// As in scan.h; a constant of a class is no object in device code.
-template <typename Cell>
-RNNKERN_DEVICE int recurrent_gate(int slot) {
-  constexpr CellShape shape = Cell::kShape;
-  return shape.recurrent_gate(slot);
-}
-template <typename Cell>
-RNNKERN_DEVICE int input_gate(int slot) {
-  constexpr CellShape shape = Cell::kShape;
-  return shape.input_gate(slot);
-}
-
 RNNKERN_DEVICE int lane_index() { return thread_index() % kWarp; }
 RNNKERN_DEVICE int warp_index() { return thread_index() / kWarp; }
 RNNKERN_DEVICE int warps_per_block() { return threads_per_block() / kWarp; }
-RNNKERN_DEVICE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
-// Rounded where the element is narrower.
-RNNKERN_DEVICE void put(float* to, float x) { *to = x; }
-RNNKERN_DEVICE void put(double* to, double x) { *to = x; }
-RNNKERN_DEVICE void put(Bf16* to, float x) { to->bits = uint16_t(narrow(Bf16{}, x)); }
-RNNKERN_DEVICE void put(F16* to, float x) { to->bits = uint16_t(narrow(F16{}, x)); }
 
 // sums[i][r] += sum over k < K of weight(i, k) left_row(r)[k], for i < kCount and r < rows, lane by
 // lane. All threads of the block call this together; those of a warp without a column of its own
@@ -147,12 +125,10 @@ RNNKERN_DEVICE void for_each_element(const Range& rows, const Range& columns, F 
 template <typename T>
 RNNKERN_DEVICE void pass_idle_rows(const Steps& s, const Share& share, const Range& columns,
                                    const State<const T>& from, const State<T>& to) {
-  if (!to.data) return;
-  const int64_t first = s.T ? active_rows(s, 0) : 0;
+  const int64_t first = active_rows(s, 0);
   const Range idle = {first < share.rows.begin ? share.rows.begin : first, share.rows.end};
-  const int d = share.direction;
   for_each_element(idle, columns, [&](int64_t slot, int64_t column) {
-    state_at(s, to, d, slot)[column] = from.data ? state_at(s, from, d, slot)[column] : T{};
+    pass_element(s, from, to, share.direction, slot, column);
   });
 }
 

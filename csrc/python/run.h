@@ -36,11 +36,12 @@ void run(const Operands<T>& operands, const Scan& scan) {
   }
   if constexpr (cuda::kHasKernels<T>) {
     const cuda::Call call = {device.id, current_stream(device), is_tf32_allowed()};
-    const size_t bytes = cuda::workspace_bytes(scan, call);
-    T* workspace = nullptr;
-    const py::object kept =
-        operands.make(dense({int64_t((bytes + sizeof(T) - 1) / sizeof(T))}), &workspace);
-    cuda::run(scan, call, reinterpret_cast<char*>(workspace));
+    py::object kept;
+    cuda::run(scan, call, [&](size_t bytes) {
+      T* memory = nullptr;
+      kept = operands.make(dense({int64_t((bytes + sizeof(T) - 1) / sizeof(T))}), &memory);
+      return reinterpret_cast<char*>(memory);
+    });
   }
 }
 

@@ -33,7 +33,7 @@ namespace cuda {
 // Few multiprocessors, of an odd number, so that small layers are split in every way: rows and
 // units of both directions.
 const Device& device(int) {
-  static const Device stand_in = {13, 48 << 10};
+  static const Device stand_in = {13, 20 << 10, 1, 1, 1};
   return stand_in;
 }
 Current::Current(int device) : before_(device), device_(device) {}
@@ -45,13 +45,14 @@ template <typename Scan>
 void run_on_stand_in(const Scan& scan) {
   const cuda::Call call = {0, nullptr, false};
   constexpr size_t kAlignment = 256;
-  const size_t bytes =
-      (cuda::workspace_bytes(scan, call) + kAlignment - 1) / kAlignment * kAlignment;
-  const std::unique_ptr<char, decltype(&std::free)> memory(
-      static_cast<char*>(std::aligned_alloc(kAlignment, bytes)), &std::free);
-  std::memset(memory.get(), 0xff, bytes);  // NaN
-  const portable::FlushDenormals flush;    // as the kernels are compiled to do
-  cuda::run(scan, call, memory.get());
+  std::unique_ptr<char, decltype(&std::free)> memory(nullptr, &std::free);
+  const portable::FlushDenormals flush;  // as the kernels are compiled to do
+  cuda::run(scan, call, [&](size_t bytes) {
+    bytes = (bytes + kAlignment - 1) / kAlignment * kAlignment;
+    memory.reset(static_cast<char*>(std::aligned_alloc(kAlignment, bytes)));
+    std::memset(memory.get(), 0xff, bytes);  // NaN
+    return memory.get();
+  });
 }
 
 template <typename T>

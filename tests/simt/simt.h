@@ -57,9 +57,31 @@ struct Block {
   std::vector<char> shared;
 };
 
+// Stacks are kept for the next launch: fresh memory costs more than what runs on it.
+class Stacks {
+ public:
+  static constexpr size_t kBytes = 64 << 10;
+  using Stack = std::unique_ptr<char[]>;
+
+  static Stack take() {
+    if (kept().empty()) return Stack(new char[kBytes]);
+    Stack stack = std::move(kept().back());
+    kept().pop_back();
+    return stack;
+  }
+  static void give_back(Stack stack) { kept().push_back(std::move(stack)); }
+
+ private:
+  static std::vector<Stack>& kept() {
+    static thread_local std::vector<Stack> stacks;
+    return stacks;
+  }
+};
+
 struct Fiber {
   ucontext_t context;
-  std::vector<char> stack;
+  Stacks::Stack stack = Stacks::take();
+  ~Fiber() { Stacks::give_back(std::move(stack)); }
   Block* block;
   Dim3 thread;
   bool done = false;
@@ -128,7 +150,7 @@ class Launch {
   static inline thread_local Launch* current = nullptr;
 
  private:
-  static constexpr size_t kStackBytes = 64 << 10, kMostIdle = 1000;
+  static constexpr size_t kMostIdle = 1000;
 
   void add_block(Dim3 index, int threads, size_t shared_bytes) {
     blocks_.push_back(std::make_unique<Block>());
@@ -144,10 +166,9 @@ class Launch {
       f.block = &b;
       f.thread = {unsigned(t) % block.x, unsigned(t) / block.x % block.y,
                   unsigned(t) / (block.x * block.y)};
-      f.stack.resize(kStackBytes);
       getcontext(&f.context);
-      f.context.uc_stack.ss_sp = f.stack.data();
-      f.context.uc_stack.ss_size = f.stack.size();
+      f.context.uc_stack.ss_sp = f.stack.get();
+      f.context.uc_stack.ss_size = Stacks::kBytes;
       f.context.uc_link = nullptr;
       makecontext(&f.context, &Launch::enter, 0);
       ready_.push_back(int(fibers_.size()) - 1);
@@ -173,7 +194,7 @@ class Launch {
     Fiber& f = fiber();
 #if defined(__SANITIZE_ADDRESS__)
     void* fake = nullptr;
-    __sanitizer_start_switch_fiber(&fake, f.stack.data(), f.stack.size());
+    __sanitizer_start_switch_fiber(&fake, f.stack.get(), Stacks::kBytes);
 #endif
     swapcontext(&host_, &f.context);
 #if defined(__SANITIZE_ADDRESS__)

@@ -1,0 +1,118 @@
+// cuBLAS is taken from the process, where torch has loaded it, and not linked: so one binary serves
+// every torch. Its binary interface is stated here as far as it is used (cuBLAS 12 and 13).
+#include "cuda/library.h"
+
+#include <dlfcn.h>
+
+#include <map>
+#include <stdexcept>
+#include <string>
+
+namespace rnnkern::cuda {
+namespace {
+
+using Handle = void*;
+using Status = int;
+
+enum Operation : int { kAsItIs = 0, kTransposed = 1 };
+enum DataType : int { kR32F = 0, kR64F = 1, kR16F = 2, kR16BF = 14 };
+enum ComputeType : int { kCompute32F = 68, kCompute64F = 70, kCompute32FFastTf32 = 77 };
+constexpr int kDefaultAlgorithm = -1;
+constexpr int kNoReducedPrecisionReduction = 16;  // math mode: 16-bit products are summed in float
+
+struct Library {
+  Status (*create)(Handle*);
+  Status (*set_stream)(Handle, void*);
+  Status (*set_workspace)(Handle, void*, size_t);
+  Status (*set_math_mode)(Handle, int);
+  Status (*multiply)(Handle, int, int, int64_t, int64_t, int64_t, const void*, const void*, int,
+                     int64_t, const void*, int, int64_t, const void*, void*, int, int64_t, int,
+                     int);
+  bool complete = false;
+};
+
+Library load() {
+  Library library = {};
+  for (const char* name : {"libcublas.so.13", "libcublas.so.12"}) {
+    void* const loaded = dlopen(name, RTLD_NOW | RTLD_NOLOAD);
+    if (!loaded) continue;
+    const auto find = [&](const char* symbol, auto* function) {
+      *function =
+          reinterpret_cast<std::remove_pointer_t<decltype(function)>>(dlsym(loaded, symbol));
+      return *function != nullptr;
+    };
+    library.complete = find("cublasCreate_v2", &library.create) &&
+                       find("cublasSetStream_v2", &library.set_stream) &&
+                       find("cublasSetWorkspace_v2", &library.set_workspace) &&
+                       find("cublasSetMathMode", &library.set_math_mode) &&
+                       find("cublasGemmEx_64", &library.multiply);
+    if (library.complete) break;
+  }
+  return library;
+}
+
+const Library& library() {
+  static const Library loaded = load();
+  return loaded;
+}
+
+void check(Status status, const char* what) {
+  if (status != 0) {
+    throw std::runtime_error(std::string("cuBLAS, ") + what + ": status " + std::to_string(status));
+  }
+}
+
+// One for each device, for good. Calls come one at a time: they hold the interpreter.
+Handle handle_of(int device) {
+  static auto& handles = *new std::map<int, Handle>();
+  const auto [place, is_new] = handles.try_emplace(device, nullptr);
+  if (!place->second) {
+    check(library().create(&place->second), "create");
+    check(library().set_math_mode(place->second, kNoReducedPrecisionReduction), "math mode");
+  }
+  return place->second;
+}
+
+int data_type(Number number) {
+  switch (number) {
+    case Number::kDouble:
+      return kR64F;
+    case Number::kBf16:
+      return kR16BF;
+    case Number::kF16:
+      return kR16F;
+    case Number::kFloat:
+      break;
+  }
+  return kR32F;
+}
+
+}  // namespace
+
+bool has_library() { return library().complete; }
+size_t library_bytes() { return size_t(32) << 20; }
+
+void multiply(const Call& call, const Product& p, char* workspace) {
+  if (!p.m || !p.n || !p.k) throw std::logic_error("a product of no numbers");
+  const Handle handle = handle_of(call.device);
+  // The stream first: it resets the workspace.
+  check(library().set_stream(handle, call.stream), "stream");
+  check(library().set_workspace(handle, workspace, library_bytes()), "workspace");
+  const bool is_double = p.operands == Number::kDouble;
+  const int compute = is_double                                   ? kCompute64F
+                      : p.operands == Number::kFloat && call.tf32 ? kCompute32FFastTf32
+                                                                  : kCompute32F;
+  const float one = 1, beta = p.adds;
+  const double double_one = 1, double_beta = p.adds;
+  const void* const factors[] = {is_double ? static_cast<const void*>(&double_one) : &one,
+                                 is_double ? static_cast<const void*>(&double_beta) : &beta};
+  const int operands = data_type(p.operands);
+  // cuBLAS has matrices by columns: rows of ours are columns of its, so the product is b^T a^T.
+  check(library().multiply(handle, p.b.transposed ? kTransposed : kAsItIs,
+                           p.a.transposed ? kTransposed : kAsItIs, p.n, p.m, p.k, factors[0],
+                           p.b.data, operands, p.b.row, p.a.data, operands, p.a.row, factors[1],
+                           p.to, data_type(p.results), p.row, compute, kDefaultAlgorithm),
+        "product");
+}
+
+}  // namespace rnnkern::cuda

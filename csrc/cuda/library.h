@@ -1,0 +1,47 @@
+// Products of whole matrices, by cuBLAS as torch has loaded it.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "cuda/kernels.h"
+#include "elements.h"
+
+namespace rnnkern::cuda {
+
+enum class Number { kFloat, kDouble, kBf16, kF16 };
+
+template <typename T>
+constexpr Number kNumber = std::is_same_v<T, double> ? Number::kDouble
+                           : std::is_same_v<T, Bf16> ? Number::kBf16
+                           : std::is_same_v<T, F16>  ? Number::kF16
+                                                     : Number::kFloat;
+
+// A matrix by rows, `row` elements apart; or one whose columns stand so.
+struct Matrix {
+  const void* data;
+  int64_t row;
+  bool transposed = false;
+};
+
+struct Product {
+  int64_t m, n, k;
+  Matrix a, b;        // [m, k], [k, n]
+  Number operands;    // of a and b
+  void* to;           // [m, n], by rows
+  int64_t row;        //
+  Number results;     // of what is written
+  bool adds = false;  // to what stands there
+};
+
+// Where there is no cuBLAS in the process, scans go without it.
+bool has_library();
+
+// Scratch memory that a product may use.
+size_t library_bytes();
+
+// Queues the product on the call's stream. 16-bit operands are summed in float, float32 as it is,
+// or as TF32 where the call allows. Throws std::runtime_error.
+void multiply(const Call& call, const Product& product, char* workspace);
+
+}  // namespace rnnkern::cuda

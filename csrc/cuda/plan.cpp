@@ -1,0 +1,137 @@
+#include "cuda/plan.h"
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <iterator>
+#include <string_view>
+
+namespace rnnkern::cuda {
+namespace {
+
+// Costs by kind of GPU. Published and estimated, none measured by benchmarks/gpu yet.
+struct Kind {
+  int major, minor;
+  double clock_ghz, l2_tb_per_s, hand_off_us;
+};
+constexpr Kind kKinds[] = {
+    {8, 0, 1.41, 4.0, 1.6},   // A100
+    {8, 9, 2.52, 5.0, 1.3},   // RTX 4090
+    {9, 0, 1.83, 5.5, 1.3},   // H100, H200
+    {10, 0, 1.85, 9.0, 1.3},  // B200
+    {12, 0, 2.40, 7.0, 1.3},  // RTX 50
+};
+
+// Of one multiprocessor and clock.
+constexpr double kSharedBytesPerClock = 128, kL2BytesPerClock = 64;
+constexpr double kTensorFlops = 2048;  // of 16-bit operands; half of TF32
+constexpr double kPlainFlops = 256;    // of float; 1/2 to 1/64 of double
+constexpr double kItemUs = 0.35;       // barriers, sums and the cell of one pass and group
+
+int64_t quotient_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+Plan laid_out(const Problem& p, const Device& device, TileShape shape, int row_teams) {
+  const CellShape cell = cell_shape(p.sizes.cell);
+  const int64_t H = p.sizes.H, D = p.sizes.D;
+  Plan plan;
+  plan.resident = true;
+  plan.row_tiles = shape.row_tiles;
+  plan.column_tiles = shape.column_tiles;
+  plan.row_teams = row_teams;
+  plan.passes = int(quotient_up(quotient_up(p.N, plan.columns()), row_teams));
+  const int64_t blocks = std::max<int64_t>(1, device.multiprocessors / (D * row_teams));
+  const int64_t most_units = plan.rows() / (p.backward ? 1 : cell.gates);
+  plan.groups = int(quotient_up(H, blocks * most_units));
+  plan.units = int(quotient_up(H, blocks * plan.groups));
+  // Fewer blocks of whole tiles read less: all the rows that a tile has.
+  const int64_t per_tile = std::max<int64_t>(1, kTileRows / (p.backward ? 1 : cell.gates));
+  plan.units = int(std::min(most_units, quotient_up(plan.units, per_tile) * per_tile));
+  plan.unit_blocks = int(quotient_up(H, int64_t(plan.units) * plan.groups));
+  const int64_t K = p.backward ? cell.gates * H : H;
+  plan.chunks = int(quotient_up(K * p.operand_bytes, kChunkBytes));
+
+  const int64_t other = p.number_bytes * (sum_count(plan.rows(), plan.columns()) +
+                                          kept_count(plan, p.backward ? 0 : cell.slots));
+  const int64_t chunk_bytes = int64_t(plan.rows()) * kChunkBytes * plan.groups;
+  const int64_t room = device.shared_bytes - other;
+  plan.resident = room >= 0;
+  plan.resident_chunks = int(std::clamp<int64_t>(room / chunk_bytes, 0, plan.chunks));
+  plan.shared_bytes = other + plan.resident_chunks * chunk_bytes;
+
+  const double items = double(plan.passes) * plan.groups;
+  const double state_bytes = double(plan.chunks) * kChunkBytes * plan.columns();
+  const double streamed = double(plan.chunks - plan.resident_chunks) * kChunkBytes * plan.rows();
+  const double resident = double(plan.resident_chunks) * kChunkBytes * plan.rows();
+  const double flops = 2.0 * plan.rows() * plan.columns() * double(K);
+  const double rate = (p.tensor_cores ? kTensorFlops * 2 : kPlainFlops * 4) / p.operand_bytes;
+  const double blocks_used = double(plan.blocks(int(D)));
+  const double l2_bytes_per_us =
+      std::min(kL2BytesPerClock * device.clock_ghz * 1e3, device.l2_tb_per_s * 1e6 / blocks_used);
+  plan.bytes_per_step = int64_t(items * (state_bytes + streamed) * blocks_used);
+  plan.us_per_step =
+      device.hand_off_us +
+      items * (kItemUs + (state_bytes + streamed) / l2_bytes_per_us +
+               (resident / kSharedBytesPerClock + flops / rate) / (device.clock_ghz * 1e3));
+  return plan;
+}
+
+}  // namespace
+
+Device device_of_kind(int major, int minor) {
+  const Kind* found = std::begin(kKinds);
+  for (const Kind& kind : kKinds) {
+    if (kind.major < major || (kind.major == major && kind.minor <= minor)) found = &kind;
+  }
+  Device device;
+  device.clock_ghz = found->clock_ghz;
+  device.l2_tb_per_s = found->l2_tb_per_s;
+  device.hand_off_us = found->hand_off_us;
+  return device;
+}
+
+Plan plan_for(const Problem& p, const Device& device) {
+  Plan best;
+  // For tests and comparisons.
+  const char* forced = std::getenv("RNNKERN_CUDA_TIER");
+  if (p.sizes.projected || (forced && std::string_view(forced) == "plain")) return best;
+  const auto try_all = [&](const auto& shapes) {
+    for (const TileShape& shape : shapes) {
+      const int64_t parts = quotient_up(p.N, shape.column_tiles * kTileColumns);
+      const int64_t most = std::max(1, device.multiprocessors / p.sizes.D);
+      for (int64_t passes = quotient_up(parts, most);; passes *= 2) {
+        const int64_t teams = quotient_up(parts, passes);
+        const Plan plan = laid_out(p, device, shape, int(teams));
+        if (plan.resident && (!best.resident || plan.us_per_step < best.us_per_step)) best = plan;
+        if (teams == 1) break;
+      }
+    }
+  };
+  if (p.tensor_cores) {
+    p.backward ? try_all(kBackwardTiles) : try_all(kForwardTiles);
+  } else {
+    p.backward ? try_all(kPlainBackwardTiles) : try_all(kPlainForwardTiles);
+  }
+  return best;
+}
+
+std::string describe(const Plan& plan, const Problem& p, const Device& device) {
+  char text[512];
+  if (!plan.resident) {
+    std::snprintf(text, sizeof text, "plain tier: %s",
+                  p.sizes.projected ? "the layer has a projection" : "as asked");
+    return text;
+  }
+  const double share = plan.chunks ? 100.0 * plan.resident_chunks / plan.chunks : 100;
+  std::snprintf(
+      text, sizeof text,
+      "resident tier: %lld blocks of %d multiprocessors, %d team(s) of %d in a direction, "
+      "%d units each in %d group(s), %d rows in %d pass(es); %.0f %% of the weights in "
+      "shared memory (%lld KiB a block); %.0f KB a step through the L2, %.1f us expected",
+      static_cast<long long>(plan.blocks(p.sizes.D)), device.multiprocessors, plan.row_teams,
+      plan.unit_blocks, plan.units * plan.groups, plan.groups, plan.columns(), plan.passes, share,
+      static_cast<long long>(plan.shared_bytes >> 10), double(plan.bytes_per_step) / 1e3,
+      plan.us_per_step);
+  return text;
+}
+
+}  // namespace rnnkern::cuda

@@ -1,0 +1,94 @@
+// Which kernel runs on a GPU, from sizes alone: the plain tier, or the resident one and how it is
+// laid out.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "scan.h"
+
+namespace rnnkern::cuda {
+
+// Of the resident tier. A product on the tensor cores is made of 16 rows by 8 columns; along k it
+// goes by 64 bytes.
+constexpr int kTileRows = 16, kTileColumns = 8, kChunkBytes = 64;
+
+#ifdef RNNKERN_SIMT
+constexpr int kResidentThreads = 64;  // fibers are dear
+#else
+constexpr int kResidentThreads = 256;
+#endif
+constexpr int kResidentWarps = kResidentThreads / 32;
+
+// What a GPU can do. The properties are its own; the costs are of its kind, as the table in
+// plan.cpp has them.
+struct Device {
+  int multiprocessors = 1;
+  int64_t shared_bytes = 48 << 10;  // that a block may have
+  double clock_ghz = 1;
+  double l2_tb_per_s = 2;  // read by all multiprocessors together
+  double hand_off_us = 1;  // from a block's write to the others' having read it
+};
+
+// The kind of GPU by compute capability: costs filled in.
+Device device_of_kind(int major, int minor);
+
+struct Problem {
+  Sizes sizes;
+  int64_t T = 0, N = 0;
+  bool backward = false;
+  int operand_bytes = 4;      // of a number in a product
+  bool tensor_cores = false;  // multiply it
+  int number_bytes = 4;       // of what is computed with
+};
+
+// How the resident tier is laid out: D * row_teams * unit_blocks blocks.
+struct Plan {
+  bool resident = false;
+  int row_tiles = 2, column_tiles = 1;  // of a block's product
+  int row_teams = 1, unit_blocks = 1;
+  int passes = 1;           // row_teams * passes parts of the batch, of as many rows as columns
+  int groups = 1;           // unit_blocks * groups parts of the hidden units
+  int units = 1;            // of a group
+  int chunks = 1;           // along k
+  int resident_chunks = 0;  // of each group, in shared memory; the rest comes through the L2
+  int64_t shared_bytes = 0;
+  int64_t bytes_per_step = 0;  // through the L2, by all blocks
+  double us_per_step = 0;      // as expected
+
+  constexpr int rows() const { return row_tiles * kTileRows; }
+  constexpr int columns() const { return column_tiles * kTileColumns; }
+  constexpr int64_t blocks(int directions) const {
+    return int64_t(directions) * row_teams * unit_blocks;
+  }
+};
+
+// Sums of one row of a product lie this far apart in shared memory: stores of a tensor core's
+// result then meet no bank twice.
+constexpr int sum_stride(int columns) { return columns % 16 == 0 ? columns + 8 : columns; }
+
+// Numbers of all warps' sums, and those that a block keeps for its units and rows.
+constexpr int64_t sum_count(int rows, int columns) {
+  return int64_t(kResidentWarps) * rows * sum_stride(columns);
+}
+constexpr int64_t kept_count(const Plan& plan, int slots) {
+  const int64_t units = int64_t(plan.groups) * plan.units;
+  return 2 * units * plan.passes * plan.columns() + slots * units;
+}
+
+// Register tiles that there are kernels for.
+struct TileShape {
+  int row_tiles, column_tiles;
+};
+constexpr TileShape kForwardTiles[] = {{2, 1}, {2, 2}, {4, 4}};
+constexpr TileShape kBackwardTiles[] = {{1, 1}, {1, 2}, {2, 4}};
+// Without tensor cores, where a lane has sums of all rows.
+constexpr TileShape kPlainForwardTiles[] = {{2, 1}, {2, 2}};
+constexpr TileShape kPlainBackwardTiles[] = {{1, 1}, {1, 2}, {1, 4}};
+
+Plan plan_for(const Problem& problem, const Device& device);
+
+// The choice and its reason, for people.
+std::string describe(const Plan& plan, const Problem& problem, const Device& device);
+
+}  // namespace rnnkern::cuda

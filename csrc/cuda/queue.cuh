@@ -1,0 +1,61 @@
+// One call on its way: the scratch memory it carves, and the kernels it queues. Laying out and
+// running are the same code: without memory it only counts.
+#pragma once
+
+#include <string>
+
+#include "cuda/device.h"
+#include "cuda/launch.cuh"
+#include "cuda/library.h"
+#include "workspace.h"
+
+namespace rnnkern {
+namespace RNNKERN_NAMESPACE {
+
+class Queue {
+ public:
+  // `what` names the layer in errors.
+  Queue(const cuda::Call& call, const cuda::Device& device, char* memory, std::string what)
+      : device(device), call_(call), memory_(memory), carver_(memory), what_(std::move(what)) {}
+
+  const cuda::Device& device;
+
+  bool runs() const { return memory_; }
+  bool tf32() const { return call_.tf32; }
+  size_t bytes() const { return carver_.used(); }
+
+  template <typename U>
+  U* take(int64_t count) {
+    return carver_.take<U>(count);
+  }
+
+  // What has been taken up to now is zero when the next kernel starts.
+  void clear_taken() {
+    if (runs()) clear(memory_, carver_.used(), call_.stream);
+  }
+
+  // False where the kernel's blocks wait for each other and the device does not run that many at
+  // once.
+  template <typename Kernel>
+  bool start(const char* kernel, Grid grid, const typename Kernel::Arguments& arguments) const {
+    return !runs() ||
+           launch<Kernel>(std::string(kernel) + " of " + what_, grid, call_.stream, arguments);
+  }
+
+  void multiply(const cuda::Product& product) {
+    if (!multiplies_) library_memory_ = take<char>(int64_t(cuda::library_bytes()));
+    multiplies_ = true;
+    if (runs()) cuda::multiply(call_, product, library_memory_);
+  }
+
+ private:
+  const cuda::Call& call_;
+  char* const memory_;
+  Carver carver_;
+  const std::string what_;
+  bool multiplies_ = false;
+  char* library_memory_ = nullptr;
+};
+
+}  // namespace RNNKERN_NAMESPACE
+}  // namespace rnnkern

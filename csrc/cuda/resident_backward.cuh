@@ -1,0 +1,200 @@
+// Backward pass, resident tier, in reverse scan order:
+//
+//   dh(t) = dy(t) + dh          dslots(t), dc, dh' = cell_backward(slots(t), c(t), c(t-1), h(t-1),
+//   dh(t), dc) dh    = dh' + dslots(t) x W_hh
+//
+// A block's rows m of the product are its units; k is a gate's slot of dslots(t), those of a unit
+// side by side, so that what a block writes is one piece and few blocks make what a warp reads. Per
+// step a block reads rows x G H gradients of slots, makes 2 units x rows x G H operations, and
+// writes rows x G units of them. The product after the last step is made only where the gradient of
+// h_0 is wanted.
+#pragma once
+
+#include "cuda/resident.cuh"
+#include "cuda/stores.cuh"
+
+namespace rnnkern {
+namespace RNNKERN_NAMESPACE {
+
+template <typename T, typename E, typename Cell, int kRowTiles, int kColumnTiles>
+class ResidentBackward {
+  using A = Compute<T>;
+  using Block = ResidentBlock<E, kRowTiles, kColumnTiles>;
+  static constexpr CellShape kShape = Cell::kShape;
+
+ public:
+  static constexpr int kColumns = Block::kColumns, kMostUnits = Block::kRows;
+  static constexpr bool kBlocksWait = true;
+  static constexpr int kMostThreads = kResidentThreads;
+
+  struct Arguments {
+    Backward<T> b;
+    Residency residency;
+    const T* zeros;  // [H]
+  };
+
+  RNNKERN_DEVICE static void run(const Arguments& arguments) { ResidentBackward(arguments).scan(); }
+
+ private:
+  using OwnPairs = Pairs<kMostUnits, kColumns>;
+  static constexpr int kPairs = OwnPairs::kCount;
+
+  RNNKERN_DEVICE explicit ResidentBackward(const Arguments& a)
+      : a_(a),
+        b_(a.b),
+        r_(a.residency),
+        z_(a.b.sizes),
+        s_(a.b.steps),
+        block_(r_, z_.D, s_.N, z_.H),
+        d_(block_.direction()),
+        pairs_(r_.units),
+        y_(columns(b_.y, d_ * z_.H)),
+        slots_(saved_rows(s_, b_.slots, d_, kShape.slots * z_.H)),
+        cells_(saved_rows(s_, b_.cells, d_, z_.H)),
+        dy_(columns(b_.dy, b_.dy_uniform ? 0 : d_ * z_.H)),
+        dslots_(saved_rows(s_, b_.dslots, d_, kShape.slots * z_.H)),
+        carried_(block_.rest()) {}
+
+  RNNKERN_DEVICE void scan() {
+    const Weights<T>& w = b_.weights[d_];
+    constexpr int kGates = kShape.gates;
+    block_.template pack<true>(kGates * z_.H, r_.units, [&](int group, int m, int64_t k) -> A {
+      const int64_t unit = block_.units(group).begin + m;
+      if (unit >= block_.units(group).end) return 0;
+      return value(
+          w.w_hh[(recurrent_gate<Cell>(int(k % kGates)) * z_.H + k / kGates) * w.w_hh_row + unit]);
+    });
+    for (int pass = 0; pass < r_.passes; ++pass) {
+      for (int group = 0; group < r_.groups; ++group) pass_idle_rows(pass, group);
+    }
+    load(0, 0, 0);
+    for (int64_t i = 0; i < s_.T + (b_.dh0.data ? 1 : 0); ++i) {
+      for (int pass = 0; pass < r_.passes; ++pass) {
+        for (int group = 0; group < r_.groups; ++group) step(i, pass, group);
+      }
+    }
+  }
+
+  // Nobody takes part after the last step.
+  RNNKERN_DEVICE Visit visit_of(int64_t i, int pass) const {
+    const Range rows = block_.rows(pass);
+    return visit(s_, d_ == 1, i, rows.begin, rows.end);
+  }
+
+  // What passes from step to step beside the product: gradients of c, and of h where the cell
+  // itself reads it.
+  RNNKERN_DEVICE A& carried_dc(int pass, int group, int i) const {
+    return carried_[(int64_t(pass) * r_.groups + group) * r_.units * kColumns +
+                    pairs_.column[i] * r_.units + pairs_.unit[i]];
+  }
+  RNNKERN_DEVICE A& carried_dh(int pass, int group, int i) const {
+    return (&carried_dc(pass, group, i))[int64_t(r_.passes) * r_.groups * r_.units * kColumns];
+  }
+
+  RNNKERN_DEVICE void pass_idle_rows(int pass, int group) const {
+    pairs_.for_each(block_.rows(pass), block_.units(group), [&](int, int64_t slot, int64_t unit) {
+      if (slot < active_rows(s_, 0)) return;
+      pass_element(s_, b_.dhn, b_.dh0, d_, slot, unit);
+      if (kShape.cell_state) pass_element(s_, b_.dcn, b_.dc0, d_, slot, unit);
+    });
+  }
+
+  // What the next step reads of what forward has saved, on its way while this one ends.
+  RNNKERN_DEVICE void load(int64_t i, int pass, int group) {
+    const Visit v = visit_of(i, pass);
+    const int64_t H = z_.H;
+    pairs_.for_each(block_.rows(pass), block_.units(group), [&](int p, int64_t slot, int64_t unit) {
+      if (slot >= v.active_end) return;
+      Step<A>& s = ahead_[p];
+      if constexpr (kShape.saves_slots) {
+        const T* saved = row_at(s_, slots_, v.t, slot) + unit;
+#pragma unroll
+        for (int g = 0; g < kShape.slots; ++g) s.slot[g] = value(saved[g * H]);
+      } else {
+        s.h = value(row_at(s_, y_, v.t, slot)[unit]);
+      }
+      if constexpr (kShape.reads_h) {
+        s.h_prev = value(previous_state(s_, d_, v.t, slot, y_, b_.h0, a_.zeros)[unit]);
+      }
+      if constexpr (kShape.cell_state) {
+        s.c = value(row_at(s_, cells_, v.t, slot)[unit]);
+        s.c_prev = value(previous_state(s_, d_, v.t, slot, cells_, b_.c0, a_.zeros)[unit]);
+      }
+      s.dh = dy_.data ? value(row_at(s_, dy_, v.t, slot)[b_.dy_uniform ? 0 : unit]) : A(0);
+    });
+  }
+
+  RNNKERN_DEVICE void step(int64_t i, int pass, int group) {
+    const Visit before = visit_of(i - 1, pass), v = visit_of(i, pass);
+    const Range rows = block_.rows(pass), units = block_.units(group);
+    const bool last_group = group + 1 == r_.groups;
+    if (before.active_end > rows.begin) block_.multiply(pass, group, i, kShape.gates);
+    pairs_.for_each(rows, units, [&](int p, int64_t slot, int64_t unit) {
+      A dh = 0;
+      if (slot < before.active_end) {
+        dh = block_.sum(pairs_.unit[p], pairs_.column[p]);
+        if (kShape.reads_h) dh += carried_dh(pass, group, p);
+        if (slot >= before.leaving && b_.dh0.data) {
+          put(state_at(s_, b_.dh0, d_, slot) + unit, dh);
+        }
+      }
+      if (slot >= v.active_end) return;
+      Step<A>& s = ahead_[p];
+      const bool enters = slot >= v.entering;
+      s.dh += enters ? element_of(s_, b_.dhn, d_, slot, unit) : dh;
+      if constexpr (kShape.cell_state) {
+        s.dc = enters ? element_of(s_, b_.dcn, d_, slot, unit) : carried_dc(pass, group, p);
+      }
+      Cell::backward(s);
+      const bool is_cut = cut(s_, d_, v.t, slot);  // no gradient passes to what was before
+#pragma unroll
+      for (int g = 0; g < kShape.gates; ++g) {
+        put_operand(block_.exchanged(i + 1, slot, unit * kShape.gates + g),
+                    is_cut ? A(0) : rounded<T>(s.slot[g]));
+      }
+      if (kShape.reads_h) carried_dh(pass, group, p) = is_cut ? A(0) : s.dh_direct;
+      if constexpr (kShape.cell_state) {
+        if (is_cut) s.dc = 0;
+        carried_dc(pass, group, p) = s.dc;
+        if (slot >= v.leaving && b_.dc0.data) {
+          put(state_at(s_, b_.dc0, d_, slot) + unit, s.dc);
+        }
+      }
+    });
+    if (last_group) {
+      block_.publish(pass, i + 1);
+    } else {
+      sync_block();  // the sums have been read
+    }
+    pairs_.for_each(rows, units, [&](int p, int64_t slot, int64_t unit) {
+      if (i == s_.T || (slot >= v.active_end && s_.start)) return;
+      T* to = row_at(s_, dslots_, v.t, slot) + unit;
+#pragma unroll
+      for (int g = 0; g < kShape.slots; ++g) {
+        put(to + g * z_.H, slot < v.active_end ? ahead_[p].slot[g] : A(0));
+      }
+    });
+    const bool last_pass = pass + 1 == r_.passes;
+    load(last_group && last_pass ? i + 1 : i,
+         !last_group ? pass
+         : last_pass ? 0
+                     : pass + 1,
+         last_group ? 0 : group + 1);
+  }
+
+  const Arguments& a_;
+  const Backward<T>& b_;
+  const Residency& r_;
+  const Sizes& z_;
+  const Steps& s_;
+  const Block block_;
+  const int d_;
+  const OwnPairs pairs_;
+  const Rows<const T> y_, slots_, cells_, dy_;
+  const Rows<T> dslots_;
+  A* const carried_;
+  Step<A> ahead_[kPairs];
+};
+
+}  // namespace RNNKERN_NAMESPACE
+}  // namespace rnnkern

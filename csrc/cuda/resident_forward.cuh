@@ -1,0 +1,199 @@
+// Forward pass, resident tier:  slots(t) = inputs(t) + W_hh h(t-1) + biases,
+// (h, c)(t) = cell(slots, c(t-1), h(t-1)).
+//
+// inputs = W_ih x is made before for all steps. A block's rows m of the product are gate i of unit
+// u, m = i units + u; k is the hidden unit of h(t-1). Per step a block reads rows x H elements of
+// h, makes 2 G units x rows x H operations, and writes units x rows elements of h.
+#pragma once
+
+#include "cuda/resident.cuh"
+#include "cuda/stores.cuh"
+
+namespace rnnkern {
+namespace RNNKERN_NAMESPACE {
+
+template <typename T, typename E, typename Cell, int kRowTiles, int kColumnTiles>
+class ResidentForward {
+  using A = Compute<T>;
+  using Block = ResidentBlock<E, kRowTiles, kColumnTiles>;
+  static constexpr CellShape kShape = Cell::kShape;
+
+ public:
+  static constexpr int kColumns = Block::kColumns, kMostUnits = Block::kRows / kShape.gates;
+  static constexpr bool kBlocksWait = true;
+  static constexpr int kMostThreads = kResidentThreads;
+
+  struct Arguments {
+    Forward<T> f;
+    Residency residency;
+    const A* inputs;  // [D, total, width], from column first_input on
+    int64_t width, first_input;
+  };
+
+  RNNKERN_DEVICE static void run(const Arguments& arguments) { ResidentForward(arguments).scan(); }
+
+ private:
+  using OwnPairs = Pairs<kMostUnits, kColumns>;
+  static constexpr int kPairs = OwnPairs::kCount;
+
+  RNNKERN_DEVICE explicit ResidentForward(const Arguments& a)
+      : a_(a),
+        r_(a.residency),
+        z_(a.f.sizes),
+        s_(a.f.steps),
+        block_(r_, z_.D, s_.N, z_.H),
+        d_(block_.direction()),
+        pairs_(r_.units),
+        stores_(a.f, d_),
+        y_(columns(a.f.y, d_ * z_.H)),
+        inputs_(saved_rows(s_, a.inputs + a.first_input, d_, a.width)),
+        carried_(block_.rest()),
+        biases_(carried_ + 2 * states()) {}
+
+  RNNKERN_DEVICE void scan() {
+    const Weights<T>& w = a_.f.weights[d_];
+    block_.template pack<false>(
+        z_.H, kShape.gates * r_.units, [&](int group, int m, int64_t k) -> A {
+          const int64_t unit = block_.units(group).begin + m % r_.units;
+          if (unit >= block_.units(group).end) return 0;
+          return value(w.w_hh[(recurrent_gate<Cell>(m / r_.units) * z_.H + unit) * w.w_hh_row + k]);
+        });
+    read_biases();
+    for (int pass = 0; pass < r_.passes; ++pass) {
+      for (int group = 0; group < r_.groups; ++group) begin(pass, group);
+      block_.publish(pass, 1);
+    }
+    load_inputs(0, 0, 0);
+    for (int64_t i = 0; i < s_.T; ++i) {
+      for (int pass = 0; pass < r_.passes; ++pass) {
+        for (int group = 0; group < r_.groups; ++group) step(i, pass, group);
+      }
+    }
+  }
+
+  RNNKERN_DEVICE Visit visit_of(int64_t i, int pass) const {
+    const Range rows = block_.rows(pass);
+    return visit(s_, d_ == 0, i, rows.begin, rows.end);
+  }
+
+  RNNKERN_DEVICE int64_t states() const {
+    return int64_t(r_.passes) * r_.groups * r_.units * kColumns;
+  }
+  // States of the thread's pairs: h and c, as what is computed with.
+  RNNKERN_DEVICE A& carried_h(int pass, int group, int i) const {
+    return carried_[(int64_t(pass) * r_.groups + group) * r_.units * kColumns +
+                    pairs_.column[i] * r_.units + pairs_.unit[i]];
+  }
+  RNNKERN_DEVICE A& carried_c(int pass, int group, int i) const {
+    return (&carried_h(pass, group, i))[states()];
+  }
+
+  RNNKERN_DEVICE A& bias(int group, int slot, int64_t unit) const {
+    return biases_[(int64_t(group) * kShape.slots + slot) * r_.units + unit];
+  }
+  RNNKERN_DEVICE void read_biases() const {
+    for (int group = 0; group < r_.groups; ++group) {
+      const Range units = block_.units(group);
+      for (int i = thread_index(); i < kShape.slots * r_.units; i += kResidentThreads) {
+        const int slot = i / r_.units;
+        const int64_t unit = units.begin + i % r_.units;
+        bias(group, slot, i % r_.units) =
+            unit < units.end ? bias_of<Cell>(a_.f.weights[d_], z_.H, slot, unit) : A(0);
+      }
+    }
+  }
+
+  // The initial states, where each row finds them in its first step; rows that never take part end
+  // with them.
+  RNNKERN_DEVICE void begin(int pass, int group) const {
+    pairs_.for_each(block_.rows(pass), block_.units(group), [&](int i, int64_t slot, int64_t unit) {
+      const bool is_cut = d_ == 0 && cut(s_, 0, 0, slot);
+      const A h = is_cut ? A(0) : element_of(s_, a_.f.h0, d_, slot, unit);
+      carried_h(pass, group, i) = h;
+      if constexpr (kShape.cell_state) {
+        carried_c(pass, group, i) = is_cut ? A(0) : element_of(s_, a_.f.c0, d_, slot, unit);
+      }
+      for (int epoch = 0; epoch < 2; ++epoch) {
+        put_operand(block_.exchanged(epoch, slot, unit), h);
+      }
+      if (slot < active_rows(s_, 0)) return;
+      pass_element(s_, a_.f.h0, a_.f.hn, d_, slot, unit);
+      if (kShape.cell_state) pass_element(s_, a_.f.c0, a_.f.cn, d_, slot, unit);
+    });
+  }
+
+  // What the next step adds to its products, on its way while this one ends.
+  RNNKERN_DEVICE void load_inputs(int64_t i, int pass, int group) {
+    if (i >= s_.T) return;
+    const Visit v = visit_of(i, pass);
+    pairs_.for_each(block_.rows(pass), block_.units(group), [&](int p, int64_t slot, int64_t unit) {
+      if (slot >= v.active_end) return;
+      const A* row = row_at(s_, inputs_, v.t, slot) + unit;
+#pragma unroll
+      for (int g = 0; g < kShape.gates; ++g) ahead_[p][g] = row[g * z_.H];
+    });
+  }
+
+  RNNKERN_DEVICE void step(int64_t i, int pass, int group) {
+    const Visit v = visit_of(i, pass);
+    const Range rows = block_.rows(pass), units = block_.units(group);
+    const bool last_group = group + 1 == r_.groups;
+    if (v.active_end > rows.begin) block_.multiply(pass, group, i + 1, 1);
+    Step<A> steps[kPairs];
+    pairs_.for_each(rows, units, [&](int p, int64_t slot, int64_t unit) {
+      if (slot >= v.active_end) return;
+      Step<A>& s = steps[p];
+      for (int g = 0; g < kShape.slots; ++g) {
+        A sum = bias(group, g, pairs_.unit[p]);
+        if (g >= kShape.input_slot) sum += ahead_[p][g - kShape.input_slot];
+        if (g < kShape.gates) sum += block_.sum(g * r_.units + pairs_.unit[p], pairs_.column[p]);
+        s.slot[g] = sum;
+      }
+      s.h_prev = carried_h(pass, group, p);
+      if constexpr (kShape.cell_state) s.c_prev = carried_c(pass, group, p);
+      Cell::forward(s);
+      if (kCarriesCells<T, Cell> && a_.f.rounds_cells) s.c = rounded<T>(s.c);
+      const bool is_cut = slot < v.leaving && cut(s_, d_, d_ == 0 ? v.t + 1 : v.t - 1, slot);
+      const A h = is_cut ? A(0) : rounded<T>(s.h);
+      put_operand(block_.exchanged(i, slot, unit), h);
+      carried_h(pass, group, p) = h;
+      if constexpr (kShape.cell_state) carried_c(pass, group, p) = is_cut ? A(0) : s.c;
+    });
+    if (last_group) {
+      block_.publish(pass, i + 2);
+    } else {
+      sync_block();  // the sums have been read
+    }
+    pairs_.for_each(rows, units, [&](int p, int64_t slot, int64_t unit) {
+      if (slot < v.active_end) {
+        put(row_at(s_, y_, v.t, slot) + unit, steps[p].h);
+        stores_.put_step(v, slot, unit, steps[p]);
+      } else if (!s_.start) {
+        row_at(s_, y_, v.t, slot)[unit] = T{};  // a padded row past its end
+      }
+    });
+    const bool last_pass = pass + 1 == r_.passes;
+    load_inputs(last_group && last_pass ? i + 1 : i,
+                !last_group ? pass
+                : last_pass ? 0
+                            : pass + 1,
+                last_group ? 0 : group + 1);
+  }
+
+  const Arguments& a_;
+  const Residency& r_;
+  const Sizes& z_;
+  const Steps& s_;
+  const Block block_;
+  const int d_;
+  const OwnPairs pairs_;
+  const ForwardStores<T, Cell> stores_;
+  const Rows<T> y_;
+  const Rows<const A> inputs_;
+  A* const carried_;
+  A* const biases_;
+  A ahead_[kPairs][kShape.gates];
+};
+
+}  // namespace RNNKERN_NAMESPACE
+}  // namespace rnnkern

@@ -1,0 +1,108 @@
+// What both tiers read of operands and write of results, one element of one step at a time.
+#pragma once
+
+#include "cells/cells.h"
+#include "cells/narrow.h"
+#include "cuda/device.cuh"
+#include "steps.h"
+
+namespace rnnkern {
+namespace RNNKERN_NAMESPACE {
+
+RNNKERN_DEVICE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// As in scan.h; a constant of a class is no object in device code.
+template <typename Cell>
+RNNKERN_DEVICE int recurrent_gate(int slot) {
+  constexpr CellShape shape = Cell::kShape;
+  return shape.recurrent_gate(slot);
+}
+template <typename Cell>
+RNNKERN_DEVICE int input_gate(int slot) {
+  constexpr CellShape shape = Cell::kShape;
+  return shape.input_gate(slot);
+}
+
+// Rounded where the element is narrower.
+RNNKERN_DEVICE void put(float* to, float x) { *to = x; }
+RNNKERN_DEVICE void put(double* to, double x) { *to = x; }
+RNNKERN_DEVICE void put(Bf16* to, float x) { to->bits = uint16_t(narrow(Bf16{}, x)); }
+RNNKERN_DEVICE void put(F16* to, float x) { to->bits = uint16_t(narrow(F16{}, x)); }
+
+// As it is once it has been stored.
+template <typename T>
+RNNKERN_DEVICE Compute<T> rounded(Compute<T> number) {
+  T stored;
+  put(&stored, number);
+  return value(stored);
+}
+
+// Both biases of a slot of a unit.
+template <typename Cell, typename T>
+RNNKERN_DEVICE Compute<T> bias_of(const Weights<T>& w, int64_t H, int slot, int64_t unit) {
+  constexpr CellShape kShape = Cell::kShape;
+  Compute<T> sum = 0;
+  if (w.b_ih && slot >= kShape.input_slot) sum += value(w.b_ih[input_gate<Cell>(slot) * H + unit]);
+  if (w.b_hh && slot < kShape.gates) sum += value(w.b_hh[recurrent_gate<Cell>(slot) * H + unit]);
+  return sum;
+}
+
+// An element of a state; zero where there is none.
+template <typename T>
+RNNKERN_DEVICE Compute<T> element_of(const Steps& s, const State<const T>& state, int direction,
+                                     int64_t slot, int64_t column) {
+  return state.data ? value(state_at(s, state, direction, slot)[column]) : Compute<T>(0);
+}
+
+// Copies an element of a state; nothing where it is not wanted.
+template <typename T>
+RNNKERN_DEVICE void pass_element(const Steps& s, const State<const T>& from, const State<T>& to,
+                                 int direction, int64_t slot, int64_t column) {
+  if (!to.data) return;
+  state_at(s, to, direction, slot)[column] =
+      from.data ? state_at(s, from, direction, slot)[column] : T{};
+}
+
+// Cell states of narrow types are carried from step to step as what is computed with.
+template <typename T, typename Cell>
+constexpr bool kCarriesCells = Cell::kShape.cell_state && kNarrow<T>;
+
+// The results of a forward pass, but for h itself, which others may be waiting for.
+template <typename T, typename Cell>
+class ForwardStores {
+  using A = Compute<T>;
+  static constexpr CellShape kShape = Cell::kShape;
+
+ public:
+  RNNKERN_DEVICE ForwardStores(const Forward<T>& f, int direction)
+      : f_(f),
+        s_(f.steps),
+        d_(direction),
+        slots_(saved_rows(s_, f.slots, d_, kShape.slots * f.sizes.H)),
+        cells_(saved_rows(s_, f.cells, d_, f.sizes.H)) {}
+
+  RNNKERN_DEVICE const Rows<T>& cells() const { return cells_; }
+
+  RNNKERN_DEVICE void put_step(const Visit& v, int64_t slot, int64_t unit, const Step<A>& s) const {
+    const bool leaves = slot >= v.leaving;
+    if (leaves && !f_.sizes.projected) put(state_at(s_, f_.hn, d_, slot) + unit, s.h);
+    if constexpr (kShape.cell_state) {
+      if (cells_.data) put(row_at(s_, cells_, v.t, slot) + unit, s.c);
+      if (leaves) put(state_at(s_, f_.cn, d_, slot) + unit, s.c);
+    }
+    if (kShape.saves_slots && slots_.data) {
+      T* saved = row_at(s_, slots_, v.t, slot) + unit;
+#pragma unroll
+      for (int i = 0; i < kShape.slots; ++i) put(saved + i * f_.sizes.H, s.slot[i]);
+    }
+  }
+
+ private:
+  const Forward<T>& f_;
+  const Steps& s_;
+  const int d_;
+  const Rows<T> slots_, cells_;
+};
+
+}  // namespace RNNKERN_NAMESPACE
+}  // namespace rnnkern

@@ -1,0 +1,62 @@
+// In place of cuBLAS: the same products, one number after the other.
+#include "cuda/library.h"
+
+#include "cells/narrow.h"
+
+namespace rnnkern::cuda {
+namespace {
+
+double read(Number number, const void* data, int64_t index) {
+  using namespace portable;
+  switch (number) {
+    case Number::kDouble:
+      return static_cast<const double*>(data)[index];
+    case Number::kBf16:
+      return value(static_cast<const Bf16*>(data)[index]);
+    case Number::kF16:
+      return value(static_cast<const F16*>(data)[index]);
+    case Number::kFloat:
+      break;
+  }
+  return static_cast<const float*>(data)[index];
+}
+
+void write(Number number, void* data, int64_t index, double x) {
+  using namespace portable;
+  switch (number) {
+    case Number::kDouble:
+      static_cast<double*>(data)[index] = x;
+      return;
+    case Number::kBf16:
+      static_cast<Bf16*>(data)[index].bits = uint16_t(narrow(Bf16{}, float(x)));
+      return;
+    case Number::kF16:
+      static_cast<F16*>(data)[index].bits = uint16_t(narrow(F16{}, float(x)));
+      return;
+    case Number::kFloat:
+      break;
+  }
+  static_cast<float*>(data)[index] = float(x);
+}
+
+double at(Number number, const Matrix& m, int64_t i, int64_t j) {
+  return read(number, m.data, m.transposed ? j * m.row + i : i * m.row + j);
+}
+
+}  // namespace
+
+bool has_library() { return true; }
+size_t library_bytes() { return 0; }
+
+void multiply(const Call&, const Product& p, char*) {
+  for (int64_t i = 0; i < p.m; ++i) {
+    for (int64_t j = 0; j < p.n; ++j) {
+      double sum = p.adds ? read(p.results, p.to, i * p.row + j) : 0;
+      for (int64_t k = 0; k < p.k; ++k)
+        sum += at(p.operands, p.a, i, k) * at(p.operands, p.b, k, j);
+      write(p.results, p.to, i * p.row + j, sum);
+    }
+  }
+}
+
+}  // namespace rnnkern::cuda
