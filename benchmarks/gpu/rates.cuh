@@ -322,9 +322,9 @@ __global__ void __launch_bounds__(512) warpgroup_products(WgmmaArguments argumen
   float d[kColumns / 2] = {};
   const Stopwatch watch;
   ptx::wgmma_fence_sums(d);
-  ptx::wgmma_fence();
 #pragma unroll 1
   for (int it = 0; it < arguments.iterations; ++it) {
+    ptx::wgmma_fence();
 #pragma unroll
     for (int i = 0; i < kDepth / 16; ++i) {
       ptx::wgmma(d, descriptor<kSwizzled>(mine, kWgmmaRows, i),
