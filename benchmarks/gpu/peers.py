@@ -92,7 +92,7 @@ def make_call(row: Row, device: torch.device) -> Callable[[], object]:
 
 
 def sample(call: Callable[[], object], count: int, device: torch.device) -> list[float]:
-    """Seconds of each of so many calls, by CUDA events; on the CPU, to try this out, by its clock."""
+    """Seconds of each call, by CUDA events; on the CPU, where one can try this, by its clock."""
     if device.type != "cuda":
         seconds = []
         for _ in range(count):
