@@ -31,7 +31,7 @@ class Patience {
     for (int polls = 0; !ready(); ++polls) {
       if (polls == most) {
         lost_ = true;
-        *status_ = kTimedOut;
+        complain_once(status_, kTimedOut);
         return;
       }
     }
@@ -210,7 +210,7 @@ __global__ void __launch_bounds__(kHandoffThreads) gather_by_flags(GatherArgumen
     __syncthreads();
   }
   for (int c = thread; c < a.chunks; c += kHandoffThreads) {
-    if (!same(staged[c], last_value(c, a.chunks, a.steps))) *a.status = kWrongResult;
+    if (!same(staged[c], last_value(c, a.chunks, a.steps))) complain_once(a.status, kWrongResult);
   }
 }
 
@@ -277,7 +277,7 @@ __global__ void __launch_bounds__(kHandoffThreads) gather_by_words(GatherArgumen
   }
   for (int c = thread; c < a.chunks; c += kHandoffThreads) {
     const uint4 wanted = Word::marked(last_value(c, a.chunks, a.steps), unsigned(a.steps));
-    if (!same(staged[c], wanted)) *a.status = kWrongResult;
+    if (!same(staged[c], wanted)) complain_once(a.status, kWrongResult);
   }
 }
 
@@ -300,7 +300,7 @@ __global__ void __launch_bounds__(kHandoffThreads) cluster_barrier(ClusterArgume
     }
   }
 #else
-  *a.status = kNotBuilt;
+  complain_once(a.status, kNotBuilt);
 #endif
 }
 
@@ -335,28 +335,31 @@ __global__ void __launch_bounds__(kHandoffThreads) ping_pong(ClusterArguments a)
       if (rank == 1) ptx::store_async(to, plus(value, 1), their_barrier);
     }
     const unsigned wanted = unsigned(2 * a.steps) - (rank == 1);
-    if (!same(value, {wanted, wanted, wanted, wanted})) *a.status = kWrongResult;
+    if (!same(value, {wanted, wanted, wanted, wanted})) complain_once(a.status, kWrongResult);
   }
   __syncthreads();
   ptx::sync_cluster();  // nobody leaves while something may still be on its way to it
 #else
-  *a.status = kNotBuilt;
+  complain_once(a.status, kNotBuilt);
 #endif
 }
 
-// Each block of a cluster sends its pieces to all, itself included, by st.async or as one bulk copy
-// a peer; the barrier of a step counts the bytes.
+// Each block of a cluster sends its pieces to all: by st.async, to itself too, or as one bulk copy
+// a peer and ordinary stores for itself. The barrier of a step counts the bytes that are sent.
 template <bool kBulk, bool kClusterScope>
 __global__ void __launch_bounds__(kHandoffThreads) gather_in_cluster(ClusterArguments a) {
 #ifdef GPUBENCH_CLUSTERS
   extern __shared__ __align__(1024) uint4 memory[];  // inbox[2][chunks], outbox[2][own]
+  constexpr int kWarps = kHandoffThreads / 32;
+  static_assert(kMostSends * kWarps >= 16, "bulk copies reach all blocks of a cluster");
   __shared__ uint64_t barrier_words[2];
   const int thread = int(threadIdx.x), rotation = kRotation % a.chunks;
   const int blocks = int(ptx::blocks_in_cluster()), own = a.chunks / blocks;
-  const int begin = int(ptx::rank_in_cluster()) * own;
+  const int rank = int(ptx::rank_in_cluster()), begin = rank * own;
   uint4* const outbox = memory + 2 * a.chunks;
   const uint32_t inbox = ptx::shared_address(memory), barriers = ptx::shared_address(barrier_words);
   const uint32_t bytes = uint32_t(a.chunks) * uint32_t(sizeof(uint4));
+  const uint32_t own_bytes = uint32_t(own) * uint32_t(sizeof(uint4));
   if (thread == 0) {
     ptx::init_barrier(barriers, 1);
     ptx::init_barrier(barriers + sizeof(uint64_t), 1);
@@ -364,14 +367,15 @@ __global__ void __launch_bounds__(kHandoffThreads) gather_in_cluster(ClusterArgu
   }
   for (int c = thread; c < a.chunks; c += kHandoffThreads) memory[c] = first_value(c);
   // Nothing in the loop but what a step needs: where this thread's pieces come from and go to. By
-  // st.async a thread has a piece for one peer each time, by bulk copy all pieces for one peer.
+  // st.async a thread has a piece for one peer each time. Bulk copies of one warp start one after
+  // the other, so each warp has its own peers, and one thread starts them.
   int from[kMostSends];
   uint32_t to[kMostSends], their_barriers[kMostSends];
 #pragma unroll
   for (int i = 0; i < kMostSends; ++i) {
     const int item = thread + i * kHandoffThreads, c = item % own;
-    const unsigned peer = unsigned(kBulk ? thread : item / own);
-    const bool sends = kBulk ? thread < blocks : item < a.chunks;
+    const unsigned peer = unsigned(kBulk ? thread / 32 + i * kWarps : item / own);
+    const bool sends = kBulk ? int(peer) < blocks : item < a.chunks;
     from[i] = source_of(begin + c, a.chunks, rotation);
     const uint32_t mine = inbox + uint32_t(begin + (kBulk ? 0 : c)) * uint32_t(sizeof(uint4));
     to[i] = ptx::address_at_peer(mine, sends ? peer : 0);
@@ -388,16 +392,24 @@ __global__ void __launch_bounds__(kHandoffThreads) gather_in_cluster(ClusterArgu
     const uint4* before = memory + (1 - place) * a.chunks;
     const uint32_t barrier_offset = uint32_t(place) * uint32_t(sizeof(uint64_t));
     const uint32_t inbox_offset = uint32_t(place) * bytes;
-    if (thread == 0) ptx::arrive_expecting(barriers + barrier_offset, bytes);
+    if (thread == 0) {
+      ptx::arrive_expecting(barriers + barrier_offset, kBulk ? bytes - own_bytes : bytes);
+    }
     if constexpr (kBulk) {
       uint4* out = outbox + place * own;
-      if (thread < own) out[thread] = plus(before[from[0]], 1);
+      if (thread < own) {
+        out[thread] = plus(before[from[0]], 1);
+        memory[place * a.chunks + begin + thread] = out[thread];
+      }
       ptx::fence_async_proxy();
       __syncthreads();
-      if (thread < blocks) {
-        ptx::copy_to_peer(to[0] + inbox_offset, ptx::shared_address(out),
-                          uint32_t(own) * uint32_t(sizeof(uint4)),
-                          their_barriers[0] + barrier_offset);
+#pragma unroll
+      for (int i = 0; i < kMostSends; ++i) {
+        const int peer = thread / 32 + i * kWarps;
+        if (thread % 32 == 0 && peer < blocks && peer != rank) {
+          ptx::copy_to_peer(to[i] + inbox_offset, ptx::shared_address(out), own_bytes,
+                            their_barriers[i] + barrier_offset);
+        }
       }
     } else {
       uint4 values[kMostSends];
@@ -416,15 +428,16 @@ __global__ void __launch_bounds__(kHandoffThreads) gather_in_cluster(ClusterArgu
         [&] { return ptx::phase_is_over<kClusterScope>(barriers + barrier_offset, phase & 1); },
         kMostLooks);
   }
+  __syncthreads();
   for (int c = thread; c < a.chunks; c += kHandoffThreads) {
     if (!same(memory[a.steps % 2 * a.chunks + c], last_value(c, a.chunks, a.steps))) {
-      *a.status = kWrongResult;
+      complain_once(a.status, kWrongResult);
     }
   }
   __syncthreads();
   ptx::sync_cluster();  // nobody leaves while a copy may still read from it or write to it
 #else
-  *a.status = kNotBuilt;
+  complain_once(a.status, kNotBuilt);
 #endif
 }
 

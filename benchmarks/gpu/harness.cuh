@@ -27,6 +27,8 @@ constexpr unsigned kGroupSeconds = 60;
 
 // What a kernel leaves in the status word; 0 is well.
 enum Status : int { kWell = 0, kTimedOut = 1, kWrongResult = 2, kNotBuilt = 3 };
+// The first one counts: after a wait that was given up results are wrong as well.
+__device__ inline void complain_once(int* status, Status what) { atomicCAS(status, kWell, what); }
 
 inline void check(cudaError_t error, std::source_location at = std::source_location::current()) {
   if (error == cudaSuccess) return;
