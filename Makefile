@@ -17,7 +17,7 @@ BUILD_REQUIRES := setuptools pybind11 cmake ninja
 export PATH := $(abspath $(BIN)):$(PATH)
 
 NATIVE_SOURCES := $(shell find csrc -type f 2>/dev/null) CMakeLists.txt setup.py pyproject.toml
-FORMATTED      := $(shell find csrc tests -type f 2>/dev/null | grep -E '\.(cpp|h|cu|cuh)$$')
+FORMATTED      := $(shell find csrc tests benchmarks -type f 2>/dev/null | grep -E '\.(cpp|h|cu|cuh)$$')
 
 # The pins hold for every pip below; an isolated build takes them as --build-constraint.
 export PIP_CONSTRAINT := constraints.txt
