@@ -8,6 +8,7 @@
 #include <string>
 
 #include "cpu/kernels.h"
+#include "cuda/plan.h"
 #include "plan.h"
 #include "python/layer.h"
 #include "python/operands.h"
@@ -190,6 +191,10 @@ py::list backward_of(const Layer& layer, py::handle x, py::handle h0, py::handle
   return made;
 }
 
+Sizes sizes_of(const Layer& layer, int64_t I) {
+  return {layer.cell, I, layer.hidden, layer.out, layer.directions, layer.projected};
+}
+
 std::vector<std::string> compiled_sets() {
   std::vector<std::string> names;
   for (const InstructionSet& set : instruction_sets()) names.push_back(set.name);
@@ -282,18 +287,60 @@ PYBIND11_MODULE(_C, m) {
       "plan",
       [](const Layer& layer, const Machine& machine, int64_t T, int64_t N, int64_t I, int64_t total,
          bool deterministic, bool backward) {
-        const Problem problem = {
-            {layer.cell, I, layer.hidden, layer.out, layer.directions, layer.projected},
-            T,
-            N,
-            total,
-            deterministic};
+        const Problem problem = {sizes_of(layer, I), T, N, total, deterministic};
         const Plan plan =
             backward ? plan_backward(problem, machine) : plan_forward(problem, machine);
         return py::make_tuple(plan, describe(plan, problem, machine));
       },
       py::arg("layer"), py::arg("machine"), py::kw_only(), py::arg("T"), py::arg("N"), py::arg("I"),
       py::arg("total"), py::arg("deterministic"), py::arg("backward"));
+  py::class_<cuda::Device>(m, "CudaDevice")
+      .def(py::init([](std::pair<int, int> capability, int multiprocessors, int64_t shared_bytes) {
+             cuda::Device device = cuda::device_of_kind(capability.first, capability.second);
+             device.multiprocessors = multiprocessors;
+             device.shared_bytes = shared_bytes;
+             return device;
+           }),
+           py::kw_only(), py::arg("capability"), py::arg("multiprocessors"),
+           py::arg("shared_bytes"));
+  py::class_<cuda::Plan>(m, "CudaPlan")
+      .def_readonly("resident", &cuda::Plan::resident)
+      .def_readonly("row_tiles", &cuda::Plan::row_tiles)
+      .def_readonly("column_tiles", &cuda::Plan::column_tiles)
+      .def_readonly("row_teams", &cuda::Plan::row_teams)
+      .def_readonly("unit_blocks", &cuda::Plan::unit_blocks)
+      .def_readonly("passes", &cuda::Plan::passes)
+      .def_readonly("groups", &cuda::Plan::groups)
+      .def_readonly("units", &cuda::Plan::units)
+      .def_readonly("chunks", &cuda::Plan::chunks)
+      .def_readonly("resident_chunks", &cuda::Plan::resident_chunks)
+      .def_readonly("shared_bytes", &cuda::Plan::shared_bytes)
+      .def_readonly("bytes_per_step", &cuda::Plan::bytes_per_step)
+      .def_readonly("us_per_step", &cuda::Plan::us_per_step);
+  m.def(
+      "cuda_plan",
+      [](const Layer& layer, const cuda::Device& device, py::handle x, int64_t T, int64_t N,
+         int64_t I, bool tf32, bool backward) {
+        return with_element(view_of(x, "input").tensor.dtype, [&](auto element) {
+          const cuda::Problem problem = {sizes_of(layer, I), T, N,
+                                         cuda::numbers_of<decltype(element)>(tf32), backward};
+          const cuda::Plan plan = cuda::plan_for(problem, device);
+          return py::make_tuple(plan, cuda::describe(plan, problem, device));
+        });
+      },
+      py::arg("layer"), py::arg("device"), py::arg("x"), py::kw_only(), py::arg("T"), py::arg("N"),
+      py::arg("I"), py::arg("tf32"), py::arg("backward"));
+  m.def(
+      "cuda_describe",
+      [](const Layer& layer, py::handle x, int64_t T, int64_t N, int64_t I, bool backward) {
+        const dlpack::Tensor tensor = view_of(x, "input").tensor;
+        return with_element(tensor.dtype, [&](auto element) {
+          const cuda::Call call = {tensor.device.id, nullptr, is_tf32_allowed()};
+          return cuda::describe<decltype(element)>(sizes_of(layer, I), T, N, backward, call);
+        });
+      },
+      py::arg("layer"), py::arg("x"), py::kw_only(), py::arg("T"), py::arg("N"), py::arg("I"),
+      py::arg("backward"));
   m.def("compiled_sets", &compiled_sets);
   m.def("cuda_version", &cuda::version);
   m.def("cuda_architectures", &cuda::architectures);

@@ -79,13 +79,25 @@ Raises:
 """
 
 
+CudaDevice = _C.CudaDevice
+"""``CudaDevice(*, capability, multiprocessors, shared_bytes)``: a GPU as its plan sees it."""
+
+cuda_plan = _C.cuda_plan
+"""``cuda_plan(layer, device, x, *, T, N, I, tf32, backward)``: the plan there and its text.
+
+Of x only the dtype counts.
+"""
+
+
 def multiplied_as_bfloat16(layer: Layer, x: Tensor) -> bool:
     """Whether products take this input, of float32, as bfloat16."""
-    return machine(layer, 1, x).rounded_for_products
+    return x.device.type == "cpu" and machine(layer, 1, x).rounded_for_products
 
 
 def describe(layer: Layer, x: Tensor, T: int, N: int, features: int, back: bool) -> str:
-    """Instruction set and plan of one layer in words."""
+    """Kernel and plan of one layer in words."""
+    if x.device.type == "cuda":
+        return _C.cuda_describe(layer, x, T=T, N=N, I=features, backward=back)
     _, text = plan(
         layer,
         machine(layer, torch.get_num_threads(), x),

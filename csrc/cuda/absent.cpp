@@ -17,14 +17,18 @@ const char* driver() { return nullptr; }
 const char* refusal(int) { return kReason; }
 
 #ifndef RNNKERN_SIMT
-#define RNNKERN_INSTANTIATE(T)                                 \
-  template <>                                                  \
-  void run(const Forward<T>&, const Call&, const Allocate&) {  \
-    throw std::logic_error(kReason);                           \
-  }                                                            \
-  template <>                                                  \
-  void run(const Backward<T>&, const Call&, const Allocate&) { \
-    throw std::logic_error(kReason);                           \
+#define RNNKERN_INSTANTIATE(T)                                                 \
+  template <>                                                                  \
+  std::string describe<T>(const Sizes&, int64_t, int64_t, bool, const Call&) { \
+    throw std::logic_error(kReason);                                           \
+  }                                                                            \
+  template <>                                                                  \
+  void run(const Forward<T>&, const Call&, const Allocate&) {                  \
+    throw std::logic_error(kReason);                                           \
+  }                                                                            \
+  template <>                                                                  \
+  void run(const Backward<T>&, const Call&, const Allocate&) {                 \
+    throw std::logic_error(kReason);                                           \
   }
 RNNKERN_INSTANTIATE(float)
 RNNKERN_INSTANTIATE(double)

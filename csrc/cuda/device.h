@@ -1,6 +1,8 @@
 // The devices of this machine.
 #pragma once
 
+#include <cstddef>
+
 #include "cuda/plan.h"
 
 namespace rnnkern::cuda {
@@ -19,5 +21,8 @@ class Current {
  private:
   int before_, device_;
 };
+
+// Queues the writing of zeros.
+void clear(char* memory, size_t bytes, void* stream);
 
 }  // namespace rnnkern::cuda

@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <functional>
+#include <string>
 #include <type_traits>
 
 #include "scan.h"
@@ -40,5 +41,10 @@ template <typename T>
 void run(const Forward<T>& scan, const Call& call, const Allocate& allocate);
 template <typename T>
 void run(const Backward<T>& scan, const Call& call, const Allocate& allocate);
+
+// What run() would do, for people.
+template <typename T>
+std::string describe(const Sizes& sizes, int64_t steps, int64_t rows, bool backward,
+                     const Call& call);
 
 }  // namespace rnnkern::cuda

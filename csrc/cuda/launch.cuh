@@ -7,6 +7,7 @@
 #include <string>
 
 #include "cuda/device.cuh"
+#include "cuda/queue.h"
 
 #ifndef RNNKERN_SIMT
 #include <cuda_runtime.h>
@@ -32,8 +33,6 @@ bool launch(const std::string&, Grid grid, void*, const typename Kernel::Argumen
       .run();
   return true;
 }
-
-inline void clear(char* memory, size_t bytes, void*) { std::memset(memory, 0, bytes); }
 
 #else
 
@@ -79,11 +78,15 @@ bool launch(const std::string& what, Grid grid, void* stream,
   return true;
 }
 
-inline void clear(char* memory, size_t bytes, void* stream) {
-  check(cudaMemsetAsync(memory, 0, bytes, static_cast<cudaStream_t>(stream)), "clearing memory");
-}
-
 #endif
+
+// False where the kernel's blocks wait for each other and the device does not run that many at
+// once.
+template <typename Kernel>
+bool start_kernel(const Queue& queue, const char* kernel, Grid grid,
+                  const typename Kernel::Arguments& arguments) {
+  return !queue.runs() || launch<Kernel>(queue.name_of(kernel), grid, queue.stream(), arguments);
+}
 
 }  // namespace RNNKERN_NAMESPACE
 }  // namespace rnnkern

@@ -146,7 +146,8 @@ class PlainForward {
     if (slot >= v.leaving) put(state_at(s_, f_.hn, d_, slot) + o, y);
   }
 
-  // Padded rows past their end; what was to be projected too, for backward's products take all rows.
+  // Padded rows past their end; what was to be projected too, for backward's products take all
+  // rows.
   RNNKERN_DEVICE void zero_inactive(const Visit& v) const {
     if (!s_.active || s_.start) return;
     const Range rows = {v.active_end, share_.rows.end};

@@ -48,10 +48,10 @@ Plan laid_out(const Problem& p, const Device& device, TileShape shape, int row_t
   plan.units = int(std::min(most_units, quotient_up(plan.units, per_tile) * per_tile));
   plan.unit_blocks = int(quotient_up(H, int64_t(plan.units) * plan.groups));
   const int64_t K = p.backward ? cell.gates * H : H;
-  plan.chunks = int(quotient_up(K * p.operand_bytes, kChunkBytes));
+  plan.chunks = int(quotient_up(K * p.numbers.operand_bytes, kChunkBytes));
 
-  const int64_t other = p.number_bytes * (sum_count(plan.rows(), plan.columns()) +
-                                          kept_count(plan, p.backward ? 0 : cell.slots));
+  const int64_t other = p.numbers.computed_bytes * (sum_count(plan.rows(), plan.columns()) +
+                                                    kept_count(plan, p.backward ? 0 : cell.slots));
   const int64_t chunk_bytes = int64_t(plan.rows()) * kChunkBytes * plan.groups;
   const int64_t room = device.shared_bytes - other;
   plan.resident = room >= 0;
@@ -63,7 +63,8 @@ Plan laid_out(const Problem& p, const Device& device, TileShape shape, int row_t
   const double streamed = double(plan.chunks - plan.resident_chunks) * kChunkBytes * plan.rows();
   const double resident = double(plan.resident_chunks) * kChunkBytes * plan.rows();
   const double flops = 2.0 * plan.rows() * plan.columns() * double(K);
-  const double rate = (p.tensor_cores ? kTensorFlops * 2 : kPlainFlops * 4) / p.operand_bytes;
+  const double rate =
+      (p.numbers.tensor_cores ? kTensorFlops * 2 : kPlainFlops * 4) / p.numbers.operand_bytes;
   const double blocks_used = double(plan.blocks(int(D)));
   const double l2_bytes_per_us =
       std::min(kL2BytesPerClock * device.clock_ghz * 1e3, device.l2_tb_per_s * 1e6 / blocks_used);
@@ -106,7 +107,7 @@ Plan plan_for(const Problem& p, const Device& device) {
       }
     }
   };
-  if (p.tensor_cores) {
+  if (p.numbers.tensor_cores) {
     p.backward ? try_all(kBackwardTiles) : try_all(kForwardTiles);
   } else {
     p.backward ? try_all(kPlainBackwardTiles) : try_all(kPlainForwardTiles);

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <string>
+#include <type_traits>
 
 #include "scan.h"
 
@@ -33,13 +34,25 @@ struct Device {
 // The kind of GPU by compute capability: costs filled in.
 Device device_of_kind(int major, int minor);
 
+// How numbers are stored and multiplied.
+struct Numbers {
+  int operand_bytes = 4;      // of a number in a product
+  int computed_bytes = 4;     // of what is computed with
+  bool tensor_cores = false;  // multiply it
+
+  friend bool operator==(const Numbers&, const Numbers&) = default;
+};
+template <typename T>
+constexpr Numbers numbers_of(bool tf32) {
+  return {int(sizeof(T)), int(sizeof(Compute<T>)),
+          kNarrow<T> || (std::is_same_v<T, float> && tf32)};
+}
+
 struct Problem {
   Sizes sizes;
   int64_t T = 0, N = 0;
+  Numbers numbers;
   bool backward = false;
-  int operand_bytes = 4;      // of a number in a product
-  bool tensor_cores = false;  // multiply it
-  int number_bytes = 4;       // of what is computed with
 };
 
 // How the resident tier is laid out: D * row_teams * unit_blocks blocks.

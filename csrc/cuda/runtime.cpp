@@ -101,4 +101,8 @@ Current::~Current() {
   if (before_ != device_) cudaSetDevice(before_);
 }
 
+void clear(char* memory, size_t bytes, void* stream) {
+  check(cudaMemsetAsync(memory, 0, bytes, static_cast<cudaStream_t>(stream)), "clearing memory");
+}
+
 }  // namespace rnnkern::cuda

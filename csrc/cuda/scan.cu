@@ -7,11 +7,12 @@
 
 #include "cuda/gradients.cuh"
 #include "cuda/kernels.h"
+#include "cuda/launch.cuh"
 #include "cuda/plain_backward.cuh"
 #include "cuda/plain_forward.cuh"
-#include "cuda/queue.cuh"
 #include "cuda/resident_backward.cuh"
 #include "cuda/resident_forward.cuh"
+#include "cuda/start.h"
 
 namespace rnnkern {
 namespace RNNKERN_NAMESPACE {
@@ -56,8 +57,8 @@ bool plain(const Forward<T>& f, Queue& queue) {
   const int64_t rows = z.D * f.steps.N;
   if (z.projected && !f.unprojected) arguments.unprojected = queue.take<T>(rows * z.H);
   if (kCarriesCells<T, Cell>) arguments.carried = queue.take<Compute<T>>(rows * z.H);
-  return queue.start<Kernel>("plain forward", {blocks_of(z, teams), kThreads, Kernel::kSharedBytes},
-                             arguments);
+  return start_kernel<Kernel>(queue, "plain forward",
+                              {blocks_of(z, teams), kThreads, Kernel::kSharedBytes}, arguments);
 }
 
 template <typename T, typename Cell>
@@ -74,8 +75,8 @@ bool plain(const Backward<T>& b, const T** zeros, Queue& queue) {
   arguments.dh = queue.take<A>(rows * z.O);
   if (Cell::kShape.cell_state) arguments.dc = queue.take<A>(rows * z.H);
   if (z.projected) arguments.dm = queue.take<A>(rows * z.H);
-  return queue.start<Kernel>("plain backward",
-                             {blocks_of(z, teams), kThreads, Kernel::kSharedBytes}, arguments);
+  return start_kernel<Kernel>(queue, "plain backward",
+                              {blocks_of(z, teams), kThreads, Kernel::kSharedBytes}, arguments);
 }
 
 // As which float32 is multiplied, and all else as it is.
@@ -90,9 +91,7 @@ bool with_operand(const Queue& queue, F f) {
 template <typename T>
 cuda::Plan plan_of(const Sizes& z, const Steps& s, bool backward, const Queue& queue) {
   if (!cuda::has_library()) return {};
-  return cuda::plan_for(
-      {z, s.T, s.N, backward, int(sizeof(T)), kNarrow<T> || queue.tf32(), int(sizeof(Compute<T>))},
-      queue.device);
+  return cuda::plan_for({z, s.T, s.N, cuda::numbers_of<T>(queue.tf32()), backward}, queue.device);
 }
 
 // Calls f with the register tile of the plan, as a type.
@@ -113,10 +112,17 @@ bool with_tile(const cuda::Plan& plan, F f) {
 }
 template <typename E, bool kBackward, typename F>
 bool with_tile_of(const cuda::Plan& plan, F f) {
-  if constexpr (kOnTensorCores<E> && kBackward) return with_tile<cuda::kBackwardTiles>(plan, f);
-  if constexpr (kOnTensorCores<E> && !kBackward) return with_tile<cuda::kForwardTiles>(plan, f);
-  if constexpr (kBackward) return with_tile<cuda::kPlainBackwardTiles>(plan, f);
-  return with_tile<cuda::kPlainForwardTiles>(plan, f);
+  if constexpr (kOnTensorCores<E>) {
+    if constexpr (kBackward) {
+      return with_tile<cuda::kBackwardTiles>(plan, f);
+    } else {
+      return with_tile<cuda::kForwardTiles>(plan, f);
+    }
+  } else if constexpr (kBackward) {
+    return with_tile<cuda::kPlainBackwardTiles>(plan, f);
+  } else {
+    return with_tile<cuda::kPlainForwardTiles>(plan, f);
+  }
 }
 
 // The memory that a plan asks for; zero_taken() has yet to be called.
@@ -145,9 +151,9 @@ cuda::Matrix input_matrix(const Rows<const T>& x, const Sizes& z, const Steps& s
   if (s.N == 1 && whole) return {x.data, x.step};
   using Kernel = GatherRows<T>;
   T* const to = queue.take<T>(s.total * z.I);
-  queue.start<Kernel>("gathering the input",
-                      {kRowBlocks * queue.device.multiprocessors, kRowThreads, 0},
-                      {s, x, {}, zeros, false, 0, z.I, to});
+  start_kernel<Kernel>(queue, "gathering the input",
+                       {kRowBlocks * queue.device.multiprocessors, kRowThreads, 0},
+                       {s, x, {}, zeros, false, 0, z.I, to});
   return {to, z.I};
 }
 
@@ -188,9 +194,10 @@ bool resident(const Forward<T>& f, const cuda::Plan& plan, Queue& queue) {
     using E = decltype(operand);
     return with_tile_of<E, false>(plan, [&](auto tile) {
       using Kernel = ResidentForward<T, E, Cell, decltype(tile)::kRow, decltype(tile)::kColumn>;
-      return queue.start<Kernel>("resident forward",
-                                 {int(plan.blocks(z.D)), cuda::kResidentThreads, plan.shared_bytes},
-                                 {f, r, inputs, width, first});
+      return start_kernel<Kernel>(
+          queue, "resident forward",
+          {int(plan.blocks(z.D)), cuda::kResidentThreads, plan.shared_bytes},
+          {f, r, inputs, width, first});
     });
   });
 }
@@ -206,9 +213,9 @@ bool resident(const Backward<T>& b, const cuda::Plan& plan, const T** zeros, Que
     using E = decltype(operand);
     return with_tile_of<E, true>(plan, [&](auto tile) {
       using Kernel = ResidentBackward<T, E, Cell, decltype(tile)::kRow, decltype(tile)::kColumn>;
-      return queue.start<Kernel>("resident backward",
-                                 {int(plan.blocks(z.D)), cuda::kResidentThreads, plan.shared_bytes},
-                                 {b, r, *zeros});
+      return start_kernel<Kernel>(
+          queue, "resident backward",
+          {int(plan.blocks(z.D)), cuda::kResidentThreads, plan.shared_bytes}, {b, r, *zeros});
     });
   });
 }
@@ -230,8 +237,9 @@ void sum_columns(const T* from, int64_t rows, int64_t width, int64_t first, int6
                  const Queue& queue) {
   using Kernel = ColumnSums<T>;
   const int64_t blocks = (count + Kernel::kColumns - 1) / Kernel::kColumns;
-  queue.start<Kernel>("gradients of biases", {int(blocks), kRowThreads, Kernel::kSharedBytes},
-                      {from, rows, width, first, count, to});
+  start_kernel<Kernel>(queue, "gradients of biases",
+                       {int(blocks), kRowThreads, Kernel::kSharedBytes},
+                       {from, rows, width, first, count, to});
 }
 
 // After the loop, one product each over all rows: dW_ih, dW_hh, dW_hr, biases and dx.
@@ -258,9 +266,9 @@ void gradients(const Backward<T>& b, const T* zeros, Queue& queue) {
     if (g.w_hh) {
       using Kernel = GatherRows<T>;
       if (!previous) previous = queue.take<T>(s.total * z.O);
-      queue.start<Kernel>("gathering states",
-                          {kRowBlocks * queue.device.multiprocessors, kRowThreads, 0},
-                          {s, columns(b.y, d * z.O), b.h0, zeros, true, d, z.O, previous});
+      start_kernel<Kernel>(queue, "gathering states",
+                           {kRowBlocks * queue.device.multiprocessors, kRowThreads, 0},
+                           {s, columns(b.y, d * z.O), b.h0, zeros, true, d, z.O, previous});
       for_each_run<Cell>([&](int slot, int gate, int count) {
         queue.multiply({count * H,
                         z.O,
@@ -306,14 +314,20 @@ void gradients(const Backward<T>& b, const T* zeros, Queue& queue) {
   }
 }
 
-template <typename T, typename Cell>
-bool start(const Forward<T>& f, Queue& queue) {
+}  // namespace
+
+template <>
+bool start<RNNKERN_CELL>(const Forward<RNNKERN_ELEMENT>& f, Queue& queue) {
+  using T = RNNKERN_ELEMENT;
+  using Cell = RNNKERN_CELL;
   const cuda::Plan plan = plan_of<T>(f.sizes, f.steps, false, queue);
   return plan.resident ? resident<T, Cell>(f, plan, queue) : plain<T, Cell>(f, queue);
 }
 
-template <typename T, typename Cell>
-bool start(const Backward<T>& b, Queue& queue) {
+template <>
+bool start<RNNKERN_CELL>(const Backward<RNNKERN_ELEMENT>& b, Queue& queue) {
+  using T = RNNKERN_ELEMENT;
+  using Cell = RNNKERN_CELL;
   const cuda::Plan plan = plan_of<T>(b.sizes, b.steps, true, queue);
   const T* zeros = nullptr;
   const bool started =
@@ -322,56 +336,11 @@ bool start(const Backward<T>& b, Queue& queue) {
   if (cuda::has_library()) {
     gradients<T, Cell>(b, zeros, queue);
   } else {
-    queue.start<PlainGradients<T, Cell>>("plain gradients",
-                                         {queue.device.multiprocessors, kThreads, 0}, {b, zeros});
+    start_kernel<PlainGradients<T, Cell>>(queue, "plain gradients",
+                                          {queue.device.multiprocessors, kThreads, 0}, {b, zeros});
   }
   return true;
 }
 
-template <typename Scan>
-bool start_any(const Scan& scan, Queue& queue) {
-  return with_cell(scan.sizes.cell, [&](auto cell) {
-    return start<typename Scan::Element, decltype(cell)>(scan, queue);
-  });
-}
-
-template <typename Scan>
-std::string name_of(const Scan& scan) {
-  const Sizes& z = scan.sizes;
-  return std::string(kCellModes[int(z.cell)]) + " (T=" + std::to_string(scan.steps.T) +
-         " N=" + std::to_string(scan.steps.N) + " I=" + std::to_string(z.I) +
-         " H=" + std::to_string(z.H) + ")";
-}
-
-// Laid out twice, first without memory. Where other work holds a part of the device, fewer blocks
-// run at once: then a smaller plan.
-template <typename Scan>
-void run_any(const Scan& scan, const cuda::Call& call, const cuda::Allocate& allocate) {
-  const cuda::Current current(call.device);
-  cuda::Device device = cuda::device(call.device);
-  for (bool started = false; !started; device.multiprocessors /= 2) {
-    Queue counts(call, device, nullptr, "");
-    start_any(scan, counts);
-    Queue runs(call, device, allocate(counts.bytes()), name_of(scan));
-    started = start_any(scan, runs);
-  }
-}
-
-}  // namespace
 }  // namespace RNNKERN_NAMESPACE
-
-namespace cuda {
-
-using namespace RNNKERN_NAMESPACE;
-
-template <>
-void run(const Forward<RNNKERN_ELEMENT>& scan, const Call& call, const Allocate& allocate) {
-  run_any(scan, call, allocate);
-}
-template <>
-void run(const Backward<RNNKERN_ELEMENT>& scan, const Call& call, const Allocate& allocate) {
-  run_any(scan, call, allocate);
-}
-
-}  // namespace cuda
 }  // namespace rnnkern

@@ -1,6 +1,7 @@
 // Takes the place of csrc/cpu/scan.cpp in a build for tests: every scan runs on the CUDA kernels,
 // on the stand-in of simt.h. The operands are those of the CPU; so the package's own tests test the
 // CUDA kernels.
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -30,20 +31,27 @@ Machine machine_for(int) {
 
 namespace cuda {
 
-// Few multiprocessors, of an odd number, so that small layers are split in every way: rows and
-// units of both directions.
+// RNNKERN_SIMT_DEVICE=MULTIPROCESSORS,BYTES names another one. Few multiprocessors, of an odd
+// number, and little shared memory, so that small layers are split in every way.
 const Device& device(int) {
-  static const Device stand_in = {13, 20 << 10, 1, 1, 1};
+  static Device stand_in;
+  stand_in = {};
+  const char* const named = std::getenv("RNNKERN_SIMT_DEVICE");
+  long long bytes = 20 << 10;
+  stand_in.multiprocessors = 13;
+  if (named) std::sscanf(named, "%d,%lld", &stand_in.multiprocessors, &bytes);
+  stand_in.shared_bytes = bytes;
   return stand_in;
 }
 Current::Current(int device) : before_(device), device_(device) {}
 Current::~Current() = default;
+void clear(char* memory, size_t bytes, void*) { std::memset(memory, 0, bytes); }
 
 }  // namespace cuda
 
 template <typename Scan>
 void run_on_stand_in(const Scan& scan) {
-  const cuda::Call call = {0, nullptr, false};
+  const cuda::Call call = {0, nullptr, std::getenv("RNNKERN_SIMT_TF32") != nullptr};
   constexpr size_t kAlignment = 256;
   std::unique_ptr<char, decltype(&std::free)> memory(nullptr, &std::free);
   const portable::FlushDenormals flush;  // as the kernels are compiled to do

@@ -5,7 +5,6 @@
 #include <string>
 
 #include "cuda/device.h"
-#include "cuda/launch.cuh"
 #include "cuda/library.h"
 #include "workspace.h"
 
@@ -21,6 +20,9 @@ class Queue {
   const cuda::Device& device;
 
   bool runs() const { return memory_; }
+  void* stream() const { return call_.stream; }
+  // A kernel's name in errors.
+  std::string name_of(const char* kernel) const { return std::string(kernel) + " of " + what_; }
   bool tf32() const { return call_.tf32; }
   size_t bytes() const { return carver_.used(); }
 
@@ -31,15 +33,7 @@ class Queue {
 
   // What has been taken up to now is zero when the next kernel starts.
   void clear_taken() {
-    if (runs()) clear(memory_, carver_.used(), call_.stream);
-  }
-
-  // False where the kernel's blocks wait for each other and the device does not run that many at
-  // once.
-  template <typename Kernel>
-  bool start(const char* kernel, Grid grid, const typename Kernel::Arguments& arguments) const {
-    return !runs() ||
-           launch<Kernel>(std::string(kernel) + " of " + what_, grid, call_.stream, arguments);
+    if (runs()) cuda::clear(memory_, carver_.used(), call_.stream);
   }
 
   void multiply(const cuda::Product& product) {

@@ -1,0 +1,18 @@
+// What each source of kernels has to offer: for one cell and one element type.
+#pragma once
+
+#include "cells/cells.h"
+#include "cuda/queue.h"
+#include "scan.h"
+
+namespace rnnkern {
+namespace RNNKERN_NAMESPACE {
+
+// Queues the kernels of a scan; false where they ask for more blocks at once than the device runs.
+template <typename Cell, typename T>
+bool start(const Forward<T>& scan, Queue& queue);
+template <typename Cell, typename T>
+bool start(const Backward<T>& scan, Queue& queue);
+
+}  // namespace RNNKERN_NAMESPACE
+}  // namespace rnnkern
