@@ -43,7 +43,7 @@ test: $(BUILT)  ## run the tests (ARGS="-k lstm": some of them)
 test-isa: $(BUILT)  ## run the tests once with each lower instruction set forced
 	@set -e; isas=$$($(BIN)/python tools/lower_isas.py); for isa in $$isas; do \
 	  echo "RNNKERN_ISA=$$isa $(BIN)/pytest tests $(ARGS)"; \
-	  RNNKERN_ISA=$$isa $(BIN)/pytest tests $(ARGS); \
+	  RNNKERN_TEST_DEVICES=cpu RNNKERN_ISA=$$isa $(BIN)/pytest tests $(ARGS); \
 	done
 
 bench: $(BUILT)  ## run the benchmarks (ARGS="-k notebook": some of them)

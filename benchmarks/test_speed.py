@@ -1,12 +1,15 @@
 """rnnkern and torch.nn side by side: a group for each cell, workload and pass, a row for each.
 
-The modules, inputs, calls and checks are those of ``rnnkern compare`` (rnnkern/workloads.py). Here
-one library is timed after the other, so that the ratio depends on a quiet machine; ``rnnkern
-compare`` times them in turn.
+On the CPU in float32 and, where there is a GPU, on that in every dtype of its own. The modules,
+inputs, calls and checks are those of ``rnnkern compare`` (rnnkern/workloads.py). Here one library
+is timed after the other, so that the ratio depends on a quiet machine; ``rnnkern compare`` times
+them in turn.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -22,76 +25,127 @@ from rnnkern.workloads import (
     FORWARD_BACKWARD,
     FORWARD_GRAD,
     PASSES,
+    PRECISIONS,
     Case,
+    Precision,
     check_case,
+    default_precisions,
     draw_case,
     flops,
     grad_mode,
     load_workloads,
     notebook_case,
+    tf32_allowed,
 )
 
 if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture
 
 LIBRARIES = {"torch.nn": nn, "rnnkern": rnnkern}
-DTYPE = torch.float32
+DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 SHORT = {FORWARD: "forward", FORWARD_GRAD: "forward-grad", FORWARD_BACKWARD: "forward-backward"}
 
 per_library = pytest.mark.parametrize("library", LIBRARIES.values(), ids=LIBRARIES)
 
 
+@dataclass(frozen=True)
+class Checked:
+    """A case that has passed its check, and where and in what."""
+
+    case: Case
+    device: str
+    precision: Precision
+
+    @property
+    def where(self) -> str:
+        """What a group's name says of the device: nothing on the CPU."""
+        return "" if self.device == "cpu" else f" {self.device} {self.precision.name}"
+
+    def call(self, library: ModuleType, pass_name: str) -> Callable[[], object]:
+        """What is timed; on a GPU it is over when that is."""
+        call = self.case.side(library, self.precision.dtype, self.device).call(pass_name)
+        if self.device == "cpu":
+            return call
+
+        def synchronized() -> None:
+            call()
+            torch.cuda.synchronize()
+
+        return synchronized
+
+
 def run(
-    benchmark: BenchmarkFixture, group: str, library: ModuleType, case: Case, pass_name: str
+    benchmark: BenchmarkFixture, group: str, library: ModuleType, checked: Checked, pass_name: str
 ) -> None:
-    call = case.side(library, DTYPE).call(pass_name)
-    benchmark.group = group
+    case = checked.case
+    benchmark.group = group + checked.where
     # The name of the row in the table, which would else repeat the whole test id.
     benchmark.name = "rnnkern" if library is rnnkern else "torch.nn"
     benchmark.extra_info["flops"] = flops(case.cell, case.workload, pass_name)
     benchmark.extra_info["threads"] = torch.get_num_threads()
-    with grad_mode(pass_name):
-        benchmark(call)
+    with tf32_allowed(checked.precision.tf32), grad_mode(pass_name):
+        benchmark(checked.call(library, pass_name))
 
 
 # Module scope makes pytest run all tests of a case one after another: it is checked once, and only
 # one is in memory.
-@pytest.fixture(scope="module", params=CELLS)
-def checked_notebook(request: pytest.FixtureRequest) -> Case:
-    """The notebook's comparison, after its own check: sums of squared differences below 1e-10."""
-    case = notebook_case(request.param)
-    ours = case.side(rnnkern, DTYPE).results(FORWARD_BACKWARD)
-    for name, theirs in case.side(nn, DTYPE).results(FORWARD_BACKWARD).items():
-        assert tolerance.squared_difference(ours[name], theirs) < tolerance.NOTEBOOK_LIMIT, name
-    return case
-
-
 @pytest.fixture(
     scope="module",
-    params=[(cell, name) for name in load_workloads() for cell in CELLS],
-    ids=lambda param: f"{param[1]}-{param[0]}",
+    params=[(cell, device) for device in DEVICES for cell in CELLS],
+    ids=lambda param: param[0] if param[1] == "cpu" else "-".join(param),
 )
-def checked_case(request: pytest.FixtureRequest) -> Case:
+def checked_notebook(request: pytest.FixtureRequest) -> Checked:
+    """The notebook's comparison, after its own check: sums of squared differences below 1e-10."""
+    cell, device = request.param
+    case, precision = notebook_case(cell), PRECISIONS["float32"]
+    with tf32_allowed(False):
+        ours, all_theirs = (
+            case.side(library, precision.dtype, device).results(FORWARD_BACKWARD)
+            for library in (rnnkern, nn)
+        )
+    for name, theirs in all_theirs.items():
+        assert tolerance.squared_difference(ours[name], theirs) < tolerance.NOTEBOOK_LIMIT, name
+    return Checked(case, device, precision)
+
+
+def cases() -> Iterator[tuple[str, str, str, Precision]]:
+    """Cell, name of the workload, device and dtype of every case."""
+    for device in DEVICES:
+        for name in load_workloads(device):
+            for cell in CELLS:
+                for precision in default_precisions(device):
+                    yield cell, name, device, precision
+
+
+def name_of(param: tuple[str, str, str, Precision]) -> str:
+    """That of a case in the ids of tests."""
+    cell, name, device, precision = param
+    return f"{name}-{cell}" if device == "cpu" else f"{name}-{cell}-{device}-{precision.name}"
+
+
+@pytest.fixture(scope="module", params=cases(), ids=name_of)
+def checked_case(request: pytest.FixtureRequest) -> Checked:
     """A case that has passed the check of ``rnnkern compare``."""
-    cell, name = request.param
-    case = draw_case(cell, load_workloads()[name])
-    wrong = {what: str(verdict) for what, verdict in check_case(case, DTYPE).items() if not verdict}
-    assert not wrong
-    return case
+    cell, name, device, precision = request.param
+    case = draw_case(cell, load_workloads(device)[name])
+    with tf32_allowed(precision.tf32):
+        verdicts = check_case(case, precision.dtype, device)
+    assert not {what: str(verdict) for what, verdict in verdicts.items() if not verdict}
+    return Checked(case, device, precision)
 
 
 @per_library
 def test_notebook_comparison(
-    benchmark: BenchmarkFixture, checked_notebook: Case, library: ModuleType
+    benchmark: BenchmarkFixture, checked_notebook: Checked, library: ModuleType
 ) -> None:
-    group = f"{checked_notebook.cell} the notebook's comparison: module(X)"
+    group = f"{checked_notebook.case.cell} the notebook's comparison: module(X)"
     run(benchmark, group, library, checked_notebook, FORWARD_GRAD)
 
 
 @pytest.mark.parametrize("pass_name", PASSES, ids=SHORT.get)
 @per_library
 def test_workload(
-    benchmark: BenchmarkFixture, checked_case: Case, library: ModuleType, pass_name: str
+    benchmark: BenchmarkFixture, checked_case: Checked, library: ModuleType, pass_name: str
 ) -> None:
-    group = f"{checked_case.cell} {checked_case.workload.name} {pass_name}"
+    group = f"{checked_case.case.cell} {checked_case.case.workload.name} {pass_name}"
     run(benchmark, group, library, checked_case, pass_name)

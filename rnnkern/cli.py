@@ -18,10 +18,17 @@ import torch
 import rnnkern
 from rnnkern import compare, plot, tolerance
 from rnnkern.compare import Failure, NotebookResult, Options, Report, Row
-from rnnkern.workloads import CELLS, PASSES, load_workloads
+from rnnkern.workloads import (
+    CELLS,
+    PASSES,
+    PRECISIONS,
+    Precision,
+    default_precisions,
+    load_workloads,
+)
 
 OK, FAILED, INTERRUPTED = 0, 1, 130
-DTYPES = {"float32": torch.float32, "float64": torch.float64}
+DTYPES = {"cpu": ("float32", "float64"), "cuda": tuple(PRECISIONS)}
 
 NOTEBOOK_TEXT = (
     "The notebook's comparison: X = randn(10, 1, 3), hidden 3, every parameter 0.3; "
@@ -35,9 +42,11 @@ ROWS_HEADING = f"""\
 Timed in turn, speed-up = median of torch.nn / rnnkern over neighbouring samples. GFLOP/s of
 rnnkern, from 2 T N G H (I + H) a forward pass (G: RNN 1, GRU 3, LSTM 4), three times that with
 backward. Checked first against float64: errors at most {tolerance.FACTOR:g} x those of torch.nn + \
-{tolerance.FLOOR_EPS[torch.float32]:g} eps.
+{tolerance.FLOOR_EPS[torch.float32]:g} eps,
+of 16-bit types + {tolerance.FLOOR_EPS[torch.bfloat16]:g} eps.
 
-cell  workload         T     N     I     H  pass             torch.nn    rnnkern speed-up GFLOP/s"""
+{"cell":5} {"workload":13}{"T":>5}{"N":>5}{"I":>5}{"H":>5} {"dtype":8} {"pass":16}{"torch.nn":>8}\
+{"rnnkern":>10}{"speed-up":>9}{"GFLOP/s":>8}"""
 
 
 def _slug(pass_name: str) -> str:
@@ -78,18 +87,27 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.set_defaults(command=_compare, parser=sub)
     several: dict[str, Any] = {"action": "extend", "type": _words, "default": []}
-    names = ", ".join(load_workloads())
+    names, gpu_names = (", ".join(load_workloads(device)) for device in ("cpu", "cuda"))
+    dtypes = [
+        f"on {device}: {', '.join(DTYPES[kind])} (default: "
+        f"{', '.join(precision.name for precision in default_precisions(kind))})"
+        for device, kind in (("the CPU", "cpu"), ("a GPU", "cuda"))
+    ]
     passes = ", ".join(map(_slug, PASSES))
     sub.add_argument("--quick", action="store_true", help="seconds instead of minutes, rougher")
     sub.add_argument("--cell", **several, metavar="C[,C]", help=", ".join(CELLS))
-    sub.add_argument("--workload", **several, metavar="W[,W]", help=f"on the CPU: {names}")
+    sub.add_argument(
+        "--workload", **several, metavar="W[,W]", help=f"on the CPU: {names}; on a GPU: {gpu_names}"
+    )
     sub.add_argument("--pass", dest="passes", **several, metavar="P[,P]", help=passes)
     sub.add_argument(
         "--threads", type=_positive, metavar="N", help="threads, of torch and so of us"
     )
     sub.add_argument("--device", type=_device, default="cpu", help="cpu (default), cuda or cuda:N")
-    sub.add_argument("--dtype", choices=DTYPES, default="float32", help="default: float32")
-    sub.add_argument("--json", type=Path, metavar="FILE", help="write all results there")
+    sub.add_argument("--dtype", **several, metavar="D[,D]", help="; ".join(dtypes))
+    sub.add_argument(
+        "--json", type=Path, metavar="FILE", help="write all results there, as they come"
+    )
     sub.add_argument("--plot", type=Path, metavar="FILE", help="draw the speed-ups (extra 'plot')")
     return parser
 
@@ -113,8 +131,9 @@ def _device(text: str) -> torch.device:
         raise argparse.ArgumentTypeError(f"want cpu, cuda or cuda:N, got {text!r}")
     count = torch.cuda.device_count() if device.type == "cuda" else 1
     if (device.index or 0) >= count:
+        why = "" if torch.version.cuda else " (it is built without CUDA)"
         raise argparse.ArgumentTypeError(
-            f"torch sees {count or 'no'} CUDA device(s), so no {text!r}"
+            f"torch sees {count or 'no'} CUDA device(s){why}, so no {text!r}"
         )
     return device
 
@@ -132,6 +151,14 @@ def _choose(
     return tuple(value for name, value in known.items() if name in chosen)
 
 
+def _precisions(arguments: argparse.Namespace) -> tuple[Precision, ...]:
+    device_type = arguments.device.type
+    if not arguments.dtype:
+        return default_precisions(device_type)
+    known = {name: PRECISIONS[name] for name in DTYPES[device_type]}
+    return _choose(arguments.parser, "--dtype", arguments.dtype, known)
+
+
 def _options(arguments: argparse.Namespace) -> Options:
     parser, device = arguments.parser, arguments.device
     passes = list(map(_slug, arguments.passes))
@@ -144,7 +171,7 @@ def _options(arguments: argparse.Namespace) -> Options:
         workloads=small,
         passes=_choose(parser, "--pass", passes, {_slug(name): name for name in PASSES}),
         device=device,
-        dtype=DTYPES[arguments.dtype],
+        precisions=_precisions(arguments),
         threads=arguments.threads,
         quick=arguments.quick,
         left_out=tuple(w.name for w in workloads if w not in small),
@@ -162,15 +189,22 @@ def _compare(arguments: argparse.Namespace) -> int:
             plot.require_matplotlib(arguments.plot)
     except (ModuleNotFoundError, ValueError) as error:
         arguments.parser.error(str(error))
-    with Printer(options) as printer:
+    with Printer(options, arguments.json) as printer:
         report = compare.run(options, printer)
     printer.summary(report)
     if arguments.json:
-        text = json.dumps(report.as_json(), indent=1, allow_nan=False)
-        arguments.json.write_text(text + "\n", encoding="utf-8")
+        write_json(report, arguments.json)
     if arguments.plot and report.rows:
         plot.plot_speedup(report.rows, arguments.plot)
     return OK if report.ok else FAILED
+
+
+def write_json(report: Report, path: Path) -> None:
+    """Writes the report, so that at every moment a whole one stands there."""
+    text = json.dumps(report.as_json(), indent=1, allow_nan=False)
+    unfinished = path.with_name(f"{path.name}.part")
+    unfinished.write_text(text + "\n", encoding="utf-8")
+    unfinished.replace(path)
 
 
 def _info() -> int:
@@ -224,12 +258,17 @@ def _progress_bar(total: int) -> Any:
 
 
 class Printer:
-    """Prints results as they come, with a progress bar on stderr if that is a terminal."""
+    """Prints results as they come, with a progress bar on stderr if that is a terminal.
 
-    def __init__(self, options: Options) -> None:
+    Writes them to a file too, if there is a path for it.
+    """
+
+    def __init__(self, options: Options, json_path: Path | None = None) -> None:
         self.options = options
+        self._json_path = json_path
+        self._report: Report | None = None
         self._table = ""
-        self._case: tuple[str, str] | None = None
+        self._case: tuple[str, ...] = ()
         self._bar: Any = None
 
     def __enter__(self) -> Printer:
@@ -252,6 +291,8 @@ class Printer:
         """Prints a row, under the table's heading if it is the first."""
         self._print(text if table == self._table else f"\n{table}\n{text}")
         self._table = table
+        if self._json_path is not None and self._report is not None:
+            write_json(self._report, self._json_path)
 
     def begin(self, label: str) -> None:
         """A piece of work begins."""
@@ -263,14 +304,23 @@ class Printer:
         if self._bar is not None:
             self._bar.update(pieces)
 
-    def start(self, header: dict[str, Any]) -> None:
+    def start(self, report: Report) -> None:
         """Says what is compared, where."""
+        self._report = report
+        header = report.header
         threads = header["threads"]
-        self._print(
-            f"rnnkern {header['rnnkern']} ({header['isa']}) against torch.nn {header['torch']}, "
-            f"{header['dtype']}, {threads} thread{'s' if threads > 1 else ''}\n"
-            f"{header['gpu'] or header['cpu']}, {header['cores']} cores"
-        )
+        if header["gpu"]:
+            self._print(
+                f"rnnkern {header['rnnkern']} against torch.nn {header['torch']}, "
+                f"{header['dtype']}\n{header['gpu']}, driver {header['driver']}, "
+                f"CUDA {header['cuda']}, cuDNN {header['cudnn']}"
+            )
+        else:
+            self._print(
+                f"rnnkern {header['rnnkern']} ({header['isa']}) against torch.nn "
+                f"{header['torch']}, {header['dtype']}, {threads} thread{'s' * (threads > 1)}\n"
+                f"{header['cpu']}, {header['cores']} cores"
+            )
         if header["quick"]:
             left_out = f", without {', '.join(header['left_out'])}" if header["left_out"] else ""
             self._print(
@@ -289,25 +339,28 @@ class Printer:
         )
 
     def row(self, row: Row) -> None:
-        """Prints one timing; the sizes only where the case is another than in the row above."""
-        name = ""
-        if self._case != (row.cell, row.workload):
-            self._case = (row.cell, row.workload)
+        """Prints one timing; sizes and dtype only where they are others than in the row above."""
+        name = dtype = ""
+        if self._case[:2] != (row.cell, row.workload):
             w = next(w for w in self.options.workloads if w.name == row.workload)
             name = (
-                f"{row.cell:5} {w.name:13}{w.steps:5}{w.batch:6}{w.input_size:6}{w.hidden_size:6}"
+                f"{row.cell:5} {w.name:13}{w.steps:5}{w.batch:5}{w.input_size:5}{w.hidden_size:5}"
             )
+        if self._case != (row.cell, row.workload, row.dtype):
+            dtype = row.dtype
+        self._case = (row.cell, row.workload, row.dtype)
         self._print_row(
             ROWS_HEADING,
-            f"{name:41}  {row.pass_name:16}{_duration(row.torch_us):>9}{_duration(row.us):>11}"
-            f"{_ratio(row.speedup):>9}{_figures(row.gflops):>8}",
+            f"{name:39} {dtype:8} {row.pass_name:16}{_duration(row.torch_us):>8}"
+            f"{_duration(row.us):>10}{_ratio(row.speedup):>9}{_figures(row.gflops):>8}",
         )
 
     def failures(self, failures: list[Failure]) -> None:
         """Prints which results of a case are wrong."""
         for f in failures:
+            dtype = f"{f.dtype} " if len(self.options.precisions) > 1 else ""
             self._print_row(
-                ROWS_HEADING, f"{f.cell:5} {f.workload:13} FAILED {f.what}: {f.problem}"
+                ROWS_HEADING, f"{f.cell:5} {f.workload:13} FAILED {dtype}{f.what}: {f.problem}"
             )
 
     def summary(self, report: Report) -> None:
@@ -325,12 +378,15 @@ class Printer:
         if report.rows:
             heads = "".join(f"{cell:>9}" for cell in cells)
             print(f"\n{'geometric mean of the speed-up':30}{heads}{'all':>9}   the least")
-        for pass_name in self.options.passes:
-            slowest = report.slowest(pass_name)
-            if slowest is not None:
-                means = "".join(f"{_ratio(report.mean(pass_name, cell)):>9}" for cell in cells)
+        for dtype in report.dtypes:
+            for pass_name in self.options.passes:
+                slowest = report.slowest(pass_name, dtype)
+                if slowest is None:
+                    continue
+                label = pass_name if len(report.dtypes) == 1 else f"{dtype:9}{pass_name}"
+                speedups = [report.mean(pass_name, cell, dtype) for cell in (*cells, None)]
                 print(
-                    f"{pass_name:30}{means}{_ratio(report.mean(pass_name)):>9}   "
+                    f"{label:30}{''.join(f'{_ratio(value):>9}' for value in speedups)}   "
                     f"{_ratio(slowest.speedup)} {slowest.cell} {slowest.workload}"
                 )
         if report.not_timed:

@@ -26,17 +26,25 @@ from rnnkern.workloads import (
     FORWARD_BACKWARD,
     PASSES,
     Case,
+    Precision,
     Workload,
     check_case,
+    default_precisions,
     draw_case,
     flops,
     grad_mode,
     load_workloads,
     notebook_case,
+    reference_results,
+    tf32_allowed,
 )
 
 #: Above this many GFLOP (LSTM, forward) a workload is left out of a quick run.
 QUICK_GFLOP = {"cpu": 2.0, "cuda": 100.0}
+#: Seconds for the samples of one row, and seconds after which no row is timed; of a whole run and
+#: of a quick one. A GPU has four times as many rows, and steadier ones.
+BUDGET_S = {"cpu": (0.8, 0.04), "cuda": (0.1, 0.02)}
+TIME_LIMIT_S = {"cpu": (math.inf, 11.0), "cuda": (200.0, 60.0)}
 
 
 @dataclass(frozen=True)
@@ -48,7 +56,7 @@ class Options:
         workloads: in the order to run; one named notebook brings the notebook's comparison with it.
         passes: among ``PASSES``.
         device: where both run.
-        dtype: ``torch.float32`` or ``torch.float64``.
+        precisions: each case in each of these.
         threads: for torch's thread pool, which rnnkern shares; None leaves it as it is.
         quick: a fraction of the samples and of the notebook's runs.
         left_out: names of the workloads that a quick run is too short for.
@@ -58,7 +66,7 @@ class Options:
     workloads: tuple[Workload, ...] = tuple(load_workloads().values())
     passes: tuple[str, ...] = PASSES
     device: torch.device = torch.device("cpu")  # noqa: RUF009 - immutable
-    dtype: torch.dtype = torch.float32
+    precisions: tuple[Precision, ...] = default_precisions()
     threads: int | None = None
     quick: bool = False
     left_out: tuple[str, ...] = ()
@@ -71,7 +79,7 @@ class Options:
     @property
     def row_budget_s(self) -> float:
         """Seconds after which the timing of one row takes no further sample."""
-        return 0.04 if self.quick else 0.8
+        return BUDGET_S[self.device.type][self.quick]
 
     @property
     def min_pairs(self) -> int:
@@ -83,19 +91,21 @@ class Options:
         """Seconds after which cases are still checked but no longer timed.
 
         torch.nn's own time grows a hundredfold where its threads have to share the cores with
-        another program; a quick run stays one all the same.
+        another program; a quick run stays one all the same. On a GPU a whole run stays one of
+        minutes, whoever of the two is slow.
         """
-        return 11.0 if self.quick else math.inf
+        return TIME_LIMIT_S[self.device.type][self.quick]
 
     @property
-    def with_notebook(self) -> bool:
-        """Whether the notebook's comparison is part of it."""
-        return any(w.name == "notebook" for w in self.workloads)
+    def notebook_precision(self) -> Precision | None:
+        """What the notebook's comparison is made in, None where it is no part of the run.
 
-    @property
-    def dtype_name(self) -> str:
-        """``float32`` and so on."""
-        return str(self.dtype).removeprefix("torch.")
+        Its criterion is meant for float32: TF32 and the 16-bit types cannot keep to it.
+        """
+        if not any(w.name == "notebook" for w in self.workloads):
+            return None
+        wide = (p for p in self.precisions if p.dtype.itemsize >= 4 and not p.tf32)
+        return next(wide, None)
 
 
 @dataclass(frozen=True)
@@ -156,6 +166,7 @@ class Failure:
 
     cell: str
     workload: str
+    dtype: str
     what: str
     problem: str
 
@@ -163,8 +174,8 @@ class Failure:
 class Listener(Protocol):
     """Hears what happens as it does: work begins and ends, results come in between."""
 
-    def start(self, header: dict[str, Any]) -> None:
-        """Work is about to begin; ``header`` is what :func:`header` returns."""
+    def start(self, report: Report) -> None:
+        """Work is about to begin; ``report`` has its header, and grows with what is then heard."""
 
     def begin(self, label: str) -> None:
         """A piece of work begins."""
@@ -184,30 +195,42 @@ class Listener(Protocol):
 
 @dataclass
 class Report:
-    """All results of one run; ``not_timed`` rows are missing because the time was up."""
+    """All results of one run; ``not_timed`` rows are missing because the time was up, and more are
+    to come until it is ``finished``.
+    """
 
     header: dict[str, Any]
     notebook: list[NotebookResult] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
     not_timed: int = 0
+    finished: bool = False
 
     @property
     def ok(self) -> bool:
         """Whether every check passed."""
         return not self.failures and all(result.ok for result in self.notebook)
 
-    def mean(self, pass_name: str, cell: str | None = None) -> float | None:
-        """Geometric mean of the speed-ups of a pass, of all cells or one; None without rows."""
-        found = [
-            r.speedup for r in self.rows if r.pass_name == pass_name and cell in (None, r.cell)
-        ]
+    @property
+    def dtypes(self) -> list[str]:
+        """Those that have rows, in their order."""
+        return list(dict.fromkeys(row.dtype for row in self.rows))
+
+    def mean(
+        self, pass_name: str, cell: str | None = None, dtype: str | None = None
+    ) -> float | None:
+        """Geometric mean of the speed-ups of a pass, of all cells or one, of all dtypes or one;
+        None without rows.
+        """
+        found = [r.speedup for r in self._rows(pass_name, dtype) if cell in (None, r.cell)]
         return statistics.geometric_mean(found) if found else None
 
-    def slowest(self, pass_name: str) -> Row | None:
-        """The row of a pass with the least speed-up."""
-        rows = [r for r in self.rows if r.pass_name == pass_name]
-        return min(rows, key=lambda r: r.speedup, default=None)
+    def slowest(self, pass_name: str, dtype: str | None = None) -> Row | None:
+        """The row of a pass with the least speed-up, of all dtypes or one."""
+        return min(self._rows(pass_name, dtype), key=lambda r: r.speedup, default=None)
+
+    def _rows(self, pass_name: str, dtype: str | None) -> list[Row]:
+        return [r for r in self.rows if r.pass_name == pass_name and dtype in (None, r.dtype)]
 
     def as_json(self) -> dict[str, Any]:
         """The report as JSON-ready values; a difference that is not finite becomes None."""
@@ -217,10 +240,15 @@ class Report:
         ]
         return {
             "header": self.header,
+            "finished": self.finished,
             "ok": self.ok,
             "notebook": notebook,
             "rows": [row.as_json() for row in self.rows],
             "geometric_mean": {name: self.mean(name) for name in PASSES},
+            "geometric_mean_by_dtype": {
+                dtype: {name: self.mean(name, dtype=dtype) for name in PASSES}
+                for dtype in self.dtypes
+            },
             "not_timed": self.not_timed,
             "failures": [asdict(failure) for failure in self.failures],
         }
@@ -234,8 +262,9 @@ def quick_workloads(workloads: tuple[Workload, ...], device_type: str) -> tuple[
 
 def pieces_of_work(options: Options) -> int:
     """How many times a listener hears of an end: notebook comparisons, checks and rows."""
-    per_cell = len(options.workloads) * (1 + len(options.passes)) + options.with_notebook
-    return len(options.cells) * per_cell
+    per_case = len(options.precisions) * (1 + len(options.passes))
+    notebook = options.notebook_precision is not None
+    return len(options.cells) * (len(options.workloads) * per_case + notebook)
 
 
 def run(options: Options, listener: Listener) -> Report:
@@ -246,28 +275,40 @@ def run(options: Options, listener: Listener) -> Report:
     deadline = time.perf_counter() + options.time_limit_s
     with timing.threads_set(options.threads):
         report = Report(header(options))
-        listener.start(report.header)
-        if options.with_notebook:
-            for cell in options.cells:
-                listener.begin(f"{cell} notebook's comparison")
-                report.notebook.append(compare_notebook(cell, options))
-                listener.notebook(report.notebook[-1])
-                listener.end()
+        listener.start(report)
+        if options.notebook_precision is not None:
+            with tf32_allowed(False):
+                for cell in options.cells:
+                    listener.begin(f"{cell} notebook's comparison")
+                    dtype = options.notebook_precision.dtype
+                    report.notebook.append(compare_notebook(cell, options, dtype))
+                    listener.notebook(report.notebook[-1])
+                    listener.end()
         for cell in options.cells:
             for workload in options.workloads:
-                case = draw_case(cell, workload)
-                if _check(case, options, report, listener):
-                    _time(case, options, report, listener, deadline)
-                else:
-                    listener.end(len(options.passes))
+                _one_case(draw_case(cell, workload), options, report, listener, deadline)
+        report.finished = True
     return report
 
 
-def compare_notebook(cell: str, options: Options) -> NotebookResult:
+def _one_case(
+    case: Case, options: Options, report: Report, listener: Listener, deadline: float
+) -> None:
+    """Checks and times one case in every precision, against one reference."""
+    reference = reference_results(case, options.device, options.passes)
+    for precision in options.precisions:
+        with tf32_allowed(precision.tf32):
+            if _check(case, precision, reference, options, report, listener):
+                _time(case, precision, options, report, listener, deadline)
+            else:
+                listener.end(len(options.passes))
+
+
+def compare_notebook(cell: str, options: Options, dtype: torch.dtype) -> NotebookResult:
     """The notebook's comparison for one cell: equal results, then ``timeit``."""
     case = notebook_case(cell)
-    ours = case.side(rnnkern, options.dtype, options.device)
-    theirs = case.side(nn, options.dtype, options.device)
+    ours = case.side(rnnkern, dtype, options.device)
+    theirs = case.side(nn, dtype, options.device)
     our_results = ours.results(FORWARD_BACKWARD)
     their_results = theirs.results(FORWARD_BACKWARD)
     differences = {
@@ -279,12 +320,11 @@ def compare_notebook(cell: str, options: Options) -> NotebookResult:
     output = differences["output"]
     gradient = sum(value for name, value in differences.items() if name.startswith("grad"))
     # The input requires no gradient here, as in the notebook; the parameters do.
-    x = case.x.to(options.device, options.dtype)
-    sync = _sync(options.device)
+    x = case.x.to(options.device, dtype)
     runs = options.notebook_runs
     our_module, their_module = ours.module, theirs.module
-    torch_seconds = timing.notebook_seconds(lambda: their_module(x), runs, sync)
-    seconds = timing.notebook_seconds(lambda: our_module(x), runs, sync)
+    torch_seconds = timing.notebook_seconds(lambda: their_module(x), runs, options.device)
+    seconds = timing.notebook_seconds(lambda: our_module(x), runs, options.device)
     linear = nn.Linear(case.workload.input_size, case.workload.hidden_size).to(x.device, x.dtype)
 
     def beside_linear() -> BesideLinear:
@@ -293,7 +333,7 @@ def compare_notebook(cell: str, options: Options) -> NotebookResult:
             lambda: linear(x),
             budget_s=options.row_budget_s,
             min_pairs=options.min_pairs,
-            sync=sync,
+            clock=timing.clock_of(options.device),
         )
         return BesideLinear(pair.us, pair.their_us, 1 / pair.speedup)
 
@@ -315,12 +355,19 @@ def compare_notebook(cell: str, options: Options) -> NotebookResult:
     )
 
 
-def _check(case: Case, options: Options, report: Report, listener: Listener) -> bool:
-    listener.begin(f"{case.cell} {case.workload.name} check")
-    verdicts = check_case(case, options.dtype, options.device, options.passes)
+def _check(
+    case: Case,
+    precision: Precision,
+    reference: dict[str, torch.Tensor],
+    options: Options,
+    report: Report,
+    listener: Listener,
+) -> bool:
+    listener.begin(f"{case.cell} {case.workload.name} {precision.name} check")
+    verdicts = check_case(case, precision.dtype, options.device, options.passes, reference)
     listener.end()
     failures = [
-        Failure(case.cell, case.workload.name, what, str(verdict))
+        Failure(case.cell, case.workload.name, precision.name, what, str(verdict))
         for what, verdict in verdicts.items()
         if not verdict
     ]
@@ -331,35 +378,40 @@ def _check(case: Case, options: Options, report: Report, listener: Listener) -> 
 
 
 def _time(
-    case: Case, options: Options, report: Report, listener: Listener, deadline: float
+    case: Case,
+    precision: Precision,
+    options: Options,
+    report: Report,
+    listener: Listener,
+    deadline: float,
 ) -> None:
     for pass_name in options.passes:
-        listener.begin(f"{case.cell} {case.workload.name} {pass_name}")
+        listener.begin(f"{case.cell} {case.workload.name} {precision.name} {pass_name}")
         if time.perf_counter() < deadline:
-            report.rows.append(time_row(case, pass_name, options))
+            report.rows.append(time_row(case, pass_name, precision, options))
             listener.row(report.rows[-1])
         else:
             report.not_timed += 1
         listener.end()
 
 
-def time_row(case: Case, pass_name: str, options: Options) -> Row:
-    """Times one pass of one case, ours and torch.nn in turn."""
-    ours = case.side(rnnkern, options.dtype, options.device)
-    theirs = case.side(nn, options.dtype, options.device)
+def time_row(case: Case, pass_name: str, precision: Precision, options: Options) -> Row:
+    """Times one pass of one case, ours and torch.nn in turn; the caller has set TF32."""
+    ours = case.side(rnnkern, precision.dtype, options.device)
+    theirs = case.side(nn, precision.dtype, options.device)
     with grad_mode(pass_name):
         measured = timing.time_pair(
             ours.call(pass_name),
             theirs.call(pass_name),
             budget_s=options.row_budget_s,
             min_pairs=options.min_pairs,
-            sync=_sync(options.device),
+            clock=timing.clock_of(options.device),
         )
     return Row(
         device=str(options.device),
         cell=case.cell,
         workload=case.workload.name,
-        dtype=options.dtype_name,
+        dtype=precision.name,
         pass_name=pass_name,
         threads=torch.get_num_threads(),
         us=measured.us,
@@ -385,8 +437,11 @@ def header(options: Options) -> dict[str, Any]:
         # Other programs stall torch.nn's threads more than ours: the speed-ups are too high then.
         "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "gpu": torch.cuda.get_device_name(options.device) if on_gpu else None,
+        "driver": timing.gpu_driver() if on_gpu else None,
+        "cuda": torch.version.cuda if on_gpu else None,
+        "cudnn": torch.backends.cudnn.version() if on_gpu else None,  # type: ignore[no-untyped-call]
         "device": str(options.device),
-        "dtype": options.dtype_name,
+        "dtype": ", ".join(precision.name for precision in options.precisions),
         "threads": torch.get_num_threads(),
         "rnnkern": build["version"],
         "isa": build["isa"],
@@ -400,9 +455,3 @@ def header(options: Options) -> dict[str, Any]:
         "row_budget_s": options.row_budget_s,
         "left_out": list(options.left_out),
     }
-
-
-def _sync(device: torch.device) -> timing.Call:
-    if device.type == "cuda":
-        return lambda: torch.cuda.synchronize(device)
-    return lambda: None

@@ -34,7 +34,8 @@ def require_matplotlib(path: Path) -> None:
 
 
 def plot_speedup(rows: Sequence[Row], path: Path) -> None:
-    """Draws the speed-up over torch.nn per workload, a panel for each pass and a bar for each cell.
+    """Draws the speed-up over torch.nn per workload, a panel for each dtype and pass and a bar for
+    each cell.
 
     Args:
         rows: timings, at least one.
@@ -46,16 +47,23 @@ def plot_speedup(rows: Sequence[Row], path: Path) -> None:
     # Figure and not pyplot: no display, and no state left behind in the process of whoever calls.
     from matplotlib.figure import Figure
 
-    passes = [p for p in PASSES if any(r.pass_name == p for r in rows)]
+    dtypes = list(dict.fromkeys(r.dtype for r in rows))
+    shown = [
+        (dtype, pass_name)
+        for dtype in dtypes
+        for pass_name in PASSES
+        if any((r.dtype, r.pass_name) == (dtype, pass_name) for r in rows)
+    ]
     cells = [c for c in CELLS if any(r.cell == c for r in rows)]
     workloads = list(dict.fromkeys(r.workload for r in rows))
-    size = (max(5.0, 1.5 + 0.85 * len(workloads)), 0.9 + 2.4 * len(passes))
+    size = (max(5.0, 1.5 + 0.85 * len(workloads)), 0.9 + 2.4 * len(shown))
     figure = Figure(figsize=size, layout="constrained")
-    panels = figure.subplots(len(passes), 1, sharex=True, squeeze=False)[:, 0]
+    panels = figure.subplots(len(shown), 1, sharex=True, squeeze=False)[:, 0]
     width = 0.8 / len(cells)
-    for panel, pass_name in zip(panels, passes, strict=True):
+    for panel, (dtype, pass_name) in zip(panels, shown, strict=True):
         for i, cell in enumerate(cells):
-            found = [r for r in rows if r.pass_name == pass_name and r.cell == cell]
+            wanted = (dtype, pass_name, cell)
+            found = [r for r in rows if (r.dtype, r.pass_name, r.cell) == wanted]
             places = [
                 workloads.index(r.workload) + (i - (len(cells) - 1) / 2) * width for r in found
             ]
@@ -65,13 +73,14 @@ def plot_speedup(rows: Sequence[Row], path: Path) -> None:
         panel.axhline(1, color="black", linewidth=1)
         panel.set_yscale("log", base=2)
         panel.yaxis.set_major_formatter("{x:g}x")
-        panel.set_title(pass_name, loc="left", fontsize=10)
+        title = pass_name if len(dtypes) == 1 else f"{dtype}, {pass_name}"
+        panel.set_title(title, loc="left", fontsize=10)
         panel.grid(axis="y", alpha=0.3)
         panel.set_axisbelow(True)
     panels[-1].set_xticks(range(len(workloads)), workloads, rotation=30, ha="right")
     first = rows[0]
     figure.suptitle(
-        f"Speed-up over torch.nn: {first.dtype} on {first.device}, threads: {first.threads}",
+        f"Speed-up over torch.nn: {', '.join(dtypes)} on {first.device}, threads: {first.threads}",
         fontsize=11,
     )
     handles, labels = panels[0].get_legend_handles_labels()

@@ -23,6 +23,8 @@ from time import perf_counter
 import torch
 
 Call = Callable[[], object]
+Clock = Callable[[Call, int], float]
+"""``clock(call, count)``: seconds that ``count`` calls take, one right after the other."""
 
 #: Shorter samples are repeated to reach this, in seconds: four orders above the resolution of the
 #: clock.
@@ -55,10 +57,6 @@ class PairTiming:
         return statistics.median(ratios)
 
 
-def _nothing() -> None:
-    pass
-
-
 @contextmanager
 def gc_paused() -> Iterator[None]:
     """Keeps the garbage collector out of the samples, as ``timeit`` does."""
@@ -83,18 +81,44 @@ def threads_set(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _sample(call: Call, count: int, sync: Call) -> float:
+def host_clock(call: Call, count: int) -> float:
+    """The clock of calls that are over when they return."""
     start = perf_counter()
     for _ in range(count):
         call()
-    sync()
     return perf_counter() - start
 
 
-def calls_per_sample(call: Call, sync: Call = _nothing) -> int:
+def cuda_clock(device: torch.device) -> Clock:
+    """The clock of calls that start work on a GPU: it runs there, between two events.
+
+    They stand in the current stream before the first call and after the last, so where the GPU
+    waits for the next launch, that counts too.
+    """
+
+    def seconds(call: Call, count: int) -> float:
+        with torch.cuda.device(device):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+            begin.record()
+            for _ in range(count):
+                call()
+            end.record()
+            end.synchronize()
+        return float(begin.elapsed_time(end)) * 1e-3
+
+    return seconds
+
+
+def clock_of(device: torch.device) -> Clock:
+    """The clock for calls whose tensors are on a device."""
+    return cuda_clock(device) if device.type == "cuda" else host_clock
+
+
+def calls_per_sample(call: Call, clock: Clock = host_clock) -> int:
     """How many calls make a sample of at least ``MIN_SAMPLE_S``; warms the call up on the way."""
+    call()  # the first one loads what it needs and may take a thousand times as long
     count = 1
-    while (elapsed := _sample(call, count, sync)) < MIN_SAMPLE_S:
+    while (elapsed := clock(call, count)) < MIN_SAMPLE_S:
         # The first calls are slow and would stop this too early, so it at least doubles and is
         # measured again.
         count = max(2 * count, math.ceil(count * MIN_SAMPLE_S / max(elapsed, 1e-7)))
@@ -106,7 +130,7 @@ def time_in_turn(
     *,
     budget_s: float,
     min_rounds: int,
-    sync: Call = _nothing,
+    clock: Clock = host_clock,
     warm_s: float = 0.0,
 ) -> list[list[float]]:
     """Times calls in turn: the first, the second, ..., the first, the second, ...
@@ -115,8 +139,7 @@ def time_in_turn(
         calls: what to time.
         budget_s: seconds after which no further round is begun.
         min_rounds: rounds made even if that takes longer than the budget.
-        sync: called at the end of every sample, within the time; waits for work that a call has
-            only started.
+        clock: what takes the time, that of the device the calls run on.
         warm_s: seconds of untimed calls before each sample: the threads of another library spin
             for a while, those of this one have to wake up.
 
@@ -127,13 +150,13 @@ def time_in_turn(
     start = perf_counter()
     seconds: list[list[float]] = [[] for _ in calls]
     with gc_paused():
-        counts = [calls_per_sample(call, sync) for call in calls]
+        counts = [calls_per_sample(call, clock) for call in calls]
         while len(seconds[-1]) < MAX_PAIRS:
             for call, count, samples in zip(calls, counts, seconds, strict=True):
                 warm_until = perf_counter() + warm_s
                 while perf_counter() < warm_until:
                     call()
-                samples.append(_sample(call, count, sync) / count)
+                samples.append(clock(call, count) / count)
             if perf_counter() - start > budget_s and len(seconds[-1]) >= min_rounds:
                 break
     return seconds
@@ -145,17 +168,33 @@ def time_pair(
     *,
     budget_s: float,
     min_pairs: int,
-    sync: Call = _nothing,
+    clock: Clock = host_clock,
 ) -> PairTiming:
     """Times two calls against each other by `time_in_turn`: ours, and the one to compare with."""
     return PairTiming(
-        *time_in_turn([ours, theirs], budget_s=budget_s, min_rounds=min_pairs, sync=sync)
+        *time_in_turn([ours, theirs], budget_s=budget_s, min_rounds=min_pairs, clock=clock)
     )
 
 
-def notebook_seconds(call: Call, runs: int, sync: Call = _nothing) -> float:
-    """Seconds that ``runs`` calls take, measured with ``timeit`` as the notebook does it."""
-    return timeit.timeit(call, number=runs) + timeit.timeit(sync, number=1)
+def notebook_seconds(call: Call, runs: int, device: torch.device) -> float:
+    """Seconds that ``runs`` calls take, measured with ``timeit`` as the notebook does it.
+
+    On a GPU they are over when it has done them all.
+    """
+    seconds = timeit.timeit(call, number=runs)
+    if device.type == "cuda":
+        seconds += timeit.timeit(lambda: torch.cuda.synchronize(device), number=1)
+    return seconds
+
+
+def gpu_driver() -> str | None:
+    """The version of the NVIDIA driver, or None where ``nvidia-smi`` does not tell it."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.partition("\n")[0].strip() or None
 
 
 def cpu_name() -> str:

@@ -7,11 +7,14 @@ inputs and calls here, so that they all mean the same by "LSTM at char_lm, forwa
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +41,38 @@ _NONLINEARITY = {"mnist_rnn": "relu"}
 
 
 @dataclass(frozen=True)
+class Precision:
+    """A name for what numbers are computed in: the dtype of all tensors, and whether products of
+    float32 may be made of operands rounded to TF32, which only a GPU does.
+    """
+
+    name: str
+    dtype: torch.dtype
+    tf32: bool = False
+
+
+PRECISIONS = {
+    "float32": Precision("float32", torch.float32),
+    "tf32": Precision("tf32", torch.float32, tf32=True),
+    "bfloat16": Precision("bfloat16", torch.bfloat16),
+    "float16": Precision("float16", torch.float16),
+    "float64": Precision("float64", torch.float64),
+}
+
+
+@contextmanager
+def tf32_allowed(allowed: bool) -> Iterator[None]:
+    """TF32 for a while, or none: in cuDNN, where torch allows it by default, and in products."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.allow_tf32, matmul.allow_tf32
+    cudnn.allow_tf32 = matmul.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        cudnn.allow_tf32, matmul.allow_tf32 = before
+
+
+@dataclass(frozen=True)
 class Workload:
     """Sizes of a layer's job: ``steps`` T, ``batch`` N, ``input_size`` I, ``hidden_size`` H.
 
@@ -55,10 +90,23 @@ class Workload:
     nonlinearity: str = "tanh"
 
 
+def _load() -> Any:
+    return json.loads(Path(__file__).with_name("workloads.json").read_text(encoding="utf-8"))
+
+
+@lru_cache
+def default_precisions(device_type: str = "cpu") -> tuple[Precision, ...]:
+    """What is compared on a device type, ``"cpu"`` or ``"cuda"``, unless something else is asked
+    for.
+    """
+    names = ["float32"] if device_type == "cpu" else _load()["gpu_dtypes"]
+    return tuple(PRECISIONS[name] for name in names)
+
+
 @lru_cache
 def load_workloads(device_type: str = "cpu") -> dict[str, Workload]:
     """The workloads for a device type, ``"cpu"`` or ``"cuda"``, by name and in order of size."""
-    data = json.loads(Path(__file__).with_name("workloads.json").read_text(encoding="utf-8"))
+    data = _load()
     entries = data["workloads" if device_type == "cpu" else "gpu_workloads"]
     if device_type != "cpu":  # the notebook's comparison belongs to every device
         entries = [e for e in data["workloads"] if e["name"] == "notebook"] + entries
@@ -185,10 +233,11 @@ def draw_case(cell: str, workload: Workload) -> Case:
     """
     w = workload
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(SEED)
+        torch.default_generator.manual_seed(SEED)
         module = _module(nn, cell, workload, torch.float32, "cpu")
-        x = torch.randn(w.steps, w.batch, w.input_size, dtype=torch.float32)
-        dy = torch.randn(w.steps, w.batch, w.hidden_size, dtype=torch.float32)
+        on_cpu: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+        x = torch.randn(w.steps, w.batch, w.input_size, **on_cpu)
+        dy = torch.randn(w.steps, w.batch, w.hidden_size, **on_cpu)
     return Case(cell, workload, module.state_dict(), x, dy)
 
 
@@ -200,30 +249,53 @@ def notebook_case(cell: str) -> Case:
     return Case(cell, drawn.workload, drawn.state, drawn.x, torch.ones_like(drawn.dy))
 
 
+def _runs(passes: Iterable[str]) -> list[str]:
+    """The passes that a check of these runs; the first computes all that the others do."""
+    names = set(passes)
+    recorded = FORWARD_BACKWARD if FORWARD_BACKWARD in names else FORWARD_GRAD
+    runs = [recorded] if names - {FORWARD} else []
+    return runs + ([FORWARD] if FORWARD in names else [])
+
+
+def reference_results(
+    case: Case, device: str | torch.device = "cpu", passes: Iterable[str] = PASSES
+) -> dict[str, Tensor]:
+    """What torch.nn computes in float64: one reference for checks in several dtypes."""
+    return case.side(nn, torch.float64, device).results(_runs(passes)[0])
+
+
 def check_case(
     case: Case,
     dtype: torch.dtype,
     device: str | torch.device = "cpu",
     passes: Iterable[str] = PASSES,
+    reference: dict[str, Tensor] | None = None,
 ) -> dict[str, tolerance.Verdict]:
     """Checks rnnkern at one case by the rule of :mod:`rnnkern.tolerance`.
 
     Gradients are checked if forward+backward is among the passes. The plain forward pass is checked
-    by itself, because it may run other kernels than the recorded one.
+    by itself, because it may run other kernels than the recorded one. A call that torch.nn carries
+    out because no kernel covers it fails the check.
+
+    Args:
+        reference: `reference_results` of the same case, device and passes, if they are there.
 
     Returns:
         A verdict for every output, final state and gradient, by name.
     """
-    names = set(passes)
-    recorded = FORWARD_BACKWARD if FORWARD_BACKWARD in names else FORWARD_GRAD
-    runs = [recorded] if names - {FORWARD} else []
-    runs += [FORWARD] if FORWARD in names else []
-    reference = case.side(nn, torch.float64, device).results(runs[0])
+    if reference is None:
+        reference = reference_results(case, device, passes)
     torch_side = case.side(nn, tolerance.yardstick_dtype(dtype), device)
     our_side = case.side(rnnkern, dtype, device)
     verdicts = {}
-    for run in runs:
-        ours, theirs = our_side.results(run), torch_side.results(run)
+    for run in _runs(passes):
+        theirs = torch_side.results(run)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", rnnkern.FallbackWarning)
+            try:
+                ours = our_side.results(run)
+            except rnnkern.FallbackWarning as warning:
+                return {"kernel": tolerance.wrong(str(warning))}
         suffix = " without grad" if run == FORWARD else ""
         for name, tensor in theirs.items():
             if name not in ours:

@@ -1,15 +1,19 @@
-"""Settings of the suite: markers, hypothesis, and the state of torch that a test may change."""
+"""Settings of the suite: markers, devices, hypothesis, and the state of torch that a test may
+change.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import settings
+from torch import Tensor
 
 pytest.register_assert_rewrite("support", "wrong")
 
@@ -20,6 +24,16 @@ sys.path.append(str(Path(__file__).parent.parent))
 settings.register_profile("suite", derandomize=True, database=None, deadline=None, max_examples=40)
 settings.register_profile("explore", deadline=None, max_examples=1000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
+
+# Every test runs on each of these, but for those marked cpu_only.
+DEVICES = os.environ.get(
+    "RNNKERN_TEST_DEVICES", "cpu,cuda" if torch.cuda.is_available() else "cpu"
+).split(",")
+GPUS = [name for name in DEVICES if name.startswith("cuda")]
+collect_ignore = [] if GPUS else ["test_cuda.py"]
+
+# Asked of torch's products under deterministic algorithms, and read when CUDA starts.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -38,6 +52,62 @@ def pytest_configure(config: pytest.Config) -> None:
         "`torch.jit.script` is deprecated",
     ):
         config.addinivalue_line("filterwarnings", f"ignore:{message}")
+
+
+@pytest.hookimpl(trylast=True)  # the device comes last in the name of a test
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if metafunc.definition.get_closest_marker("cpu_only"):
+        return
+    names = GPUS if metafunc.definition.get_closest_marker("cuda") else DEVICES
+    if names != ["cpu"]:
+        variants = [
+            pytest.param(name, marks=pytest.mark.cuda) if name in GPUS else name for name in names
+        ]
+        metafunc.parametrize("device", variants, indirect=True)
+
+
+def drawn_on_the_cpu(draw: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`draw` of the same numbers whatever the default device is; generators are the CPU's."""
+
+    def drawn(
+        *arguments: Any, device: Any = None, requires_grad: bool = False, **options: Any
+    ) -> Tensor:
+        numbers = draw(*arguments, device="cpu" if device is None else device, **options)
+        if device is None:
+            numbers = numbers.to(torch.get_default_device())
+        return numbers.requires_grad_(requires_grad)
+
+    return drawn
+
+
+@pytest.fixture(autouse=True)
+def device(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[torch.device]:
+    """Where the tensors and modules of a test are born that it puts nowhere else.
+
+    On a GPU float32 is float32 and not TF32, and torch.nn, with which all is compared, computes by
+    torch's own operators: cuDNN has no second derivatives, no gradients in eval mode, a dropout of
+    its own. test_cuda.py looks at TF32 and cuDNN.
+    """
+    name = getattr(request, "param", "cpu")
+    if name == "cpu":
+        yield torch.device(name)
+        return
+    from support import cudnn
+
+    from rnnkern.workloads import tf32_allowed
+
+    for draw in ("rand", "randn", "randint"):
+        monkeypatch.setattr(torch, draw, drawn_on_the_cpu(getattr(torch, draw)))
+    here = torch.empty(0, device=name).device  # with its index
+    torch.set_default_device(here)
+    try:
+        with cudnn(enabled=False), tf32_allowed(False):
+            yield here
+        torch.get_device_module(here).synchronize()  # what a kernel did wrong is its own test's
+    finally:
+        torch.set_default_device(None)
 
 
 @pytest.fixture(autouse=True)

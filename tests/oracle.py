@@ -39,8 +39,8 @@ def twin(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         kind = next(kind for kind in _CELLS if isinstance(module, kind))
     copy = kind(module.input_size, module.hidden_size, **options)
     weights = {name: getattr(module, name).detach() for name in copy.state_dict()}
-    dtype = dtype or next(iter(weights.values())).dtype
-    copy.to(dtype).load_state_dict(weights)
+    first = next(iter(weights.values()))
+    copy.to(first.device, dtype or first.dtype).load_state_dict(weights)
     for name, parameter in copy.named_parameters():
         parameter.requires_grad_(getattr(module, name).requires_grad)
     return copy.train(module.training)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import wrong
 from support import DTYPES, FORMS, build, check, evaluate, flatten, leaves_for, on_threads, plain
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -181,8 +182,9 @@ def forks(kind: str, threads: str) -> None:
     print(json.dumps([answer.decode(), status, alive]))
 
 
-def huge() -> None:
+def huge(device: str = "cpu") -> None:
     """Calls whose output no memory can hold; prints the type of the exception each raises."""
+    torch.set_default_device(device)
     steps = torch.zeros(1, 1, 3)
     raised = {}
     for kind in ("RNN", "LSTM", "GRU"):
@@ -197,6 +199,30 @@ def huge() -> None:
     for kind in ("RNNCell", "LSTMCell", "GRUCell"):
         raised[kind] = _raised_by(build(kind, 3, 4), torch.zeros(1, 3).expand(2**46, 3))
     print(json.dumps(raised))
+
+
+def broken(device: str) -> None:
+    """Packed sequences that break their rules: prints by what each is refused. None of them may
+    leave the device in a state in which it computes no more.
+    """
+    torch.set_default_device(device)
+    found = {}
+    sequences: dict[str, Callable[[], Any]] = dict(wrong.BROKEN)
+    for indices in wrong.BROKEN_INDICES:
+        sequences[str(indices)] = lambda indices=indices: wrong.with_indices(indices)
+    for kind in ("RNN", "LSTM", "GRU"):
+        for name, sequence in sequences.items():
+            module = build(kind, wrong.I, wrong.H)
+            for states in (wrong.zeros(kind, 1, 3 if name.startswith("[") else 2, wrong.H), None):
+                try:
+                    module(sequence(), states)
+                    torch.get_device_module(device).synchronize()
+                    outcome = "nothing"
+                except (RuntimeError, ValueError, TypeError, IndexError) as error:
+                    outcome = type(error).__name__
+                found[f"{kind} {name} hx={states is not None}"] = outcome
+        assert build(kind, wrong.I, wrong.H)(wrong.x())[0].isfinite().all()
+    print(json.dumps(found))
 
 
 def _raised_by(module: nn.Module, x: Tensor) -> str:

@@ -8,14 +8,15 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import oracle
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
+from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 import rnnkern
 from rnnkern import tolerance
@@ -42,8 +43,36 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
 def build(kind: str, *sizes: int, dtype: torch.dtype = torch.float32, **options: Any) -> nn.Module:
     """rnnkern's module `kind`; its weights are float32 numbers also in float64, so that torch.nn
     can have the same.
+
+    On a GPU they lie as those of users do, in one block that is laid out for cuDNN.
     """
-    return getattr(rnnkern, kind)(*sizes, **options).to(dtype)
+    module = getattr(rnnkern, kind)(*sizes, **options).to(dtype)
+    if isinstance(module, nn.RNNBase):
+        with cudnn():
+            module.flatten_parameters()
+    return module
+
+
+@contextmanager
+def cudnn(enabled: bool = True) -> Iterator[None]:
+    """cuDNN in torch.nn, or torch's own operators."""
+    before = torch.backends.cudnn.enabled
+    torch.backends.cudnn.enabled = enabled
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.enabled = before
+
+
+def autocast(dtype: torch.dtype = torch.bfloat16, *, enabled: bool = True) -> torch.autocast:
+    """`torch.autocast` for the device of the test."""
+    return torch.autocast(torch.get_default_device().type, dtype=dtype, enabled=enabled)
+
+
+def pack_rows(rows: list[Tensor], *, enforce_sorted: bool = True) -> PackedSequence:
+    """`pack_sequence`, which wants its lengths on the CPU but makes them where the default is."""
+    with torch.device("cpu"):
+        return pack_sequence(rows, enforce_sorted=enforce_sorted)
 
 
 def initial_states(module: nn.Module, rows: int | None) -> Leaves:
@@ -105,10 +134,10 @@ def flatten(outputs: Any, name: str = "out") -> dict[str, Tensor]:
 def weighted_sum(outputs: Mapping[str, Tensor]) -> Tensor:
     """A loss in float64 in which every element of every output has a random weight of its own."""
     generator = torch.Generator().manual_seed(1)
-    parts = [
-        (output.double() * torch.randn(output.shape, generator=generator)).sum()
-        for output in outputs.values()
-    ]
+    parts = []
+    for output in outputs.values():
+        weights = torch.randn(output.shape, generator=generator, device="cpu")
+        parts.append((output.double() * weights.to(output.device)).sum())
     return torch.stack(parts).sum()
 
 
@@ -177,6 +206,31 @@ def check(
         evaluate(wide, leaves, other, backward=backward),
     )
     return got
+
+
+def of_integers(T: int, N: int, I: int, H: int, dtype: torch.dtype) -> tuple[nn.Module, Leaves]:
+    """A relu network of small integers, and its input: every product and sum is exact."""
+
+    def integers(*shape: int, low: int = -1, high: int = 2) -> Tensor:
+        return torch.randint(low, high, shape).float()
+
+    module = build("RNN", I, H, nonlinearity="relu", bidirectional=True, dtype=dtype)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            parameter.copy_(integers(*parameter.shape))
+            if "weight_hh" in name:  # few terms, or the numbers outgrow 24 bits
+                parameter.mul_(torch.rand(parameter.shape) < 2 / H)
+    return module, {"x": integers(T, N, I, low=-3, high=4), "h0": integers(2, N, H)}
+
+
+def with_integer_gradients(module: nn.Module, leaves: Leaves) -> dict[str, Tensor]:
+    """Outputs, and gradients of a loss with integer weights."""
+    dtype = next(module.parameters()).dtype
+    own = {name: leaf.to(dtype, copy=True).requires_grad_() for name, leaf in leaves.items()}
+    y, h_n = plain(module, own)
+    (y.sum() - 2 * h_n.sum()).backward()
+    tensors = [*own.items(), *module.named_parameters()]
+    return {"y": y.detach(), "h_n": h_n.detach()} | {name: t.grad for name, t in tensors}
 
 
 def assert_bitwise(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import oracle
 import pytest
+import support
 import torch
 from support import (
     CELLS,
@@ -117,6 +118,7 @@ def test_long_sums_of_gradients(dtype: torch.dtype, kind: str) -> None:
         assert ((parameter.grad.double() - exact).abs() < 0.02 * scale).all()
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("N", [1, 6, 70])
 @pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("dtype", NARROW, ids=str)
@@ -133,7 +135,7 @@ def test_threads_do_not_show(dtype: torch.dtype, kind: str, N: int) -> None:
 
 
 def autocast(module: nn.Module, leaves: Leaves, dtype: torch.dtype = torch.bfloat16) -> Any:
-    with torch.autocast("cpu", dtype=dtype):
+    with support.autocast(dtype):
         return module(leaves["x"], states_of(leaves))
 
 
@@ -182,6 +184,7 @@ BY_BFLOAT16 = "bf16" in rnnkern.build_info()["isa"] or "amx" in rnnkern.build_in
 """The CPU multiplies bfloat16: float32 may be multiplied as such."""
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize(
     "sizes",
     [(5, 7, 33, 37), (4, 4, 1, 1), (18, 1, 70, 130), (3, 40, 64, 65), (43, 9, 5, 20)],
@@ -214,6 +217,7 @@ def test_products_of_float32_as_bfloat16(sizes: tuple[int, int, int, int]) -> No
     assert_as_torch(both, leaves_for(both, T, N))
 
 
+@pytest.mark.cpu_only
 def test_few_rows_of_float32_are_not_rounded() -> None:
     """To round the weights would take longer than it saves."""
     module = build("GRU", 24, 40)
@@ -232,10 +236,10 @@ def test_few_rows_of_float32_are_not_rounded() -> None:
 def test_autocast_of_packed_lstm(proj_size: int) -> None:
     """Computed in float32, multiplied as bfloat16, as torch.nn does; gradients too."""
     module = build("LSTM", 24, 40, proj_size=proj_size, bidirectional=True)
-    lengths = torch.tensor([2, 9, 1, 7, 9])
+    lengths = [2, 9, 1, 7, 9]
 
     def call(m: nn.Module, own: Leaves) -> Any:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with support.autocast():
             return m(pack_padded_sequence(own["x"], lengths, enforce_sorted=False), states_of(own))
 
     def exact_call(m: nn.Module, own: Leaves) -> Any:
@@ -250,13 +254,14 @@ def test_special_numbers_under_autocast(number: float) -> None:
     module = build("GRU", 24, 40)
     x = torch.randn(5, 7, 24)
     x[1, 3, 2] = number
-    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.no_grad(), support.autocast():
         ours, theirs = module(x)[0], oracle.twin(module)(x)[0]
     other_rows = torch.arange(7) != 3
     assert torch.equal(ours.isnan(), theirs.isnan())
     assert ours[:, other_rows].isfinite().all()
 
 
+@pytest.mark.cpu_only
 def test_second_derivatives_under_autocast() -> None:
     """Backward may run under autocast too; what it recomputes is float32, and so are the first
     derivatives.
@@ -288,7 +293,7 @@ def test_autocast_under_deterministic_algorithms(count: int, kind: str) -> None:
     module, x = build(kind, 64, 300), torch.randn(6, 9, 64)
 
     def run(part: Tensor, state: Any = None, threads: int = count) -> Any:
-        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.no_grad(), support.autocast():
             return on_threads(lambda m, own: m(own["x"], state), threads)(module, {"x": part})
 
     whole, state = run(x, threads=1)[0], None
@@ -300,23 +305,24 @@ def test_autocast_under_deterministic_algorithms(count: int, kind: str) -> None:
 @pytest.mark.parametrize("kind", LAYERS)
 def test_autocast_of_sequences(kind: str) -> None:
     """`lengths`, `reset` and packed sequences, the latter with torch.nn's dtypes; and float16, for
-    which torch.nn has no LSTM of padded batches here.
+    which torch.nn has no LSTM of padded batches on the CPU.
     """
     module = build(kind, 8, 16)
     x, lengths = torch.randn(6, 3, 8), torch.tensor([2, 6, 1])
     reset = torch.rand(6, 3) < 0.3
-    packed = pack_padded_sequence(x, lengths, enforce_sorted=False)
+    packed = pack_padded_sequence(x, lengths.tolist(), enforce_sorted=False)
+    promotes = kind == "GRU" and x.device.type == "cpu"
     with torch.no_grad():
         wanted = [flatten(module(x, lengths=lengths, reset=reset)), flatten(module(packed))]
         for dtype, allowed in ((torch.bfloat16, 0.05), (torch.float16, 0.005)):
-            with torch.autocast("cpu", dtype=dtype):
+            with support.autocast(dtype):
                 got = [flatten(module(x, lengths=lengths, reset=reset)), flatten(module(packed))]
                 theirs = flatten(oracle.twin(module)(packed))
             for ours, exact in zip(got, wanted, strict=True):
                 for name, value in ours.items():
                     assert (value.float() - exact[name].float()).abs().max() < allowed
             padded, of_packed = ({name: v.dtype for name, v in values.items()} for values in got)
-            assert set(padded.values()) == {torch.float32 if kind == "GRU" else dtype}
+            assert set(padded.values()) == {torch.float32 if promotes else dtype}
             assert of_packed == {name: v.dtype for name, v in theirs.items()}
 
 
@@ -339,11 +345,12 @@ def test_autocast_of_other_devices_does_not_matter(kind: str) -> None:
 
 def test_explain_knows_autocast() -> None:
     module, x = build("LSTM", 8, 16), torch.randn(5, 3, 8)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with support.autocast():
         assert "bfloat16" in rnnkern.explain(module, x)
     assert "float32" in rnnkern.explain(module, x)
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("kind", ["GRU", "GRUCell", "LSTMCell"])
 def test_autocast_keeps_slow_states(kind: str) -> None:
     """States that torch.nn carries in float32 grow by less than half a unit of bfloat16."""
@@ -374,6 +381,7 @@ def test_autocast_keeps_slow_states(kind: str) -> None:
     assert (theirs - exact).abs().max() < 1e-1
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("given", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", CELLS)
 def test_autocast_of_cells_copies_no_weights(kind: str, given: torch.dtype) -> None:
@@ -431,6 +439,7 @@ def test_training_and_inference_agree(dtype: torch.dtype, form: str) -> None:
         assert_bitwise(call(), training)
 
 
+@pytest.mark.cpu_only
 def test_explain_says_that_backward_packs() -> None:
     """Rows of 16-bit weights are no rows of a panel."""
     module, x = build("LSTM", 64, 64), torch.randn(4, 2, 64)

@@ -6,9 +6,12 @@ import gc
 import importlib.util
 import json
 import math
+import re
 import subprocess
 import sys
 import time
+import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,16 @@ from torch import nn
 
 import rnnkern
 from rnnkern import cli, compare, timing
-from rnnkern.workloads import FORWARD, FORWARD_BACKWARD, PASSES, Workload, load_workloads
+from rnnkern.workloads import (
+    FORWARD,
+    FORWARD_BACKWARD,
+    PASSES,
+    PRECISIONS,
+    Workload,
+    load_workloads,
+)
+
+pytestmark = pytest.mark.cpu_only
 
 TINY = ["compare", "--quick", "--cell", "LSTM", "--workload", "gradient_flow"]
 NOTEBOOK = ["compare", "--quick", "--cell", "LSTM", "--workload", "notebook", "--pass", "forward"]
@@ -49,6 +61,14 @@ class FrozenLSTM(rnnkern.LSTM):
         return super().forward(*args, **kwargs)
 
 
+class FallenBackLSTM(rnnkern.LSTM):
+    """What torch.nn computes, and says so."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        warnings.warn("no kernel covers this call", rnnkern.FallbackWarning, stacklevel=1)
+        return super().forward(*args, **kwargs)
+
+
 def usage_error(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     """What is printed for arguments that must be refused before any work."""
     with pytest.raises(SystemExit) as raised:
@@ -74,7 +94,7 @@ def test_a_quick_run_passes_and_reads_well(capsys: pytest.CaptureFixture[str]) -
     for pass_name in PASSES:
         # a row for each cell and workload, and the mean
         assert sum(line.split("  ")[0] == pass_name for line in lines) == 1
-        assert sum(f"  {pass_name}  " in line for line in lines) == 6
+        assert sum(bool(re.search(rf" {re.escape(pass_name)} +\d", line)) for line in lines) == 6
 
 
 def test_json(tmp_path: Path) -> None:
@@ -90,6 +110,8 @@ def test_json(tmp_path: Path) -> None:
     assert header["cpu"]
     assert header["date"].endswith("+00:00")
     assert {"commit", "quick", "dtype", "threads", "load_average"} <= header.keys()
+    assert {header[name] for name in ("gpu", "driver", "cuda", "cudnn")} == {None}
+    assert found["finished"]
     (notebook,) = found["notebook"]
     assert notebook["cell"] == "LSTM"
     assert notebook["ok"]
@@ -144,7 +166,8 @@ def test_a_failed_check_is_exit_status_1_and_is_not_timed(
         (["--threads", "two"], "at least 1"),
         (["--device", "tpu"], "want cpu, cuda"),
         (["--device", "meta"], "want cpu, cuda"),
-        (["--dtype", "float16"], "float32"),
+        (["--dtype", "float16"], "known are: float32, float64"),
+        (["--dtype", "float32,tf32"], "known are: float32, float64"),
         (["--json", "no/such/directory/x.json"], "no such directory"),
         (["--plot", "no/such/directory/x.png"], "no such directory"),
     ],
@@ -159,7 +182,13 @@ def test_cuda_where_there_is_none(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert "torch sees no CUDA device" in usage_error(capsys, "--device", "cuda")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    message = usage_error(capsys, "--device", "cuda")
+    assert "torch sees no CUDA device(s), so no 'cuda'" in message
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert "built without CUDA" in usage_error(capsys, "--device", "cuda:0")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert "torch sees 2 CUDA device" in usage_error(capsys, "--device", "cuda:2")
 
 
 def test_a_plot_without_matplotlib_is_refused_before_any_work(
@@ -177,9 +206,10 @@ def test_a_plot_of_unknown_kind_is_refused_before_any_work(
 
 
 @needs_matplotlib
-def test_plot(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtypes", ["float32", "float32,float64"])
+def test_plot(tmp_path: Path, dtypes: str) -> None:
     path = tmp_path / "speedup.png"
-    assert cli.main([*TINY, "--plot", str(path)]) == 0
+    assert cli.main([*TINY, "--dtype", dtypes, "--plot", str(path)]) == 0
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
@@ -197,6 +227,137 @@ def test_selections_repeat_or_take_commas_in_any_case_and_keep_the_known_order()
         "notebook",
         "sine",
     ]
+
+
+def names(precisions: tuple[Any, ...]) -> list[str]:
+    return [precision.name for precision in precisions]
+
+
+def test_what_is_compared_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The workloads and dtypes of its own, in minutes."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    whole, quick = options("--device", "cuda"), options("--device", "cuda:1", "--quick")
+    assert whole.device == torch.device("cuda")
+    assert quick.device == torch.device("cuda:1")
+    assert {w.name for w in whole.workloads} == load_workloads("cuda").keys()
+    assert "h2048" in quick.left_out
+    assert names(whole.precisions) == ["float32", "tf32", "bfloat16", "float16"]
+    chosen = options("--device", "cuda", "--dtype", "float64,TF32", "--dtype", "float16")
+    assert names(chosen.precisions) == ["tf32", "float16", "float64"]
+    rows = 3 * len(whole.workloads) * len(whole.precisions) * len(PASSES)
+    assert rows * whole.row_budget_s < 60
+    assert quick.time_limit_s < whole.time_limit_s <= 240
+
+
+def test_dtypes_of_the_cpu() -> None:
+    assert names(options().precisions) == ["float32"]
+    assert names(options("--dtype", "float64,float32").precisions) == ["float32", "float64"]
+    assert options().time_limit_s == math.inf
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "wanted"),
+    [
+        (["float32", "tf32"], "float32"),
+        (["tf32", "float16", "float64"], "float64"),
+        (["tf32", "bfloat16"], None),
+    ],
+    ids=str,
+)
+def test_the_notebooks_comparison_wants_float32(dtypes: list[str], wanted: str | None) -> None:
+    precisions = tuple(PRECISIONS[name] for name in dtypes)
+    notebook = (load_workloads()["notebook"],)
+    chosen = compare.Options(workloads=notebook, precisions=precisions)
+    assert chosen.notebook_precision == (None if wanted is None else PRECISIONS[wanted])
+    assert compare.pieces_of_work(chosen) == 3 * (4 * len(dtypes) + (wanted is not None))
+    others = compare.Options(workloads=(load_workloads()["sine"],), precisions=precisions)
+    assert others.notebook_precision is None
+
+
+def test_several_dtypes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "results.json"
+    arguments = [*TINY, "--workload", "sine", "--dtype", "float64,float32", "--json", str(path)]
+    assert cli.main(arguments) == 0
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 100
+    found = json.loads(path.read_text())
+    assert found["header"]["dtype"] == "float32, float64"
+    assert [(row["workload"], row["dtype"], row["pass"]) for row in found["rows"]] == [
+        (workload, dtype, pass_name)
+        for workload in ("gradient_flow", "sine")
+        for dtype in ("float32", "float64")
+        for pass_name in PASSES
+    ]
+    for dtype, means in found["geometric_mean_by_dtype"].items():
+        for pass_name, mean in means.items():
+            both = [
+                row["speedup"]
+                for row in found["rows"]
+                if (row["dtype"], row["pass"]) == (dtype, pass_name)
+            ]
+            assert mean == pytest.approx(math.sqrt(math.prod(both)))
+            assert sum(line.startswith(f"{dtype}  {pass_name}  ") for line in out.splitlines()) == 1
+
+
+def test_results_are_written_as_they_come(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path, rows = tmp_path / "results.json", iter([compare.time_row])
+
+    def once(*arguments: Any) -> compare.Row:
+        try:
+            return next(rows)(*arguments)
+        except StopIteration:
+            raise KeyboardInterrupt from None
+
+    monkeypatch.setattr(compare, "time_row", once)
+    assert cli.main([*TINY, "--json", str(path)]) == 130
+    found = json.loads(path.read_text())
+    assert not found["finished"]
+    assert [row["pass"] for row in found["rows"]] == [FORWARD]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_torch_carries_out_is_no_result(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(rnnkern, "LSTM", FallenBackLSTM)
+    assert cli.main(TINY) == 1
+    assert "FAILED kernel: no kernel covers this call" in capsys.readouterr().out
+
+
+def test_the_header_of_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "The GPU")
+    monkeypatch.setattr(timing, "gpu_driver", lambda: "123.4")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91200)
+    chosen = options("--device", "cuda", "--dtype", "tf32,float32")
+    header = compare.header(chosen)
+    cli.Printer(chosen).start(compare.Report(header))
+    expected = {"gpu": "The GPU", "driver": "123.4", "cuda": "13.0", "cudnn": 91200}
+    assert header | expected == header
+    assert (header["device"], header["dtype"]) == ("cuda", "float32, tf32")
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.endswith(f"against torch.nn {torch.__version__}, float32, tf32")
+    assert second == "The GPU, driver 123.4, CUDA 13.0, cuDNN 91200"
+
+
+def test_the_driver_where_nvidia_smi_tells_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def says(text: str) -> None:
+        done = subprocess.CompletedProcess([], 0, stdout=text)
+        monkeypatch.setattr(subprocess, "run", lambda *_, **__: done)
+
+    says("580.65.06\n580.65.06\n")
+    assert timing.gpu_driver() == "580.65.06"
+    says("\n")
+    assert timing.gpu_driver() is None
+
+    def missing(*_: object, **__: object) -> None:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(subprocess, "run", missing)
+    assert timing.gpu_driver() is None
 
 
 def test_quick_leaves_out_the_largest_unless_asked_for_them() -> None:
@@ -311,6 +472,37 @@ def test_pairs_are_timed_in_turn_with_samples_long_enough() -> None:
     assert result.speedup > 100
     assert result.us < 100
     assert result.their_us >= 2000
+
+
+def test_the_first_call_is_not_measured() -> None:
+    pauses = iter([5e-3])
+    assert timing.calls_per_sample(lambda: time.sleep(next(pauses, 0.0))) > 1
+
+
+def test_the_clock_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From an event before the first call to one after the last, which has been reached."""
+    seen: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            seen.append("record")
+
+        def synchronize(self) -> None:
+            seen.append("wait")
+
+        def elapsed_time(self, end: Event) -> float:
+            assert end is not self
+            return 6.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    clock = timing.clock_of(torch.device("cuda"))
+    assert clock(lambda: seen.append("call"), 3) == pytest.approx(6e-3)
+    assert seen == ["record", "call", "call", "call", "record", "wait"]
+    assert timing.clock_of(torch.device("cpu")) is timing.host_clock
 
 
 def test_the_least_number_of_pairs_is_taken_whatever_the_budget() -> None:

@@ -13,6 +13,7 @@ from support import LAYERS, build
 from torch.nn.utils.rnn import pack_padded_sequence
 from wrong import H, I, N, T, x
 
+# On the CPU, on whatever device the input is: values on a GPU are not looked at.
 LENGTHS: dict[str, tuple[Any, tuple[str, str]]] = {
     "float": (torch.tensor([2.0, 3.0]), ("int64", "float32")),
     "bool": (torch.tensor([True, False]), ("int64", "bool")),
@@ -83,7 +84,7 @@ def test_wrong_resets_of_other_layouts(kind: str) -> None:
 @pytest.mark.parametrize("argument", ["lengths", "reset"])
 @pytest.mark.parametrize("kind", LAYERS)
 def test_lengths_of_what_is_packed(kind: str, argument: str) -> None:
-    sequence = pack_padded_sequence(x(), torch.tensor([5, 2]))
+    sequence = pack_padded_sequence(x(), [5, 2])
     value = {"lengths": torch.tensor([5, 2]), "reset": MASK}[argument]
     with pytest.raises(ValueError, match="PackedSequence"):
         build(kind, I, H)(sequence, **{argument: value})

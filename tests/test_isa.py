@@ -14,6 +14,8 @@ from torch import Tensor
 
 import rnnkern
 
+pytestmark = pytest.mark.cpu_only
+
 # From the most capable down, and what torch calls a CPU that has it.
 KNOWN = {
     "x86-64-v4-amx": "AVX512",

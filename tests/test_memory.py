@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 from support import LAYERS, in_a_process
 
+pytestmark = pytest.mark.cpu_only
+
 OUTPUT_MIB = 2000 * 16 * 256 * 4 / 2**20
 
 

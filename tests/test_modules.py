@@ -86,6 +86,7 @@ def test_positional_arguments(kind: str, arguments: tuple[Any, ...]) -> None:
     check(ours.eval(), leaves_for(ours, 5, 3))
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("kind", LAYERS)
 def test_forward_signature(kind: str) -> None:
     parameters = inspect.signature(getattr(rnnkern, kind).forward).parameters
@@ -98,8 +99,8 @@ def test_forward_signature(kind: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", LAYERS)
-def test_device_and_dtype_arguments(kind: str, dtype: torch.dtype) -> None:
-    module = getattr(rnnkern, kind)(4, 6, device="cpu", dtype=dtype)
+def test_device_and_dtype_arguments(kind: str, dtype: torch.dtype, device: torch.device) -> None:
+    module = getattr(rnnkern, kind)(4, 6, device=device, dtype=dtype)
     assert {parameter.dtype for parameter in module.parameters()} == {dtype}
     output, _ = module(torch.randn(5, 3, 4, dtype=dtype))
     assert output.dtype == dtype

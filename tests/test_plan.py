@@ -9,6 +9,8 @@ import torch
 
 from rnnkern import kernels
 
+pytestmark = pytest.mark.cpu_only
+
 V4 = {
     "lanes": 16,
     "tile_rows": 6,

@@ -7,11 +7,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from support import build
+from support import build, pack_rows
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.utils.parametrizations import weight_norm
-from torch.nn.utils.rnn import pack_sequence
 
 import rnnkern
 
@@ -103,7 +102,7 @@ def test_packed_sizes_edited_before_backward() -> None:
     gradients = []
     for module in pair("LSTM", 3, 4):
         torch.manual_seed(0)
-        packed = pack_sequence([torch.randn(n, 3) for n in (4, 3, 1)])
+        packed = pack_rows([torch.randn(n, 3) for n in (4, 3, 1)])
         y, _ = module(packed)
         packed.batch_sizes.copy_(torch.tensor([2, 2, 2, 2]))
         y.data.square().sum().backward()
@@ -135,7 +134,7 @@ def test_traced_calls_with_lengths_check_the_state() -> None:
     x, h = torch.randn(3, 2, 3), torch.zeros(1, 2, 4)
     with pytest.raises((RuntimeError, IndexError)):
         torch.jit.trace(lambda x: module(x, h, lengths=lengths)[0], (x,))
-    packed = pack_sequence([torch.randn(2, 3)])
+    packed = pack_rows([torch.randn(2, 3)])
     with pytest.raises(ValueError, match="PackedSequence"):
         torch.jit.trace(lambda x: module(packed, lengths=lengths)[0].data, (x,))
 
@@ -144,11 +143,17 @@ def test_explain_of_what_will_not_run() -> None:
     module = build("GRU", 3, 4)
     assert "shape (3,)" in str(rnnkern.explain(module, torch.randn(3)))
     assert "input_size is 3" in str(rnnkern.explain(module, torch.randn(5, 2, 7)))
-    packed = pack_sequence([torch.randn(4, 3), torch.randn(1, 3)])
+
+
+@pytest.mark.cpu_only
+def test_explain_counts_the_steps_that_are_taken() -> None:
+    module = build("GRU", 3, 4)
+    packed = pack_rows([torch.randn(4, 3), torch.randn(1, 3)])
     mflop = 2 * 3 * 4 * (3 + 4) * 5e-6
     assert f"{mflop:.3g} MFLOP" in str(rnnkern.explain(module, packed))
 
 
+@pytest.mark.cpu_only
 def test_explain_names_the_instruction_set_that_runs() -> None:
     isa = rnnkern.build_info()["isa"]
     for H in (3, 64):
@@ -225,6 +230,7 @@ def test_gradients_asked_for_in_inference_mode(kind: str, layers: int) -> None:
     torch.testing.assert_close(y, wanted)
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("kind", ["LSTM", "LSTMCell"])
 def test_the_warning_names_the_line_of_the_call(kind: str) -> None:
     from rnnkern import functional
@@ -236,6 +242,7 @@ def test_the_warning_names_the_line_of_the_call(kind: str) -> None:
     assert [warning.filename for warning in caught] == [__file__]
 
 
+@pytest.mark.cpu_only
 def test_small_results_cannot_be_resized() -> None:
     """README says so; it is no crash, and large ones can."""
     module = build("LSTM", 4, 6)

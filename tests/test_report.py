@@ -13,6 +13,8 @@ from benchmarks import peers, report
 from rnnkern import timing
 from rnnkern.workloads import CELLS, FORWARD, FORWARD_BACKWARD, draw_case, load_workloads
 
+pytestmark = pytest.mark.cpu_only
+
 
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("name", ["notebook", "mnist_rnn"])

@@ -20,6 +20,7 @@ from support import (
     initial_states,
     leaves_for,
     on_threads,
+    pack_rows,
     plain,
     states_of,
     weighted_sum,
@@ -28,7 +29,6 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import (
     PackedSequence,
     pack_padded_sequence,
-    pack_sequence,
     pad_packed_sequence,
 )
 
@@ -62,7 +62,7 @@ def packing(lengths: list[int], *, enforce_sorted: bool, hx: bool = True) -> Cal
     def call(module: nn.Module, leaves: Leaves) -> Any:
         packed = pack_padded_sequence(
             leaves["x"],
-            torch.tensor(lengths),
+            lengths,
             batch_first=module.batch_first,
             enforce_sorted=enforce_sorted,
         )
@@ -122,7 +122,7 @@ def test_packed_output_is_torchs(kind: str, sorted_rows: bool) -> None:
     """A PackedSequence comes back, with the batch sizes and the indices of the one that went in."""
     module = build(kind, I, H)
     rows = [torch.randn(length, I) for length in sorted(LENGTHS["mixed"], reverse=sorted_rows)]
-    packed = pack_sequence(rows, enforce_sorted=sorted_rows)
+    packed = pack_rows(rows, enforce_sorted=sorted_rows)
     output, _ = module(packed)
     assert type(output) is PackedSequence
     assert torch.equal(output.batch_sizes, packed.batch_sizes)
@@ -136,7 +136,7 @@ def test_packed_without_indices_of_the_order(kind: str) -> None:
     """A PackedSequence made by hand from data and batch sizes."""
     module = build(kind, I, H)
     leaves = {"x": torch.randn(6, I)} | initial_states(module, 3)
-    sizes = torch.tensor([3, 2, 1])
+    sizes = torch.tensor([3, 2, 1], device="cpu")
     check(module, leaves, lambda m, own: m(PackedSequence(own["x"], sizes), states_of(own)))
 
 
@@ -146,7 +146,7 @@ def test_packed_data_that_is_a_view(form: str) -> None:
     kind, own = FORMS[form]
     module = build(kind, I, H, **own)
     leaves = {"x": torch.randn(2 * I, 12)} | initial_states(module, 3)
-    sizes = torch.tensor([3, 2, 1])
+    sizes = torch.tensor([3, 2, 1], device="cpu")
     check(
         module,
         leaves,
@@ -487,11 +487,13 @@ def test_arguments_edited_before_backward(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", LAYERS)
 def test_the_default_device_does_not_matter(kind: str) -> None:
-    """Tensors that rnnkern makes for itself are on the CPU whatever the default device is."""
+    """Tensors that rnnkern makes for itself are where they must be, whatever the default device
+    is.
+    """
     module = build(kind, I, H, bidirectional=True)
     leaves = leaves_for(module, T, N)
     lengths, reset = torch.tensor(LENGTHS["mixed"]), episodes("random")
-    packed = pack_padded_sequence(leaves["x"], lengths, enforce_sorted=False)
+    packed = pack_padded_sequence(leaves["x"], lengths.tolist(), enforce_sorted=False)
     calls: list[Call] = [
         plain,
         lambda m, own: m(packed, states_of(own)),

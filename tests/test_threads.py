@@ -34,6 +34,7 @@ SIZES = {
 }
 
 
+@pytest.mark.cpu_only
 @pytest.mark.kernel
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("sizes", SIZES)
@@ -51,12 +52,14 @@ def test_outputs_do_not_depend_on_threads(form: str, sizes: str, dtype: torch.dt
         assert_bitwise(*({k: v for k, v in r.items() if "out" in k} for r in (trained, alone)))
 
 
+@pytest.mark.cpu_only
 def test_weights_lie_where_the_table_says_so() -> None:
     T, N, inputs, H = SIZES["as-they-lie"]
     forward = rnnkern.explain(build("LSTM", inputs, H), torch.randn(T, N, inputs)).splitlines()[1]
     assert "W_hh as they lie" in forward
 
 
+@pytest.mark.cpu_only
 @pytest.mark.kernel
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("form", FORMS)
@@ -75,6 +78,7 @@ def test_lengths_and_reset_do_not_depend_on_threads(form: str, dtype: torch.dtyp
     assert_bitwise(*results)
 
 
+@pytest.mark.cpu_only
 def test_more_threads_than_rows_or_cores() -> None:
     module = build("GRU", 3, 5)
     leaves = leaves_for(module, 4, 2)
@@ -83,6 +87,7 @@ def test_more_threads_than_rows_or_cores() -> None:
     assert_bitwise(many, one)
 
 
+@pytest.mark.cpu_only
 def test_the_number_of_threads_is_torchs() -> None:
     for threads in (1, 2):
         torch.set_num_threads(threads)
@@ -121,6 +126,7 @@ def test_called_from_several_python_threads(kind: str, threads: int) -> None:
         torch.testing.assert_close(mine["dx"], expected["dx"])
 
 
+@pytest.mark.cpu_only
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no fork")
 @pytest.mark.parametrize("threads", ["1", "2"])
 @pytest.mark.parametrize("kind", LAYERS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from torch import nn
 import rnnkern
 from rnnkern import tolerance, workloads
 from rnnkern.workloads import FORWARD, FORWARD_BACKWARD, FORWARD_GRAD, Workload
+
+pytestmark = pytest.mark.cpu_only
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -58,6 +61,58 @@ def test_a_case_is_the_same_every_time_and_leaves_the_random_state_alone() -> No
     assert torch.equal(a.x, b.x)
     assert torch.equal(a.dy, b.dy)
     assert all(torch.equal(a.state[name], b.state[name]) for name in a.state)
+
+
+def test_a_case_is_drawn_on_the_cpu_whatever_the_default_device_is() -> None:
+    workload = Workload("x", 4, 2, 3, 5)
+    wanted = workloads.draw_case("RNN", workload)
+    with torch.device("meta"):
+        case = workloads.draw_case("RNN", workload)
+    assert torch.equal(case.x, wanted.x)
+    assert torch.equal(case.dy, wanted.dy)
+    assert all(torch.equal(case.state[name], wanted.state[name]) for name in wanted.state)
+
+
+def test_dtypes_of_each_device() -> None:
+    names = {
+        device_type: [p.name for p in workloads.default_precisions(device_type)]
+        for device_type in ("cpu", "cuda")
+    }
+    assert names == {"cpu": ["float32"], "cuda": ["float32", "tf32", "bfloat16", "float16"]}
+    assert [p.name for p in workloads.PRECISIONS.values() if p.tf32] == ["tf32"]
+    for name, precision in workloads.PRECISIONS.items():
+        assert precision.name == name
+        assert str(precision.dtype) == f"torch.{'float32' if precision.tf32 else name}"
+
+
+@pytest.fixture
+def set_tf32() -> Iterator[Callable[[tuple[bool, bool]], None]]:
+    """Sets TF32 in cuDNN and in products, for the time of the test."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    at_first = cudnn.allow_tf32, matmul.allow_tf32
+
+    def set_both(flags: tuple[bool, bool]) -> None:
+        cudnn.allow_tf32, matmul.allow_tf32 = flags
+
+    yield set_both
+    set_both(at_first)
+
+
+@pytest.mark.parametrize("before", [(False, False), (True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("allowed", [True, False])
+def test_tf32_is_set_and_restored(
+    set_tf32: Callable[[tuple[bool, bool]], None], allowed: bool, before: tuple[bool, bool]
+) -> None:
+    def flags() -> tuple[bool, bool]:
+        return torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+
+    set_tf32(before)
+    with workloads.tf32_allowed(allowed):
+        assert flags() == (allowed, allowed)
+    assert flags() == before
+    with pytest.raises(KeyError), workloads.tf32_allowed(allowed):
+        raise KeyError
+    assert flags() == before
 
 
 def test_both_sides_have_the_same_numbers_and_nothing_in_common() -> None:
@@ -113,6 +168,17 @@ def test_our_modules_pass_the_check(cell: str, dtype: torch.dtype) -> None:
     verdicts = workloads.check_case(workloads.draw_case(cell, Workload("x", 6, 3, 5, 9)), dtype)
     assert {name: str(verdict) for name, verdict in verdicts.items() if not verdict} == {}
     assert {"output", "output without grad", "h_n", "grad of input"} <= verdicts.keys()
+
+
+def test_one_reference_serves_several_checks() -> None:
+    case = workloads.draw_case("GRU", Workload("x", 6, 3, 5, 9))
+    reference = workloads.reference_results(case)
+    for dtype in (torch.float32, torch.bfloat16):
+        verdicts = workloads.check_case(case, dtype, reference=reference)
+        assert verdicts == workloads.check_case(case, dtype)
+        assert all(verdicts.values())
+    wrong = reference | {"h_n": reference["h_n"] + 0.1}
+    assert workloads.check_case(case, torch.float32, reference=wrong)["h_n"].error > 1e5
 
 
 @pytest.mark.parametrize(

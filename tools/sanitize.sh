@@ -30,7 +30,7 @@ libstdcxx=$(ldd "$extension" | awk '/libstdc\+\+/ {print $3}')
 # capture file.
 run_tests() {
   env PYTHONPATH="$lib:$PWD/tools" PYTHONMALLOC=malloc RNNKERN_LOADED_FROM="$lib" \
-    LD_PRELOAD="$libasan $libstdcxx" \
+    RNNKERN_TEST_DEVICES=cpu LD_PRELOAD="$libasan $libstdcxx" \
     ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
     UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
     "$(dirname "$python")/pytest" tests -m kernel -p loaded_from --capture=sys "$@"

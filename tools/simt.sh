@@ -18,7 +18,7 @@ if [ $# -eq 0 ]; then
 fi
 # The script and not `python -m pytest`, which would put the repository's own package first.
 run_tests() {
-  PYTHONPATH="$lib:$PWD/tools" RNNKERN_LOADED_FROM="$lib" \
+  PYTHONPATH="$lib:$PWD/tools" RNNKERN_LOADED_FROM="$lib" RNNKERN_TEST_DEVICES=cpu \
     "$(dirname "$python")/pytest" -m kernel -p loaded_from "$@"
 }
 run_tests "$@"
