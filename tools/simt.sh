@@ -14,23 +14,36 @@ rm -rf "$lib"
 RNNKERN_SIMT=ON "$python" setup.py --quiet build --build-base "$base" --build-lib "$lib"
 
 if [ $# -eq 0 ]; then
-  set -- tests/test_cells.py tests/test_sequences.py -k float32
+  set -- tests/test_cells.py tests/test_sequences.py
 fi
 # The script and not `python -m pytest`, which would put the repository's own package first.
 run_tests() {
-  PYTHONPATH="$lib:$PWD/tools" RNNKERN_LOADED_FROM="$lib" RNNKERN_TEST_DEVICES=cpu \
+  PYTHONPATH="$lib:$PWD/tools:$PWD/tests" RNNKERN_LOADED_FROM="$lib" RNNKERN_TEST_DEVICES=cpu \
     "$(dirname "$python")/pytest" -m kernel -p loaded_from "$@"
 }
+run_tests tests/simt/check_tiers.py
 run_tests "$@"
+RNNKERN_CUDA_TIER=plain run_tests "$@" -k 'float32 or LSTM'
 
 # Every barrier and every wait is needed: without any one of them a test fails.
-for place in $(cd csrc/cuda && grep -nE '^ +(sync_block|wait_until)\(' plain_*.cuh teams.cuh |
-    sed -E 's/^([^:]+:[0-9]+):.*/\1/'); do
-  if RNNKERN_SIMT_WITHOUT=$place run_tests -q -x tests/test_sequences.py \
-      -k 'float32 and (test_reset or test_packed_lengths)' >build/simt/without.log 2>&1; then
+places() {
+  (cd csrc/cuda && grep -nE '^ +(sync_block|sync_warp|wait_until)\(' "$@" |
+    sed -E 's/^([^:]+:[0-9]+):.*/\1/')
+}
+fails_without() {  # fails_without PLACE [pytest arguments]
+  place=$1
+  shift
+  if RNNKERN_SIMT_WITHOUT=$place run_tests -q -x "$@" >build/simt/without.log 2>&1; then
     echo "simt: no test fails without the wait at csrc/cuda/$place" >&2
     exit 1
   fi
   grep -q '^FAILED' build/simt/without.log || { cat build/simt/without.log >&2; exit 1; }
   echo "simt: without the wait at csrc/cuda/$place a test fails, as it should"
+}
+for place in $(places plain_forward.cuh plain_backward.cuh teams.cuh); do
+  RNNKERN_CUDA_TIER=plain fails_without "$place" tests/test_sequences.py \
+    -k 'float32 and (test_reset or test_packed_lengths)'
+done
+for place in $(places resident.cuh resident_forward.cuh resident_backward.cuh gradients.cuh); do
+  fails_without "$place" tests/simt/check_tiers.py -k 'float32 or bfloat16'
 done

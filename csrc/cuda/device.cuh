@@ -51,7 +51,7 @@ RNNKERN_DEVICE char* shared_memory() { return simt::launch().fiber().block->shar
 
 // A flag in global memory, which grows: who sees its value sees what was written before it was set.
 RNNKERN_DEVICE void wait_until(const int* flag, int least, RNNKERN_HERE) {
-  while (*flag < least && !simt::left_out(where)) simt::launch().yield();
+  while (*flag < least && !simt::left_out(where)) simt::launch().park();
 }
 RNNKERN_DEVICE void set_flag(int* flag, int value) {
   *flag = value;

@@ -54,7 +54,8 @@ template <typename T>
 std::string describe(const Sizes& sizes, int64_t steps, int64_t rows, bool backward,
                      const Call& call) {
   const Device& on = device(call.device);
-  const Problem problem = {sizes, steps, rows, numbers_of<T>(call.tf32), backward};
+  const Problem problem = {
+      sizes, steps, rows, numbers_of<T>(call.tf32), backward, call.deterministic};
   return has_library() ? describe(plan_for(problem, on), problem, on)
                        : "plain tier: torch has loaded no cuBLAS";
 }

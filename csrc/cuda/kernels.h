@@ -29,6 +29,8 @@ struct Call {
   int device;
   void* stream;  // a cudaStream_t
   bool tf32;     // float32 may be multiplied as TF32
+  // One order of summation for every N and T, forward.
+  bool deterministic;
 };
 
 // Gives scratch memory on the call's device, which stays there until the kernels queued with it are

@@ -90,11 +90,22 @@ Device device_of_kind(int major, int minor) {
   return device;
 }
 
+namespace {
+
+// Why the plain tier has to take it, or null.
+const char* why_plain(const Problem& p) {
+  if (p.sizes.projected) return "the layer has a projection";
+  // The resident tier's input product is the library's, whose order depends on the number of rows.
+  if (p.deterministic && !p.backward) return "deterministic algorithms";
+  const char* const forced = std::getenv("RNNKERN_CUDA_TIER");  // for tests and comparisons
+  return forced && std::string_view(forced) == "plain" ? "RNNKERN_CUDA_TIER" : nullptr;
+}
+
+}  // namespace
+
 Plan plan_for(const Problem& p, const Device& device) {
   Plan best;
-  // For tests and comparisons.
-  const char* forced = std::getenv("RNNKERN_CUDA_TIER");
-  if (p.sizes.projected || (forced && std::string_view(forced) == "plain")) return best;
+  if (why_plain(p)) return best;
   const auto try_all = [&](const auto& shapes) {
     for (const TileShape& shape : shapes) {
       const int64_t parts = quotient_up(p.N, shape.column_tiles * kTileColumns);
@@ -118,8 +129,9 @@ Plan plan_for(const Problem& p, const Device& device) {
 std::string describe(const Plan& plan, const Problem& p, const Device& device) {
   char text[512];
   if (!plan.resident) {
+    const char* const reason = why_plain(p);
     std::snprintf(text, sizeof text, "plain tier: %s",
-                  p.sizes.projected ? "the layer has a projection" : "as asked");
+                  reason ? reason : "too little shared memory");
     return text;
   }
   const double share = plan.chunks ? 100.0 * plan.resident_chunks / plan.chunks : 100;

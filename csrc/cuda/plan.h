@@ -53,6 +53,7 @@ struct Problem {
   int64_t T = 0, N = 0;
   Numbers numbers;
   bool backward = false;
+  bool deterministic = false;  // one order of summation for every N and T, forward
 };
 
 // How the resident tier is laid out: D * row_teams * unit_blocks blocks.

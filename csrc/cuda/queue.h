@@ -24,6 +24,7 @@ class Queue {
   // A kernel's name in errors.
   std::string name_of(const char* kernel) const { return std::string(kernel) + " of " + what_; }
   bool tf32() const { return call_.tf32; }
+  bool deterministic() const { return call_.deterministic; }
   size_t bytes() const { return carver_.used(); }
 
   template <typename U>

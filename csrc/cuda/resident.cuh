@@ -83,6 +83,7 @@ class ResidentBlock {
   }
 
   // Reads the weights: weight(group, m, k) for k < K. Rows m come first in memory where m_first.
+  // They are there once the block has met.
   template <bool m_first, typename Weight>
   RNNKERN_DEVICE void pack(int64_t K, int rows, Weight weight) const {
     const int64_t width = int64_t(r_.chunks) * kChunkElements<E>, count = width * kRows;
@@ -97,7 +98,6 @@ class ResidentBlock {
         put_operand(to, k < K && m < rows ? weight(group, m, k) : A(0));
       }
     }
-    sync_block();
   }
 
   // Where number k of a row stands in the exchange buffer of an epoch.

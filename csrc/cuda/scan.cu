@@ -91,7 +91,9 @@ bool with_operand(const Queue& queue, F f) {
 template <typename T>
 cuda::Plan plan_of(const Sizes& z, const Steps& s, bool backward, const Queue& queue) {
   if (!cuda::has_library()) return {};
-  return cuda::plan_for({z, s.T, s.N, cuda::numbers_of<T>(queue.tf32()), backward}, queue.device);
+  return cuda::plan_for(
+      {z, s.T, s.N, cuda::numbers_of<T>(queue.tf32()), backward, queue.deterministic()},
+      queue.device);
 }
 
 // Calls f with the register tile of the plan, as a type.

@@ -50,8 +50,8 @@ void clear(char* memory, size_t bytes, void*) { std::memset(memory, 0, bytes); }
 }  // namespace cuda
 
 template <typename Scan>
-void run_on_stand_in(const Scan& scan) {
-  const cuda::Call call = {0, nullptr, std::getenv("RNNKERN_SIMT_TF32") != nullptr};
+void run_on_stand_in(const Scan& scan, bool deterministic) {
+  const cuda::Call call = {0, nullptr, std::getenv("RNNKERN_SIMT_TF32") != nullptr, deterministic};
   constexpr size_t kAlignment = 256;
   std::unique_ptr<char, decltype(&std::free)> memory(nullptr, &std::free);
   const portable::FlushDenormals flush;  // as the kernels are compiled to do
@@ -64,12 +64,12 @@ void run_on_stand_in(const Scan& scan) {
 }
 
 template <typename T>
-void run(const Forward<T>& scan, int, bool) {
-  run_on_stand_in(scan);
+void run(const Forward<T>& scan, int, bool deterministic) {
+  run_on_stand_in(scan, deterministic);
 }
 template <typename T>
-void run(const Backward<T>& scan, int, bool) {
-  run_on_stand_in(scan);
+void run(const Backward<T>& scan, int, bool deterministic) {
+  run_on_stand_in(scan, deterministic);
 }
 
 // The stand-in has no kernels for it, and nobody asks (`has_kernels`).

@@ -2,10 +2,10 @@
 // where there is none.
 //
 // Every CUDA thread is a fiber with a stack of its own; one thread of the host runs them all, and
-// which one goes on is drawn by chance wherever one waits (a barrier, a collective of a warp, a
-// flag in memory). So what is missing between two threads, a barrier or a wait, shows as a wrong
-// result sooner or later: here sooner, because a fiber runs on alone until it waits. What this
-// cannot show is the order in which a GPU's memory lets others see what was written.
+// which one goes on is drawn, more or less by chance, wherever one waits (a barrier, a collective
+// of a warp, a flag in memory). So what is missing between two threads, a barrier or a wait, shows
+// as a wrong result sooner or later: here sooner, because a fiber runs on alone until it waits.
+// What this cannot show is the order in which a GPU's memory lets others see what was written.
 //
 // Shared memory is filled with NaN before each block, and ends where it ends: the address sanitizer
 // sees what reaches beyond. A barrier that not all threads reach, or a flag that nobody sets, ends
@@ -84,13 +84,18 @@ struct Fiber {
   ~Fiber() { Stacks::give_back(std::move(stack)); }
   Block* block;
   Dim3 thread;
+  uint32_t rank;  // of its warp
   bool done = false;
 };
 
 class Launch {
  public:
   Launch(Dim3 grid, Dim3 block, size_t shared_bytes, std::function<void()> kernel, uint32_t seed)
-      : grid(grid), block(block), kernel_(std::move(kernel)), random_(seed) {
+      : grid(grid),
+        block(block),
+        kernel_(std::move(kernel)),
+        random_(seed),
+        draws_(1 << seed % 3 * 3) {
     const int threads = int(block.x * block.y * block.z);
     if (threads % kWarp) throw std::invalid_argument("simt: a block is whole warps");
     for (unsigned z = 0; z < grid.z; ++z) {
@@ -107,11 +112,13 @@ class Launch {
     while (done < fibers_.size() && !error_) {
       if (ready_.empty()) {
         error_ = std::make_exception_ptr(
-            std::runtime_error("simt: " + std::to_string(fibers_.size() - done) +
-                               " threads wait at a barrier that the others have passed by"));
+            std::runtime_error("simt: " + std::to_string(parked_.size()) +
+                               " threads wait for flags that nobody sets, " +
+                               std::to_string(fibers_.size() - done - parked_.size()) +
+                               " at barriers that the others have passed by"));
         break;
       }
-      const size_t drawn = random_() % ready_.size();
+      const size_t drawn = draw();
       fiber_ = ready_[drawn];
       ready_[drawn] = ready_.back();
       ready_.pop_back();
@@ -126,7 +133,6 @@ class Launch {
 
   // All members of the meeting are there when this returns.
   void meet(Meeting& meeting) {
-    idle_ = 0;
     meeting.waiting.push_back(fiber_);
     if (int(meeting.waiting.size()) == meeting.members) {
       ready_.insert(ready_.end(), meeting.waiting.begin(), meeting.waiting.end());
@@ -135,22 +141,32 @@ class Launch {
     switch_to_scheduler();
   }
 
-  // Something else may go on: this one waits for a flag.
-  void yield() {
-    if (++idle_ > kMostIdle * fibers_.size()) {
-      throw std::runtime_error("simt: all threads wait for flags that nobody sets");
-    }
-    ready_.push_back(fiber_);
+  // Others may go on: this one waits for a flag, until any is set.
+  void park() {
+    parked_.push_back(fiber_);
     switch_to_scheduler();
   }
   // A flag was set.
-  void progress() { idle_ = 0; }
+  void progress() {
+    ready_.insert(ready_.end(), parked_.begin(), parked_.end());
+    parked_.clear();
+  }
 
   const Dim3 grid, block;
   static inline thread_local Launch* current = nullptr;
 
  private:
-  static constexpr size_t kMostIdle = 1000;
+  // Which of the ready ones goes on: the first in rank of as many as were drawn for this launch. So
+  // in some launches all take turns, and in others some warps are far ahead of the rest.
+  size_t draw() {
+    size_t best = random_() % ready_.size();
+    for (int i = 1; i < draws_; ++i) {
+      const size_t other = random_() % ready_.size();
+      if (rank(other) < rank(best)) best = other;
+    }
+    return best;
+  }
+  uint32_t rank(size_t place) const { return fibers_[size_t(ready_[place])]->rank; }
 
   void add_block(Dim3 index, int threads, size_t shared_bytes) {
     blocks_.push_back(std::make_unique<Block>());
@@ -159,11 +175,14 @@ class Launch {
     b.barrier.members = threads;
     b.warps.resize(size_t(threads / kWarp));
     for (Warp& warp : b.warps) warp.meeting.members = kWarp;
+    uint32_t warp_rank = 0;
     b.shared.assign(shared_bytes, char(0xff));  // NaN, in every floating-point type
     for (int t = 0; t < threads; ++t) {
+      if (t % kWarp == 0) warp_rank = uint32_t(random_());
       fibers_.push_back(std::make_unique<Fiber>());
       Fiber& f = *fibers_.back();
       f.block = &b;
+      f.rank = warp_rank;
       f.thread = {unsigned(t) % block.x, unsigned(t) / block.x % block.y,
                   unsigned(t) / (block.x * block.y)};
       getcontext(&f.context);
@@ -186,7 +205,6 @@ class Launch {
       launch.error_ = std::current_exception();
     }
     launch.fiber().done = true;
-    launch.idle_ = 0;
     launch.leave();
   }
 
@@ -224,9 +242,9 @@ class Launch {
   std::mt19937 random_;
   std::vector<std::unique_ptr<Block>> blocks_;
   std::vector<std::unique_ptr<Fiber>> fibers_;
-  std::vector<int> ready_;
+  std::vector<int> ready_, parked_;
+  const int draws_;
   int fiber_ = 0;
-  size_t idle_ = 0;  // flags asked for in vain since anything happened
   std::exception_ptr error_;
   ucontext_t host_;
   const void* host_stack_ = nullptr;

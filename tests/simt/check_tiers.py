@@ -1,0 +1,126 @@
+"""The resident tier on the stand-in for a GPU, in every way in which a plan may lay it out.
+
+Run by tools/simt.sh, with the package that has the CUDA kernels in place of the CPU's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from support import check, leaves_for
+
+import rnnkern
+from rnnkern import kernels
+
+pytestmark = pytest.mark.kernel
+
+# Multiprocessors and KiB of shared memory of a block, and T, N, I, H.
+LAYOUTS = {
+    "one block": ((1, 40), (3, 3, 2, 5)),
+    "several blocks": ((5, 40), (4, 3, 2, 33)),
+    "teams of rows": ((12, 40), (3, 20, 2, 9)),
+    "two tiles of rows": ((1, 60), (3, 12, 2, 9)),
+    "passes": ((2, 40), (3, 35, 2, 9)),
+    "groups": ((2, 60), (3, 2, 3, 150)),
+    "passes and groups": ((2, 90), (3, 35, 2, 70)),
+    "little shared memory": ((3, 5), (3, 2, 2, 40)),
+    "large tiles": ((4, 90), (2, 31, 2, 40)),
+}
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+@pytest.fixture
+def layout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    name: str = request.param
+    multiprocessors, kib = LAYOUTS[name][0]
+    monkeypatch.setenv("RNNKERN_SIMT_DEVICE", f"{multiprocessors},{kib << 10}")
+    return name
+
+
+def module_for(cell: str, layout: str, directions: int = 1, **options: Any) -> Any:
+    _, _, I, H = LAYOUTS[layout][1]
+    return getattr(rnnkern, cell)(I, H, bidirectional=directions == 2, **options)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, indirect=True)
+@pytest.mark.parametrize("directions", [1, 2])
+@pytest.mark.parametrize("cell", ["RNN", "LSTM", "GRU"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_layout(layout: str, directions: int, cell: str, dtype: torch.dtype) -> None:
+    T, N, _, _ = LAYOUTS[layout][1]
+    module = module_for(cell, layout, directions).to(dtype)
+    check(module, leaves_for(module, T, N))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, indirect=True)
+@pytest.mark.parametrize("directions", [1, 2])
+def test_integers_are_exact_as_tf32(
+    layout: str, directions: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Small integers have room in the mantissa of TF32."""
+    T, N, I, H = LAYOUTS[layout][1]
+    module = module_for("RNN", layout, directions, nonlinearity="relu")
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_((torch.rand(parameter.shape) < min(0.2, 2 / H)).float())
+    x = torch.randint(-1, 2, (T, N, I)).float()
+    outputs = []
+    for tf32 in (False, True):
+        if tf32:
+            monkeypatch.setenv("RNNKERN_SIMT_TF32", "1")
+        leaf = x.clone().requires_grad_()
+        y, h_n = module(leaf)
+        module.zero_grad()
+        (y.sum() + h_n.sum()).backward()
+        outputs.append([y, h_n, leaf.grad, *(p.grad for p in module.parameters())])
+    for exact, rounded in zip(*outputs, strict=True):
+        assert exact.abs().max() < 2**11
+        assert torch.equal(exact, rounded)
+
+
+def test_tf32_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the test above is not one of float32."""
+    module = rnnkern.LSTM(20, 30)
+    x = torch.randn(5, 3, 20)
+    exact = module(x)[0]
+    monkeypatch.setenv("RNNKERN_SIMT_TF32", "1")
+    error = (module(x)[0] - exact).abs().max()
+    assert 0 < error < 2**-10
+
+
+def test_the_layouts_are_all_there_are() -> None:
+    """Every tile that there are kernels for; and all that a plan may do."""
+    tiles: dict[tuple[bool, bool], set[tuple[int, int]]] = {}
+    seen = set()
+    for name, ((multiprocessors, kib), (T, N, I, H)) in LAYOUTS.items():
+        device = kernels.CudaDevice(
+            capability=(9, 0), multiprocessors=multiprocessors, shared_bytes=kib << 10
+        )
+        for mode in ("RNN_TANH", "LSTM", "GRU"):
+            layer = kernels.layer(mode, 1, H, 0, True, False)
+            for dtype in (torch.float32, torch.bfloat16):
+                for backward in (False, True):
+                    plan, _ = kernels.cuda_plan(
+                        layer, device, torch.zeros(1, dtype=dtype),
+                        T=T, N=N, I=I, tf32=False, backward=backward,
+                    )  # fmt: skip
+                    assert plan.resident, name
+                    tile = (plan.row_tiles, plan.column_tiles)
+                    tiles.setdefault((dtype == torch.bfloat16, backward), set()).add(tile)
+                    seen |= {
+                        ("teams", plan.row_teams > 1),
+                        ("passes", plan.passes > 1),
+                        ("groups", plan.groups > 1),
+                        ("resident", plan.resident_chunks / plan.chunks in (0, 1)),
+                        ("streamed", plan.resident_chunks == 0),
+                    }
+    assert tiles == {
+        (True, False): {(2, 1), (2, 2), (4, 4)},
+        (True, True): {(1, 1), (1, 2), (2, 4)},
+        (False, False): {(2, 1), (2, 2)},
+        (False, True): {(1, 1), (1, 2), (1, 4)},
+    }
+    names = ("teams", "passes", "groups", "resident", "streamed")
+    assert seen == {(name, value) for name in names for value in (False, True)}
