@@ -242,16 +242,17 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "layer",
       [](const std::string& mode, int directions, int64_t hidden, int64_t proj, bool bias,
-         bool batch_first, bool by_bfloat16) {
+         bool batch_first, bool by_bfloat16, bool is_cell) {
         const std::optional<CellId> cell = cell_named(mode);
         if (!cell) throw py::value_error("no kernel knows the cell '" + mode + "'");
         if (directions < 1 || directions > kMaxDirections) {
           throw py::value_error("a layer has 1 or 2 directions, got " + std::to_string(directions));
         }
-        return object_of(Layer(*cell, directions, hidden, proj, bias, batch_first, by_bfloat16));
+        return object_of(
+            Layer(*cell, directions, hidden, proj, bias, batch_first, by_bfloat16, is_cell));
       },
       py::arg("mode"), py::arg("directions"), py::arg("hidden"), py::arg("proj"), py::arg("bias"),
-      py::arg("batch_first"), py::arg("by_bfloat16") = false);
+      py::arg("batch_first"), py::arg("by_bfloat16") = false, py::arg("is_cell") = false);
   m.attr("GAPS") = kGaps;
   m.def("refusal", &refusal);
   m.def("mode_refusal", &mode_refusal);
@@ -335,7 +336,7 @@ PYBIND11_MODULE(_C, m) {
       [](const Layer& layer, py::handle x, int64_t T, int64_t N, int64_t I, bool backward) {
         const dlpack::Tensor tensor = view_of(x, "input").tensor;
         return with_element(tensor.dtype, [&](auto element) {
-          const cuda::Call call = {tensor.device.id, nullptr, is_tf32_allowed(),
+          const cuda::Call call = {tensor.device.id, nullptr, is_tf32_allowed(layer.is_cell),
                                    is_so(api.deterministic)};
           return cuda::describe<decltype(element)>(sizes_of(layer, I), T, N, backward, call);
         });

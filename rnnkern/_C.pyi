@@ -55,6 +55,7 @@ def layer(
     bias: bool,
     batch_first: bool,
     by_bfloat16: bool = False,
+    is_cell: bool = False,
 ) -> Layer: ...
 def refusal(
     x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor]

@@ -227,6 +227,7 @@ def cell(module: Any, input: Tensor, hx: Any) -> Any:
         bias=len(weights) > 2,
         batch_first=False,
         by_bfloat16=asked is torch.bfloat16,
+        is_cell=True,
     )
     _, hn, cn = _one_layer(layer, x, h0, c0, weights, None)
     if dtype is not None and x.dtype != torch.float64:

@@ -22,9 +22,10 @@ Both raise `RefusedError` before anything is written.
 """
 
 layer = _C.layer
-"""``layer(mode, directions, hidden, proj, bias, batch_first, by_bfloat16=False)``: that layer.
+"""``layer(mode, directions, hidden, proj, bias, batch_first, by_bfloat16=False, is_cell=False)``.
 
-Equal ones are mostly one object. With ``by_bfloat16``, products take float32 as bfloat16: on a CPU
+Equal ones are mostly one object. Of a cell (``is_cell``) float32 is TF32 on a GPU where torch's
+products may be, of a layer where cuDNN's recurrent layers may be. With ``by_bfloat16``, products take float32 as bfloat16: on a CPU
 that multiplies those, from 16 rows on (of all steps), and always under deterministic algorithms.
 """
 

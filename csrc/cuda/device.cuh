@@ -163,9 +163,10 @@ RNNKERN_DEVICE char* shared_memory() {
 
 RNNKERN_DEVICE void wait_until(const int* flag, int least) {
   int value;
-  do {
-    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
+  do {  // each look that acquires would empty the multiprocessor's cache
+    asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
   } while (value < least);
+  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
 }
 RNNKERN_DEVICE void set_flag(int* flag, int value) {
   asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
@@ -193,13 +194,14 @@ RNNKERN_DEVICE Tf32 to_tf32(float x) {
   return {__uint_as_float(bits)};
 }
 
-#define RNNKERN_MULTIPLY_TILES(E, TILE)                                                          \
-  RNNKERN_DEVICE void multiply_tiles_of(E, const Quad& a, uint32_t b0, uint32_t b1,              \
-                                        float (&sums)[4]) {                                      \
-    asm("mma.sync.aligned." TILE                                                                 \
-        " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                       \
-        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])                             \
-        : "r"(a.words[0]), "r"(a.words[1]), "r"(a.words[2]), "r"(a.words[3]), "r"(b0), "r"(b1)); \
+#define RNNKERN_MULTIPLY_TILES(E, TILE)                                                         \
+  RNNKERN_DEVICE void multiply_tiles_of(E, const Quad& a, uint32_t b0, uint32_t b1,             \
+                                        float (&sums)[4]) {                                     \
+    asm volatile("mma.sync.aligned." TILE                                                       \
+                 " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"             \
+                 : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])                   \
+                 : "r"(a.words[0]), "r"(a.words[1]), "r"(a.words[2]), "r"(a.words[3]), "r"(b0), \
+                   "r"(b1));                                                                    \
   }
 RNNKERN_MULTIPLY_TILES(Bf16, "m16n8k16.row.col.f32.bf16.bf16.f32")
 RNNKERN_MULTIPLY_TILES(F16, "m16n8k16.row.col.f32.f16.f16.f32")

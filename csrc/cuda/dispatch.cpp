@@ -1,4 +1,5 @@
 // From a scan to the source that was compiled for its cell and its element type.
+#include <stdexcept>
 #include <string>
 
 #include "cuda/start.h"
@@ -20,17 +21,21 @@ std::string name_of(const Scan& scan) {
          " H=" + std::to_string(z.H) + ")";
 }
 
-// Laid out twice, first without memory. Where other work holds a part of the device, fewer blocks
-// run at once: then a smaller plan.
+// Laid out twice, first without memory. Where the process has only a share of the device (MPS),
+// fewer blocks run at once than its properties say: then a smaller plan.
 template <typename Scan>
 void run_any(const Scan& scan, const cuda::Call& call, const cuda::Allocate& allocate) {
   const cuda::Current current(call.device);
   cuda::Device device = cuda::device(call.device);
-  for (bool started = false; !started; device.multiprocessors /= 2) {
+  for (;; device.multiprocessors /= 2) {
     Queue counts(call, device, nullptr, "");
     start_any(scan, counts);
     Queue runs(call, device, allocate(counts.bytes()), name_of(scan));
-    started = start_any(scan, runs);
+    if (start_any(scan, runs)) return;
+    if (device.multiprocessors <= 1) {
+      throw std::runtime_error(runs.name_of("every kernel") +
+                               ": the device runs fewer blocks at once than it needs");
+    }
   }
 }
 

@@ -51,45 +51,79 @@ class GatherRows {
   }
 };
 
-// Sums over all rows of a dense matrix, by columns. Rows are shared out among the warps of a block,
-// and each warp's sum is one of sums over kSumRows rows, so that rounding does not grow with their
-// number.
+// Sums over the rows of gradients of slots, by columns: a block has kColumns columns of a part of
+// the rows, its warps take rows in turn, each several at once.
 template <typename T>
-class ColumnSums {
+class SlotSums {
   using A = Compute<T>;
-  static constexpr int kSumRows = 64;
+  static constexpr int kAtOnce = 8;
 
  public:
   static constexpr bool kBlocksWait = false;
   static constexpr int kMostThreads = kRowThreads;
-  static constexpr int kColumns = kWarp;  // of a block
+  static constexpr int kColumns = kWarp;
 
   struct Arguments {
-    const T* from;  // [rows, width], from column `first` on
-    int64_t rows, width, first, count;
-    T* to;  // [count]
+    const T* dslots;  // [rows, width]
+    int64_t rows, width, column_blocks, row_blocks;
+    A* sums;  // [row_blocks, width]
   };
 
   static constexpr int64_t kSharedBytes = sizeof(A) * kRowThreads;
 
   RNNKERN_DEVICE static void run(const Arguments& a) {
     A* const shared = reinterpret_cast<A*>(shared_memory());  // [warp][column]
-    const int warps = threads_per_block() / kWarp, warp = thread_index() / kWarp;
-    const int64_t column = int64_t(block_index()) * kColumns + thread_index() % kWarp;
-    A all = 0;
-    for (int64_t begin = warp; column < a.count && begin < a.rows; begin += warps * kSumRows) {
-      A part = 0;
-      const int64_t end = least(begin + warps * kSumRows, a.rows);
-      for (int64_t row = begin; row < end; row += warps) {
-        part += value(a.from[row * a.width + a.first + column]);
+    constexpr int kWarps = kRowThreads / kWarp;
+    const int warp = thread_index() / kWarp;
+    const int64_t column = block_index() % a.column_blocks * kColumns + thread_index() % kWarp;
+    const int64_t row_block = block_index() / a.column_blocks;
+    const Range rows = split(a.rows, a.row_blocks, row_block);
+    A parts[kAtOnce] = {};
+    for (int64_t first = rows.begin + warp; column < a.width && first < rows.end;
+         first += kAtOnce * kWarps) {
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        const int64_t row = first + j * kWarps;
+        if (row < rows.end) parts[j] += value(a.dslots[row * a.width + column]);
       }
-      all += part;
     }
+    A all = parts[0];
+#pragma unroll
+    for (int j = 1; j < kAtOnce; ++j) all += parts[j];
     shared[thread_index()] = all;
     sync_block();
-    if (warp > 0 || column >= a.count) return;
-    for (int w = 1; w < warps; ++w) all += shared[w * kWarp + thread_index()];
-    put(a.to + column, all);
+    if (warp > 0 || column >= a.width) return;
+    for (int w = 1; w < kWarps; ++w) all += shared[w * kWarp + thread_index()];
+    a.sums[row_block * a.width + column] = all;
+  }
+};
+
+// Gradients of both biases from those sums, a thread for each column.
+template <typename T, typename Cell>
+class BiasGradients {
+  using A = Compute<T>;
+  static constexpr CellShape kShape = Cell::kShape;
+
+ public:
+  static constexpr bool kBlocksWait = false;
+  static constexpr int kMostThreads = kRowThreads;
+
+  struct Arguments {
+    const A* sums;  // [parts, S * H]
+    int64_t parts, H;
+    T *b_ih, *b_hh;  // or null: not wanted
+  };
+
+  RNNKERN_DEVICE static void run(const Arguments& a) {
+    const int64_t width = kShape.slots * a.H;
+    const int64_t column = int64_t(block_index()) * kRowThreads + thread_index();
+    if (column >= width) return;
+    A sum = 0;
+    for (int64_t part = 0; part < a.parts; ++part) sum += a.sums[part * width + column];
+    const int slot = int(column / a.H);
+    const int64_t unit = column % a.H;
+    if (a.b_ih && slot >= kShape.input_slot) put(a.b_ih + input_gate<Cell>(slot) * a.H + unit, sum);
+    if (a.b_hh && slot < kShape.gates) put(a.b_hh + recurrent_gate<Cell>(slot) * a.H + unit, sum);
   }
 };
 

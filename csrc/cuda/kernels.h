@@ -21,6 +21,13 @@ const char* driver();
 // Why there are no kernels for tensors of that CUDA device, or null.
 const char* refusal(int device);
 
+// The CUDA kernels run on the host, for tests (tests/simt).
+#ifdef RNNKERN_SIMT
+constexpr bool kIsStandIn = true;
+#else
+constexpr bool kIsStandIn = false;
+#endif
+
 // float32 that is multiplied as bfloat16 is for CPUs.
 template <typename T>
 constexpr bool kHasKernels = !std::is_same_v<T, F32ByBf16>;

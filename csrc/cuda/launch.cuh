@@ -70,7 +70,7 @@ bool launch(const std::string& what, Grid grid, void* stream,
   config.attrs = &cooperative;
   config.numAttrs = Kernel::kBlocksWait;
   const cudaError_t error = cudaLaunchKernelEx(&config, run_kernel<Kernel>, arguments);
-  if (error == cudaErrorCooperativeLaunchTooLarge && grid.blocks > 1) {
+  if (error == cudaErrorCooperativeLaunchTooLarge) {
     cudaGetLastError();
     return false;
   }

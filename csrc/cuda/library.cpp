@@ -65,12 +65,12 @@ void check(Status status, const char* what) {
 // One for each device, for good. Calls come one at a time: they hold the interpreter.
 Handle handle_of(int device) {
   static auto& handles = *new std::map<int, Handle>();
-  const auto [place, is_new] = handles.try_emplace(device, nullptr);
-  if (!place->second) {
-    check(library().create(&place->second), "create");
-    check(library().set_math_mode(place->second, kNoReducedPrecisionReduction), "math mode");
-  }
-  return place->second;
+  const auto found = handles.find(device);
+  if (found != handles.end()) return found->second;
+  Handle handle = nullptr;
+  check(library().create(&handle), "create");
+  check(library().set_math_mode(handle, kNoReducedPrecisionReduction), "math mode");
+  return handles[device] = handle;
 }
 
 int data_type(Number number) {
@@ -93,7 +93,6 @@ bool has_library() { return library().complete; }
 size_t library_bytes() { return size_t(32) << 20; }
 
 void multiply(const Call& call, const Product& p, char* workspace) {
-  if (!p.m || !p.n || !p.k) throw std::logic_error("a product of no numbers");
   const Handle handle = handle_of(call.device);
   // The stream first: it resets the workspace.
   check(library().set_stream(handle, call.stream), "stream");

@@ -17,7 +17,8 @@ constexpr Number kNumber = std::is_same_v<T, double> ? Number::kDouble
                            : std::is_same_v<T, F16>  ? Number::kF16
                                                      : Number::kFloat;
 
-// A matrix by rows, `row` elements apart; or one whose columns stand so.
+// A matrix by rows, `row` elements apart, at least as many as a row has; or one whose columns stand
+// so.
 struct Matrix {
   const void* data;
   int64_t row;
@@ -25,7 +26,7 @@ struct Matrix {
 };
 
 struct Product {
-  int64_t m, n, k;
+  int64_t m, n, k;    // at least 1
   Matrix a, b;        // [m, k], [k, n]
   Number operands;    // of a and b
   void* to;           // [m, n], by rows
@@ -37,8 +38,9 @@ struct Product {
 // Where there is no cuBLAS in the process, scans go without it.
 bool has_library();
 
-// Scratch memory that a product may use.
+// Scratch memory that a product may use, and where it has to begin.
 size_t library_bytes();
+constexpr size_t kLibraryAlignment = 256;
 
 // Queues the product on the call's stream. 16-bit operands are summed in float, float32 as it is,
 // or as TF32 where the call allows. Throws std::runtime_error.

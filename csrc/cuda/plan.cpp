@@ -105,7 +105,7 @@ const char* why_plain(const Problem& p) {
 
 Plan plan_for(const Problem& p, const Device& device) {
   Plan best;
-  if (why_plain(p)) return best;
+  if (why_plain(p) || p.N <= 0) return best;
   const auto try_all = [&](const auto& shapes) {
     for (const TileShape& shape : shapes) {
       const int64_t parts = quotient_up(p.N, shape.column_tiles * kTileColumns);

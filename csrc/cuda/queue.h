@@ -38,8 +38,12 @@ class Queue {
   }
 
   void multiply(const cuda::Product& product) {
-    if (!multiplies_) library_memory_ = take<char>(int64_t(cuda::library_bytes()));
-    multiplies_ = true;
+    if (!multiplies_) {
+      multiplies_ = true;
+      char* const memory = take<char>(int64_t(cuda::library_bytes() + cuda::kLibraryAlignment));
+      const auto address = reinterpret_cast<uintptr_t>(memory);
+      library_memory_ = memory + (cuda::kLibraryAlignment - address % cuda::kLibraryAlignment);
+    }
     if (runs()) cuda::multiply(call_, product, library_memory_);
   }
 

@@ -55,7 +55,9 @@ class ResidentBlock {
   static constexpr int kQuadsOfRow = kChunkBytes / int(sizeof(Quad));
   static constexpr int kQuadsOfChunk = kRows * kQuadsOfRow;
 
-  RNNKERN_DEVICE ResidentBlock(const Residency& r, int directions, int64_t N, int64_t H)
+  // `per_unit` numbers along k are of one unit.
+  RNNKERN_DEVICE ResidentBlock(const Residency& r, int directions, int64_t N, int64_t H,
+                               int per_unit)
       : r_(r),
         N_(N),
         H_(H),
@@ -63,10 +65,20 @@ class ResidentBlock {
         team_(block_index() / r.unit_blocks % r.row_teams),
         direction_(block_index() / (r.unit_blocks * r.row_teams)),
         directions_(directions),
-        weights_(reinterpret_cast<Quad*>(shared_memory())),
-        sums_{
-            reinterpret_cast<A*>(weights_ + int64_t(r.groups) * r.resident_chunks * kQuadsOfChunk),
-            kRows} {}
+        working_(r.chunks < kResidentWarps ? r.chunks : kResidentWarps),
+        sums_{reinterpret_cast<A*>(resident_chunks() +
+                                   int64_t(r.groups) * r.resident_chunks * kQuadsOfChunk),
+              kRows} {
+    const int warp = thread_index() / kWarp;
+    if (warp >= working_) return;
+    const Range chunks = split(r.chunks, working_, warp);
+    first_chunk_ = int(chunks.begin);
+    end_chunk_ = int(chunks.end);
+    const int64_t per_block = int64_t(r.units) * r.groups * per_unit;
+    const int64_t last = least(H * per_unit, chunks.end * kChunkElements<E>) - 1;
+    first_maker_ = int(chunks.begin * kChunkElements<E> / per_block);
+    last_maker_ = int(last / per_block);
+  }
 
   RNNKERN_DEVICE int direction() const { return direction_; }
   // What follows in shared memory.
@@ -82,20 +94,40 @@ class ResidentBlock {
     return {least(begin, H_), least(begin + r_.units, H_)};
   }
 
-  // Reads the weights: weight(group, m, k) for k < K. Rows m come first in memory where m_first.
-  // They are there once the block has met.
+  // Reads the weights: weight(group, m, k) for k < K. Rows m are neighbours in memory where
+  // m_first, else numbers k are; neighbouring threads take neighbours, each several that are on
+  // their way at once. The weights are there once the block has met.
   template <bool m_first, typename Weight>
-  RNNKERN_DEVICE void pack(int64_t K, int rows, Weight weight) const {
-    const int64_t width = int64_t(r_.chunks) * kChunkElements<E>, count = width * kRows;
+  RNNKERN_DEVICE void pack(int K, int rows, Weight weight) const {
+    constexpr int kAtOnce = 16;
+    constexpr int kAcross = m_first ? kRows : kWarp;  // threads along what is contiguous
+    constexpr int kApart = kResidentThreads / kAcross;
+    static_assert(kResidentThreads % kAcross == 0, "all threads take part");
+    const int width = r_.chunks * kChunkElements<E>;
+    const int across = thread_index() % kAcross, along = thread_index() / kAcross;
     for (int group = 0; group < r_.groups; ++group) {
-      for (int64_t i = thread_index(); i < count; i += kResidentThreads) {
-        const int m = int(m_first ? i % kRows : i / width);
-        const int64_t k = m_first ? i / kRows : i % width;
-        const int in_chunk = int(k % kChunkElements<E>) * int(sizeof(E));
-        char* const chunk = reinterpret_cast<char*>(chunk_of(group, int(k / kChunkElements<E>)));
-        auto* const to =
-            reinterpret_cast<E*>(chunk + Product::place(m, in_chunk / 4) * 4 + in_chunk % 4);
-        put_operand(to, k < K && m < rows ? weight(group, m, k) : A(0));
+      const auto pack_some = [&](auto m_of, auto k_of) {
+        A numbers[kAtOnce];
+#pragma unroll
+        for (int j = 0; j < kAtOnce; ++j) {
+          numbers[j] = k_of(j) < K && m_of(j) < rows ? weight(group, m_of(j), k_of(j)) : A(0);
+        }
+#pragma unroll
+        for (int j = 0; j < kAtOnce; ++j) {
+          if (k_of(j) < width && m_of(j) < kRows)
+            put_operand(packed(group, m_of(j), k_of(j)), numbers[j]);
+        }
+      };
+      if constexpr (m_first) {
+        for (int k = along; k < width; k += kApart * kAtOnce) {
+          pack_some([&](int) { return across; }, [&](int j) { return k + j * kApart; });
+        }
+      } else {
+        for (int m = along; m < kRows; m += kApart) {
+          for (int k = across; k < width; k += kAcross * kAtOnce) {
+            pack_some([&](int) { return m; }, [&](int j) { return k + j * kAcross; });
+          }
+        }
       }
     }
   }
@@ -106,40 +138,36 @@ class ResidentBlock {
   }
 
   // The sums of one group over the rows of one pass, as exchanged in `epoch`; then of all warps in
-  // shared memory, once the block has met. `per_unit` numbers along k are of one unit.
-  RNNKERN_DEVICE void multiply(int pass, int group, int64_t epoch, int per_unit) const {
-    constexpr int kAhead = kColumnTiles > 2 ? 2 : 4;  // chunks on their way at once
-    const int warp = thread_index() / kWarp, lane = thread_index() % kWarp;
-    if (warp < working_warps()) {
-      const Range chunks = split(r_.chunks, working_warps(), warp);
-      wait_for(pass, chunks, epoch, per_unit);
-      Product product;
-      for (int64_t c = chunks.begin; c < chunks.end; c += kAhead) {
-        Quad b[kAhead][kColumnTiles];
+  // shared memory, once the block has met.
+  RNNKERN_DEVICE void multiply(int pass, int group, int64_t epoch) const {
+    if (thread_index() / kWarp < working_) {
+      wait_for(pass, epoch);
+      const Quad* states[kColumnTiles];
 #pragma unroll
-        for (int j = 0; j < kAhead; ++j) {
-          if (c + j >= chunks.end) break;
-#pragma unroll
-          for (int n = 0; n < kColumnTiles; ++n) {
-            const int64_t slot = int64_t(part(pass)) * kColumns + n * kTileColumns + lane / 4;
-            b[j][n] = load_from_l2(row_of(epoch, slot) + (c + j) * kQuadsOfRow + lane % 4);
-          }
-        }
-#pragma unroll
-        for (int j = 0; j < kAhead; ++j) {
-          if (c + j >= chunks.end) break;
-          product.add(chunk_of(group, int(c + j)), b[j]);
-        }
+      for (int n = 0; n < kColumnTiles; ++n) {
+        const int column = n * kTileColumns + thread_index() % kWarp / 4;
+        states[n] = row_of(epoch, int64_t(part(pass)) * kColumns + column) + thread_index() % 4;
       }
-      product.store(sums_, warp);
+      Product product;
+      const int resident = end_chunk_ < r_.resident_chunks ? end_chunk_ : r_.resident_chunks;
+      add_chunks(first_chunk_, resident, resident_chunk(group, 0), states, &product);
+      add_chunks(first_chunk_ > resident ? first_chunk_ : resident, end_chunk_,
+                 streamed_chunk(group, 0), states, &product);
+      product.store(sums_, thread_index() / kWarp);
     }
     sync_block();
   }
 
   // What multiply() has found for row m and a column, the warps' sums in their order.
   RNNKERN_DEVICE A sum(int m, int column) const {
-    A all = 0;
-    for (int warp = 0; warp < working_warps(); ++warp) all += sums_.at(warp, m)[column];
+    A parts[kResidentWarps];
+#pragma unroll
+    for (int warp = 0; warp < kResidentWarps; ++warp) {
+      parts[warp] = warp < working_ ? sums_.at(warp, m)[column] : A(0);
+    }
+    A all = parts[0];
+#pragma unroll
+    for (int warp = 1; warp < kResidentWarps; ++warp) all += parts[warp];
     return all;
   }
 
@@ -147,28 +175,45 @@ class ResidentBlock {
   // the team.
   RNNKERN_DEVICE void publish(int pass, int64_t epoch) const {
     sync_block();
-    if (thread_index() == 0) set_flag(flags(pass) + member_, int(epoch));
+    // The last thread is the most likely to have no cells of its own.
+    if (thread_index() == kResidentThreads - 1) set_flag(flags(pass) + member_, int(epoch));
   }
 
  private:
-  RNNKERN_DEVICE int working_warps() const {
-    return r_.chunks < kResidentWarps ? r_.chunks : kResidentWarps;
-  }
-
   RNNKERN_DEVICE int* flags(int pass) const {
     return r_.flags +
            (direction_ * r_.row_teams * r_.passes + part(pass)) * int64_t(r_.unit_blocks);
   }
 
-  // The blocks that make these chunks have published the epoch, for all lanes of the warp.
-  RNNKERN_DEVICE void wait_for(int pass, const Range& chunks, int64_t epoch, int per_unit) const {
-    const int64_t per_block = int64_t(r_.units) * r_.groups * per_unit;
-    const int64_t last = least(H_ * per_unit, chunks.end * kChunkElements<E>) - 1;
-    const int64_t first = chunks.begin * kChunkElements<E> / per_block;
-    for (int64_t m = first + thread_index() % kWarp; m <= last / per_block; m += kWarp) {
+  // The blocks that make the warp's chunks have published the epoch, for all lanes.
+  RNNKERN_DEVICE void wait_for(int pass, int64_t epoch) const {
+    for (int m = first_maker_ + thread_index() % kWarp; m <= last_maker_; m += kWarp) {
       wait_until(flags(pass) + m, int(epoch));
     }
     sync_warp();
+  }
+
+  // Adds chunks [begin, end); `weights` are those of chunk 0, wherever they begin.
+  RNNKERN_DEVICE void add_chunks(int begin, int end, const Quad* weights,
+                                 const Quad* const (&states)[kColumnTiles],
+                                 Product* product) const {
+    constexpr int kAhead = kColumnTiles > 2 ? 2 : 4;  // chunks on their way at once
+    for (int c = begin; c < end; c += kAhead) {
+      Quad b[kAhead][kColumnTiles];
+#pragma unroll
+      for (int j = 0; j < kAhead; ++j) {
+        if (c + j >= end) break;
+#pragma unroll
+        for (int n = 0; n < kColumnTiles; ++n) {
+          b[j][n] = load_from_l2(states[n] + int64_t(c + j) * kQuadsOfRow);
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < kAhead; ++j) {
+        if (c + j >= end) break;
+        product->add(weights + int64_t(c + j) * kQuadsOfChunk, b[j]);
+      }
+    }
   }
 
   RNNKERN_DEVICE Quad* row_of(int64_t epoch, int64_t slot) const {
@@ -177,20 +222,31 @@ class ResidentBlock {
            ((epoch % 2 * directions_ + direction_) * rows + slot) * r_.chunks * kQuadsOfRow;
   }
 
-  RNNKERN_DEVICE Quad* chunk_of(int group, int chunk) const {
-    if (chunk < r_.resident_chunks) {
-      return weights_ + (int64_t(group) * r_.resident_chunks + chunk) * kQuadsOfChunk;
-    }
+  RNNKERN_DEVICE static Quad* resident_chunks() { return reinterpret_cast<Quad*>(shared_memory()); }
+  RNNKERN_DEVICE Quad* resident_chunk(int group, int chunk) const {
+    return resident_chunks() + (int64_t(group) * r_.resident_chunks + chunk) * kQuadsOfChunk;
+  }
+  RNNKERN_DEVICE Quad* streamed_chunk(int group, int chunk) const {
     const int64_t streamed = r_.chunks - r_.resident_chunks;
     return r_.streamed +
            ((int64_t(block_index()) * r_.groups + group) * streamed + chunk - r_.resident_chunks) *
                kQuadsOfChunk;
   }
+  // Where a number of the weights stands, packed.
+  RNNKERN_DEVICE E* packed(int group, int m, int k) const {
+    const int chunk = k / kChunkElements<E>, byte = k % kChunkElements<E> * int(sizeof(E));
+    Quad* const at =
+        chunk < r_.resident_chunks ? resident_chunk(group, chunk) : streamed_chunk(group, chunk);
+    return reinterpret_cast<E*>(reinterpret_cast<char*>(at) + Product::place(m, byte / 4) * 4 +
+                                byte % 4);
+  }
 
   const Residency& r_;
   const int64_t N_, H_;
   const int member_, team_, direction_, directions_;
-  Quad* const weights_;  // in shared memory
+  const int working_;  // warps that have chunks
+  // The warp's chunks, and the blocks that make what is multiplied with them.
+  int first_chunk_ = 0, end_chunk_ = 0, first_maker_ = 0, last_maker_ = -1;
   const Sums sums_;
 };
 

@@ -45,7 +45,7 @@ class ResidentBackward {
         r_(a.residency),
         z_(a.b.sizes),
         s_(a.b.steps),
-        block_(r_, z_.D, s_.N, z_.H),
+        block_(r_, z_.D, s_.N, z_.H, kShape.gates),
         d_(block_.direction()),
         pairs_(r_.units),
         y_(columns(b_.y, d_ * z_.H)),
@@ -58,11 +58,11 @@ class ResidentBackward {
   RNNKERN_DEVICE void scan() {
     const Weights<T>& w = b_.weights[d_];
     constexpr int kGates = kShape.gates;
-    block_.template pack<true>(kGates * z_.H, r_.units, [&](int group, int m, int64_t k) -> A {
+    block_.template pack<true>(int(kGates * z_.H), r_.units, [&](int group, int m, int k) -> A {
       const int64_t unit = block_.units(group).begin + m;
       if (unit >= block_.units(group).end) return 0;
       return value(
-          w.w_hh[(recurrent_gate<Cell>(int(k % kGates)) * z_.H + k / kGates) * w.w_hh_row + unit]);
+          w.w_hh[(recurrent_gate<Cell>(k % kGates) * z_.H + k / kGates) * w.w_hh_row + unit]);
     });
     for (int pass = 0; pass < r_.passes; ++pass) {
       for (int group = 0; group < r_.groups; ++group) pass_idle_rows(pass, group);
@@ -128,7 +128,7 @@ class ResidentBackward {
     const Visit before = visit_of(i - 1, pass), v = visit_of(i, pass);
     const Range rows = block_.rows(pass), units = block_.units(group);
     const bool last_group = group + 1 == r_.groups;
-    if (before.active_end > rows.begin) block_.multiply(pass, group, i, kShape.gates);
+    if (before.active_end > rows.begin) block_.multiply(pass, group, i);
     pairs_.for_each(rows, units, [&](int p, int64_t slot, int64_t unit) {
       A dh = 0;
       if (slot < before.active_end) {

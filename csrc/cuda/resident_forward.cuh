@@ -41,7 +41,7 @@ class ResidentForward {
         r_(a.residency),
         z_(a.f.sizes),
         s_(a.f.steps),
-        block_(r_, z_.D, s_.N, z_.H),
+        block_(r_, z_.D, s_.N, z_.H, 1),
         d_(block_.direction()),
         pairs_(r_.units),
         stores_(a.f, d_),
@@ -53,7 +53,7 @@ class ResidentForward {
   RNNKERN_DEVICE void scan() {
     const Weights<T>& w = a_.f.weights[d_];
     block_.template pack<false>(
-        z_.H, kShape.gates * r_.units, [&](int group, int m, int64_t k) -> A {
+        int(z_.H), kShape.gates * r_.units, [&](int group, int m, int k) -> A {
           const int64_t unit = block_.units(group).begin + m % r_.units;
           if (unit >= block_.units(group).end) return 0;
           return value(w.w_hh[(recurrent_gate<Cell>(m / r_.units) * z_.H + unit) * w.w_hh_row + k]);
@@ -138,11 +138,12 @@ class ResidentForward {
     const Visit v = visit_of(i, pass);
     const Range rows = block_.rows(pass), units = block_.units(group);
     const bool last_group = group + 1 == r_.groups;
-    if (v.active_end > rows.begin) block_.multiply(pass, group, i + 1, 1);
+    if (v.active_end > rows.begin) block_.multiply(pass, group, i + 1);
     Step<A> steps[kPairs];
     pairs_.for_each(rows, units, [&](int p, int64_t slot, int64_t unit) {
       if (slot >= v.active_end) return;
       Step<A>& s = steps[p];
+#pragma unroll
       for (int g = 0; g < kShape.slots; ++g) {
         A sum = bias(group, g, pairs_.unit[p]);
         if (g >= kShape.input_slot) sum += ahead_[p][g - kShape.input_slot];

@@ -9,11 +9,18 @@
 
 #include "cuda/device.h"
 #include "cuda/kernels.h"
+#include "cuda/probe.h"
 
 namespace rnnkern::cuda {
 namespace {
 
 constexpr int kOldest = 8;  // major compute capability
+
+void check(cudaError_t error, const char* what) {
+  if (error != cudaSuccess) {
+    throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
+  }
+}
 
 std::string version_text(int version) {
   return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
@@ -51,6 +58,14 @@ Found find(int id) {
                     std::to_string(properties.minor) + ", older than " + std::to_string(kOldest) +
                     ".0";
   }
+  if (found.refusal.empty()) {
+    const Current current(id);
+    if (const char* reason = why_no_code()) {
+      found.refusal = "a GPU of compute capability " + std::to_string(properties.major) + "." +
+                      std::to_string(properties.minor) + ", and this build of rnnkern, for " +
+                      architectures() + ", has no code for it: " + reason;
+    }
+  }
   found.device = device_of_kind(properties.major, properties.minor);
   found.device.multiprocessors = properties.multiProcessorCount;
   found.device.shared_bytes = int64_t(properties.sharedMemPerBlockOptin);
@@ -64,12 +79,6 @@ const Found& found(int id) {
   const auto [place, is_new] = all.try_emplace(id);
   if (is_new) place->second = find(id);
   return place->second;
-}
-
-void check(cudaError_t error, const char* what) {
-  if (error != cudaSuccess) {
-    throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
-  }
 }
 
 }  // namespace

@@ -88,9 +88,14 @@ bool with_operand(const Queue& queue, F f) {
   return f(T{});
 }
 
+// The library takes the products of whole matrices; not those of nothing.
+bool has_products(const Sizes& z, const Steps& s) {
+  return cuda::has_library() && s.total > 0 && z.I > 0;
+}
+
 template <typename T>
 cuda::Plan plan_of(const Sizes& z, const Steps& s, bool backward, const Queue& queue) {
-  if (!cuda::has_library()) return {};
+  if (!has_products(z, s)) return {};
   return cuda::plan_for(
       {z, s.T, s.N, cuda::numbers_of<T>(queue.tf32()), backward, queue.deterministic()},
       queue.device);
@@ -147,10 +152,10 @@ void take_streamed(Residency& r, int D, Queue& queue) {
 template <typename T>
 cuda::Matrix input_matrix(const Rows<const T>& x, const Sizes& z, const Steps& s, const T* zeros,
                           bool zero_inactive, Queue& queue) {
-  const bool dense = s.start || s.T == 1 || x.step == s.N * x.row;
   const bool whole = s.start || !s.active || !zero_inactive;
-  if (dense && whole) return {x.data, x.row};
-  if (s.N == 1 && whole) return {x.data, x.step};
+  const bool dense = s.start || s.T == 1 || s.N == 1 || x.step == s.N * x.row;
+  const int64_t row = s.total == 1 ? z.I : !s.start && s.N == 1 ? x.step : x.row;
+  if (dense && whole && row >= z.I) return {x.data, row};
   using Kernel = GatherRows<T>;
   T* const to = queue.take<T>(s.total * z.I);
   start_kernel<Kernel>(queue, "gathering the input",
@@ -234,14 +239,22 @@ void for_each_run(F f) {
   }
 }
 
-template <typename T>
-void sum_columns(const T* from, int64_t rows, int64_t width, int64_t first, int64_t count, T* to,
-                 const Queue& queue) {
-  using Kernel = ColumnSums<T>;
-  const int64_t blocks = (count + Kernel::kColumns - 1) / Kernel::kColumns;
-  start_kernel<Kernel>(queue, "gradients of biases",
-                       {int(blocks), kRowThreads, Kernel::kSharedBytes},
-                       {from, rows, width, first, count, to});
+template <typename T, typename Cell>
+void bias_gradients(const T* dslots, int64_t rows, int64_t H, const WeightGradients<T>& g,
+                    Queue& queue) {
+  using Sums = SlotSums<T>;
+  constexpr int64_t kFewestRows = 256;  // of a block
+  const int64_t width = Cell::kShape.slots * H;
+  const int64_t column_blocks = (width + Sums::kColumns - 1) / Sums::kColumns;
+  const int64_t most = kRowBlocks * queue.device.multiprocessors / column_blocks + 1;
+  const int64_t row_blocks = std::min(most, (rows + kFewestRows - 1) / kFewestRows);
+  auto* const sums = queue.take<Compute<T>>(row_blocks * width);
+  start_kernel<Sums>(queue, "sums of gradients",
+                     {int(column_blocks * row_blocks), kRowThreads, Sums::kSharedBytes},
+                     {dslots, rows, width, column_blocks, row_blocks, sums});
+  start_kernel<BiasGradients<T, Cell>>(
+      queue, "gradients of biases", {int((width + kRowThreads - 1) / kRowThreads), kRowThreads, 0},
+      {sums, row_blocks, H, g.b_ih, g.b_hh});
 }
 
 // After the loop, one product each over all rows: dW_ih, dW_hh, dW_hr, biases and dx.
@@ -294,12 +307,7 @@ void gradients(const Backward<T>& b, const T* zeros, Queue& queue) {
                       H,
                       kT});
     }
-    if (g.b_ih) sum_columns(dslots, s.total, width, kShape.input_slot * H, gates, g.b_ih, queue);
-    if (g.b_hh) {
-      for_each_run<Cell>([&](int slot, int gate, int count) {
-        sum_columns(dslots, s.total, width, slot * H, count * H, g.b_hh + gate * H, queue);
-      });
-    }
+    if (g.b_ih || g.b_hh) bias_gradients<T, Cell>(dslots, s.total, H, g, queue);
     if (b.dx.data) {
       // Dense, time first: as made for the call.
       queue.multiply({s.total,
@@ -335,7 +343,7 @@ bool start<RNNKERN_CELL>(const Backward<RNNKERN_ELEMENT>& b, Queue& queue) {
   const bool started =
       plan.resident ? resident<T, Cell>(b, plan, &zeros, queue) : plain<T, Cell>(b, &zeros, queue);
   if (!started) return false;
-  if (cuda::has_library()) {
+  if (has_products(b.sizes, b.steps)) {
     gradients<T, Cell>(b, zeros, queue);
   } else {
     start_kernel<PlainGradients<T, Cell>>(queue, "plain gradients",

@@ -25,9 +25,10 @@ struct Layer {
   int64_t hidden, out;
   bool bias, projected, batch_first;
   bool by_bfloat16;  // float32 is multiplied as bfloat16 where worth_bfloat16 (plan.h) says so
+  bool is_cell;      // one step of torch.nn.RNNCell, LSTMCell or GRUCell
 
   Layer(CellId cell, int directions, int64_t hidden, int64_t proj, bool bias, bool batch_first,
-        bool by_bfloat16)
+        bool by_bfloat16, bool is_cell)
       : cell(cell),
         directions(directions),
         hidden(hidden),
@@ -35,7 +36,8 @@ struct Layer {
         bias(bias),
         projected(proj > 0),
         batch_first(batch_first),
-        by_bfloat16(by_bfloat16) {}
+        by_bfloat16(by_bfloat16),
+        is_cell(is_cell) {}
 
   bool operator==(const Layer&) const = default;
 

@@ -28,7 +28,7 @@ inline TensorView view_of(py::handle object, const char* name) {
   return view;
 }
 
-constexpr const char* kGaps = "gaps along the last axis";
+constexpr const char* kGaps = "gaps along the last axis, or overlapping rows";
 constexpr const char* kNoMemory =
     "no plain memory behind a tensor (meta, sparse, quantized or wrapped)";
 
@@ -79,6 +79,11 @@ inline const char* refusal_of(py::handle object, const TensorView* like, TensorV
   if (!negated) throw py::error_already_set();
   if (negated.ptr() == Py_True) return "lazily negated tensor";
   if (t.ndim && elements && t.shape[t.ndim - 1] > 1 && view->stride(t.ndim - 1) != 1) return kGaps;
+  // Rows of a matrix may overlap, or be one row for all; not where a library multiplies them.
+  if ((t.device.type != dlpack::kCpu || cuda::kIsStandIn) && t.ndim == 2 && t.shape[0] > 1 &&
+      view->stride(0) < t.shape[1]) {
+    return kGaps;
+  }
   return nullptr;
 }
 
@@ -121,6 +126,7 @@ class Operands {
   Steps steps;
 
   dlpack::Device device() const { return x_.tensor.device; }
+  const Layer& layer() const { return layer_; }
 
   // `list` has size() and [].
   template <typename List>

@@ -124,9 +124,10 @@ inline std::optional<PlainModule> plain_module(py::handle module) {
   }();
   const auto count = size_t(PyList_GET_SIZE(found[A::kWeightNames]));
   if (!cell || count > PlainWeights::kMax) return std::nullopt;
-  PlainModule plain = {Layer(*cell, found[A::kBidirectional] == Py_True ? 2 : 1, *hidden, *proj,
-                             found[A::kBias] == Py_True, found[A::kBatchFirst] == Py_True, false),
-                       {}};
+  PlainModule plain = {
+      Layer(*cell, found[A::kBidirectional] == Py_True ? 2 : 1, *hidden, *proj,
+            found[A::kBias] == Py_True, found[A::kBatchFirst] == Py_True, false, false),
+      {}};
   PlainWeights& weights = plain.weights;
   for (; weights.count < count; ++weights.count) {
     PyObject* name = PyList_GET_ITEM(found[A::kWeightNames], Py_ssize_t(weights.count));

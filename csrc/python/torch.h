@@ -27,7 +27,8 @@ struct TorchApi {
   // Questions without arguments.
   PyObject *num_threads, *deterministic, *grad_enabled, *inference_mode;
   PyObject *autocast_on_cpu, *autocast_on_cuda;
-  PyObject* float32_on_cuda;  // how torch.nn's recurrent layers multiply float32 there: a string
+  // How float32 is multiplied there by recurrent layers of cuDNN, and by all else: strings.
+  PyObject *cudnn_enabled, *float32_of_layers, *float32_of_products;
   std::vector<Mode> modes;
   PyObject* forward_ad;  // the namespace of torch.autograd.forward_ad
 };
@@ -59,8 +60,14 @@ inline bool is_autocast(dlpack::Device device) {
   return is_so(device.type == dlpack::kCuda ? api.autocast_on_cuda : api.autocast_on_cpu);
 }
 
-// torch.backends.cudnn.rnn.fp32_precision, or the older torch.backends.cudnn.allow_tf32.
-inline bool is_tf32_allowed() { return ask(api.float32_on_cuda).cast<std::string>() == "tf32"; }
+// As torch.nn would have it on a GPU, whose layers are cuDNN's and whose cells are products:
+// torch.backends.cudnn.rnn.fp32_precision or torch.backends.cuda.matmul.fp32_precision, or the
+// older flags allow_tf32.
+inline bool is_tf32_allowed(bool is_cell) {
+  PyObject* const question =
+      is_cell || !is_so(api.cudnn_enabled) ? api.float32_of_products : api.float32_of_layers;
+  return ask(question).cast<std::string>() == "tf32";
+}
 
 // The stream that torch works on now, a cudaStream_t.
 inline void* current_stream(dlpack::Device device) {
@@ -102,7 +109,10 @@ inline void bind_torch() {
                    autocast = package.attr("is_autocast_enabled");
   api.autocast_on_cpu = keep(partial(autocast, "cpu"));
   api.autocast_on_cuda = keep(partial(autocast, "cuda"));
-  api.float32_on_cuda = keep(partial(core.attr("_get_fp32_precision_getter"), "cuda", "rnn"));
+  const py::object precision = core.attr("_get_fp32_precision_getter");
+  api.cudnn_enabled = keep(core.attr("_get_cudnn_enabled"));
+  api.float32_of_layers = keep(partial(precision, "cuda", "rnn"));
+  api.float32_of_products = keep(partial(precision, "cuda", "matmul"));
   api.modes = {
       {keep(core.attr("_get_tracing_state")), "torch.jit.trace"},
       {keep(core.attr("_are_functorch_transforms_active")), "torch.func transform"},

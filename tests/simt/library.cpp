@@ -1,6 +1,9 @@
 // In place of cuBLAS: the same products, one number after the other.
 #include "cuda/library.h"
 
+#include <stdexcept>
+#include <string>
+
 #include "cells/narrow.h"
 
 namespace rnnkern::cuda {
@@ -46,9 +49,18 @@ double at(Number number, const Matrix& m, int64_t i, int64_t j) {
 }  // namespace
 
 bool has_library() { return true; }
-size_t library_bytes() { return 0; }
+size_t library_bytes() { return 100; }
 
-void multiply(const Call&, const Product& p, char*) {
+void check(bool fits, const char* what) {
+  if (!fits) throw std::invalid_argument(std::string("cuBLAS would refuse ") + what);
+}
+
+void multiply(const Call&, const Product& p, char* workspace) {
+  check(p.m >= 1 && p.n >= 1 && p.k >= 1, "a product of nothing");
+  check(p.a.row >= (p.a.transposed ? p.m : p.k), "rows of a that overlap");
+  check(p.b.row >= (p.b.transposed ? p.k : p.n), "rows of b that overlap");
+  check(p.row >= p.n, "rows of the result that overlap");
+  check(reinterpret_cast<uintptr_t>(workspace) % kLibraryAlignment == 0, "this workspace");
   for (int64_t i = 0; i < p.m; ++i) {
     for (int64_t j = 0; j < p.n; ++j) {
       double sum = p.adds ? read(p.results, p.to, i * p.row + j) : 0;

@@ -1,0 +1,21 @@
+// Whether this build has code for a GPU: a kernel of the same architectures as all others.
+#include <cuda_runtime.h>
+
+#include "cuda/probe.h"
+
+namespace rnnkern::cuda {
+namespace {
+
+__global__ void nothing() {}
+
+}  // namespace
+
+const char* why_no_code() {
+  cudaFuncAttributes attributes;
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, nothing);
+  if (error == cudaSuccess) return nullptr;
+  cudaGetLastError();  // so that nobody else finds it
+  return cudaGetErrorString(error);
+}
+
+}  // namespace rnnkern::cuda

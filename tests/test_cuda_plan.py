@@ -1,0 +1,191 @@
+"""The plan of a GPU as a table: tier, tile, split and residency, from sizes and properties alone.
+No GPU is needed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from rnnkern import kernels
+from rnnkern.workloads import load_workloads
+
+pytestmark = pytest.mark.cpu_only
+
+# Compute capability, multiprocessors, shared memory that a block may have in KiB.
+GPUS = {
+    "A100": ((8, 0), 108, 163),
+    "RTX 4090": ((8, 9), 128, 99),
+    "H100": ((9, 0), 132, 227),  # H200 is the same
+    "B200": ((10, 0), 148, 227),
+}
+FP32, TF32, BF16 = (torch.float32, False), (torch.float32, True), (torch.bfloat16, False)
+FP16, FP64 = (torch.float16, False), (torch.float64, False)
+Kind = tuple[torch.dtype, bool]
+
+
+def plan(
+    gpu: str,
+    mode: str,
+    sizes: tuple[int, int, int, int],
+    kind: Kind,
+    *,
+    backward: bool = False,
+    directions: int = 1,
+    proj: int = 0,
+) -> tuple[Any, str]:
+    capability, multiprocessors, kib = GPUS[gpu]
+    T, N, I, H = sizes
+    return kernels.cuda_plan(
+        kernels.layer(mode, directions, H, proj, True, False),
+        kernels.CudaDevice(
+            capability=capability, multiprocessors=multiprocessors, shared_bytes=kib << 10
+        ),
+        torch.zeros(1, dtype=kind[0]),
+        T=T,
+        N=N,
+        I=I,
+        tf32=kind[1],
+        backward=backward,
+    )
+
+
+SIZES = {
+    name: (w.steps, w.batch, w.input_size, w.hidden_size)
+    for name, w in load_workloads("cuda").items()
+}
+
+# Tile of 16 rows by 8 columns, teams of rows, blocks of a team, passes over rows, groups of units,
+# units of a group, chunks of weights in shared memory of all chunks.
+Row = tuple[tuple[int, int], int, int, int, int, int, tuple[int, int]]
+TABLE: list[tuple[str, str, str, Kind, bool, Row]] = [
+    ("H100", "LSTM", "notebook", BF16, False, ((2, 1), 1, 1, 1, 1, 4, (1, 1))),
+    ("H100", "LSTM", "notebook", BF16, True, ((1, 1), 1, 1, 1, 1, 16, (1, 1))),
+    ("H100", "LSTM", "mnist_lstm", BF16, False, ((2, 1), 8, 16, 1, 1, 4, (2, 2))),
+    ("H100", "LSTM", "mnist_lstm", BF16, True, ((1, 1), 8, 4, 1, 1, 16, (8, 8))),
+    ("H100", "LSTM", "h128", BF16, False, ((2, 1), 2, 32, 1, 1, 4, (4, 4))),
+    ("H100", "LSTM", "h128", BF16, True, ((1, 1), 2, 8, 1, 1, 16, (16, 16))),
+    ("H100", "LSTM", "h129", BF16, False, ((2, 1), 2, 33, 1, 1, 4, (5, 5))),
+    ("H100", "LSTM", "h129", BF16, True, ((1, 1), 2, 9, 1, 1, 16, (17, 17))),
+    ("H100", "LSTM", "h256", BF16, False, ((2, 1), 2, 64, 1, 1, 4, (8, 8))),
+    ("H100", "LSTM", "h256", BF16, True, ((1, 1), 2, 16, 1, 1, 16, (32, 32))),
+    ("H100", "LSTM", "h512", BF16, False, ((2, 2), 2, 64, 1, 1, 8, (16, 16))),
+    ("H100", "LSTM", "h512", BF16, True, ((1, 1), 4, 32, 1, 1, 16, (64, 64))),
+    ("H100", "LSTM", "flash768", BF16, False, ((2, 2), 1, 96, 1, 1, 8, (24, 24))),
+    ("H100", "LSTM", "flash768", BF16, True, ((1, 1), 2, 48, 1, 1, 16, (96, 96))),
+    ("H100", "LSTM", "h1024", BF16, False, ((4, 4), 2, 64, 1, 1, 16, (32, 32))),
+    ("H100", "LSTM", "h1024", BF16, True, ((1, 2), 2, 64, 2, 1, 16, (128, 128))),
+    ("H100", "LSTM", "h2048", BF16, False, ((4, 4), 1, 128, 2, 1, 16, (49, 64))),
+    ("H100", "LSTM", "h2048", BF16, True, ((2, 4), 2, 64, 1, 1, 32, (104, 256))),
+    ("H100", "LSTM", "rl", BF16, False, ((4, 4), 8, 16, 1, 1, 16, (8, 8))),
+    ("H100", "LSTM", "rl", BF16, True, ((2, 4), 8, 16, 1, 1, 16, (32, 32))),
+    ("H100", "LSTM", "long", BF16, False, ((2, 1), 2, 64, 1, 1, 4, (8, 8))),
+    ("H100", "LSTM", "long", BF16, True, ((1, 1), 2, 16, 1, 1, 16, (32, 32))),
+    ("H100", "LSTM", "h512", FP32, False, ((2, 2), 2, 64, 1, 1, 8, (32, 32))),
+    ("H100", "LSTM", "h512", FP32, True, ((1, 1), 4, 32, 1, 1, 16, (128, 128))),
+    ("H100", "LSTM", "h1024", FP32, False, ((2, 2), 1, 128, 4, 1, 8, (64, 64))),
+    ("H100", "LSTM", "h1024", FP32, True, ((1, 4), 2, 64, 1, 1, 16, (218, 256))),
+    ("H100", "LSTM", "rl", FP32, False, ((2, 2), 16, 8, 1, 4, 8, (16, 16))),
+    ("H100", "LSTM", "rl", FP32, True, ((1, 4), 8, 16, 1, 1, 16, (64, 64))),
+    ("H100", "LSTM", "h1024", TF32, False, ((4, 4), 2, 64, 1, 1, 16, (50, 64))),
+    ("A100", "LSTM", "mnist_lstm", BF16, False, ((2, 1), 8, 8, 1, 1, 8, (2, 2))),
+    ("A100", "LSTM", "mnist_lstm", BF16, True, ((1, 1), 8, 4, 1, 1, 16, (8, 8))),
+    ("A100", "LSTM", "h512", BF16, False, ((2, 2), 2, 32, 1, 2, 8, (16, 16))),
+    ("A100", "LSTM", "h512", BF16, True, ((1, 2), 2, 32, 1, 1, 16, (64, 64))),
+    ("A100", "LSTM", "flash768", BF16, False, ((2, 2), 1, 96, 1, 1, 8, (24, 24))),
+    ("A100", "LSTM", "flash768", BF16, True, ((1, 1), 2, 48, 1, 1, 16, (96, 96))),
+    ("A100", "LSTM", "h2048", BF16, False, ((4, 4), 2, 43, 1, 3, 16, (10, 64))),
+    ("A100", "LSTM", "h2048", BF16, True, ((2, 4), 1, 64, 2, 1, 32, (68, 256))),
+    ("RTX 4090", "LSTM", "mnist_lstm", BF16, False, ((2, 1), 8, 16, 1, 1, 4, (2, 2))),
+    ("RTX 4090", "LSTM", "mnist_lstm", BF16, True, ((1, 1), 8, 4, 1, 1, 16, (8, 8))),
+    ("RTX 4090", "LSTM", "h512", BF16, False, ((2, 2), 2, 64, 1, 1, 8, (16, 16))),
+    ("RTX 4090", "LSTM", "h512", BF16, True, ((1, 1), 4, 32, 1, 1, 16, (64, 64))),
+    ("RTX 4090", "LSTM", "flash768", BF16, False, ((2, 2), 1, 96, 1, 1, 8, (24, 24))),
+    ("RTX 4090", "LSTM", "flash768", BF16, True, ((1, 1), 2, 48, 1, 1, 16, (96, 96))),
+    ("RTX 4090", "LSTM", "h2048", BF16, False, ((4, 4), 1, 128, 2, 1, 16, (17, 64))),
+    ("RTX 4090", "LSTM", "h2048", BF16, True, ((2, 4), 2, 64, 1, 1, 32, (40, 256))),
+    ("B200", "LSTM", "mnist_lstm", BF16, False, ((2, 1), 8, 16, 1, 1, 4, (2, 2))),
+    ("B200", "LSTM", "mnist_lstm", BF16, True, ((1, 1), 8, 4, 1, 1, 16, (8, 8))),
+    ("B200", "LSTM", "h512", BF16, False, ((2, 2), 2, 64, 1, 1, 8, (16, 16))),
+    ("B200", "LSTM", "h512", BF16, True, ((1, 1), 4, 32, 1, 1, 16, (64, 64))),
+    ("B200", "LSTM", "flash768", BF16, False, ((2, 2), 1, 96, 1, 1, 8, (24, 24))),
+    ("B200", "LSTM", "flash768", BF16, True, ((1, 1), 2, 48, 1, 1, 16, (96, 96))),
+    ("B200", "LSTM", "h2048", BF16, False, ((4, 4), 1, 128, 2, 1, 16, (49, 64))),
+    ("B200", "LSTM", "h2048", BF16, True, ((2, 4), 2, 64, 1, 1, 32, (104, 256))),
+    ("H100", "GRU", "h512", BF16, False, ((2, 2), 2, 52, 1, 1, 10, (16, 16))),
+    ("H100", "GRU", "h512", BF16, True, ((1, 1), 4, 32, 1, 1, 16, (48, 48))),
+    ("H100", "RNN_TANH", "h512", BF16, False, ((2, 1), 4, 32, 1, 1, 16, (16, 16))),
+    ("H100", "RNN_TANH", "h512", FP64, True, ((1, 1), 4, 32, 1, 1, 16, (64, 64))),
+]
+
+
+@pytest.mark.parametrize(("gpu", "mode", "name", "kind", "backward", "expected"), TABLE)
+def test_table(gpu: str, mode: str, name: str, kind: Kind, backward: bool, expected: Row) -> None:
+    p, _ = plan(gpu, mode, SIZES[name], kind, backward=backward)
+    assert p.resident
+    assert (
+        (p.row_tiles, p.column_tiles),
+        p.row_teams,
+        p.unit_blocks,
+        p.passes,
+        p.groups,
+        p.units,
+        (p.resident_chunks, p.chunks),
+    ) == expected
+
+
+MORE_SIZES = [(1, 1, 1, 1), (3, 7, 5, 31), (9, 1, 2, 4096), (2, 3000, 8, 20), (2, 5, 3, 20000)]
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+@pytest.mark.parametrize("mode", ["RNN_TANH", "LSTM", "GRU"])
+@pytest.mark.parametrize("directions", [1, 2])
+def test_every_plan_covers_all_and_fits(gpu: str, mode: str, directions: int) -> None:
+    _, multiprocessors, kib = GPUS[gpu]
+    gates = {"RNN_TANH": 1, "LSTM": 4, "GRU": 3}[mode]
+    for sizes in [*SIZES.values(), *MORE_SIZES]:
+        _, N, _, H = sizes
+        for kind in (FP32, TF32, BF16, FP16, FP64):
+            for backward in (False, True):
+                p, text = plan(gpu, mode, sizes, kind, backward=backward, directions=directions)
+                assert p.resident, text
+                assert directions * p.row_teams * p.unit_blocks <= multiprocessors, text
+                assert p.shared_bytes <= kib << 10, text
+                rows = p.passes * p.column_tiles * 8
+                assert (p.row_teams - 1) * p.column_tiles * 8 < N <= p.row_teams * rows, text
+                units = p.groups * p.units
+                assert (p.unit_blocks - 1) * units < H <= p.unit_blocks * units, text
+                assert p.units * (1 if backward else gates) <= p.row_tiles * 16, text
+                k_bytes = kind[0].itemsize * H * (gates if backward else 1)
+                assert (p.chunks - 1) * 64 < k_bytes <= p.chunks * 64, text
+                assert 0 <= p.resident_chunks <= p.chunks, text
+                assert p.us_per_step > 0, text
+                assert p.bytes_per_step > 0, text
+
+
+def test_what_the_plain_tier_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = (10, 4, 8, 64)
+    p, text = plan("H100", "LSTM", sizes, BF16, proj=16)
+    assert not p.resident
+    assert "projection" in text
+    p, text = plan("H100", "LSTM", sizes, BF16)
+    assert p.resident
+    assert "us expected" in text
+    monkeypatch.setenv("RNNKERN_CUDA_TIER", "plain")
+    p, text = plan("H100", "LSTM", sizes, BF16)
+    assert not p.resident
+    assert "RNNKERN_CUDA_TIER" in text
+
+
+def test_the_text_names_bytes_and_time() -> None:
+    p, text = plan("H100", "LSTM", SIZES["flash768"], BF16)
+    for words in (
+        "resident tier",
+        f"{p.unit_blocks * p.row_teams} blocks of 132",
+        "100 % of the weights in shared memory",
+        f"{p.bytes_per_step / 1e3:.0f} KB a step",
+        f"{p.us_per_step:.1f} us",
+    ):
+        assert words in text
