@@ -25,7 +25,8 @@ export PIP_CONSTRAINT := constraints.txt
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help install compare test test-isa bench bench-smoke report lint format wheel check-wheel \
-  check-neon sanitize simt clean distclean
+  check-neon sanitize cuda-check \
+  cuda-sanitize simt clean distclean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -83,6 +84,12 @@ check-neon:  ## compile the kernels for AArch64 (needs Debian's g++-aarch64-linu
 
 sanitize: $(BUILT)  ## run the kernel tests under the address and undefined-behaviour sanitizers
 	sh tools/sanitize.sh $(BIN)/python $(ARGS)
+
+cuda-check: $(BUILT)  ## compile the CUDA kernels for every architecture, look for spills, run `simt`
+	sh tools/cuda_check.sh $(BIN)/python
+
+cuda-sanitize: $(BUILT)  ## tests on a GPU under compute-sanitizer's memcheck and racecheck
+	sh tools/cuda_sanitize.sh $(BIN)/python $(ARGS)
 
 simt: $(BUILT)  ## run kernel tests on the CUDA kernels, on a stand-in for the GPU (ARGS: of pytest)
 	sh tools/simt.sh $(BIN)/python $(ARGS)

@@ -12,7 +12,8 @@ _EXTRA = """
     Args:
         lengths: int64 ``(N,)``, any order, any device, ``0 <= lengths[n] <= T``: row n ends after
             that many steps. Outputs past the end are zero, final states are those of the last step
-            taken. No packing, no sorting.
+            taken. No packing, no sorting. On a GPU they stay there, and one out of range is an
+            assertion of the device, as an index out of range is for torch.
         reset: bool ``(T, N)``, ``(N, T)`` with ``batch_first``: an episode begins at that step, the
             state is zeroed before it. In the reverse direction nothing passes from the episode's
             first step to the step before it.
@@ -21,7 +22,7 @@ _EXTRA = """
         TypeError, ValueError: ``lengths`` or ``reset`` of the wrong type, dtype, shape or range, or
             given with a `PackedSequence`. For all else, what ``torch.nn`` raises.
 
-    float32, float64, bfloat16 and float16 on the CPU run on rnnkern's kernels, under
+    float32, float64, bfloat16 and float16 on the CPU and on GPUs run on rnnkern's kernels, under
     ``torch.autocast`` too; anything else is carried out by ``torch.nn`` with one `FallbackWarning`
     that says why. 16-bit types are computed in float32, and rounded where they are stored.
 """

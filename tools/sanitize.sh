@@ -12,7 +12,7 @@ lib=$PWD/$base/lib
 
 # `setup.py build` and not pip: it has its own folder for the objects and keeps them for next time.
 rm -rf "$lib"
-RNNKERN_SANITIZE=address,undefined RNNKERN_AMX_STAND_IN=ON \
+RNNKERN_SANITIZE=address,undefined RNNKERN_AMX_STAND_IN=ON RNNKERN_CUDA=OFF \
   "$python" setup.py --quiet build --build-base "$base" --build-lib "$lib"
 
 extension=$(find "$lib/rnnkern" -name '_C*.so' | head -n 1)

@@ -126,21 +126,13 @@ part_tests() {
     -q --durations=10 --junit-xml="$OUT/tests.xml"
 }
 
-# Only our kernels: torch's own are many and slow to watch. Without torch's cache of memory each
-# tensor is an allocation of its own, and what is beyond its end is nobody's.
 part_sanitizer() {
-  local tool failed=0
-  : >"$OUT/sanitizer.log"
-  for tool in memcheck racecheck; do
-    echo "==== $tool" | tee -a "$OUT/sanitizer.log"
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 run_tests compute-sanitizer --tool "$tool" \
-      --kernel-name kns=rnnkern --error-exitcode 1 \
-      "$PYTHON" -m pytest tests/test_sequences.py -m cuda -p loaded_from -p no:cacheprovider -x -q \
-      -k "${SANITIZE:-float32 and (test_packed_lengths and mixed or test_reset and random)}" \
-      >>"$OUT/sanitizer.log" 2>&1 || failed=1
-    tail -n 5 "$OUT/sanitizer.log"
-  done
-  return "$failed"
+  run_tests sh tools/cuda_sanitize.sh "$PYTHON" -p loaded_from tests/test_sequences.py \
+    -k "${SANITIZE:-float32 and (test_packed_lengths and mixed or test_reset and random)}" \
+    >"$OUT/sanitizer.log" 2>&1
+  local status=$?
+  grep -E '^====|ERROR SUMMARY|RACECHECK SUMMARY|passed|failed' "$OUT/sanitizer.log"
+  return "$status"
 }
 
 part_peers() {

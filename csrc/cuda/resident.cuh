@@ -197,21 +197,24 @@ class ResidentBlock {
   RNNKERN_DEVICE void add_chunks(int begin, int end, const Quad* weights,
                                  const Quad* const (&states)[kColumnTiles],
                                  Product* product) const {
-    constexpr int kAhead = kColumnTiles > 2 ? 2 : 4;  // chunks on their way at once
-    for (int c = begin; c < end; c += kAhead) {
-      Quad b[kAhead][kColumnTiles];
+    // Chunks on their way at once, as registers allow.
+    constexpr int kAhead = !kOnTensorCores<E> ? 2 : kColumnTiles > 2 ? 2 : 4;
+    Quad b[kAhead][kColumnTiles];
+    const auto load = [&](int chunk, Quad(&to)[kColumnTiles]) {
+      if (chunk >= end) return;
 #pragma unroll
-      for (int j = 0; j < kAhead; ++j) {
-        if (c + j >= end) break;
-#pragma unroll
-        for (int n = 0; n < kColumnTiles; ++n) {
-          b[j][n] = load_from_l2(states[n] + int64_t(c + j) * kQuadsOfRow);
-        }
+      for (int n = 0; n < kColumnTiles; ++n) {
+        to[n] = load_from_l2(states[n] + int64_t(chunk) * kQuadsOfRow);
       }
+    };
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j) load(begin + j, b[j]);
+    for (int c = begin; c < end; c += kAhead) {
 #pragma unroll
       for (int j = 0; j < kAhead; ++j) {
         if (c + j >= end) break;
         product->add(weights + int64_t(c + j) * kQuadsOfChunk, b[j]);
+        load(c + j + kAhead, b[j]);
       }
     }
   }

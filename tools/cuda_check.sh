@@ -1,0 +1,32 @@
+#!/bin/sh
+# What can be said of the CUDA kernels without a GPU: they compile for every architecture, the hot
+# ones keep their registers, the package loads without a driver, and on the stand-in of tests/simt
+# the kernels are right (tools/simt.sh).
+# Usage, from the repository: tools/cuda_check.sh PYTHON
+set -eu
+
+python=$1
+base=build/cuda-check
+lib=$PWD/$base/lib
+
+rm -rf "$base" # the report is of what is compiled now
+mkdir -p "$base"
+echo "cuda-check: compiling for every architecture takes minutes; its output is in $base/build.log"
+RNNKERN_CUDA=ON RNNKERN_CUDA_REPORT=ON "$python" setup.py --quiet build --build-base "$base" \
+  --build-lib "$lib" >"$base/build.log" 2>&1 || { tail -n 40 "$base/build.log" >&2; exit 1; }
+"$python" tools/cuda_report.py "$base/build.log"
+
+PYTHONPATH="$lib:$PWD/tools" RNNKERN_LOADED_FROM="$lib" RNNKERN_TEST_DEVICES=cpu \
+  "$(dirname "$python")/pytest" -q -p loaded_from tests/test_cells.py tests/test_cuda_plan.py
+PYTHONPATH="$lib" "$python" - <<'PYTHON'
+import os
+import rnnkern
+
+info = rnnkern.build_info()
+found = {name: info[name] for name in ("cuda", "cuda_architectures", "cuda_driver")}
+print("cuda-check:", found)
+assert info["cuda"], "built without CUDA"
+assert len(info["cuda_architectures"]) >= 1 + ("CUDAARCHS" not in os.environ), found
+PYTHON
+
+sh tools/simt.sh "$python"

@@ -1,0 +1,85 @@
+"""What the CUDA compiler says each kernel needs, from a build log with RNNKERN_CUDA_REPORT=ON.
+
+Usage: python tools/cuda_report.py LOG. Fails where a hot kernel spills registers or has a stack
+frame: the resident tier in float32 and narrower; float64 is to be right, not fast.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+ENTRY = re.compile(r"Compiling entry function '(\w+)' for '(\w+)'")
+MEMORY = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
+REGISTERS = re.compile(r"Used (\d+) registers")
+
+
+class Kernel(NamedTuple):
+    name: str
+    architecture: str
+    registers: int
+    stack: int
+    spilled: int
+
+    @property
+    def is_hot(self) -> bool:
+        return self.name.startswith("Resident") and "<double" not in self.name
+
+
+def kernels(log: str) -> list[Kernel]:
+    found = []
+    name = architecture = ""
+    stack = spilled = 0
+    for line in log.splitlines():
+        if match := ENTRY.search(line):
+            name, architecture = match.groups()
+        elif match := MEMORY.search(line):
+            stack, spilled = int(match[1]), int(match[2]) + int(match[3])
+        elif match := REGISTERS.search(line):
+            found.append(Kernel(name, architecture, int(match[1]), stack, spilled))
+    names = subprocess.run(
+        ["c++filt"],
+        input="\n".join(kernel.name for kernel in found),
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.splitlines()
+    return [kernel._replace(name=plain(name)) for kernel, name in zip(found, names, strict=True)]
+
+
+def plain(name: str) -> str:
+    """``ResidentForward<float, ...>`` of ``void rnnkern::gpu::run_kernel<...>(...)``."""
+    name = name.replace("rnnkern::gpu::", "").replace("rnnkern::", "")
+    match = re.search(r"run_kernel<(.*)>\(", name)
+    return match[1].strip() if match else name
+
+
+def main() -> int:
+    found = kernels(Path(sys.argv[1]).read_text())
+    if not any(kernel.is_hot for kernel in found):
+        print("cuda-report: no kernel of the resident tier in this log", file=sys.stderr)
+        return 1
+    wrong = 0
+    for architecture in sorted({kernel.architecture for kernel in found}):
+        here = [kernel for kernel in found if kernel.architecture == architecture]
+        hot = [kernel for kernel in here if kernel.is_hot]
+        spilling = [kernel for kernel in here if kernel.spilled or kernel.stack]
+        print(
+            f"{architecture}: {len(here)} kernels, {len(hot)} of them hot; at most "
+            f"{max(kernel.registers for kernel in here)} registers; {len(spilling)} spill or have "
+            f"a stack frame"
+        )
+        for kernel in spilling:
+            wrong += kernel.is_hot
+            print(
+                f"  {'HOT: ' if kernel.is_hot else ''}{kernel.name}: {kernel.registers} registers, "
+                f"{kernel.stack} bytes of stack, {kernel.spilled} spilled"
+            )
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
