@@ -1,7 +1,8 @@
 #!/bin/sh
 # Build the package a second time with g++'s address and undefined-behaviour sanitizers, into
 # build/sanitize, and run the kernel tests on it: once with the best instruction set, once with each
-# lower one. AMX is the stand-in of csrc/cpu/amx.h, so that it runs on CPUs that have none.
+# lower one; and a third time with the CUDA kernels on their stand-in. AMX is the stand-in of
+# csrc/cpu/amx.h, so that it runs on CPUs that have none.
 # Usage, from the repository: tools/sanitize.sh PYTHON [pytest arguments]
 set -eu
 
@@ -28,18 +29,20 @@ libstdcxx=$(ldd "$extension" | awk '/libstdc\+\+/ {print $3}')
 # The script and not `python -m pytest`, which would put the repository's own package first on the
 # path. Without --capture=sys the sanitizer's report would end with the process in pytest's
 # capture file.
-run_tests() {
-  env PYTHONPATH="$lib:$PWD/tools" PYTHONMALLOC=malloc RNNKERN_LOADED_FROM="$lib" \
+run_tests() {  # run_tests LIB [pytest arguments]
+  tested=$1
+  shift
+  env PYTHONPATH="$tested:$PWD/tools:$PWD/tests" PYTHONMALLOC=malloc RNNKERN_LOADED_FROM="$tested" \
     RNNKERN_TEST_DEVICES=cpu LD_PRELOAD="$libasan $libstdcxx" \
     ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
     UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-    "$(dirname "$python")/pytest" tests -m kernel -p loaded_from --capture=sys "$@"
+    "$(dirname "$python")/pytest" -m kernel -p loaded_from --capture=sys "$@"
 }
 
 isas=$("$python" -c 'import rnnkern; print(rnnkern.build_info()["isa"])'; \
   "$python" tools/lower_isas.py)
 echo "sanitize: the best instruction set"
-run_tests "$@"
+run_tests "$lib" tests "$@"
 for isa in $isas; do
   # Those of AVX-512 differ in the kernels of bfloat16 alone.
   case $isa in
@@ -48,5 +51,12 @@ for isa in $isas; do
   esac
   echo "sanitize: RNNKERN_ISA=$isa $only"
   # shellcheck disable=SC2086
-  RNNKERN_ISA=$isa run_tests $only "$@"
+  RNNKERN_ISA=$isa run_tests "$lib" tests $only "$@"
 done
+
+simt=$PWD/$base-simt/lib
+rm -rf "$simt"
+RNNKERN_SANITIZE=address,undefined RNNKERN_SIMT=ON \
+  "$python" setup.py --quiet build --build-base "$base-simt" --build-lib "$simt"
+echo "sanitize: the CUDA kernels, on the stand-in of tests/simt"
+run_tests "$simt" tests/simt/check_tiers.py -k 'float32 or bfloat16'
