@@ -57,17 +57,25 @@ struct Visit {
   int64_t active_end, entering, leaving;
 };
 
-RNNKERN_INLINE Visit visit(const Steps& s, bool ascending, int64_t index, int64_t begin,
+// Rows that take part in step number `index` of a scan, none before the first and after the last.
+RNNKERN_INLINE int64_t active_at(const Steps& s, bool ascending, int64_t index) {
+  return index < 0 || index >= s.T ? 0 : active_rows(s, ascending ? index : s.T - 1 - index);
+}
+
+// From those of this step, the one before and the one after.
+RNNKERN_INLINE Visit visit(int64_t t, int64_t before, int64_t now, int64_t after, int64_t begin,
                            int64_t end) {
-  const auto active_end = [&](int64_t i) {
-    if (i < 0 || i >= s.T) return begin;
-    const int64_t active = active_rows(s, ascending ? i : s.T - 1 - i);
+  const auto end_of = [&](int64_t active) {
     return active < begin ? begin : active < end ? active : end;
   };
-  const int64_t now = active_end(index), before = active_end(index - 1),
-                after = active_end(index + 1);
-  return {ascending ? index : s.T - 1 - index, now, before < now ? before : now,
-          after < now ? after : now};
+  now = end_of(now), before = end_of(before), after = end_of(after);
+  return {t, now, before < now ? before : now, after < now ? after : now};
+}
+
+RNNKERN_INLINE Visit visit(const Steps& s, bool ascending, int64_t index, int64_t begin,
+                           int64_t end) {
+  return visit(ascending ? index : s.T - 1 - index, active_at(s, ascending, index - 1),
+               active_at(s, ascending, index), active_at(s, ascending, index + 1), begin, end);
 }
 
 // The state that enters step t of a row is zero because an episode begins there. For the reverse

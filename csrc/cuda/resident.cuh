@@ -253,6 +253,42 @@ class ResidentBlock {
   const Sums sums_;
 };
 
+// Visits of a step and of its neighbours, with one load a step, well ahead of its use.
+class Visits {
+ public:
+  RNNKERN_DEVICE Visits(const Steps& s, bool ascending) : s_(s), ascending_(ascending) {
+#pragma unroll
+    for (int i = 0; i < kKept; ++i) active_[i] = active_at(s, ascending, i - 2);
+  }
+
+  // On to the next step.
+  RNNKERN_DEVICE void advance() {
+    ++index_;
+#pragma unroll
+    for (int i = 0; i + 1 < kKept; ++i) active_[i] = active_[i + 1];
+    active_[kKept - 1] = active_at(s_, ascending_, index_ + kKept - 3);
+  }
+
+  RNNKERN_DEVICE Visit before(const Range& rows) const { return of<-1>(rows); }
+  RNNKERN_DEVICE Visit now(const Range& rows) const { return of<0>(rows); }
+  RNNKERN_DEVICE Visit next(const Range& rows) const { return of<1>(rows); }
+
+ private:
+  static constexpr int kKept = 5;  // of the steps from index - 2 on
+
+  template <int kStep>
+  RNNKERN_DEVICE Visit of(const Range& rows) const {
+    const int64_t index = index_ + kStep;
+    return visit(ascending_ ? index : s_.T - 1 - index, active_[kStep + 1], active_[kStep + 2],
+                 active_[kStep + 3], rows.begin, rows.end);
+  }
+
+  const Steps& s_;
+  const bool ascending_;
+  int64_t index_ = 0;
+  int64_t active_[kKept];
+};
+
 // The units and rows of which a thread makes the cells, the same ones in every step: the units of a
 // row are neighbours.
 template <int kUnits, int kColumns>

@@ -48,6 +48,7 @@ class ResidentBackward {
         block_(r_, z_.D, s_.N, z_.H, kShape.gates),
         d_(block_.direction()),
         pairs_(r_.units),
+        visits_(s_, d_ == 1),
         y_(columns(b_.y, d_ * z_.H)),
         slots_(saved_rows(s_, b_.slots, d_, kShape.slots * z_.H)),
         cells_(saved_rows(s_, b_.cells, d_, z_.H)),
@@ -67,18 +68,12 @@ class ResidentBackward {
     for (int pass = 0; pass < r_.passes; ++pass) {
       for (int group = 0; group < r_.groups; ++group) pass_idle_rows(pass, group);
     }
-    load(0, 0, 0);
-    for (int64_t i = 0; i < s_.T + (b_.dh0.data ? 1 : 0); ++i) {
+    load(visits_.now(block_.rows(0)), 0, 0);
+    for (int64_t i = 0; i < s_.T + (b_.dh0.data ? 1 : 0); ++i, visits_.advance()) {
       for (int pass = 0; pass < r_.passes; ++pass) {
         for (int group = 0; group < r_.groups; ++group) step(i, pass, group);
       }
     }
-  }
-
-  // Nobody takes part after the last step.
-  RNNKERN_DEVICE Visit visit_of(int64_t i, int pass) const {
-    const Range rows = block_.rows(pass);
-    return visit(s_, d_ == 1, i, rows.begin, rows.end);
   }
 
   // What passes from step to step beside the product: gradients of c, and of h where the cell
@@ -99,9 +94,10 @@ class ResidentBackward {
     });
   }
 
-  // What the next step reads of what forward has saved, on its way while this one ends.
-  RNNKERN_DEVICE void load(int64_t i, int pass, int group) {
-    const Visit v = visit_of(i, pass);
+  // What the next step reads of what forward has saved, on its way while this one ends; and whether
+  // an episode begins there: no gradient passes to what was before. Nobody takes part after the
+  // last step.
+  RNNKERN_DEVICE void load(const Visit& v, int pass, int group) {
     const int64_t H = z_.H;
     pairs_.for_each(block_.rows(pass), block_.units(group), [&](int p, int64_t slot, int64_t unit) {
       if (slot >= v.active_end) return;
@@ -120,13 +116,14 @@ class ResidentBackward {
         s.c = value(row_at(s_, cells_, v.t, slot)[unit]);
         s.c_prev = value(previous_state(s_, d_, v.t, slot, cells_, b_.c0, a_.zeros)[unit]);
       }
+      cut_[p] = cut(s_, d_, v.t, slot);
       s.dh = dy_.data ? value(row_at(s_, dy_, v.t, slot)[b_.dy_uniform ? 0 : unit]) : A(0);
     });
   }
 
   RNNKERN_DEVICE void step(int64_t i, int pass, int group) {
-    const Visit before = visit_of(i - 1, pass), v = visit_of(i, pass);
     const Range rows = block_.rows(pass), units = block_.units(group);
+    const Visit before = visits_.before(rows), v = visits_.now(rows);
     const bool last_group = group + 1 == r_.groups;
     if (before.active_end > rows.begin) block_.multiply(pass, group, i);
     pairs_.for_each(rows, units, [&](int p, int64_t slot, int64_t unit) {
@@ -146,15 +143,14 @@ class ResidentBackward {
         s.dc = enters ? element_of(s_, b_.dcn, d_, slot, unit) : carried_dc(pass, group, p);
       }
       Cell::backward(s);
-      const bool is_cut = cut(s_, d_, v.t, slot);  // no gradient passes to what was before
 #pragma unroll
       for (int g = 0; g < kShape.gates; ++g) {
         put_operand(block_.exchanged(i + 1, slot, unit * kShape.gates + g),
-                    is_cut ? A(0) : rounded<T>(s.slot[g]));
+                    cut_[p] ? A(0) : rounded<T>(s.slot[g]));
       }
-      if (kShape.reads_h) carried_dh(pass, group, p) = is_cut ? A(0) : s.dh_direct;
+      if (kShape.reads_h) carried_dh(pass, group, p) = cut_[p] ? A(0) : s.dh_direct;
       if constexpr (kShape.cell_state) {
-        if (is_cut) s.dc = 0;
+        if (cut_[p]) s.dc = 0;
         carried_dc(pass, group, p) = s.dc;
         if (slot >= v.leaving && b_.dc0.data) {
           put(state_at(s_, b_.dc0, d_, slot) + unit, s.dc);
@@ -174,11 +170,10 @@ class ResidentBackward {
         put(to + g * z_.H, slot < v.active_end ? ahead_[p].slot[g] : A(0));
       }
     });
-    const bool last_pass = pass + 1 == r_.passes;
-    load(last_group && last_pass ? i + 1 : i,
-         !last_group ? pass
-         : last_pass ? 0
-                     : pass + 1,
+    const int next_pass = !last_group ? pass : pass + 1 < r_.passes ? pass + 1 : 0;
+    const Range next_rows = block_.rows(next_pass);
+    const bool next_step = last_group && next_pass == 0;
+    load(next_step ? visits_.next(next_rows) : visits_.now(next_rows), next_pass,
          last_group ? 0 : group + 1);
   }
 
@@ -190,10 +185,12 @@ class ResidentBackward {
   const Block block_;
   const int d_;
   const OwnPairs pairs_;
+  Visits visits_;
   const Rows<const T> y_, slots_, cells_, dy_;
   const Rows<T> dslots_;
   A* const carried_;
   Step<A> ahead_[kPairs];
+  bool cut_[kPairs];
 };
 
 }  // namespace RNNKERN_NAMESPACE

@@ -45,6 +45,7 @@ class ResidentForward {
         d_(block_.direction()),
         pairs_(r_.units),
         stores_(a.f, d_),
+        visits_(s_, d_ == 0),
         y_(columns(a.f.y, d_ * z_.H)),
         inputs_(saved_rows(s_, a.inputs + a.first_input, d_, a.width)),
         carried_(block_.rest()),
@@ -63,17 +64,12 @@ class ResidentForward {
       for (int group = 0; group < r_.groups; ++group) begin(pass, group);
       block_.publish(pass, 1);
     }
-    load_inputs(0, 0, 0);
-    for (int64_t i = 0; i < s_.T; ++i) {
+    load_inputs(visits_.now(block_.rows(0)), 0, 0);
+    for (int64_t i = 0; i < s_.T; ++i, visits_.advance()) {
       for (int pass = 0; pass < r_.passes; ++pass) {
         for (int group = 0; group < r_.groups; ++group) step(i, pass, group);
       }
     }
-  }
-
-  RNNKERN_DEVICE Visit visit_of(int64_t i, int pass) const {
-    const Range rows = block_.rows(pass);
-    return visit(s_, d_ == 0, i, rows.begin, rows.end);
   }
 
   RNNKERN_DEVICE int64_t states() const {
@@ -122,21 +118,21 @@ class ResidentForward {
     });
   }
 
-  // What the next step adds to its products, on its way while this one ends.
-  RNNKERN_DEVICE void load_inputs(int64_t i, int pass, int group) {
-    if (i >= s_.T) return;
-    const Visit v = visit_of(i, pass);
+  // What the next step adds to its products, on its way while this one ends; and whether an episode
+  // begins after that step.
+  RNNKERN_DEVICE void load_inputs(const Visit& v, int pass, int group) {
     pairs_.for_each(block_.rows(pass), block_.units(group), [&](int p, int64_t slot, int64_t unit) {
       if (slot >= v.active_end) return;
       const A* row = row_at(s_, inputs_, v.t, slot) + unit;
 #pragma unroll
       for (int g = 0; g < kShape.gates; ++g) ahead_[p][g] = row[g * z_.H];
+      cut_after_[p] = slot < v.leaving && cut(s_, d_, d_ == 0 ? v.t + 1 : v.t - 1, slot);
     });
   }
 
   RNNKERN_DEVICE void step(int64_t i, int pass, int group) {
-    const Visit v = visit_of(i, pass);
     const Range rows = block_.rows(pass), units = block_.units(group);
+    const Visit v = visits_.now(rows);
     const bool last_group = group + 1 == r_.groups;
     if (v.active_end > rows.begin) block_.multiply(pass, group, i + 1);
     Step<A> steps[kPairs];
@@ -154,11 +150,10 @@ class ResidentForward {
       if constexpr (kShape.cell_state) s.c_prev = carried_c(pass, group, p);
       Cell::forward(s);
       if (kCarriesCells<T, Cell> && a_.f.rounds_cells) s.c = rounded<T>(s.c);
-      const bool is_cut = slot < v.leaving && cut(s_, d_, d_ == 0 ? v.t + 1 : v.t - 1, slot);
-      const A h = is_cut ? A(0) : rounded<T>(s.h);
+      const A h = cut_after_[p] ? A(0) : rounded<T>(s.h);
       put_operand(block_.exchanged(i, slot, unit), h);
       carried_h(pass, group, p) = h;
-      if constexpr (kShape.cell_state) carried_c(pass, group, p) = is_cut ? A(0) : s.c;
+      if constexpr (kShape.cell_state) carried_c(pass, group, p) = cut_after_[p] ? A(0) : s.c;
     });
     if (last_group) {
       block_.publish(pass, i + 2);
@@ -173,11 +168,10 @@ class ResidentForward {
         row_at(s_, y_, v.t, slot)[unit] = T{};  // a padded row past its end
       }
     });
-    const bool last_pass = pass + 1 == r_.passes;
-    load_inputs(last_group && last_pass ? i + 1 : i,
-                !last_group ? pass
-                : last_pass ? 0
-                            : pass + 1,
+    const int next_pass = !last_group ? pass : pass + 1 < r_.passes ? pass + 1 : 0;
+    const Range next_rows = block_.rows(next_pass);
+    const bool next_step = last_group && next_pass == 0;
+    load_inputs(next_step ? visits_.next(next_rows) : visits_.now(next_rows), next_pass,
                 last_group ? 0 : group + 1);
   }
 
@@ -189,11 +183,13 @@ class ResidentForward {
   const int d_;
   const OwnPairs pairs_;
   const ForwardStores<T, Cell> stores_;
+  Visits visits_;
   const Rows<T> y_;
   const Rows<const A> inputs_;
   A* const carried_;
   A* const biases_;
   A ahead_[kPairs][kShape.gates];
+  bool cut_after_[kPairs];
 };
 
 }  // namespace RNNKERN_NAMESPACE
