@@ -119,7 +119,13 @@ Plan plan_for(const Problem& p, const Device& device) {
     }
   };
   if (p.numbers.tensor_cores) {
-    p.backward ? try_all(kBackwardTiles) : try_all(kForwardTiles);
+    if (p.backward) {
+      try_all(kBackwardTiles);
+    } else if (cell_shape(p.sizes.cell).gates == 1) {
+      try_all(kElmanForwardTiles);
+    } else {
+      try_all(kForwardTiles);
+    }
   } else {
     p.backward ? try_all(kPlainBackwardTiles) : try_all(kPlainForwardTiles);
   }

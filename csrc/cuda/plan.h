@@ -95,6 +95,7 @@ struct TileShape {
   int row_tiles, column_tiles;
 };
 constexpr TileShape kForwardTiles[] = {{2, 1}, {2, 2}, {4, 4}};
+constexpr TileShape kElmanForwardTiles[] = {{2, 1}, {2, 2}, {2, 4}};  // one gate: as many units
 constexpr TileShape kBackwardTiles[] = {{1, 1}, {1, 2}, {2, 4}};
 // Without tensor cores, where a lane has sums of all rows.
 constexpr TileShape kPlainForwardTiles[] = {{2, 1}, {2, 2}};

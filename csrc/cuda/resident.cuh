@@ -289,33 +289,49 @@ class Visits {
   int64_t active_[kKept];
 };
 
-// The units and rows of which a thread makes the cells, the same ones in every step: the units of a
-// row are neighbours.
+// Flags in one register.
+template <int kCount>
+class Bits {
+ public:
+  static_assert(kCount <= 32, "one register");
+  RNNKERN_DEVICE void set(int i, bool flag) { bits_ = (bits_ & ~(1u << i)) | uint32_t(flag) << i; }
+  RNNKERN_DEVICE bool operator[](int i) const { return bits_ >> i & 1; }
+
+ private:
+  uint32_t bits_ = 0;
+};
+
+// The cells that a thread makes, the same ones in every step: one unit in several rows. The units
+// of a row are neighbours.
 template <int kUnits, int kColumns>
-struct Pairs {
-  static constexpr int kCount = (kUnits * kColumns + kResidentThreads - 1) / kResidentThreads;
+class Pairs {
+ public:
+  static_assert(kUnits <= kResidentThreads, "a sweep of the threads takes all units");
+  static constexpr int kCount =
+      (kColumns + kResidentThreads / kUnits - 1) / (kResidentThreads / kUnits);
 
-  int unit[kCount], column[kCount];
-  int units;
+  RNNKERN_DEVICE explicit Pairs(int units)
+      : unit_(thread_index() % units),
+        first_(thread_index() / units),
+        apart_(kResidentThreads / units) {}
 
-  RNNKERN_DEVICE explicit Pairs(int units) : units(units) {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      const int index = thread_index() + i * kResidentThreads;
-      unit[i] = index % units;
-      column[i] = index / units;
-    }
-  }
+  RNNKERN_DEVICE int unit() const { return unit_; }
+  RNNKERN_DEVICE int column(int i) const { return first_ + i * apart_; }
 
   // f(i, slot, unit) for those of the thread that there are.
   template <typename F>
-  RNNKERN_DEVICE void for_each(const Range& rows, const Range& own_units, F f) const {
+  RNNKERN_DEVICE void for_each(const Range& rows, const Range& units, F f) const {
+    const int64_t u = units.begin + unit_;
+    if (first_ >= apart_ || u >= units.end) return;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      const int64_t slot = rows.begin + column[i], u = own_units.begin + unit[i];
-      if (slot < rows.end && u < own_units.end) f(i, slot, u);
+      const int64_t slot = rows.begin + column(i);
+      if (slot < rows.end) f(i, slot, u);
     }
   }
+
+ private:
+  const int unit_, first_, apart_;
 };
 
 }  // namespace RNNKERN_NAMESPACE

@@ -80,7 +80,7 @@ class ResidentBackward {
   // itself reads it.
   RNNKERN_DEVICE A& carried_dc(int pass, int group, int i) const {
     return carried_[(int64_t(pass) * r_.groups + group) * r_.units * kColumns +
-                    pairs_.column[i] * r_.units + pairs_.unit[i]];
+                    pairs_.column(i) * r_.units + pairs_.unit()];
   }
   RNNKERN_DEVICE A& carried_dh(int pass, int group, int i) const {
     return (&carried_dc(pass, group, i))[int64_t(r_.passes) * r_.groups * r_.units * kColumns];
@@ -116,7 +116,7 @@ class ResidentBackward {
         s.c = value(row_at(s_, cells_, v.t, slot)[unit]);
         s.c_prev = value(previous_state(s_, d_, v.t, slot, cells_, b_.c0, a_.zeros)[unit]);
       }
-      cut_[p] = cut(s_, d_, v.t, slot);
+      cut_.set(p, cut(s_, d_, v.t, slot));
       s.dh = dy_.data ? value(row_at(s_, dy_, v.t, slot)[b_.dy_uniform ? 0 : unit]) : A(0);
     });
   }
@@ -129,7 +129,7 @@ class ResidentBackward {
     pairs_.for_each(rows, units, [&](int p, int64_t slot, int64_t unit) {
       A dh = 0;
       if (slot < before.active_end) {
-        dh = block_.sum(pairs_.unit[p], pairs_.column[p]);
+        dh = block_.sum(pairs_.unit(), pairs_.column(p));
         if (kShape.reads_h) dh += carried_dh(pass, group, p);
         if (slot >= before.leaving && b_.dh0.data) {
           put(state_at(s_, b_.dh0, d_, slot) + unit, dh);
@@ -190,7 +190,7 @@ class ResidentBackward {
   const Rows<T> dslots_;
   A* const carried_;
   Step<A> ahead_[kPairs];
-  bool cut_[kPairs];
+  Bits<kPairs> cut_;
 };
 
 }  // namespace RNNKERN_NAMESPACE

@@ -78,7 +78,7 @@ class ResidentForward {
   // States of the thread's pairs: h and c, as what is computed with.
   RNNKERN_DEVICE A& carried_h(int pass, int group, int i) const {
     return carried_[(int64_t(pass) * r_.groups + group) * r_.units * kColumns +
-                    pairs_.column[i] * r_.units + pairs_.unit[i]];
+                    pairs_.column(i) * r_.units + pairs_.unit()];
   }
   RNNKERN_DEVICE A& carried_c(int pass, int group, int i) const {
     return (&carried_h(pass, group, i))[states()];
@@ -126,7 +126,7 @@ class ResidentForward {
       const A* row = row_at(s_, inputs_, v.t, slot) + unit;
 #pragma unroll
       for (int g = 0; g < kShape.gates; ++g) ahead_[p][g] = row[g * z_.H];
-      cut_after_[p] = slot < v.leaving && cut(s_, d_, d_ == 0 ? v.t + 1 : v.t - 1, slot);
+      cut_after_.set(p, slot < v.leaving && cut(s_, d_, d_ == 0 ? v.t + 1 : v.t - 1, slot));
     });
   }
 
@@ -141,9 +141,9 @@ class ResidentForward {
       Step<A>& s = steps[p];
 #pragma unroll
       for (int g = 0; g < kShape.slots; ++g) {
-        A sum = bias(group, g, pairs_.unit[p]);
+        A sum = bias(group, g, pairs_.unit());
         if (g >= kShape.input_slot) sum += ahead_[p][g - kShape.input_slot];
-        if (g < kShape.gates) sum += block_.sum(g * r_.units + pairs_.unit[p], pairs_.column[p]);
+        if (g < kShape.gates) sum += block_.sum(g * r_.units + pairs_.unit(), pairs_.column(p));
         s.slot[g] = sum;
       }
       s.h_prev = carried_h(pass, group, p);
@@ -189,7 +189,7 @@ class ResidentForward {
   A* const carried_;
   A* const biases_;
   A ahead_[kPairs][kShape.gates];
-  bool cut_after_[kPairs];
+  Bits<kPairs> cut_after_;
 };
 
 }  // namespace RNNKERN_NAMESPACE

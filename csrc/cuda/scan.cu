@@ -117,11 +117,13 @@ bool with_tile(const cuda::Plan& plan, F f) {
   };
   return pick(std::make_index_sequence<std::size(kShapes)>{});
 }
-template <typename E, bool kBackward, typename F>
+template <typename E, typename Cell, bool kBackward, typename F>
 bool with_tile_of(const cuda::Plan& plan, F f) {
   if constexpr (kOnTensorCores<E>) {
     if constexpr (kBackward) {
       return with_tile<cuda::kBackwardTiles>(plan, f);
+    } else if constexpr (Cell::kShape.gates == 1) {
+      return with_tile<cuda::kElmanForwardTiles>(plan, f);
     } else {
       return with_tile<cuda::kForwardTiles>(plan, f);
     }
@@ -199,7 +201,7 @@ bool resident(const Forward<T>& f, const cuda::Plan& plan, Queue& queue) {
   }
   return with_operand<T>(queue, [&](auto operand) {
     using E = decltype(operand);
-    return with_tile_of<E, false>(plan, [&](auto tile) {
+    return with_tile_of<E, Cell, false>(plan, [&](auto tile) {
       using Kernel = ResidentForward<T, E, Cell, decltype(tile)::kRow, decltype(tile)::kColumn>;
       return start_kernel<Kernel>(
           queue, "resident forward",
@@ -218,7 +220,7 @@ bool resident(const Backward<T>& b, const cuda::Plan& plan, const T** zeros, Que
   take_streamed(r, z.D, queue);
   return with_operand<T>(queue, [&](auto operand) {
     using E = decltype(operand);
-    return with_tile_of<E, true>(plan, [&](auto tile) {
+    return with_tile_of<E, Cell, true>(plan, [&](auto tile) {
       using Kernel = ResidentBackward<T, E, Cell, decltype(tile)::kRow, decltype(tile)::kColumn>;
       return start_kernel<Kernel>(
           queue, "resident backward",
