@@ -49,6 +49,13 @@ if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES AND NOT DEFINED ENV{CUDAARCHS})
   endif()
 endif()
 
+# pip's nvcc looks for its libraries in a folder lib64 that it does not have.
+get_filename_component(rnnkern_toolkit ${rnnkern_nvcc} DIRECTORY)
+get_filename_component(rnnkern_toolkit ${rnnkern_toolkit} DIRECTORY)
+if(EXISTS ${rnnkern_toolkit}/lib/libcudart_static.a AND NOT EXISTS ${rnnkern_toolkit}/lib64)
+  set(ENV{NVCC_APPEND_FLAGS} "-L${rnnkern_toolkit}/lib $ENV{NVCC_APPEND_FLAGS}")
+endif()
+
 include(CheckLanguage)
 check_language(CUDA)  # with a host compiler that it accepts
 if(NOT CMAKE_CUDA_COMPILER)
@@ -58,5 +65,5 @@ endif()
 enable_language(CUDA)
 set(CMAKE_CUDA_STANDARD 20)
 set(CMAKE_CUDA_STANDARD_REQUIRED ON)
-find_package(CUDAToolkit REQUIRED)
+set(CMAKE_CUDA_RUNTIME_LIBRARY Static)  # and it loads where there is no driver
 set(rnnkern_has_cuda ON)

@@ -336,7 +336,7 @@ PYBIND11_MODULE(_C, m) {
       [](const Layer& layer, py::handle x, int64_t T, int64_t N, int64_t I, bool backward) {
         const dlpack::Tensor tensor = view_of(x, "input").tensor;
         return with_element(tensor.dtype, [&](auto element) {
-          const cuda::Call call = {tensor.device.id, nullptr, is_tf32_allowed(layer.is_cell),
+          const cuda::Call call = {tensor.device.id, nullptr, tf32_for(layer),
                                    is_so(api.deterministic)};
           return cuda::describe<decltype(element)>(sizes_of(layer, I), T, N, backward, call);
         });

@@ -97,8 +97,9 @@ def _lines(
     D = layer.directions
     multiplied = " multiplied as bfloat16" if kernels.multiplied_as_bfloat16(layer, x) else ""
     dtype = str(x.dtype).removeprefix("torch.")
+    place = "GPU" if x.device.type == "cuda" else "CPU"
     lines = [
-        f"{module.mode} on the {x.device.type.upper()}, {dtype}{multiplied}: "
+        f"{module.mode} on the {place}, {dtype}{multiplied}: "
         f"T={T} N={N} I={module.input_size} H={module.hidden_size} "
         f"layers={module.num_layers} directions={D}"
     ]

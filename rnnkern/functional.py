@@ -226,7 +226,7 @@ def cell(module: Any, input: Tensor, hx: Any) -> Any:
         proj=0,
         bias=len(weights) > 2,
         batch_first=False,
-        by_bfloat16=asked is torch.bfloat16,
+        by_bfloat16=asked is torch.bfloat16 or (asked is not None and x.device.type == "cuda"),
         is_cell=True,
     )
     _, hn, cn = _one_layer(layer, x, h0, c0, weights, None)

@@ -24,9 +24,10 @@ Both raise `RefusedError` before anything is written.
 layer = _C.layer
 """``layer(mode, directions, hidden, proj, bias, batch_first, by_bfloat16=False, is_cell=False)``.
 
-Equal ones are mostly one object. Of a cell (``is_cell``) float32 is TF32 on a GPU where torch's
-products may be, of a layer where cuDNN's recurrent layers may be. With ``by_bfloat16``, products take float32 as bfloat16: on a CPU
-that multiplies those, from 16 rows on (of all steps), and always under deterministic algorithms.
+Equal ones are mostly one object. With ``by_bfloat16``, products may take float32 as bfloat16: on a
+CPU that multiplies those, from 16 rows on (of all steps), and always under deterministic
+algorithms; on a GPU as TF32. Without, float32 is TF32 on a GPU where torch.nn's would be: of a cell
+(``is_cell``) where torch's products may, of a layer where cuDNN's recurrent layers may.
 """
 
 RefusedError = _C.RefusedError

@@ -26,6 +26,7 @@ struct Grid {
 // A new interleaving for each launch, the same ones in each process.
 template <typename Kernel>
 bool launch(const std::string&, Grid grid, void*, const typename Kernel::Arguments& arguments) {
+  if (Kernel::kBlocksWait && grid.blocks > simt::most_blocks()) return false;
   static uint32_t seed = 0;
   simt::Launch(
       {unsigned(grid.blocks)}, {unsigned(grid.threads)}, size_t(grid.shared_bytes),

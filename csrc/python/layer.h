@@ -24,7 +24,8 @@ struct Layer {
   int directions;
   int64_t hidden, out;
   bool bias, projected, batch_first;
-  bool by_bfloat16;  // float32 is multiplied as bfloat16 where worth_bfloat16 (plan.h) says so
+  bool by_bfloat16;  // float32 is multiplied as bfloat16 where worth_bfloat16 (plan.h) says so; on
+                     // a GPU as TF32
   bool is_cell;      // one step of torch.nn.RNNCell, LSTMCell or GRUCell
 
   Layer(CellId cell, int directions, int64_t hidden, int64_t proj, bool bias, bool batch_first,
@@ -45,6 +46,11 @@ struct Layer {
   bool has_cell_state() const { return cell_shape(cell).cell_state; }
   const char* mode() const { return kCellModes[int(cell)]; }
 };
+
+// Whether float32 may be multiplied as TF32, on a GPU.
+inline bool tf32_for(const Layer& layer) {
+  return layer.by_bfloat16 || is_tf32_allowed(layer.is_cell);
+}
 
 // The Python object of a layer: equal layers share one while it is among the last ones made.
 inline py::object object_of(const Layer& layer) {

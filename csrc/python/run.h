@@ -35,8 +35,8 @@ void run(const Operands<T>& operands, const Scan& scan) {
     return;
   }
   if constexpr (cuda::kHasKernels<T>) {
-    const cuda::Call call = {device.id, current_stream(device),
-                             is_tf32_allowed(operands.layer().is_cell), operands.deterministic};
+    const cuda::Call call = {device.id, current_stream(device), tf32_for(operands.layer()),
+                             operands.deterministic};
     py::object kept;
     cuda::run(scan, call, [&](size_t bytes) {
       T* memory = nullptr;

@@ -80,6 +80,25 @@ def test_integers_are_exact_as_tf32(
         assert torch.equal(exact, rounded)
 
 
+@pytest.mark.parametrize("tier", ["resident", "plain"])
+@pytest.mark.parametrize("blocks", [5, 2])
+def test_a_share_of_the_device_is_enough(
+    tier: str, blocks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RNNKERN_CUDA_TIER", tier)
+    monkeypatch.setenv("RNNKERN_SIMT_BLOCKS", str(blocks))
+    module = rnnkern.LSTM(3, 40, bidirectional=True)
+    check(module, leaves_for(module, 3, 10))
+
+
+@pytest.mark.parametrize("tier", ["resident", "plain"])
+def test_a_launch_that_is_refused_is_an_error(tier: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RNNKERN_CUDA_TIER", tier)
+    monkeypatch.setenv("RNNKERN_SIMT_BLOCKS", "0")
+    with pytest.raises(RuntimeError, match=r"LSTM \(T=3 N=10 I=3 H=40\): .*fewer blocks at once"):
+        rnnkern.LSTM(3, 40)(torch.randn(3, 10, 3))
+
+
 def test_tf32_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that the test above is not one of float32."""
     module = rnnkern.LSTM(20, 30)

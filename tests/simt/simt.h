@@ -253,6 +253,12 @@ class Launch {
 
 inline Launch& launch() { return *Launch::current; }
 
+// As where a process has only a share of the device: RNNKERN_SIMT_BLOCKS run at once.
+inline int most_blocks() {
+  const char* const named = std::getenv("RNNKERN_SIMT_BLOCKS");
+  return named ? std::atoi(named) : 1 << 30;
+}
+
 // A place in a kernel where threads wait. RNNKERN_SIMT_WITHOUT=FILE:LINE leaves that one out:
 // results must then go wrong, or nobody needs it.
 using Where = std::source_location;
