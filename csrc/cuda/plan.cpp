@@ -119,12 +119,18 @@ Plan plan_for(const Problem& p, const Device& device) {
     }
   };
   if (p.numbers.tensor_cores) {
-    if (p.backward) {
-      try_all(kBackwardTiles);
-    } else if (cell_shape(p.sizes.cell).gates == 1) {
-      try_all(kElmanForwardTiles);
-    } else {
-      try_all(kForwardTiles);
+    switch (p.backward ? 0 : cell_shape(p.sizes.cell).gates) {
+      case 0:
+        try_all(kBackwardTiles);
+        break;
+      case 1:
+        try_all(kForwardTiles<1>);
+        break;
+      case 3:
+        try_all(kForwardTiles<3>);
+        break;
+      default:
+        try_all(kForwardTiles<4>);
     }
   } else {
     p.backward ? try_all(kPlainBackwardTiles) : try_all(kPlainForwardTiles);

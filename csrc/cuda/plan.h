@@ -94,8 +94,9 @@ constexpr int64_t kept_count(const Plan& plan, int slots) {
 struct TileShape {
   int row_tiles, column_tiles;
 };
-constexpr TileShape kForwardTiles[] = {{2, 1}, {2, 2}, {4, 4}};
-constexpr TileShape kElmanForwardTiles[] = {{2, 1}, {2, 2}, {2, 4}};  // one gate: as many units
+// Forward, the largest has 16 units of a cell with several gates, 32 of one with one.
+template <int kGates>
+constexpr TileShape kForwardTiles[] = {{2, 1}, {2, 2}, {kGates == 1 ? 2 : kGates, 4}};
 constexpr TileShape kBackwardTiles[] = {{1, 1}, {1, 2}, {2, 4}};
 // Without tensor cores, where a lane has sums of all rows.
 constexpr TileShape kPlainForwardTiles[] = {{2, 1}, {2, 2}};

@@ -122,10 +122,8 @@ bool with_tile_of(const cuda::Plan& plan, F f) {
   if constexpr (kOnTensorCores<E>) {
     if constexpr (kBackward) {
       return with_tile<cuda::kBackwardTiles>(plan, f);
-    } else if constexpr (Cell::kShape.gates == 1) {
-      return with_tile<cuda::kElmanForwardTiles>(plan, f);
     } else {
-      return with_tile<cuda::kForwardTiles>(plan, f);
+      return with_tile<cuda::kForwardTiles<Cell::kShape.gates>>(plan, f);
     }
   } else if constexpr (kBackward) {
     return with_tile<cuda::kPlainBackwardTiles>(plan, f);

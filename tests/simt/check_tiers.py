@@ -136,7 +136,7 @@ def test_the_layouts_are_all_there_are() -> None:
                         ("streamed", plan.resident_chunks == 0),
                     }
     assert tiles == {
-        (True, False): {(2, 1), (2, 2), (2, 4), (4, 4)},
+        (True, False): {(2, 1), (2, 2), (2, 4), (3, 4), (4, 4)},
         (True, True): {(1, 1), (1, 2), (2, 4)},
         (False, False): {(2, 1), (2, 2)},
         (False, True): {(1, 1), (1, 2), (1, 4)},
