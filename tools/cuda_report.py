@@ -1,7 +1,9 @@
 """What the CUDA compiler says each kernel needs, from a build log with RNNKERN_CUDA_REPORT=ON.
 
-Usage: python tools/cuda_report.py LOG. Fails where a hot kernel spills registers or has a stack
-frame: the resident tier in float32 and narrower; float64 is to be right, not fast.
+Usage: python tools/cuda_report.py LOG. Fails where a hot kernel spills registers: the resident tier
+in float32 and narrower; float64 is to be right, not fast. On the tensor cores no byte may be
+spilled. Those of true float32 keep all sums of a tile in a lane, and the compiler fills the last
+registers with loads ahead: a few words are let through, and printed.
 """
 
 from __future__ import annotations
@@ -17,6 +19,9 @@ MEMORY = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) b
 REGISTERS = re.compile(r"Used (\d+) registers")
 
 
+FEW_BYTES = 96
+
+
 class Kernel(NamedTuple):
     name: str
     architecture: str
@@ -27,6 +32,11 @@ class Kernel(NamedTuple):
     @property
     def is_hot(self) -> bool:
         return self.name.startswith("Resident") and "<double" not in self.name
+
+    @property
+    def is_wrong(self) -> bool:
+        allowed = FEW_BYTES if "<float, float" in self.name else 0
+        return self.is_hot and self.spilled > allowed
 
 
 def kernels(log: str) -> list[Kernel]:
@@ -73,9 +83,10 @@ def main() -> int:
             f"a stack frame"
         )
         for kernel in spilling:
-            wrong += kernel.is_hot
+            wrong += kernel.is_wrong
+            mark = "WRONG: " if kernel.is_wrong else ""
             print(
-                f"  {'HOT: ' if kernel.is_hot else ''}{kernel.name}: {kernel.registers} registers, "
+                f"  {mark}{kernel.name}: {kernel.registers} registers, "
                 f"{kernel.stack} bytes of stack, {kernel.spilled} spilled"
             )
     return 1 if wrong else 0

@@ -258,7 +258,7 @@ class Visits {
  public:
   RNNKERN_DEVICE Visits(const Steps& s, bool ascending) : s_(s), ascending_(ascending) {
 #pragma unroll
-    for (int i = 0; i < kKept; ++i) active_[i] = active_at(s, ascending, i - 2);
+    for (int i = 0; i < kKept; ++i) active_[i] = int(active_at(s, ascending, i - 2));
   }
 
   // On to the next step.
@@ -266,7 +266,7 @@ class Visits {
     ++index_;
 #pragma unroll
     for (int i = 0; i + 1 < kKept; ++i) active_[i] = active_[i + 1];
-    active_[kKept - 1] = active_at(s_, ascending_, index_ + kKept - 3);
+    active_[kKept - 1] = int(active_at(s_, ascending_, index_ + kKept - 3));
   }
 
   RNNKERN_DEVICE Visit before(const Range& rows) const { return of<-1>(rows); }
@@ -285,8 +285,9 @@ class Visits {
 
   const Steps& s_;
   const bool ascending_;
-  int64_t index_ = 0;
-  int64_t active_[kKept];
+  // Steps and rows of which there is memory: their number is an int.
+  int index_ = 0;
+  int active_[kKept];
 };
 
 // Flags in one register.
