@@ -25,8 +25,7 @@ export PIP_CONSTRAINT := constraints.txt
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help install compare test test-isa bench bench-smoke report lint format wheel check-wheel \
-  check-neon sanitize cuda-check \
-  cuda-sanitize simt clean distclean
+  check-neon sanitize cuda-check cuda-sanitize simt clean distclean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile

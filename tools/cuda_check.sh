@@ -18,7 +18,9 @@ RNNKERN_CUDA=ON RNNKERN_CUDA_REPORT=ON "$python" setup.py --quiet build --build-
 
 PYTHONPATH="$lib:$PWD/tools" RNNKERN_LOADED_FROM="$lib" RNNKERN_TEST_DEVICES=cpu \
   "$(dirname "$python")/pytest" -q -p loaded_from tests/test_cells.py tests/test_cuda_plan.py
-PYTHONPATH="$lib" "$python" - <<'PYTHON'
+# From where no other rnnkern lies: what Python reads from its input looks there first.
+interpreter=$(cd "$(dirname "$python")" && pwd)/$(basename "$python")
+(cd "$lib" && "$interpreter") <<'PYTHON'
 import os
 import rnnkern
 

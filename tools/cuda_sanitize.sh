@@ -2,18 +2,17 @@
 # On a machine with a GPU: tests under compute-sanitizer's memcheck and racecheck. It watches our
 # kernels alone, for torch's are many; and without torch's cache of memory each tensor is an
 # allocation of its own, so that what is beyond its end is nobody's.
-# Usage, from the repository: tools/cuda_sanitize.sh PYTHON [pytest arguments]
+# Usage, from the repository: [SANITIZE="pytest's -k"] tools/cuda_sanitize.sh PYTHON [pytest arguments]
 set -eu
 
 python=$1
 shift
-if [ $# -eq 0 ]; then
-  set -- tests/test_sequences.py -k 'float32 and (test_packed_lengths and mixed or test_reset and random)'
-fi
+some='float32 and (test_packed_lengths and mixed or test_reset and random)'
 failed=0
 for tool in memcheck racecheck; do
   echo "==== $tool"
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --kernel-name kns=rnnkern \
-    --error-exitcode 1 "$python" -m pytest -m cuda -p no:cacheprovider -x -q "$@" || failed=1
+    --error-exitcode 1 "$python" -m pytest -m cuda -p no:cacheprovider -x -q tests/test_sequences.py \
+    -k "${SANITIZE:-$some}" "$@" || failed=1
 done
 exit $failed

@@ -42,10 +42,7 @@ class PlainBackward {
         s_(a.b.steps),
         share_(share_of(z_, s_, a.teams, block_index())),
         d_(share_.direction),
-        y_(columns(b_.y, d_ * z_.O)),
-        slots_(saved_rows(s_, b_.slots, d_, kShape.slots * z_.H)),
-        cells_(saved_rows(s_, b_.cells, d_, z_.H)),
-        dy_(columns(b_.dy, b_.dy_uniform ? 0 : d_ * z_.O)),
+        loads_(b_, a.zeros, d_),
         dslots_(saved_rows(s_, b_.dslots, d_, kShape.slots * z_.H)),
         dprojected_(saved_rows(s_, b_.dprojected, d_, z_.O)) {}
 
@@ -59,7 +56,7 @@ class PlainBackward {
       sync_block();  // dh of these rows, and of the step before
       if (z_.projected) {
         for_each_element(active, share_.outputs, [&](int64_t slot, int64_t o) {
-          put(row_at(s_, dprojected_, v.t, slot) + o, dh(slot)[o] + dy(v.t, slot, o));
+          put(row_at(s_, dprojected_, v.t, slot) + o, dh(slot)[o] + loads_.dy(v.t, slot, o));
         });
         publish(share_, ++epoch);
         wait_for(share_, a_.teams, epoch);
@@ -78,11 +75,6 @@ class PlainBackward {
   RNNKERN_DEVICE A* dh(int64_t slot) const { return a_.dh + (d_ * s_.N + slot) * z_.O; }
   RNNKERN_DEVICE A* dc(int64_t slot) const { return a_.dc + (d_ * s_.N + slot) * z_.H; }
   RNNKERN_DEVICE A* dm(int64_t slot) const { return a_.dm + (d_ * s_.N + slot) * z_.H; }
-
-  RNNKERN_DEVICE A dy(int64_t t, int64_t slot, int64_t o) const {
-    if (!dy_.data) return 0;
-    return value(row_at(s_, dy_, t, slot)[b_.dy_uniform ? 0 : o]);
-  }
 
   // Padded rows past their end: the products after the loop take all rows.
   RNNKERN_DEVICE void zero_inactive(const Visit& v) const {
@@ -134,22 +126,9 @@ class PlainBackward {
   RNNKERN_DEVICE void cell(const Visit& v, int64_t slot, int64_t unit) const {
     Step<A> s = {};
     const int64_t H = z_.H;
-    if constexpr (kShape.saves_slots) {
-      const T* saved = row_at(s_, slots_, v.t, slot) + unit;
-#pragma unroll
-      for (int i = 0; i < kShape.slots; ++i) s.slot[i] = value(saved[i * H]);
-    } else {
-      s.h = value(row_at(s_, y_, v.t, slot)[unit]);
-    }
-    if constexpr (kShape.reads_h) {
-      s.h_prev = value(previous_state(s_, d_, v.t, slot, y_, b_.h0, a_.zeros)[unit]);
-    }
-    if constexpr (kShape.cell_state) {
-      s.c = value(row_at(s_, cells_, v.t, slot)[unit]);
-      s.c_prev = value(previous_state(s_, d_, v.t, slot, cells_, b_.c0, a_.zeros)[unit]);
-      s.dc = dc(slot)[unit];
-    }
-    s.dh = z_.projected ? dm(slot)[unit] : dh(slot)[unit] + dy(v.t, slot, unit);
+    loads_.get_step(v.t, slot, unit, &s);
+    if constexpr (kShape.cell_state) s.dc = dc(slot)[unit];
+    s.dh = z_.projected ? dm(slot)[unit] : dh(slot)[unit] + loads_.dy(v.t, slot, unit);
     Cell::backward(s);
     T* to = row_at(s_, dslots_, v.t, slot) + unit;
 #pragma unroll
@@ -184,7 +163,7 @@ class PlainBackward {
   const Steps& s_;
   const Share share_;
   const int d_;
-  const Rows<const T> y_, slots_, cells_, dy_;
+  const BackwardLoads<T, Cell> loads_;
   const Rows<T> dslots_, dprojected_;
 };
 

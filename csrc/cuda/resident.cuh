@@ -11,13 +11,11 @@
 // A team of blocks takes one direction of some batch rows through all steps. One step of a block:
 //   1. Each warp waits for the flags of the blocks that make its part of k, not for the team; reads
 //      it from the exchange buffer straight into the registers that the products want (tile.cuh).
-//   2. The warps' sums meet in shared memory; each thread makes the cells of its own units and
-//   rows,
-//      whose states stay with it, writes what others need to the exchange buffer, and the block's
-//      flag says so.
+//   2. The warps' sums meet in shared memory; each thread makes the cells of its own unit and rows,
+//      whose states stay with it, writes what others need to the exchange buffer, and the flag of
+//      the block says so.
 //   3. Only then it stores outputs and what backward needs, and loads what the next step adds to
-//   the
-//      products.
+//      the products.
 // The exchange buffer is double: what a block writes after step i was read in step i-1, and its
 // flags of step i have told it that all of the team are past that.
 //
@@ -41,6 +39,20 @@ struct Residency : cuda::Plan {
   int* flags = nullptr;      // [D][parts][unit_blocks], zero at the start
   Quad* exchange = nullptr;  // [2][D][parts * columns][chunks], zero at the start
   Quad* streamed = nullptr;  // [blocks][groups][chunks - resident_chunks] chunks of weights
+};
+
+// Pass and group within a step, and what comes after them: the next group, pass or step.
+struct Turn {
+  int pass = 0, group = 0;
+
+  RNNKERN_DEVICE bool is_last_group(const Residency& r) const { return group + 1 == r.groups; }
+  RNNKERN_DEVICE bool is_last(const Residency& r) const {
+    return is_last_group(r) && pass + 1 == r.passes;
+  }
+  RNNKERN_DEVICE Turn next(const Residency& r) const {
+    if (!is_last_group(r)) return {pass, group + 1};
+    return {is_last(r) ? 0 : pass + 1, 0};
+  }
 };
 
 template <typename E, int kRowTiles, int kColumnTiles>
@@ -81,6 +93,15 @@ class ResidentBlock {
   }
 
   RNNKERN_DEVICE int direction() const { return direction_; }
+
+  // f(turn) for every pass and group, as they come in a step.
+  template <typename F>
+  RNNKERN_DEVICE void for_each_turn(F f) const {
+    for (int pass = 0; pass < r_.passes; ++pass) {
+      for (int group = 0; group < r_.groups; ++group) f(Turn{pass, group});
+    }
+  }
+
   // What follows in shared memory.
   RNNKERN_DEVICE A* rest() const { return sums_.sums + cuda::sum_count(kRows, kColumns); }
 
@@ -137,22 +158,23 @@ class ResidentBlock {
     return reinterpret_cast<E*>(row_of(epoch, slot)) + k;
   }
 
-  // The sums of one group over the rows of one pass, as exchanged in `epoch`; then of all warps in
-  // shared memory, once the block has met.
-  RNNKERN_DEVICE void multiply(int pass, int group, int64_t epoch) const {
+  // The sums of a turn's group over the rows of its pass, as exchanged in `epoch`; then of all
+  // warps in shared memory, once the block has met.
+  RNNKERN_DEVICE void multiply(const Turn& turn, int64_t epoch) const {
     if (thread_index() / kWarp < working_) {
-      wait_for(pass, epoch);
+      wait_for(turn.pass, epoch);
       const Quad* states[kColumnTiles];
 #pragma unroll
       for (int n = 0; n < kColumnTiles; ++n) {
         const int column = n * kTileColumns + thread_index() % kWarp / 4;
-        states[n] = row_of(epoch, int64_t(part(pass)) * kColumns + column) + thread_index() % 4;
+        states[n] =
+            row_of(epoch, int64_t(part(turn.pass)) * kColumns + column) + thread_index() % 4;
       }
       Product product;
       const int resident = end_chunk_ < r_.resident_chunks ? end_chunk_ : r_.resident_chunks;
-      add_chunks(first_chunk_, resident, resident_chunk(group, 0), states, &product);
+      add_chunks(first_chunk_, resident, resident_chunk(turn.group, 0), states, &product);
       add_chunks(first_chunk_ > resident ? first_chunk_ : resident, end_chunk_,
-                 streamed_chunk(group, 0), states, &product);
+                 streamed_chunk(turn.group, 0), states, &product);
       product.store(sums_, thread_index() / kWarp);
     }
     sync_block();
@@ -171,12 +193,14 @@ class ResidentBlock {
     return all;
   }
 
-  // All of the block have read the sums; what they have written to the exchange buffer is there for
-  // the team.
-  RNNKERN_DEVICE void publish(int pass, int64_t epoch) const {
+  // All of the block have read the sums of this turn; after the last group, what they have written
+  // to the exchange buffer is there for the team.
+  RNNKERN_DEVICE void finish(const Turn& turn, int64_t epoch) const {
     sync_block();
     // The last thread is the most likely to have no cells of its own.
-    if (thread_index() == kResidentThreads - 1) set_flag(flags(pass) + member_, int(epoch));
+    if (turn.is_last_group(r_) && thread_index() == kResidentThreads - 1) {
+      set_flag(flags(turn.pass) + member_, int(epoch));
+    }
   }
 
  private:
@@ -333,6 +357,32 @@ class Pairs {
 
  private:
   const int unit_, first_, apart_;
+};
+
+// Two numbers of each cell of a thread, from step to step, in shared memory.
+template <typename A, typename OwnPairs, int kColumns>
+class Kept {
+ public:
+  RNNKERN_DEVICE Kept(const Residency& r, const OwnPairs& pairs, A* numbers)
+      : r_(r), pairs_(pairs), numbers_(numbers) {}
+
+  RNNKERN_DEVICE A& first(const Turn& turn, int i) const {
+    return numbers_[(int64_t(turn.pass) * r_.groups + turn.group) * r_.units * kColumns +
+                    pairs_.column(i) * r_.units + pairs_.unit()];
+  }
+  RNNKERN_DEVICE A& second(const Turn& turn, int i) const { return (&first(turn, i))[count()]; }
+
+  // What follows in memory.
+  RNNKERN_DEVICE A* end() const { return numbers_ + 2 * count(); }
+
+ private:
+  RNNKERN_DEVICE int64_t count() const {
+    return int64_t(r_.passes) * r_.groups * r_.units * kColumns;
+  }
+
+  const Residency& r_;
+  const OwnPairs& pairs_;
+  A* const numbers_;
 };
 
 }  // namespace RNNKERN_NAMESPACE

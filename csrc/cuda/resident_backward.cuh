@@ -40,8 +40,7 @@ class ResidentBackward {
   static constexpr int kPairs = OwnPairs::kCount;
 
   RNNKERN_DEVICE explicit ResidentBackward(const Arguments& a)
-      : a_(a),
-        b_(a.b),
+      : b_(a.b),
         r_(a.residency),
         z_(a.b.sizes),
         s_(a.b.steps),
@@ -49,12 +48,9 @@ class ResidentBackward {
         d_(block_.direction()),
         pairs_(r_.units),
         visits_(s_, d_ == 1),
-        y_(columns(b_.y, d_ * z_.H)),
-        slots_(saved_rows(s_, b_.slots, d_, kShape.slots * z_.H)),
-        cells_(saved_rows(s_, b_.cells, d_, z_.H)),
-        dy_(columns(b_.dy, b_.dy_uniform ? 0 : d_ * z_.H)),
+        loads_(b_, a.zeros, d_),
         dslots_(saved_rows(s_, b_.dslots, d_, kShape.slots * z_.H)),
-        carried_(block_.rest()) {}
+        kept_(r_, pairs_, block_.rest()) {}
 
   RNNKERN_DEVICE void scan() {
     const Weights<T>& w = b_.weights[d_];
@@ -65,72 +61,50 @@ class ResidentBackward {
       return value(
           w.w_hh[(recurrent_gate<Cell>(k % kGates) * z_.H + k / kGates) * w.w_hh_row + unit]);
     });
-    for (int pass = 0; pass < r_.passes; ++pass) {
-      for (int group = 0; group < r_.groups; ++group) pass_idle_rows(pass, group);
-    }
-    load(visits_.now(block_.rows(0)), 0, 0);
+    block_.for_each_turn([&](const Turn& turn) { pass_idle_rows(turn); });
+    load(visits_.now(block_.rows(0)), {});
     for (int64_t i = 0; i < s_.T + (b_.dh0.data ? 1 : 0); ++i, visits_.advance()) {
-      for (int pass = 0; pass < r_.passes; ++pass) {
-        for (int group = 0; group < r_.groups; ++group) step(i, pass, group);
-      }
+      block_.for_each_turn([&](const Turn& turn) { step(i, turn); });
     }
   }
 
   // What passes from step to step beside the product: gradients of c, and of h where the cell
   // itself reads it.
-  RNNKERN_DEVICE A& carried_dc(int pass, int group, int i) const {
-    return carried_[(int64_t(pass) * r_.groups + group) * r_.units * kColumns +
-                    pairs_.column(i) * r_.units + pairs_.unit()];
-  }
-  RNNKERN_DEVICE A& carried_dh(int pass, int group, int i) const {
-    return (&carried_dc(pass, group, i))[int64_t(r_.passes) * r_.groups * r_.units * kColumns];
-  }
+  RNNKERN_DEVICE A& carried_dc(const Turn& turn, int i) const { return kept_.first(turn, i); }
+  RNNKERN_DEVICE A& carried_dh(const Turn& turn, int i) const { return kept_.second(turn, i); }
 
-  RNNKERN_DEVICE void pass_idle_rows(int pass, int group) const {
-    pairs_.for_each(block_.rows(pass), block_.units(group), [&](int, int64_t slot, int64_t unit) {
-      if (slot < active_rows(s_, 0)) return;
-      pass_element(s_, b_.dhn, b_.dh0, d_, slot, unit);
-      if (kShape.cell_state) pass_element(s_, b_.dcn, b_.dc0, d_, slot, unit);
-    });
+  RNNKERN_DEVICE void pass_idle_rows(const Turn& turn) const {
+    pairs_.for_each(block_.rows(turn.pass), block_.units(turn.group),
+                    [&](int, int64_t slot, int64_t unit) {
+                      if (slot < active_rows(s_, 0)) return;
+                      pass_element(s_, b_.dhn, b_.dh0, d_, slot, unit);
+                      if (kShape.cell_state) pass_element(s_, b_.dcn, b_.dc0, d_, slot, unit);
+                    });
   }
 
   // What the next step reads of what forward has saved, on its way while this one ends; and whether
   // an episode begins there: no gradient passes to what was before. Nobody takes part after the
   // last step.
-  RNNKERN_DEVICE void load(const Visit& v, int pass, int group) {
-    const int64_t H = z_.H;
-    pairs_.for_each(block_.rows(pass), block_.units(group), [&](int p, int64_t slot, int64_t unit) {
-      if (slot >= v.active_end) return;
-      Step<A>& s = ahead_[p];
-      if constexpr (kShape.saves_slots) {
-        const T* saved = row_at(s_, slots_, v.t, slot) + unit;
-#pragma unroll
-        for (int g = 0; g < kShape.slots; ++g) s.slot[g] = value(saved[g * H]);
-      } else {
-        s.h = value(row_at(s_, y_, v.t, slot)[unit]);
-      }
-      if constexpr (kShape.reads_h) {
-        s.h_prev = value(previous_state(s_, d_, v.t, slot, y_, b_.h0, a_.zeros)[unit]);
-      }
-      if constexpr (kShape.cell_state) {
-        s.c = value(row_at(s_, cells_, v.t, slot)[unit]);
-        s.c_prev = value(previous_state(s_, d_, v.t, slot, cells_, b_.c0, a_.zeros)[unit]);
-      }
-      cut_.set(p, cut(s_, d_, v.t, slot));
-      s.dh = dy_.data ? value(row_at(s_, dy_, v.t, slot)[b_.dy_uniform ? 0 : unit]) : A(0);
-    });
+  RNNKERN_DEVICE void load(const Visit& v, const Turn& turn) {
+    pairs_.for_each(block_.rows(turn.pass), block_.units(turn.group),
+                    [&](int p, int64_t slot, int64_t unit) {
+                      if (slot >= v.active_end) return;
+                      Step<A>& s = ahead_[p];
+                      loads_.get_step(v.t, slot, unit, &s);
+                      s.dh = loads_.dy(v.t, slot, unit);
+                      cut_.set(p, cut(s_, d_, v.t, slot));
+                    });
   }
 
-  RNNKERN_DEVICE void step(int64_t i, int pass, int group) {
-    const Range rows = block_.rows(pass), units = block_.units(group);
+  RNNKERN_DEVICE void step(int64_t i, const Turn& turn) {
+    const Range rows = block_.rows(turn.pass), units = block_.units(turn.group);
     const Visit before = visits_.before(rows), v = visits_.now(rows);
-    const bool last_group = group + 1 == r_.groups;
-    if (before.active_end > rows.begin) block_.multiply(pass, group, i);
+    if (before.active_end > rows.begin) block_.multiply(turn, i);
     pairs_.for_each(rows, units, [&](int p, int64_t slot, int64_t unit) {
       A dh = 0;
       if (slot < before.active_end) {
         dh = block_.sum(pairs_.unit(), pairs_.column(p));
-        if (kShape.reads_h) dh += carried_dh(pass, group, p);
+        if (kShape.reads_h) dh += carried_dh(turn, p);
         if (slot >= before.leaving && b_.dh0.data) {
           put(state_at(s_, b_.dh0, d_, slot) + unit, dh);
         }
@@ -140,7 +114,7 @@ class ResidentBackward {
       const bool enters = slot >= v.entering;
       s.dh += enters ? element_of(s_, b_.dhn, d_, slot, unit) : dh;
       if constexpr (kShape.cell_state) {
-        s.dc = enters ? element_of(s_, b_.dcn, d_, slot, unit) : carried_dc(pass, group, p);
+        s.dc = enters ? element_of(s_, b_.dcn, d_, slot, unit) : carried_dc(turn, p);
       }
       Cell::backward(s);
 #pragma unroll
@@ -148,20 +122,16 @@ class ResidentBackward {
         put_operand(block_.exchanged(i + 1, slot, unit * kShape.gates + g),
                     cut_[p] ? A(0) : rounded<T>(s.slot[g]));
       }
-      if (kShape.reads_h) carried_dh(pass, group, p) = cut_[p] ? A(0) : s.dh_direct;
+      if (kShape.reads_h) carried_dh(turn, p) = cut_[p] ? A(0) : s.dh_direct;
       if constexpr (kShape.cell_state) {
         if (cut_[p]) s.dc = 0;
-        carried_dc(pass, group, p) = s.dc;
+        carried_dc(turn, p) = s.dc;
         if (slot >= v.leaving && b_.dc0.data) {
           put(state_at(s_, b_.dc0, d_, slot) + unit, s.dc);
         }
       }
     });
-    if (last_group) {
-      block_.publish(pass, i + 1);
-    } else {
-      sync_block();  // the sums have been read
-    }
+    block_.finish(turn, i + 1);
     pairs_.for_each(rows, units, [&](int p, int64_t slot, int64_t unit) {
       if (i == s_.T || (slot >= v.active_end && s_.start)) return;
       T* to = row_at(s_, dslots_, v.t, slot) + unit;
@@ -170,14 +140,11 @@ class ResidentBackward {
         put(to + g * z_.H, slot < v.active_end ? ahead_[p].slot[g] : A(0));
       }
     });
-    const int next_pass = !last_group ? pass : pass + 1 < r_.passes ? pass + 1 : 0;
-    const Range next_rows = block_.rows(next_pass);
-    const bool next_step = last_group && next_pass == 0;
-    load(next_step ? visits_.next(next_rows) : visits_.now(next_rows), next_pass,
-         last_group ? 0 : group + 1);
+    const Turn next = turn.next(r_);
+    const Range next_rows = block_.rows(next.pass);
+    load(turn.is_last(r_) ? visits_.next(next_rows) : visits_.now(next_rows), next);
   }
 
-  const Arguments& a_;
   const Backward<T>& b_;
   const Residency& r_;
   const Sizes& z_;
@@ -186,9 +153,9 @@ class ResidentBackward {
   const int d_;
   const OwnPairs pairs_;
   Visits visits_;
-  const Rows<const T> y_, slots_, cells_, dy_;
+  const BackwardLoads<T, Cell> loads_;
   const Rows<T> dslots_;
-  A* const carried_;
+  const Kept<A, OwnPairs, kColumns> kept_;
   Step<A> ahead_[kPairs];
   Bits<kPairs> cut_;
 };

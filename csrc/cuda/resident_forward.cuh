@@ -48,8 +48,8 @@ class ResidentForward {
         visits_(s_, d_ == 0),
         y_(columns(a.f.y, d_ * z_.H)),
         inputs_(saved_rows(s_, a.inputs + a.first_input, d_, a.width)),
-        carried_(block_.rest()),
-        biases_(carried_ + 2 * states()) {}
+        kept_(r_, pairs_, block_.rest()),
+        biases_(kept_.end()) {}
 
   RNNKERN_DEVICE void scan() {
     const Weights<T>& w = a_.f.weights[d_];
@@ -60,29 +60,19 @@ class ResidentForward {
           return value(w.w_hh[(recurrent_gate<Cell>(m / r_.units) * z_.H + unit) * w.w_hh_row + k]);
         });
     read_biases();
-    for (int pass = 0; pass < r_.passes; ++pass) {
-      for (int group = 0; group < r_.groups; ++group) begin(pass, group);
-      block_.publish(pass, 1);
-    }
-    load_inputs(visits_.now(block_.rows(0)), 0, 0);
+    block_.for_each_turn([&](const Turn& turn) {
+      begin(turn);
+      block_.finish(turn, 1);
+    });
+    load_inputs(visits_.now(block_.rows(0)), {});
     for (int64_t i = 0; i < s_.T; ++i, visits_.advance()) {
-      for (int pass = 0; pass < r_.passes; ++pass) {
-        for (int group = 0; group < r_.groups; ++group) step(i, pass, group);
-      }
+      block_.for_each_turn([&](const Turn& turn) { step(i, turn); });
     }
   }
 
-  RNNKERN_DEVICE int64_t states() const {
-    return int64_t(r_.passes) * r_.groups * r_.units * kColumns;
-  }
-  // States of the thread's pairs: h and c, as what is computed with.
-  RNNKERN_DEVICE A& carried_h(int pass, int group, int i) const {
-    return carried_[(int64_t(pass) * r_.groups + group) * r_.units * kColumns +
-                    pairs_.column(i) * r_.units + pairs_.unit()];
-  }
-  RNNKERN_DEVICE A& carried_c(int pass, int group, int i) const {
-    return (&carried_h(pass, group, i))[states()];
-  }
+  // States of the thread's cells, as what is computed with.
+  RNNKERN_DEVICE A& carried_h(const Turn& turn, int i) const { return kept_.first(turn, i); }
+  RNNKERN_DEVICE A& carried_c(const Turn& turn, int i) const { return kept_.second(turn, i); }
 
   RNNKERN_DEVICE A& bias(int group, int slot, int64_t unit) const {
     return biases_[(int64_t(group) * kShape.slots + slot) * r_.units + unit];
@@ -101,65 +91,62 @@ class ResidentForward {
 
   // The initial states, where each row finds them in its first step; rows that never take part end
   // with them.
-  RNNKERN_DEVICE void begin(int pass, int group) const {
-    pairs_.for_each(block_.rows(pass), block_.units(group), [&](int i, int64_t slot, int64_t unit) {
-      const bool is_cut = d_ == 0 && cut(s_, 0, 0, slot);
-      const A h = is_cut ? A(0) : element_of(s_, a_.f.h0, d_, slot, unit);
-      carried_h(pass, group, i) = h;
-      if constexpr (kShape.cell_state) {
-        carried_c(pass, group, i) = is_cut ? A(0) : element_of(s_, a_.f.c0, d_, slot, unit);
-      }
-      for (int epoch = 0; epoch < 2; ++epoch) {
-        put_operand(block_.exchanged(epoch, slot, unit), h);
-      }
-      if (slot < active_rows(s_, 0)) return;
-      pass_element(s_, a_.f.h0, a_.f.hn, d_, slot, unit);
-      if (kShape.cell_state) pass_element(s_, a_.f.c0, a_.f.cn, d_, slot, unit);
-    });
+  RNNKERN_DEVICE void begin(const Turn& turn) const {
+    pairs_.for_each(
+        block_.rows(turn.pass), block_.units(turn.group), [&](int i, int64_t slot, int64_t unit) {
+          const bool is_cut = d_ == 0 && cut(s_, 0, 0, slot);
+          const A h = is_cut ? A(0) : element_of(s_, a_.f.h0, d_, slot, unit);
+          carried_h(turn, i) = h;
+          if constexpr (kShape.cell_state) {
+            carried_c(turn, i) = is_cut ? A(0) : element_of(s_, a_.f.c0, d_, slot, unit);
+          }
+          for (int epoch = 0; epoch < 2; ++epoch) {
+            put_operand(block_.exchanged(epoch, slot, unit), h);
+          }
+          if (slot < active_rows(s_, 0)) return;
+          pass_element(s_, a_.f.h0, a_.f.hn, d_, slot, unit);
+          if (kShape.cell_state) pass_element(s_, a_.f.c0, a_.f.cn, d_, slot, unit);
+        });
   }
 
   // What the next step adds to its products, on its way while this one ends; and whether an episode
   // begins after that step.
-  RNNKERN_DEVICE void load_inputs(const Visit& v, int pass, int group) {
-    pairs_.for_each(block_.rows(pass), block_.units(group), [&](int p, int64_t slot, int64_t unit) {
-      if (slot >= v.active_end) return;
-      const A* row = row_at(s_, inputs_, v.t, slot) + unit;
+  RNNKERN_DEVICE void load_inputs(const Visit& v, const Turn& turn) {
+    pairs_.for_each(
+        block_.rows(turn.pass), block_.units(turn.group), [&](int p, int64_t slot, int64_t unit) {
+          if (slot >= v.active_end) return;
+          const A* row = row_at(s_, inputs_, v.t, slot) + unit;
 #pragma unroll
-      for (int g = 0; g < kShape.gates; ++g) ahead_[p][g] = row[g * z_.H];
-      cut_after_.set(p, slot < v.leaving && cut(s_, d_, d_ == 0 ? v.t + 1 : v.t - 1, slot));
-    });
+          for (int g = 0; g < kShape.gates; ++g) ahead_[p][g] = row[g * z_.H];
+          cut_after_.set(p, slot < v.leaving && cut(s_, d_, d_ == 0 ? v.t + 1 : v.t - 1, slot));
+        });
   }
 
-  RNNKERN_DEVICE void step(int64_t i, int pass, int group) {
-    const Range rows = block_.rows(pass), units = block_.units(group);
+  RNNKERN_DEVICE void step(int64_t i, const Turn& turn) {
+    const Range rows = block_.rows(turn.pass), units = block_.units(turn.group);
     const Visit v = visits_.now(rows);
-    const bool last_group = group + 1 == r_.groups;
-    if (v.active_end > rows.begin) block_.multiply(pass, group, i + 1);
+    if (v.active_end > rows.begin) block_.multiply(turn, i + 1);
     Step<A> steps[kPairs];
     pairs_.for_each(rows, units, [&](int p, int64_t slot, int64_t unit) {
       if (slot >= v.active_end) return;
       Step<A>& s = steps[p];
 #pragma unroll
       for (int g = 0; g < kShape.slots; ++g) {
-        A sum = bias(group, g, pairs_.unit());
+        A sum = bias(turn.group, g, pairs_.unit());
         if (g >= kShape.input_slot) sum += ahead_[p][g - kShape.input_slot];
         if (g < kShape.gates) sum += block_.sum(g * r_.units + pairs_.unit(), pairs_.column(p));
         s.slot[g] = sum;
       }
-      s.h_prev = carried_h(pass, group, p);
-      if constexpr (kShape.cell_state) s.c_prev = carried_c(pass, group, p);
+      s.h_prev = carried_h(turn, p);
+      if constexpr (kShape.cell_state) s.c_prev = carried_c(turn, p);
       Cell::forward(s);
       if (kCarriesCells<T, Cell> && a_.f.rounds_cells) s.c = rounded<T>(s.c);
       const A h = cut_after_[p] ? A(0) : rounded<T>(s.h);
       put_operand(block_.exchanged(i, slot, unit), h);
-      carried_h(pass, group, p) = h;
-      if constexpr (kShape.cell_state) carried_c(pass, group, p) = cut_after_[p] ? A(0) : s.c;
+      carried_h(turn, p) = h;
+      if constexpr (kShape.cell_state) carried_c(turn, p) = cut_after_[p] ? A(0) : s.c;
     });
-    if (last_group) {
-      block_.publish(pass, i + 2);
-    } else {
-      sync_block();  // the sums have been read
-    }
+    block_.finish(turn, i + 2);
     pairs_.for_each(rows, units, [&](int p, int64_t slot, int64_t unit) {
       if (slot < v.active_end) {
         put(row_at(s_, y_, v.t, slot) + unit, steps[p].h);
@@ -168,11 +155,9 @@ class ResidentForward {
         row_at(s_, y_, v.t, slot)[unit] = T{};  // a padded row past its end
       }
     });
-    const int next_pass = !last_group ? pass : pass + 1 < r_.passes ? pass + 1 : 0;
-    const Range next_rows = block_.rows(next_pass);
-    const bool next_step = last_group && next_pass == 0;
-    load_inputs(next_step ? visits_.next(next_rows) : visits_.now(next_rows), next_pass,
-                last_group ? 0 : group + 1);
+    const Turn next = turn.next(r_);
+    const Range next_rows = block_.rows(next.pass);
+    load_inputs(turn.is_last(r_) ? visits_.next(next_rows) : visits_.now(next_rows), next);
   }
 
   const Arguments& a_;
@@ -186,7 +171,7 @@ class ResidentForward {
   Visits visits_;
   const Rows<T> y_;
   const Rows<const A> inputs_;
-  A* const carried_;
+  const Kept<A, OwnPairs, kColumns> kept_;
   A* const biases_;
   A ahead_[kPairs][kShape.gates];
   Bits<kPairs> cut_after_;

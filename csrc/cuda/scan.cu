@@ -132,19 +132,19 @@ bool with_tile_of(const cuda::Plan& plan, F f) {
   }
 }
 
-// The memory that a plan asks for; zero_taken() has yet to be called.
-Residency take_residency(const cuda::Plan& plan, int D, Queue& queue) {
+// The memory that a plan asks for, and zeros.
+template <typename T>
+Residency take_residency(const cuda::Plan& plan, const Sizes& z, const T** zeros, Queue& queue) {
   constexpr int kQuads = cuda::kChunkBytes / int(sizeof(Quad));
   Residency r = {plan};
   const int64_t parts = int64_t(plan.row_teams) * plan.passes;
-  r.flags = queue.take<int>(D * parts * plan.unit_blocks);
-  r.exchange = queue.take<Quad>(2 * D * parts * plan.columns() * plan.chunks * kQuads);
+  r.flags = queue.take<int>(z.D * parts * plan.unit_blocks);
+  r.exchange = queue.take<Quad>(2 * z.D * parts * plan.columns() * plan.chunks * kQuads);
+  *zeros = take_zeros<T>(z, queue);
+  queue.clear_taken();
+  r.streamed = queue.take<Quad>(r.blocks(z.D) * r.groups * (r.chunks - r.resident_chunks) *
+                                r.rows() * kQuads);
   return r;
-}
-void take_streamed(Residency& r, int D, Queue& queue) {
-  constexpr int kQuads = cuda::kChunkBytes / int(sizeof(Quad));
-  r.streamed =
-      queue.take<Quad>(r.blocks(D) * r.groups * (r.chunks - r.resident_chunks) * r.rows() * kQuads);
 }
 
 // The rows of x as a matrix [total, I]; gathered where they do not stand so, or where some take no
@@ -170,10 +170,8 @@ bool resident(const Forward<T>& f, const cuda::Plan& plan, Queue& queue) {
   constexpr CellShape kShape = Cell::kShape;
   const Sizes& z = f.sizes;
   const Steps& s = f.steps;
-  Residency r = take_residency(plan, z.D, queue);
-  const T* const zeros = take_zeros<T>(z, queue);
-  queue.clear_taken();
-  take_streamed(r, z.D, queue);
+  const T* zeros = nullptr;
+  const Residency r = take_residency(plan, z, &zeros, queue);
 
   // Where what is saved is what is computed with, the products are made where the slots will stand.
   const int64_t gates = kShape.gates * z.H;
@@ -212,10 +210,7 @@ bool resident(const Forward<T>& f, const cuda::Plan& plan, Queue& queue) {
 template <typename T, typename Cell>
 bool resident(const Backward<T>& b, const cuda::Plan& plan, const T** zeros, Queue& queue) {
   const Sizes& z = b.sizes;
-  Residency r = take_residency(plan, z.D, queue);
-  *zeros = take_zeros<T>(z, queue);
-  queue.clear_taken();
-  take_streamed(r, z.D, queue);
+  const Residency r = take_residency(plan, z, zeros, queue);
   return with_operand<T>(queue, [&](auto operand) {
     using E = decltype(operand);
     return with_tile_of<E, Cell, true>(plan, [&](auto tile) {

@@ -104,5 +104,54 @@ class ForwardStores {
   const Rows<T> slots_, cells_;
 };
 
+// What a backward pass reads of what forward has saved.
+template <typename T, typename Cell>
+class BackwardLoads {
+  using A = Compute<T>;
+  static constexpr CellShape kShape = Cell::kShape;
+
+ public:
+  // zeros: [max(H, O)]
+  RNNKERN_DEVICE BackwardLoads(const Backward<T>& b, const T* zeros, int direction)
+      : b_(b),
+        s_(b.steps),
+        zeros_(zeros),
+        d_(direction),
+        y_(columns(b.y, d_ * b.sizes.O)),
+        slots_(saved_rows(s_, b.slots, d_, kShape.slots * b.sizes.H)),
+        cells_(saved_rows(s_, b.cells, d_, b.sizes.H)),
+        dy_(columns(b.dy, b.dy_uniform ? 0 : d_ * b.sizes.O)) {}
+
+  // Slots (or h), h_prev, c and c_prev, as far as the cell has them.
+  RNNKERN_DEVICE void get_step(int64_t t, int64_t slot, int64_t unit, Step<A>* s) const {
+    if constexpr (kShape.saves_slots) {
+      const T* saved = row_at(s_, slots_, t, slot) + unit;
+#pragma unroll
+      for (int i = 0; i < kShape.slots; ++i) s->slot[i] = value(saved[i * b_.sizes.H]);
+    } else {
+      s->h = value(row_at(s_, y_, t, slot)[unit]);
+    }
+    if constexpr (kShape.reads_h) {
+      s->h_prev = value(previous_state(s_, d_, t, slot, y_, b_.h0, zeros_)[unit]);
+    }
+    if constexpr (kShape.cell_state) {
+      s->c = value(row_at(s_, cells_, t, slot)[unit]);
+      s->c_prev = value(previous_state(s_, d_, t, slot, cells_, b_.c0, zeros_)[unit]);
+    }
+  }
+
+  RNNKERN_DEVICE A dy(int64_t t, int64_t slot, int64_t o) const {
+    if (!dy_.data) return 0;
+    return value(row_at(s_, dy_, t, slot)[b_.dy_uniform ? 0 : o]);
+  }
+
+ private:
+  const Backward<T>& b_;
+  const Steps& s_;
+  const T* const zeros_;
+  const int d_;
+  const Rows<const T> y_, slots_, cells_, dy_;
+};
+
 }  // namespace RNNKERN_NAMESPACE
 }  // namespace rnnkern
