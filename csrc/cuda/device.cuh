@@ -63,6 +63,8 @@ RNNKERN_DEVICE void sync_warp(RNNKERN_HERE) {
   if (!simt::left_out(where)) simt::launch().meet(simt::warp().meeting);
 }
 
+RNNKERN_DEVICE void hold_loads() {}
+
 // What other blocks have written, past this multiprocessor's cache.
 RNNKERN_DEVICE Quad load_from_l2(const Quad* from) { return *from; }
 
@@ -173,6 +175,9 @@ RNNKERN_DEVICE void set_flag(int* flag, int value) {
 }
 
 RNNKERN_DEVICE void sync_warp() { __syncwarp(); }
+
+// No load below moves above: the compiler would fill all registers with loads ahead, and then some.
+RNNKERN_DEVICE void hold_loads() { __syncwarp(); }
 
 RNNKERN_DEVICE Quad load_from_l2(const Quad* from) {
   Quad quad;

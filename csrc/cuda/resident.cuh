@@ -221,9 +221,9 @@ class ResidentBlock {
   RNNKERN_DEVICE void add_chunks(int begin, int end, const Quad* weights,
                                  const Quad* const (&states)[kColumnTiles],
                                  Product* product) const {
-    // Chunks on their way at once, as registers allow.
-    constexpr int kAhead = !kOnTensorCores<E> ? 2 : kColumnTiles > 2 ? 2 : 4;
-    Quad b[kAhead][kColumnTiles];
+    // Chunks on their way while one is multiplied, as registers allow.
+    constexpr int kAhead = !kOnTensorCores<E> || kColumnTiles > 2 ? 1 : 3;
+    Quad ahead[kAhead][kColumnTiles];
     const auto load = [&](int chunk, Quad(&to)[kColumnTiles]) {
       if (chunk >= end) return;
 #pragma unroll
@@ -232,13 +232,16 @@ class ResidentBlock {
       }
     };
 #pragma unroll
-    for (int j = 0; j < kAhead; ++j) load(begin + j, b[j]);
+    for (int j = 0; j < kAhead; ++j) load(begin + j, ahead[j]);
     for (int c = begin; c < end; c += kAhead) {
 #pragma unroll
       for (int j = 0; j < kAhead; ++j) {
         if (c + j >= end) break;
-        product->add(weights + int64_t(c + j) * kQuadsOfChunk, b[j]);
-        load(c + j + kAhead, b[j]);
+        Quad b[kColumnTiles];
+#pragma unroll
+        for (int n = 0; n < kColumnTiles; ++n) b[n] = ahead[j][n];
+        load(c + j + kAhead, ahead[j]);
+        product->add(weights + int64_t(c + j) * kQuadsOfChunk, b);
       }
     }
   }
@@ -359,30 +362,33 @@ class Pairs {
   const int unit_, first_, apart_;
 };
 
-// Two numbers of each cell of a thread, from step to step, in shared memory.
+// Two numbers of each cell of a thread, from step to step, in shared memory. No references to its
+// neighbours: they would keep the whole kernel's object out of registers.
 template <typename A, typename OwnPairs, int kColumns>
 class Kept {
  public:
-  RNNKERN_DEVICE Kept(const Residency& r, const OwnPairs& pairs, A* numbers)
-      : r_(r), pairs_(pairs), numbers_(numbers) {}
+  RNNKERN_DEVICE Kept(const Residency& r, A* numbers)
+      : numbers_(numbers),
+        groups_(r.groups),
+        units_(r.units),
+        count_(r.passes * of_turn() * groups_) {}
 
-  RNNKERN_DEVICE A& first(const Turn& turn, int i) const {
-    return numbers_[(int64_t(turn.pass) * r_.groups + turn.group) * r_.units * kColumns +
-                    pairs_.column(i) * r_.units + pairs_.unit()];
+  RNNKERN_DEVICE A& first(const Turn& turn, const OwnPairs& pairs, int i) const {
+    return numbers_[(turn.pass * groups_ + turn.group) * of_turn() + pairs.column(i) * units_ +
+                    pairs.unit()];
   }
-  RNNKERN_DEVICE A& second(const Turn& turn, int i) const { return (&first(turn, i))[count()]; }
+  RNNKERN_DEVICE A& second(const Turn& turn, const OwnPairs& pairs, int i) const {
+    return (&first(turn, pairs, i))[count_];
+  }
 
   // What follows in memory.
-  RNNKERN_DEVICE A* end() const { return numbers_ + 2 * count(); }
+  RNNKERN_DEVICE A* end() const { return numbers_ + 2 * count_; }
 
  private:
-  RNNKERN_DEVICE int64_t count() const {
-    return int64_t(r_.passes) * r_.groups * r_.units * kColumns;
-  }
+  RNNKERN_DEVICE int of_turn() const { return units_ * kColumns; }
 
-  const Residency& r_;
-  const OwnPairs& pairs_;
   A* const numbers_;
+  const int groups_, units_, count_;
 };
 
 }  // namespace RNNKERN_NAMESPACE

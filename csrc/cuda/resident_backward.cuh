@@ -50,7 +50,7 @@ class ResidentBackward {
         visits_(s_, d_ == 1),
         loads_(b_, a.zeros, d_),
         dslots_(saved_rows(s_, b_.dslots, d_, kShape.slots * z_.H)),
-        kept_(r_, pairs_, block_.rest()) {}
+        kept_(r_, block_.rest()) {}
 
   RNNKERN_DEVICE void scan() {
     const Weights<T>& w = b_.weights[d_];
@@ -70,8 +70,12 @@ class ResidentBackward {
 
   // What passes from step to step beside the product: gradients of c, and of h where the cell
   // itself reads it.
-  RNNKERN_DEVICE A& carried_dc(const Turn& turn, int i) const { return kept_.first(turn, i); }
-  RNNKERN_DEVICE A& carried_dh(const Turn& turn, int i) const { return kept_.second(turn, i); }
+  RNNKERN_DEVICE A& carried_dc(const Turn& turn, int i) const {
+    return kept_.first(turn, pairs_, i);
+  }
+  RNNKERN_DEVICE A& carried_dh(const Turn& turn, int i) const {
+    return kept_.second(turn, pairs_, i);
+  }
 
   RNNKERN_DEVICE void pass_idle_rows(const Turn& turn) const {
     pairs_.for_each(block_.rows(turn.pass), block_.units(turn.group),

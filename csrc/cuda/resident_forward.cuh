@@ -48,7 +48,7 @@ class ResidentForward {
         visits_(s_, d_ == 0),
         y_(columns(a.f.y, d_ * z_.H)),
         inputs_(saved_rows(s_, a.inputs + a.first_input, d_, a.width)),
-        kept_(r_, pairs_, block_.rest()),
+        kept_(r_, block_.rest()),
         biases_(kept_.end()) {}
 
   RNNKERN_DEVICE void scan() {
@@ -71,8 +71,12 @@ class ResidentForward {
   }
 
   // States of the thread's cells, as what is computed with.
-  RNNKERN_DEVICE A& carried_h(const Turn& turn, int i) const { return kept_.first(turn, i); }
-  RNNKERN_DEVICE A& carried_c(const Turn& turn, int i) const { return kept_.second(turn, i); }
+  RNNKERN_DEVICE A& carried_h(const Turn& turn, int i) const {
+    return kept_.first(turn, pairs_, i);
+  }
+  RNNKERN_DEVICE A& carried_c(const Turn& turn, int i) const {
+    return kept_.second(turn, pairs_, i);
+  }
 
   RNNKERN_DEVICE A& bias(int group, int slot, int64_t unit) const {
     return biases_[(int64_t(group) * kShape.slots + slot) * r_.units + unit];

@@ -116,7 +116,9 @@ class Tile<E, kRowTiles, kColumnTiles, false> {
     for (int n = 0; n < kColumnTiles; ++n) right[n] = bit_cast<Numbers>(b[n]);
 #pragma unroll
     for (int m = 0; m < kRows; ++m) {
-      const auto left = bit_cast<Numbers>(a[m * 4 + q]);
+      if (m % 16 == 0) hold_loads();
+      const Quad quad = a[m * 4 + q];  // whole: a cast in place would read it byte by byte
+      const auto left = bit_cast<Numbers>(quad);
 #pragma unroll
       for (int n = 0; n < kColumnTiles; ++n) {
 #pragma unroll
