@@ -148,13 +148,13 @@ py::object plain_call(py::handle module, py::handle x, py::handle record) {
   return py::make_tuple(outputs[0], py::make_tuple(outputs[1], outputs[2]));
 }
 
-// Gradients of x, the weights, and the initial states that there are, None where not wanted. With
-// `overwrite` the gradients of the gates take the place of what was saved.
+// Gradients of x, the weights, and the initial states that there are, None where not wanted; and
+// those of the slots, which with `overwrite` take the place of what was saved.
 template <typename T>
-py::list backward_of(const Layer& layer, py::handle x, py::handle h0, py::handle c0,
-                     const py::sequence& weights, py::handle steps, py::handle y, py::handle saved,
-                     py::handle dy, py::handle dhn, py::handle dcn, const py::sequence& wanted,
-                     bool overwrite) {
+py::tuple backward_of(const Layer& layer, py::handle x, py::handle h0, py::handle c0,
+                      const py::sequence& weights, py::handle steps, py::handle y, py::handle saved,
+                      py::handle dy, py::handle dhn, py::handle dcn, const py::sequence& wanted,
+                      bool overwrite) {
   Operands<T> o(layer, x, steps);
   Backward<T> b;
   o.read_weights(weights, b.weights);
@@ -190,7 +190,8 @@ py::list backward_of(const Layer& layer, py::handle x, py::handle h0, py::handle
   b.sizes = z;
   b.steps = o.steps;
   run(o, b);
-  return made;
+  return py::make_tuple(std::move(made),
+                        workspace ? workspace : py::reinterpret_borrow<py::object>(saved));
 }
 
 Sizes sizes_of(const Layer& layer, int64_t I) {
@@ -221,17 +222,24 @@ PYBIND11_MODULE(_C, m) {
       .def_readonly("out", &Layer::out)
       .def_readonly("bias", &Layer::bias)
       .def_readonly("batch_first", &Layer::batch_first)
+      .def_readonly("proj", &Layer::projected)
+      .def_readonly("by_bfloat16", &Layer::by_bfloat16)
+      .def_readonly("is_cell", &Layer::is_cell)
       .def_property_readonly("tensors", &Layer::tensors)
       .def_property_readonly("has_cell_state", &Layer::has_cell_state)
-      .def("forward",
-           [](const Layer& layer, py::handle x, py::handle h0, py::handle c0,
-              const py::sequence& weights, py::handle steps) {
-             const bool training =
-                 wants_gradient(weights) || wants_gradient(std::array<py::handle, 3>{x, h0, c0});
-             Outputs made = forward_any(layer, x, h0, c0, weights, steps, training);
-             py::object saved = std::move(made.saved);
-             return py::make_tuple(outputs_of(std::move(made)), training, std::move(saved));
-           })
+      .def(
+          "forward",
+          [](const Layer& layer, py::handle x, py::handle h0, py::handle c0,
+             const py::sequence& weights, py::handle steps, std::optional<bool> asked) {
+            const bool training = asked ? *asked
+                                        : wants_gradient(weights) ||
+                                              wants_gradient(std::array<py::handle, 3>{x, h0, c0});
+            Outputs made = forward_any(layer, x, h0, c0, weights, steps, training);
+            py::object saved = std::move(made.saved);
+            return py::make_tuple(outputs_of(std::move(made)), training, std::move(saved));
+          },
+          py::arg("x"), py::arg("h0"), py::arg("c0"), py::arg("weights"), py::arg("steps"),
+          py::arg("training") = py::none())
       .def("backward", [](const Layer& layer, py::handle x, py::handle h0, py::handle c0,
                           const py::sequence& weights, py::handle steps, py::handle y,
                           py::handle saved, py::handle dy, py::handle dhn, py::handle dcn,

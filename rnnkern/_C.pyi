@@ -20,6 +20,12 @@ class Layer:
     @property
     def batch_first(self) -> bool: ...
     @property
+    def proj(self) -> bool: ...
+    @property
+    def by_bfloat16(self) -> bool: ...
+    @property
+    def is_cell(self) -> bool: ...
+    @property
     def tensors(self) -> int: ...
     @property
     def has_cell_state(self) -> bool: ...
@@ -30,6 +36,7 @@ class Layer:
         c0: Tensor | None,
         weights: Sequence[Tensor],
         steps: tuple[Any, ...] | None,
+        training: bool | None = None,
     ) -> tuple[tuple[Tensor, ...], bool, Tensor | None]: ...
     def backward(
         self,
@@ -45,7 +52,7 @@ class Layer:
         dcn: Tensor | None,
         wanted: Sequence[bool],
         overwrite: bool,
-    ) -> list[Tensor | None]: ...
+    ) -> tuple[list[Tensor | None], Tensor]: ...
 
 def layer(
     mode: str,

@@ -9,8 +9,11 @@ import torch  # noqa: F401  first: its OpenMP runtime is the one that the kernel
 
 from rnnkern.build import build_info, explain
 from rnnkern.convert import convert, revert
+from rnnkern.dynamo import open_to_rnnkern
 from rnnkern.functional import FallbackWarning
 from rnnkern.modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+
+open_to_rnnkern()
 
 __version__ = str(build_info()["version"])
 

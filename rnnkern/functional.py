@@ -1,8 +1,9 @@
 """Layers, directions, dropout between them, and the decision where a call is carried out.
 
-Every call ends in one of three places: the kernels; ``torch.nn``'s own path, for whatever no kernel
-covers (it also raises torch's own errors for wrong input); or the pure PyTorch reference, for
-``lengths`` and ``reset`` on inputs that no kernel covers.
+Every call ends in one of four places: the kernels; operators around them (`rnnkern.ops`), in modes
+of torch that see operators only; ``torch.nn``'s own path, for whatever no kernel covers (it also
+raises torch's own errors for wrong input); or the pure PyTorch reference, for ``lengths`` and
+``reset`` on inputs that no kernel covers.
 """
 
 from __future__ import annotations
@@ -16,10 +17,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn.utils.rnn import PackedSequence
 
-from rnnkern import kernels, reference
+from rnnkern import kernels, ops, reference
 from rnnkern.autograd import record
+from rnnkern.derivatives import Spec
 from rnnkern.kernels import GAPS, Layer
 from rnnkern.sequence import Steps, packed_steps, padded_steps, place_of
 
@@ -62,7 +66,12 @@ def forward(
 
 
 def _checked(module: Any, input: Any, hx: Any, lengths: Any, reset: Any) -> Any:
-    if traced() and lengths is None and reset is None:
+    jit = jit_traced()
+    if (
+        lengths is None
+        and reset is None
+        and (jit or (is_compiling() and isinstance(input, PackedSequence)))
+    ):
         return module._torch_forward(input, hx)
     if isinstance(input, PackedSequence):
         return _packed(module, input, hx, lengths, reset)
@@ -76,11 +85,8 @@ def _checked(module: Any, input: Any, hx: Any, lengths: Any, reset: Any) -> Any:
     h0, c0, fits = _initial_states(module, hx, N)
     if not fits or features != module.input_size or T == 0:
         return _elsewhere(module, input, hx, lengths, reset, WRONG)
-    if traced():
+    if jit:
         return _by_reference(module, input, hx, lengths, reset)
-    reason = kernels.mode_refusal()
-    if reason is not None:
-        return _elsewhere(module, input, hx, lengths, reset, reason)
     steps = None
     if lengths is not None or reset is not None:
         steps = padded_steps(lengths, reset, T, N, batch_first, place_of(input))
@@ -132,13 +138,12 @@ def _on_kernels(
     weights = current_weights(module)
     asked = autocast_dtype(x)
     if asked is None:
-        return _with_weights(layer_of(module), module, x, h0, c0, weights, steps)
+        return _with_weights(None, module, x, h0, c0, weights, steps)
     packed = steps is not None and steps.packed
     dtype = dtype_under_autocast(module, asked, x, h0, packed)
     with torch.autocast(x.device.type, enabled=False):
         own_x, own_h0, own_c0, *weights = autocast(dtype, x, h0, c0, *weights)
-        layer = layer_of(module, asked)
-        result = _with_weights(layer, module, own_x, own_h0, own_c0, weights, steps)
+        result = _with_weights(asked, module, own_x, own_h0, own_c0, weights, steps)
         if isinstance(result, str):
             return result
         y, hn, cn = result
@@ -162,8 +167,21 @@ def layer_of(module: Any, asked: torch.dtype | None = None) -> Layer:
     )
 
 
+def spec_of(module: Any, asked: torch.dtype | None = None) -> Spec:
+    """As `layer_of`, for the traced door."""
+    return Spec(
+        module.mode,
+        directions=2 if module.bidirectional else 1,
+        bias=module.bias,
+        batch_first=module.batch_first,
+        proj=module.proj_size > 0,
+        by_bfloat16=asked is torch.bfloat16,
+        is_cell=False,
+    )
+
+
 def _with_weights(
-    layer: Layer,
+    asked: torch.dtype | None,
     module: Any,
     x: Tensor,
     h0: Tensor | None,
@@ -171,16 +189,46 @@ def _with_weights(
     weights: list[Tensor],
     steps: Steps | None,
 ) -> tuple[Tensor, Tensor, Tensor | None] | str:
-    """Runs the layers, with dense copies of what has gaps; or says why no kernel covers them."""
-    try:
-        return _layers(layer, module, x, h0, c0, weights, steps)
-    except kernels.RefusedError:
-        reason = kernels.refusal(x, h0, c0, weights)
+    """Runs the layers, with dense copies of what has gaps; or says why no kernel covers them.
+
+    ``asked``: what autocast asks for.
+    """
+    reason: str | None = None
+    if not is_compiling():
+        reason = kernels.mode_refusal()
         if reason is None:
-            raise
-        if reason != GAPS:
-            return reason
-    return _layers(layer, module, *_dense(x, h0, c0, weights), steps)
+            layer = layer_of(module, asked)
+            try:
+                return _layers(layer, module, x, h0, c0, weights, steps)
+            except kernels.RefusedError:
+                reason = kernels.refusal(x, h0, c0, weights)
+                if reason is None:
+                    raise
+            if reason == GAPS:
+                return _layers(layer, module, *_dense(x, h0, c0, weights), steps)
+    if not _has_operators(x, h0, c0, *weights):
+        return reason or "an operand"
+    return _layers(spec_of(module, asked), module, x, h0, c0, weights, steps)
+
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_TENSORS = (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
+
+
+def _has_operators(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether the traced door is open to these tensors."""
+    kinds = ("cpu", "meta") if kernels.cuda is None else ("cpu", "meta", "cuda")
+    return x.dtype in _DTYPES and all(
+        t is None
+        or (
+            type(t) in _TENSORS
+            and t.dtype == x.dtype
+            and t.device == x.device
+            and t.device.type in kinds
+            and t.layout == torch.strided
+        )
+        for t in (x, *others)
+    )
 
 
 def _dense(
@@ -195,7 +243,7 @@ def cell(module: Any, input: Tensor, hx: Any) -> Any:
 
     A scan of one step.
     """
-    if traced():
+    if jit_traced():
         return module._torch_forward(input, hx)
     states = _cell_states(module, input, hx)
     if states is None:
@@ -211,23 +259,28 @@ def cell(module: Any, input: Tensor, hx: Any) -> Any:
         # backward.
         own = torch.float32 if module.weight_ih.dtype == torch.float32 else dtype
         x, h0, c0, *weights = autocast(own, x, h0, c0, *weights)
-    reason = kernels.mode_refusal() or kernels.refusal(x, h0, c0, weights)
-    if reason is not None and reason != GAPS:
-        return _warn(reason, module._torch_forward(input, hx))
-    if reason is not None:
+    reason: str | None = "an operand"
+    if not is_compiling():
+        reason = kernels.mode_refusal() or kernels.refusal(x, h0, c0, weights)
+    by_operator = reason not in (None, GAPS) and _has_operators(x, h0, c0, *weights)
+    if reason == GAPS:
         x, h0, c0, weights = _dense(x, h0, c0, weights)
+    elif reason is not None and not by_operator:
+        return _warn(reason, module._torch_forward(input, hx))
     rows = 1 if x.dim() == 1 else x.size(0)
     x = x.reshape(1, rows, module.input_size)
     h0, c0 = (None if s is None else s.reshape(1, rows, module.hidden_size) for s in (h0, c0))
-    layer = kernels.layer(
-        module.mode,
-        directions=1,
-        hidden=module.hidden_size,
-        proj=0,
-        bias=len(weights) > 2,
-        batch_first=False,
-        by_bfloat16=asked is torch.bfloat16 or (asked is not None and x.device.type == "cuda"),
-        is_cell=True,
+    of_cell: dict[str, Any] = {
+        "directions": 1,
+        "bias": len(weights) > 2,
+        "batch_first": False,
+        "by_bfloat16": asked is torch.bfloat16 or (asked is not None and x.device.type == "cuda"),
+        "is_cell": True,
+    }
+    layer = (
+        Spec(module.mode, proj=False, **of_cell)
+        if by_operator
+        else kernels.layer(module.mode, hidden=module.hidden_size, proj=0, **of_cell)
     )
     _, hn, cn = _one_layer(layer, x, h0, c0, weights, None)
     if dtype is not None and x.dtype != torch.float64:
@@ -244,9 +297,9 @@ def _cell_biases(module: Any) -> tuple[Tensor, ...]:
     return tuple(torch.zeros_like(other) if bias is None else bias for bias in given)
 
 
-def traced() -> bool:
-    """A graph of torch operators is being recorded: kernels cannot be part of it."""
-    return is_compiling() or _tracing_state() is not None
+def jit_traced() -> bool:
+    """``torch.jit.trace`` records operators, and knows those of torch alone."""
+    return not is_compiling() and _tracing_state() is not None
 
 
 def current_weights(module: Any) -> list[Tensor]:
@@ -290,7 +343,7 @@ def _cell_states(module: Any, input: Any, hx: Any) -> tuple[Tensor | None, Tenso
 
 
 def _layers(
-    layer: Layer,
+    layer: Layer | Spec,
     module: Any,
     x: Tensor,
     h0: Tensor | None,
@@ -300,7 +353,7 @@ def _layers(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     if module.num_layers == 1:
         return _one_layer(layer, x, h0, c0, weights, steps)
-    if module.dropout and module.training:
+    if module.dropout and module.training and not isinstance(layer, Spec):
         # No random number is drawn for a call that ends elsewhere.
         reason = kernels.refusal(x, h0, c0, weights)
         if reason is not None:
@@ -333,13 +386,19 @@ def _of_layer(
 
 
 def _one_layer(
-    layer: Layer,
+    layer: Layer | Spec,
     x: Tensor,
     h0: Tensor | None,
     c0: Tensor | None,
     weights: list[Tensor],
     steps: Steps | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
+    if isinstance(layer, Spec):
+        operands = (x, h0, c0, *weights)
+        training = torch.is_grad_enabled() and any(
+            t is not None and t.requires_grad for t in operands
+        )
+        return ops.scan(layer, steps, x, h0, c0, weights, training)
     outputs, training, saved = layer.forward(x, h0, c0, weights, steps)
     if training:
         states = [s for s in (h0, c0) if s is not None]
@@ -392,9 +451,6 @@ def _packed(module: Any, input: PackedSequence, hx: Any, lengths: Any, reset: An
     h0, c0, fits = _initial_states(module, hx, N)
     if not fits or N == 0 or data.dim() != 2 or data.size(-1) != module.input_size:
         return _elsewhere(module, input, hx, None, None, WRONG)
-    reason = kernels.mode_refusal()
-    if reason is not None:
-        return _elsewhere(module, input, hx, None, None, reason)
     steps = packed_steps(batch_sizes, sorted_indices, place_of(data))
     result = _on_kernels(module, data, h0, c0, steps)
     if isinstance(result, str):
@@ -405,7 +461,7 @@ def _packed(module: Any, input: PackedSequence, hx: Any, lengths: Any, reset: An
 
 
 def _warn(reason: str, result: Any) -> Any:
-    if reason not in _warned:
+    if not is_compiling() and reason not in _warned:
         _warned.add(reason)
         warnings.warn(
             f"no rnnkern kernel covers this call ({reason}); torch.nn carries it out",

@@ -10,13 +10,17 @@ from rnnkern import _C
 Layer = _C.Layer
 """What a layer is, apart from the sizes of its input.
 
-``forward(x, h0, c0, weights, steps)`` returns the outputs ``(y, h_n)`` or ``(y, h_n, c_n)``,
-whether a gradient is to be recorded, and what backward then needs.
+``forward(x, h0, c0, weights, steps, training=None)`` returns the outputs ``(y, h_n)`` or
+``(y, h_n, c_n)``, whether a gradient is to be recorded, and what backward then needs: one tensor of
+the activated slots ``[D, rows, S * H]``, cell states ``[D, rows, H]`` and hidden states before a
+projection ``[D, rows, H]``, as far as the cell has them, one after the other, or None. A
+``training`` of None asks torch's modes and the operands.
 
 ``backward(x, h0, c0, weights, steps, y, saved, dy, dhn, dcn, wanted, overwrite)`` returns a list of
 gradients of ``x, *weights`` and the initial states that are not None, None where not ``wanted``
-(one flag each). None for ``dy``, ``dhn`` or ``dcn`` stands for zeros. With ``overwrite``, gradients
-of the gates take the place of what was saved.
+(one flag each); and those of the slots before their activation, ``[D, rows, S * H]`` first of all
+in a flat tensor. None for ``dy``, ``dhn`` or ``dcn`` stands for zeros. With ``overwrite``,
+gradients of the slots take the place of what was saved, where the cell saves slots.
 
 Both raise `RefusedError` before anything is written.
 """
@@ -68,6 +72,8 @@ None where there are no CUDA kernels, or no driver.
 Those named after the one for all types have kernels of their own for products of bfloat16 alone.
 """
 
+cuda: str | None = cuda_version()
+"""The CUDA version of the kernels, None where there are none."""
 
 plain_call = _C.plain_call
 """``plain_call(module, x, record)``: what the module returns for an input and nothing else.

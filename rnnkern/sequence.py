@@ -86,22 +86,35 @@ def padded_steps(
         reset = _copy(reset, place)
     if lengths is not None:
         _expect("lengths", lengths, torch.int64, (N,), "(N,)")
-        if place.type == "cpu":
-            lengths = lengths.cpu()
-        _check_range(lengths, T)
-        lengths = lengths.to(place, non_blocking=True)
-        descending, order = lengths.sort(descending=True, stable=True)
-        active = N - torch.searchsorted(
-            descending.flip(0), torch.arange(T, device=place), right=True
-        )
+        if torch.compiler.is_compiling():  # what an operator alone may look into
+            active, order = torch.ops.rnnkern.ranked(lengths.to(place), T)
+        else:
+            if place.type == "cpu":
+                lengths = lengths.cpu()
+            check_range(lengths, T)
+            active, order = ranked(lengths.to(place, non_blocking=True), T)
     return Steps(active, order, reset, False)
+
+
+def ranked(lengths: Tensor, T: int) -> tuple[Tensor, Tensor]:
+    """``active`` and ``order`` of `Steps`."""
+    descending, order = lengths.sort(descending=True, stable=True)
+    steps = torch.arange(T, device=lengths.device)
+    return lengths.numel() - torch.searchsorted(descending.flip(0), steps, right=True), order
+
+
+def active_rows(steps: Steps) -> Tensor:
+    """Bool ``[T, N]`` of a padded batch with ``lengths``: the row takes part in that step."""
+    assert steps.active is not None
+    assert steps.order is not None
+    return torch.argsort(steps.order) < steps.active[:, None]
 
 
 def _copy(tensor: Tensor, place: torch.device) -> Tensor:
     return tensor.to(place, copy=True, non_blocking=place.type != "cpu")
 
 
-def _check_range(lengths: Tensor, T: int) -> None:
+def check_range(lengths: Tensor, T: int) -> None:
     wanted = f"lengths must be between 0 and the number of steps {T}"
     if lengths.device.type != "cpu":
         torch._assert_async(((lengths >= 0) & (lengths <= T)).all(), wanted)

@@ -6,6 +6,7 @@ JSON or to a file.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -18,10 +19,8 @@ from typing import Any
 
 import torch
 import wrong
-from support import DTYPES, FORMS, build, check, evaluate, flatten, leaves_for, on_threads, plain
+from support import DTYPES, FORMS, build, check, evaluate, leaves_for, on_threads, plain
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
 import rnnkern
 
@@ -78,36 +77,14 @@ def isa() -> None:
     print(json.dumps(rnnkern.build_info()["isa"]))
 
 
-class Mode(TorchDispatchMode):
-    def __torch_dispatch__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        return function(*args, **(kwargs or {}))
-
-
 class Subclass(torch.Tensor):
     pass
 
 
-def _under_a_mode(module: nn.Module, x: Tensor) -> Any:
-    with Mode():
-        return module(x)
-
-
-def _counted(module: nn.Module, x: Tensor) -> Any:
-    with FlopCounterMode(display=False):
-        return module(x)
-
-
 FALLBACKS: dict[str, Callable[[nn.Module, Tensor], Any]] = {
     "complex64": lambda m, x: m.to(torch.complex64)(x.to(torch.complex64)),
-    "meta": lambda m, x: m.to("meta")(x.to("meta")),
     "subclass": lambda m, x: m(x.as_subclass(Subclass)),
     "subclass-of-a-weight": lambda m, x: with_weight(m, lambda w: w.as_subclass(Subclass))(x),
-    "functorch": lambda m, x: torch.func.grad(lambda a: flatten(m(a))["out.0"].sum())(x),
-    "dispatch-mode": _under_a_mode,
-    "flop-counter": _counted,
-    "negative-view": lambda m, x: m(torch.complex(x, -x).conj().imag),
     "complex64-lengths": lambda m, x: m.to(torch.complex64)(
         x.to(torch.complex64), lengths=torch.tensor([2, 5])
     ),
@@ -144,6 +121,32 @@ def fallbacks() -> None:
         os.waitpid(child, 0)
         found[name] = json.loads(text) if text else None
     print(json.dumps(found))
+
+
+def allow_rnn(order: str) -> None:
+    """Whether Dynamo may trace a module of rnnkern and one of torch.nn, and what its flag says to
+    all others. rnnkern is imported here already; Dynamo is not.
+    """
+    assert "torch._dynamo" not in sys.modules
+    if order == "dynamo-first":
+        sys.meta_path[:] = [f for f in sys.meta_path if type(f).__module__ != "rnnkern.dynamo"]
+        importlib.import_module("torch._dynamo.config")
+        rnnkern.dynamo.open_to_rnnkern()
+    config = importlib.import_module("torch._dynamo.config")
+    if order == "own-setting":
+        config.allow_rnn = True
+    found = {"bool": bool(config.allow_rnn)}
+    for name, package in (("rnnkern", rnnkern), ("torch.nn", torch.nn)):
+        found[name] = _compiles(package.GRU(3, 4))
+    print(json.dumps(found))
+
+
+def _compiles(module: nn.Module) -> bool:
+    try:
+        torch.compile(module, fullgraph=True, backend="eager")(torch.randn(2, 1, 3))
+    except torch._dynamo.exc.Unsupported:
+        return False
+    return True
 
 
 def forks(kind: str, threads: str) -> None:

@@ -1,0 +1,631 @@
+"""The traced door: the scan of a layer and its backward pass as operators of torch.
+
+``torch.ops.rnnkern.scan`` and ``scan_backward`` are what `torch.compile`, `torch.export` and
+dispatch modes see. Under the transforms of `torch.func` and in forward mode the same operators run
+inside functions that know those (`_Scan`, `_ScanBackward`): torch's operators cannot carry such
+rules, its compiler cannot trace them. Both save the same and differentiate the same.
+
+Operators take no alias of what they return and change nothing in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils.flop_counter import register_flop_formula
+
+from rnnkern import derivatives, kernels
+from rnnkern.derivatives import Gradients, Maybe, Point, Spec
+from rnnkern.sequence import Steps, active_rows, check_range, ranked
+
+_STEPS = "Tensor? active, Tensor? order, Tensor? reset, Tensor? placed, bool packed"
+_SPEC = (
+    "str mode, int directions, bool bias, bool batch_first, bool proj, bool by_bfloat16, "
+    "bool is_cell"
+)
+_OPERANDS = "Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights"
+STEPS, SPEC = 5, 7  # arguments of each
+
+
+def scan(
+    layer: Spec,
+    steps: Steps | None,
+    x: Tensor,
+    h0: Maybe,
+    c0: Maybe,
+    weights: Sequence[Tensor],
+    training: bool,
+) -> tuple[Tensor, Tensor, Maybe]:
+    """``y, h_n, c_n`` of a layer, in a mode of torch that sees operators only."""
+    own = _arguments(steps)
+    if transformed():
+        y, hn, cn, _ = _apply(_Scan, layer, x, h0, c0, *own, *weights)
+    else:
+        y, hn, cn, _ = torch.ops.rnnkern.scan(x, h0, c0, weights, *own, *layer, training)
+    return y, hn, cn if layer.has_cell_state else None
+
+
+def scan_backward(
+    layer: Spec,
+    steps: Steps | None,
+    incoming: tuple[Maybe, Maybe, Maybe],
+    x: Tensor,
+    h0: Maybe,
+    c0: Maybe,
+    weights: Sequence[Tensor],
+    y: Tensor,
+    saved: Tensor,
+    wanted: Sequence[bool],
+) -> list[Maybe]:
+    """Differentiable gradients of ``x, *weights`` and the initial states that are not None.
+
+    None where they are not ``wanted``; and those of the slots, ``[D, rows, S * H]``.
+    """
+    own = _arguments(steps)
+    flags = list(wanted)
+    if transformed():
+        made = _apply(
+            _ScanBackward, layer, tuple(flags), *incoming, x, h0, c0, y, saved, *own, *weights
+        )
+    else:
+        made = torch.ops.rnnkern.scan_backward(
+            *incoming, x, h0, c0, weights, y, saved, *own, *layer, flags
+        )
+    return [part if flag else None for part, flag in zip(made, [*flags, True], strict=True)]
+
+
+def transformed() -> bool:
+    """Under a transform of `torch.func`, or in forward mode."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def _arguments(steps: Steps | None) -> tuple[Maybe, Maybe, Maybe, Maybe, bool]:
+    if steps is None:
+        return None, None, None, None, False
+    return steps.active, steps.order, steps.reset, steps.placed, steps.packed
+
+
+def _steps(active: Maybe, order: Maybe, reset: Maybe, placed: Maybe, packed: bool) -> Steps | None:
+    if active is None and reset is None:
+        return None
+    return Steps(active, order, reset, packed, placed)
+
+
+def _kernel(layer: Spec, weights: Sequence[Tensor]) -> kernels.Layer:
+    return kernels.layer(
+        layer.mode,
+        directions=layer.directions,
+        hidden=layer.hidden(weights),
+        proj=weights[layer.tensors - 1].shape[0] if layer.proj else 0,
+        bias=layer.bias,
+        batch_first=layer.batch_first,
+        by_bfloat16=layer.by_bfloat16,
+        is_cell=layer.is_cell,
+    )
+
+
+def _plain(tensor: Any) -> Any:
+    """Without gaps or lazy signs, and no gradient to follow."""
+    return None if tensor is None else tensor.detach().resolve_neg().contiguous()
+
+
+def _ended(steps: Steps | None) -> Maybe:
+    """``[rows, 1]``: rows whose sequence has ended, which kernels leave as they find them."""
+    if steps is None or steps.active is None or steps.packed:
+        return None
+    return ~active_rows(steps).reshape(-1, 1)
+
+
+def _pieces(saved: Tensor, layer: Spec, hidden: int) -> list[Tensor]:
+    """Views ``[..., D, rows, width]`` of what was saved, ``[..., elements]``."""
+    widths = [layer.slots * layer.saves_slots, int(layer.has_cell_state), int(layer.proj)]
+    widths = [width for width in widths if width]
+    if not widths:
+        return []
+    elements = saved.shape[-1] // sum(widths)
+    parts = torch.split(saved, [elements * width for width in widths], -1)
+    return [
+        _unflatten(part, -1, (layer.directions, -1, width * hidden))
+        for part, width in zip(parts, widths, strict=True)
+    ]
+
+
+@torch.library.custom_op(
+    "rnnkern::scan",
+    mutates_args=(),
+    schema=f"({_OPERANDS}, {_STEPS}, {_SPEC}, bool training) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _scan_op(
+    x: Tensor, h0: Maybe, c0: Maybe, weights: list[Tensor], *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y, h_n, c_n and what backward needs; without elements where there is none."""
+    steps, layer, training = _steps(*rest[:STEPS]), Spec(*rest[STEPS:-1]), rest[-1]
+    kernel = _kernel(layer, weights)
+    x, h0, c0, *weights = (_plain(t) for t in (x, h0, c0, *weights))
+    outputs, _, saved = kernel.forward(x, h0, c0, weights, steps, training)
+    y, hn, *cn = outputs
+    ended = _ended(steps)
+    if saved is not None and ended is not None:
+        for piece in _pieces(saved, layer, layer.hidden(weights)):
+            piece.masked_fill_(ended, 0)
+    return (
+        y,
+        hn,
+        cn[0] if cn else x.new_empty(0),
+        x.new_empty(0) if saved is None else saved,
+    )
+
+
+@_scan_op.register_fake
+def _(
+    x: Tensor, h0: Maybe, c0: Maybe, weights: list[Tensor], *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    packed, layer, training = rest[STEPS - 1], Spec(*rest[STEPS:-1]), rest[-1]
+    H, O = layer.hidden(weights), weights[1].shape[1]
+    D = layer.directions
+    N = _batch(layer, x, rest[0], rest[1], h0, packed)
+    rows = _count(x)
+    of_cells = layer.has_cell_state
+    saved = D * rows * H * (layer.slots * layer.saves_slots + of_cells + layer.proj)
+    return (
+        _rows_like(layer, x, D * O, packed),
+        x.new_empty(D, N, O),
+        x.new_empty(D, N, H) if of_cells else x.new_empty(0),
+        x.new_empty(saved if training else 0),
+    )
+
+
+def _batch(layer: Spec, x: Tensor, active: Maybe, order: Maybe, h0: Maybe, packed: bool) -> Any:
+    if not packed:
+        return x.shape[0 if layer.batch_first else 1]
+    if order is not None or h0 is not None:
+        return order.shape[0] if order is not None else h0.shape[1]  # type: ignore[union-attr]
+    assert active is not None
+    return int(active[0])
+
+
+def _count(x: Tensor) -> Any:
+    return x.shape[0] if x.dim() == 2 else x.shape[0] * x.shape[1]
+
+
+def _rows_like(layer: Spec, x: Tensor, features: Any, packed: bool) -> Tensor:
+    """Time first in memory, whichever axis comes first."""
+    if packed:
+        return x.new_empty(x.shape[0], features)
+    if layer.batch_first:
+        return x.new_empty(x.shape[1], x.shape[0], features).transpose(0, 1)
+    return x.new_empty(x.shape[0], x.shape[1], features)
+
+
+@torch.library.custom_op(
+    "rnnkern::scan_backward",
+    mutates_args=(),
+    schema=f"(Tensor? dy, Tensor? dhn, Tensor? dcn, {_OPERANDS}, Tensor y, Tensor saved, {_STEPS}, "
+    f"{_SPEC}, bool[] wanted) -> Tensor[]",
+)
+def _scan_backward_op(
+    dy: Maybe,
+    dhn: Maybe,
+    dcn: Maybe,
+    x: Tensor,
+    h0: Maybe,
+    c0: Maybe,
+    weights: list[Tensor],
+    y: Tensor,
+    saved: Tensor,
+    *rest: Any,
+) -> list[Tensor]:
+    """As `scan_backward`; without elements where not wanted."""
+    steps, layer, wanted = _steps(*rest[:STEPS]), Spec(*rest[STEPS:-1]), rest[-1]
+    kernel = _kernel(layer, weights)
+    x, h0, c0, *weights = (_plain(t) for t in (x, h0, c0, *weights))
+    y, saved, dy, dhn, dcn = (_plain(t) for t in (y, saved, dy, dhn, dcn))
+    made, slots = kernel.backward(x, h0, c0, weights, steps, y, saved, dy, dhn, dcn, wanted, False)
+    parts = [x.new_empty(0) if part is None else part for part in made]
+    size = layer.directions * _count(x) * layer.slots * layer.hidden(weights)
+    slots = slots[:size].view(layer.directions, _count(x), -1)
+    ended = _ended(steps)
+    if ended is not None:
+        slots.masked_fill_(ended, 0)
+    return [*parts, slots]
+
+
+@_scan_backward_op.register_fake
+def _(
+    dy: Maybe,
+    dhn: Maybe,
+    dcn: Maybe,
+    x: Tensor,
+    h0: Maybe,
+    c0: Maybe,
+    weights: list[Tensor],
+    y: Tensor,
+    saved: Tensor,
+    *rest: Any,
+) -> list[Tensor]:
+    packed, layer, wanted = rest[STEPS - 1], Spec(*rest[STEPS:-1]), rest[-1]
+    parts = [_rows_like(layer, x, x.shape[-1], packed)]
+    parts += [w.new_empty(w.shape) for w in weights]
+    parts += [s.new_empty(s.shape) for s in (h0, c0) if s is not None]
+    parts = [p if flag else x.new_empty(0) for p, flag in zip(parts, wanted, strict=True)]
+    width = layer.slots * layer.hidden(weights)
+    return [*parts, x.new_empty(layer.directions, _count(x), width)]
+
+
+@torch.library.custom_op("rnnkern::ranked", mutates_args=())
+def _ranked_op(lengths: Tensor, T: int) -> tuple[Tensor, Tensor]:
+    """As `rnnkern.sequence.ranked`, of lengths that nobody has checked."""
+    check_range(lengths, T)
+    return ranked(lengths, T)
+
+
+@_ranked_op.register_fake
+def _(lengths: Tensor, T: int) -> tuple[Tensor, Tensor]:
+    return lengths.new_empty(T), lengths.new_empty(lengths.shape)
+
+
+def _products(x: Any, weights: Any) -> int:
+    """Floating-point operations of the products of a pass over all rows, from the shapes."""
+    rows = x[0] if len(x) == 2 else x[0] * x[1]
+    return sum(2 * rows * w[0] * w[1] for w in weights if len(w) == 2)
+
+
+@register_flop_formula(torch.ops.rnnkern.scan)
+def _scan_flops(x: Any, h0: Any, c0: Any, weights: Any, *rest: Any, **_: Any) -> int:
+    return _products(x, weights)
+
+
+@register_flop_formula(torch.ops.rnnkern.scan_backward)
+def _scan_backward_flops(
+    dy: Any, dhn: Any, dcn: Any, x: Any, h0: Any, c0: Any, weights: Any, *rest: Any, **_: Any
+) -> int:
+    return 2 * _products(x, weights)  # with the operands, and with the weights
+
+
+# What both doors of autograd keep and do.
+
+
+def _keep(
+    ctx: Any,
+    layer: Spec,
+    steps: Sequence[Any],
+    data: Sequence[Maybe],
+    weights: Sequence[Tensor],
+    incoming: Sequence[Maybe] = (),
+    for_forward: bool = False,
+) -> None:
+    """``data``: x, h0, c0, y, saved; backward also keeps gradients: incoming and of the slots."""
+    ctx.layer, ctx.packed, ctx.steps = layer, steps[-1], steps[:-1]
+    ctx.set_materialize_grads(False)
+    ctx.tensors = len(incoming)
+    tensors = (*data, *incoming, *steps[:-1], *weights)
+    ctx.save_for_backward(*tensors)
+    if for_forward:
+        ctx.save_for_forward(*tensors)
+
+
+# What torch leaves untyped.
+def _apply(function: type[torch.autograd.Function], *operands: Any) -> Any:
+    return function.apply(*operands)  # type: ignore[no-untyped-call]
+
+
+def _unflatten(z: Tensor, axis: int, sizes: tuple[int, ...]) -> Tensor:
+    return z.unflatten(axis, sizes)  # type: ignore[no-untyped-call, no-any-return]
+
+
+def _kept(ctx: Any) -> tuple[list[Any], list[Maybe], Steps | None, list[Tensor]]:
+    saved: list[Any] = list(ctx.saved_tensors)
+    data, saved = saved[:5], saved[5:]
+    incoming, saved = saved[: ctx.tensors], saved[ctx.tensors :]
+    active, order, reset, placed, *weights = saved
+    return data, incoming, _steps(active, order, reset, placed, ctx.packed), weights
+
+
+def _backward_of_scan(
+    ctx: Any, wanted: Sequence[bool], incoming: tuple[Maybe, Maybe, Maybe]
+) -> tuple[list[Maybe], list[Maybe]]:
+    """Gradients of x, h0, c0; and of the weights."""
+    (x, h0, c0, y, saved), _, steps, weights = _kept(ctx)
+    layer = ctx.layer
+    flags = [wanted[0], *wanted[3:]]
+    flags += [flag for s, flag in zip((h0, c0), wanted[1:3], strict=True) if s is not None]
+    dcn = incoming[2] if layer.has_cell_state else None
+    made = scan_backward(layer, steps, (*incoming[:2], dcn), x, h0, c0, weights, y, saved, flags)
+    count = 1 + len(weights)
+    states = iter(made[count:-1])
+    of_h0, of_c0 = (None if s is None else next(states) for s in (h0, c0))
+    return [made[0], of_h0, of_c0], made[1:count]
+
+
+def _derivative_of_backward(
+    ctx: Any, change: Sequence[Maybe], of_weights: Sequence[Maybe], changes: Gradients
+) -> tuple[Any, Any]:
+    (x, h0, c0, y, _), (dy, dhn, dcn, slots), steps, weights = _kept(ctx)
+    return derivatives.of_backward(
+        ctx.layer,
+        steps,
+        Point(x, h0, c0, weights, y),
+        Gradients(dy, dhn, dcn, slots),
+        Point(change[0], change[1], change[2], of_weights),
+        changes,
+    )
+
+
+def _backward_of_backward(
+    ctx: Any, incoming: Sequence[Maybe]
+) -> tuple[list[Maybe], tuple[Any, ...]]:
+    """Of what the gradients were made of: dy, dhn, dcn; x, h0, c0, weights."""
+    (_, h0, c0, _, _), made_of, _, weights = _kept(ctx)
+    count = 1 + len(weights)
+    flags = [*ctx.wanted, True]
+    parts = [part if flag else None for part, flag in zip(incoming, flags, strict=True)]
+    states = iter(parts[count:-1])
+    of_h0, of_c0 = (None if s is None else next(states) for s in (h0, c0))
+    outputs, gradients = _derivative_of_backward(
+        ctx,
+        (parts[0], of_h0, of_c0),
+        parts[1:count],
+        Gradients(None, None, None, parts[-1]),
+    )
+    return (
+        [None if own is None else z for own, z in zip(made_of[:3], outputs, strict=True)],
+        gradients[:-1],
+    )
+
+
+def _setup_scan(ctx: Any, inputs: Any, output: Any) -> None:
+    x, h0, c0, weights, *rest = inputs
+    y, _, _, saved = output
+    _keep(ctx, Spec(*rest[STEPS:-1]), rest[:STEPS], (x, h0, c0, y, saved), weights)
+
+
+def _scan_op_backward(ctx: Any, dy: Maybe, dhn: Maybe, dcn: Maybe, _: Maybe) -> tuple[Any, ...]:
+    needs = ctx.needs_input_grad
+    data, of_weights = _backward_of_scan(ctx, [*needs[:3], *_each(needs[3], ctx)], (dy, dhn, dcn))
+    return (*data, of_weights, *[None] * (STEPS + SPEC + 1))
+
+
+def _each(needed: Any, ctx: Any) -> list[bool]:
+    """One flag a weight."""
+    count = ctx.layer.tensors * ctx.layer.directions
+    return list(needed) if isinstance(needed, (list, tuple)) else [bool(needed)] * count
+
+
+_scan_op.register_autograd(_scan_op_backward, setup_context=_setup_scan)
+
+
+def _setup_scan_backward(ctx: Any, inputs: Any, output: Any) -> None:
+    dy, dhn, dcn, x, h0, c0, weights, y, saved, *rest = inputs
+    _keep(
+        ctx,
+        Spec(*rest[STEPS:-1]),
+        rest[:STEPS],
+        (x, h0, c0, y, saved),
+        weights,
+        (dy, dhn, dcn, output[-1]),
+    )
+    ctx.wanted = rest[-1]
+
+
+def _scan_backward_op_backward(ctx: Any, incoming: Sequence[Maybe]) -> tuple[Any, ...]:
+    (y, hn, cn), (x, h0, c0, weights) = _backward_of_backward(ctx, incoming)
+    return (y, hn, cn, x, h0, c0, weights, None, None, *[None] * (STEPS + SPEC + 1))
+
+
+_scan_backward_op.register_autograd(_scan_backward_op_backward, setup_context=_setup_scan_backward)
+
+
+class _Scan(torch.autograd.Function):
+    """``scan`` for the transforms of `torch.func` and forward mode."""
+
+    @staticmethod
+    def forward(layer: Spec, x: Tensor, h0: Maybe, c0: Maybe, *rest: Any) -> tuple[Tensor, ...]:
+        steps, weights = rest[:STEPS], rest[STEPS:]
+        return torch.ops.rnnkern.scan(x, h0, c0, weights, *steps, *layer, True)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        layer, x, h0, c0, *rest = inputs
+        y, _, cn, saved = output
+        ctx.mark_non_differentiable(*([saved] if layer.has_cell_state else [cn, saved]))
+        data = (x, h0, c0, y, saved)
+        _keep(ctx, layer, rest[:STEPS], data, rest[STEPS:], for_forward=True)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Maybe, dhn: Maybe, dcn: Maybe, _: Maybe) -> tuple[Any, ...]:
+        needs = ctx.needs_input_grad
+        data, of_weights = _backward_of_scan(
+            ctx, [*needs[1:4], *needs[4 + STEPS :]], (dy, dhn, dcn)
+        )
+        return (None, *data, *[None] * STEPS, *of_weights)
+
+    @staticmethod
+    def jvp(ctx: Any, *changes: Any) -> tuple[Maybe, ...]:
+        (x, h0, c0, y, _), _, steps, weights = _kept(ctx)
+        change = Point(changes[1], changes[2], changes[3], changes[4 + STEPS :])
+        y, hn, cn = derivatives.tangent(ctx.layer, steps, Point(x, h0, c0, weights, y), change)
+        return y, hn, cn, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *operands: Any) -> tuple[Any, Any]:
+        layer, x, h0, c0, *rest = operands
+        if not _folds(in_dims[4:]):
+            return _one_by_one(_Scan, info.batch_size, in_dims, operands)
+        fold = _Fold(info.batch_size, layer, rest[STEPS - 1])
+        y, hn, cn, saved = _apply(
+            _Scan,
+            layer,
+            fold.rows(x, in_dims[1]),
+            fold.states(h0, in_dims[2]),
+            fold.states(c0, in_dims[3]),
+            *fold.steps(rest[:STEPS], in_dims[4 + 2]),
+            *rest[STEPS:],
+        )
+        cell = layer.has_cell_state
+        outputs = (
+            fold.from_rows(y),
+            fold.from_states(hn),
+            fold.from_states(cn) if cell else cn,
+            fold.from_saved(saved, layer, layer.hidden(rest[STEPS:])),
+        )
+        return outputs, (0, 0, 0 if cell else None, 0)
+
+
+class _ScanBackward(torch.autograd.Function):
+    """``scan_backward`` for the transforms of `torch.func` and forward mode."""
+
+    @staticmethod
+    def forward(layer: Spec, wanted: tuple[bool, ...], *rest: Any) -> tuple[Tensor, ...]:
+        dy, dhn, dcn, x, h0, c0, y, saved, *others = rest
+        steps, weights = others[:STEPS], others[STEPS:]
+        return tuple(
+            torch.ops.rnnkern.scan_backward(
+                dy, dhn, dcn, x, h0, c0, weights, y, saved, *steps, *layer, list(wanted)
+            )
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        layer, wanted, *incoming = inputs[:5]
+        data, rest = inputs[5:10], inputs[10:]
+        incoming = [*incoming, output[-1]]
+        _keep(ctx, layer, rest[:STEPS], data, rest[STEPS:], incoming, for_forward=True)
+        ctx.wanted = wanted
+        flags = zip(output, [*wanted, True], strict=True)
+        ctx.mark_non_differentiable(*(part for part, flag in flags if not flag))
+
+    @staticmethod
+    def backward(ctx: Any, *incoming: Maybe) -> tuple[Any, ...]:
+        (y, hn, cn), (x, h0, c0, weights) = _backward_of_backward(ctx, incoming)
+        return (None, None, y, hn, cn, x, h0, c0, None, None, *[None] * STEPS, *weights)
+
+    @staticmethod
+    def jvp(ctx: Any, *changes: Any) -> tuple[Maybe, ...]:
+        _, (x, h0, c0, weights, slots) = _derivative_of_backward(
+            ctx, changes[5:8], changes[10 + STEPS :], Gradients(*changes[2:5])
+        )
+        parts = [x, *weights, *(s for s in (h0, c0) if s is not None), slots]
+        flags = [*ctx.wanted, True]
+        return tuple(p if flag else None for p, flag in zip(parts, flags, strict=True))
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *operands: Any) -> tuple[Any, Any]:
+        layer, wanted, dy, dhn, dcn, x, h0, c0, y, saved, *rest = operands
+        steps, weights = rest[:STEPS], rest[STEPS:]
+        of_weights = wanted[1 : 1 + len(weights)]
+        if not _folds(in_dims[10:]) or (layer.proj and any(of_weights)):
+            return _one_by_one(_ScanBackward, info.batch_size, in_dims, operands)
+        fold = _Fold(info.batch_size, layer, rest[STEPS - 1])
+        dims = in_dims[2:]
+        incoming = (fold.rows(dy, dims[0]), fold.states(dhn, dims[1]), fold.states(dcn, dims[2]))
+        own_x, own_y = fold.rows(x, dims[3]), fold.rows(y, dims[6])
+        own_h0, own_c0 = fold.states(h0, dims[4]), fold.states(c0, dims[5])
+        own_steps = fold.steps(steps, in_dims[10 + 2])
+        own_saved = fold.saved(saved, dims[7], layer, layer.hidden(weights))
+        flags = (wanted[0], *[False] * len(weights), *wanted[1 + len(weights) :])
+        # One pass for all; each one's gradients of the weights are products of their own.
+        made = _apply(
+            _ScanBackward,
+            layer,
+            flags,
+            *incoming,
+            own_x,
+            own_h0,
+            own_c0,
+            own_y,
+            own_saved,
+            *own_steps,
+            *weights,
+        )
+        parts: list[Tensor] = list(made)
+        out_dims: list[int | None] = [None] * len(made)
+        for i, flag in enumerate(flags):
+            if flag:
+                unfold = fold.from_states if i else fold.from_rows
+                parts[i], out_dims[i] = unfold(made[i]), 0
+        parts[-1], out_dims[-1] = fold.from_slots(made[-1]), 0
+        if any(of_weights):
+            at = Point(own_x, own_h0, own_c0, weights, own_y)
+            found = derivatives.weight_gradients(
+                layer, _steps(*own_steps), at, made[-1], info.batch_size
+            )
+            for i, flag in enumerate(of_weights):
+                if flag:
+                    parts[1 + i], out_dims[1 + i] = found[i], 0
+        return tuple(parts), tuple(out_dims)
+
+
+def _folds(in_dims: Sequence[Any]) -> bool:
+    """Batches of data alone, and of ``reset``, can be rows of one batch."""
+    active, order, _, placed, *_ = in_dims
+    return all(dim is None for dim in (active, order, placed, *in_dims[STEPS:]))
+
+
+def _one_by_one(
+    function: type[torch.autograd.Function], size: int, in_dims: Any, operands: Any
+) -> tuple[Any, Any]:
+    results = [
+        _apply(
+            function,
+            *(
+                o.select(d, i) if isinstance(o, Tensor) and d is not None else o
+                for o, d in zip(operands, in_dims, strict=True)
+            ),
+        )
+        for i in range(size)
+    ]
+    outputs = tuple(torch.stack(parts) for parts in zip(*results, strict=True))
+    return outputs, (0,) * len(outputs)
+
+
+class _Fold:
+    """A batch of operands as more rows of one: row n of sample b becomes row n * size + b."""
+
+    def __init__(self, size: int, layer: Spec, packed: bool) -> None:
+        self.size, self.batch_first, self.packed = size, layer.batch_first, packed
+        self.rows_first = packed or layer.batch_first
+
+    def _first(self, z: Tensor, dim: int | None) -> Tensor:
+        return z.expand(self.size, *z.shape) if dim is None else z.movedim(dim, 0)
+
+    def rows(self, z: Maybe, dim: int | None) -> Maybe:
+        if z is None:
+            return None
+        z, axis = self._first(z, dim), 0 if self.rows_first else 1
+        return z.movedim(0, axis + 1).flatten(axis, axis + 1)
+
+    def from_rows(self, z: Tensor) -> Tensor:
+        axis = 0 if self.rows_first else 1
+        return _unflatten(z, axis, (-1, self.size)).movedim(axis + 1, 0)
+
+    def states(self, z: Maybe, dim: int | None) -> Maybe:
+        return None if z is None else self._first(z, dim).movedim(0, 2).flatten(1, 2)
+
+    def from_states(self, z: Tensor) -> Tensor:
+        return _unflatten(z, 1, (-1, self.size)).movedim(2, 0)
+
+    def from_slots(self, z: Tensor) -> Tensor:
+        """Of ``[D, rows, ...]``."""
+        return _unflatten(z, 1, (-1, self.size)).movedim(2, 0)
+
+    def steps(self, steps: Sequence[Any], dim: int | None) -> tuple[Any, ...]:
+        active, order, reset, placed, packed = steps
+        if order is not None:
+            own = torch.arange(self.size, device=order.device)
+            order = (order[:, None] * self.size + own).flatten()
+        if reset is not None:
+            reset = self.rows(reset[..., None], dim).squeeze(-1).contiguous()  # type: ignore[union-attr]
+        active, placed = (None if z is None else z * self.size for z in (active, placed))
+        return active, order, reset, placed, packed
+
+    def saved(self, z: Tensor, dim: int | None, layer: Spec, hidden: int) -> Tensor:
+        parts = _pieces(self._first(z, dim), layer, hidden)
+        return torch.cat([part.movedim(0, 2).flatten() for part in parts] or [z.new_empty(0)])
+
+    def from_saved(self, z: Tensor, layer: Spec, hidden: int) -> Tensor:
+        parts = [self.from_slots(part).flatten(1) for part in _pieces(z, layer, hidden)]
+        return torch.cat(parts or [z.new_empty(self.size, 0)], -1)
