@@ -7,6 +7,7 @@
 
 import torch  # noqa: F401  first: its OpenMP runtime is the one that the kernels share
 
+from rnnkern import inspect
 from rnnkern.build import build_info, explain
 from rnnkern.convert import convert, revert
 from rnnkern.dynamo import open_to_rnnkern
@@ -29,5 +30,6 @@ __all__ = [
     "build_info",
     "convert",
     "explain",
+    "inspect",
     "revert",
 ]

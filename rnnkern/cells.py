@@ -21,12 +21,14 @@ class Cell:
 
     Attributes:
         gates: blocks of ``hidden_size`` rows in the weights.
+        names: of the gates, in torch's order; none where there is one that is the state itself.
         states: 1 for ``h``, 2 for ``(h, c)``.
         step: ``step(a, b, state) -> state`` with ``a = W_ih x + b_ih`` and ``b = W_hh h + b_hh``,
             both ``[N, gates * H]``; ``state`` as ``[N, H]`` tensors (``h`` before any projection).
     """
 
     gates: int
+    names: tuple[str, ...]
     states: int
     step: Step
 
@@ -54,9 +56,9 @@ def _gru(a: Tensor, b: Tensor, state: State) -> State:
 
 
 CELLS: dict[str, Cell] = {
-    "RNN_TANH": Cell(gates=1, states=1, step=_tanh),
-    "RNN_RELU": Cell(gates=1, states=1, step=_relu),
-    "LSTM": Cell(gates=4, states=2, step=_lstm),
-    "GRU": Cell(gates=3, states=1, step=_gru),
+    "RNN_TANH": Cell(gates=1, names=(), states=1, step=_tanh),
+    "RNN_RELU": Cell(gates=1, names=(), states=1, step=_relu),
+    "LSTM": Cell(gates=4, names=("i", "f", "g", "o"), states=2, step=_lstm),
+    "GRU": Cell(gates=3, names=("r", "z", "n"), states=1, step=_gru),
 }
 """Cells by the ``mode`` that ``torch.nn`` calls them."""

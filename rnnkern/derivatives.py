@@ -172,6 +172,30 @@ def of_backward(
 
 
 @_without_autocast
+def state_gradients(
+    layer: Spec, steps: Steps | None, at: Point, gradients: Gradients
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Of each step's h and, for LSTM, c, all that uses them counted: rows as the layer has them,
+    one tensor a direction.
+    """
+    frames = _Frames(layer, steps, at)
+    of_h, of_c = [], []
+    for d in range(layer.directions):
+        scan = _Direction(layer, frames, d, at)
+        incoming = frames.incoming(gradients, d)
+        d_h, d_c = scan.of_states(frames.saved(gradients.slots, d), incoming)
+        of_h.append(frames.from_rows(scan.taken(d_h), d))
+        if d_c is not None:
+            of_c.append(frames.from_rows(scan.taken(d_c), d))
+    return of_h, of_c
+
+
+def direction(layer: Spec, steps: Steps | None, at: Point, d: int) -> _Direction:
+    """One direction at a point, for what `_Direction.gates` gives."""
+    return _Direction(layer, _Frames(layer, steps, at), d, at, linearized=False)
+
+
+@_without_autocast
 def weight_gradients(
     layer: Spec, steps: Steps | None, at: Point, slots: Tensor, groups: int
 ) -> list[Tensor]:
@@ -378,7 +402,7 @@ class _Direction:
         self.h: Tensor = frames.of(y[..., d * self.O : (d + 1) * self.O], d)
         self.active, self.kept = frames.active(d), frames.kept(d)
         self.actives = [None] * frames.T if self.active is None else self.active.unbind(0)
-        self.h_before = self._before(frames.state(at.h0, d, self.x, self.O))
+        self.h_before = self.before(self.h, frames.state(at.h0, d, self.x, self.O))
         if linearized:
             c0 = frames.state(at.c0, d, self.x, self.H)
             self.cell: Any = _CELLS[layer.mode](self, c0)
@@ -427,15 +451,24 @@ class _Direction:
             total = self.x.new_zeros(self.layer.slots * self.H)
         return total.expand(self.frames.T, self.frames.N, -1)
 
+    def gates(self) -> tuple[Tensor, ...]:
+        """Of LSTM i, f, g, o; of GRU the recurrent part of n, then r, z, n: for all steps."""
+        sums = self.sums(self.x, self.h_before, self.w).chunk(4, -1)
+        if self.layer.mode == "LSTM":
+            i, f, o = (torch.sigmoid(sums[k]) for k in (0, 1, 3))
+            return i, f, torch.tanh(sums[2]), o
+        m, r, z = sums[0], torch.sigmoid(sums[1]), torch.sigmoid(sums[2])
+        return m, r, z, torch.tanh(sums[3] + r * m)
+
     # Episodes and ends
 
     def entering(self, t: int, state: Tensor) -> Tensor:
         """A state as step t takes it over."""
         return state if self.kept is None else torch.where(self.kept[t], state, 0)
 
-    def _before(self, first: Tensor) -> Tensor:
-        """h as each step takes it over."""
-        earlier = self.h[:-1]
+    def before(self, states: Tensor, first: Tensor) -> Tensor:
+        """States as each step takes them over."""
+        earlier = states[:-1]
         if self.active is not None:
             earlier = torch.where(self.active[:-1], earlier, first)
         before = torch.cat((first[None], earlier))
@@ -447,6 +480,15 @@ class _Direction:
         last = torch.zeros_like(z[0]) if end is None else end
         rest = z[1:] if self.active is None else torch.where(self.active[1:], z[1:], last)
         return torch.cat((rest, last[None]))
+
+    def handed_to_start(self, z: Tensor) -> Tensor:
+        """z of the step that begins with the initial state of each row."""
+        if self.kept is not None:
+            z = torch.where(self.kept, z, 0)
+        if self.active is None:
+            return z[0]
+        earlier = torch.cat((torch.zeros_like(self.active[:1]), self.active[:-1]))
+        return torch.where(self.active & ~earlier, z, 0).sum(0)
 
     def summed(self, own: Tensor, keeps: Tensor) -> Tensor:
         """s of s(t) = own(t) + keeps(t+1) s(t+1), as far as an episode and a row go."""
@@ -491,6 +533,16 @@ class _Direction:
         sums = torch.cat((total, alone), -1)
         return _Moved(sums, h_new, h_in, c_new, c_in, unprojected, h, c)
 
+    def of_states(
+        self, slots: Tensor, incoming: tuple[Maybe, Maybe, Maybe]
+    ) -> tuple[Tensor, Maybe]:
+        """Gradients of each step's h and c, all that uses them counted."""
+        assert self.w.rec is not None
+        d_y, d_hn, d_cn = incoming
+        own = self.after(slots[..., : self.recurrent] @ self.w.rec, d_hn)
+        d_h = self.cell.of_h(own if d_y is None else own + d_y)
+        return d_h, self.cell.of_c(d_h if self.w.hr is None else d_h @ self.w.hr, d_cn)
+
     def adjoint(
         self,
         v_w: _Weights,
@@ -502,14 +554,12 @@ class _Direction:
         """Changes of the gradients, in the order of backward."""
         rec, w_rec, w_hr = slots[..., : self.recurrent], self.w.rec, self.w.hr
         assert w_rec is not None
-        d_y, d_hn, d_cn = incoming
-        own = self.after(rec @ w_rec, d_hn)
-        d_h = self.cell.of_h(own if d_y is None else own + d_y)
+        d_h, d_c = self.of_states(slots, incoming)
         d_projected, crossing = None, None
         if w_hr is not None:
             d_projected, d_h = d_h, d_h @ w_hr
             crossing = None if v_w.hr is None else (d_projected @ v_w.hr).unbind(0)
-        curved, handed = self.cell.curve(moved, d_h, d_cn)
+        curved, handed = self.cell.curve(moved, d_h, d_c)
         if v_w.rec is not None:
             handed = rec @ v_w.rec if handed is None else handed + rec @ v_w.rec
         curves, hands = curved.unbind(0), None if handed is None else handed.unbind(0)
@@ -598,7 +648,11 @@ class _Elman:
         """Gradients of each step's h, from what reaches it by products and from outside."""
         return own
 
-    def curve(self, moved: _Moved, d_h: Tensor, d_cn: Maybe) -> tuple[Tensor, Maybe]:
+    def of_c(self, d_h: Tensor, d_cn: Maybe) -> Maybe:
+        """Gradients of each step's c."""
+        return None
+
+    def curve(self, moved: _Moved, d_h: Tensor, d_c: Any) -> tuple[Tensor, Maybe]:
         """How the gains change: the part of it in the gradients of slots, and of h before."""
         return self.bend * moved.h * d_h, None
 
@@ -613,9 +667,7 @@ class _Lstm(_Elman):
     """c = f c' + i g, h = o tanh(c)."""
 
     def __init__(self, scan: _Direction, c0: Tensor) -> None:
-        sums = scan.sums(scan.x, scan.h_before, scan.w).chunk(4, -1)
-        self.i, self.f, self.o = (torch.sigmoid(sums[k]) for k in (0, 1, 3))
-        self.g = torch.tanh(sums[2])
+        self.i, self.f, self.g, self.o = scan.gates()
         self.scan = scan
         self.keeps, c = self.f.unbind(0), c0
         cells, before = [], []
@@ -649,12 +701,14 @@ class _Lstm(_Elman):
         new = torch.addcmul(by_i + by_f + by_g, self.keeps[t], c)
         return torch.addcmul(by_o, self.to_hs[t], new), new
 
-    def curve(self, moved: _Moved, d_h: Tensor, d_cn: Maybe) -> tuple[Tensor, Maybe]:
+    def of_c(self, d_h: Tensor, d_cn: Maybe) -> Maybe:
+        end = self.scan.after(torch.zeros_like(self.f), d_cn)
+        return self.scan.summed(torch.addcmul(end, self.to_h, d_h), self.f)
+
+    def curve(self, moved: _Moved, d_h: Tensor, d_c: Any) -> tuple[Tensor, Maybe]:
         i, f, g, o, tanh_c = self.i, self.f, self.g, self.o, self.tanh_c
         of_i, of_f, of_o = self.slopes
         a_i, a_f, a_g, a_o = moved.slots.chunk(4, -1)
-        end = self.scan.after(torch.zeros_like(f), d_cn)
-        d_c = self.scan.summed(torch.addcmul(end, self.to_h, d_h), f)
         v_i, v_f, v_o, v_g = of_i * a_i, of_f * a_f, of_o * a_o, (1 - g * g) * a_g
         v_tanh_c = self.slope * moved.c
         curved = torch.cat(
@@ -680,9 +734,7 @@ class _Gru(_Elman):
     """h = (1 - z) n + z h', n = tanh(a_n + r m); slots m, r, z, n."""
 
     def __init__(self, scan: _Direction, c0: Tensor) -> None:
-        sums = scan.sums(scan.x, scan.h_before, scan.w).chunk(4, -1)
-        self.m, self.r, self.z = sums[0], torch.sigmoid(sums[1]), torch.sigmoid(sums[2])
-        self.n = torch.tanh(sums[3] + self.r * self.m)
+        self.m, self.r, self.z, self.n = scan.gates()
         self.scan, self.keeps = scan, self.z.unbind(0)
         self.to_h = (1 - self.z) * (1 - self.n * self.n)  # from the argument of tanh
         self.of_r, self.of_z = self.r * (1 - self.r), self.z * (1 - self.z)
@@ -705,7 +757,7 @@ class _Gru(_Elman):
     def of_h(self, own: Tensor) -> Tensor:
         return self.scan.summed(own, self.z)
 
-    def curve(self, moved: _Moved, d_h: Tensor, d_cn: Maybe) -> tuple[Tensor, Maybe]:
+    def curve(self, moved: _Moved, d_h: Tensor, d_c: Any) -> tuple[Tensor, Maybe]:
         m, r, z, n, to_h = self.m, self.r, self.z, self.n, self.to_h
         v_m, a_r, a_z, a_n = moved.slots.chunk(4, -1)
         v_r, v_z = self.of_r * a_r, self.of_z * a_z

@@ -82,7 +82,7 @@ def _checked(module: Any, input: Any, hx: Any, lengths: Any, reset: Any) -> Any:
     batch_first = module.batch_first
     first, second, features = input.shape
     T, N = (second, first) if batch_first else (first, second)
-    h0, c0, fits = _initial_states(module, hx, N)
+    h0, c0, fits = initial_states(module, hx, N)
     if not fits or features != module.input_size or T == 0:
         return _elsewhere(module, input, hx, lengths, reset, WRONG)
     if jit:
@@ -311,7 +311,7 @@ def current_weights(module: Any) -> list[Tensor]:
         return [getattr(module, name) for name in module._flat_weights_names]
 
 
-def _initial_states(module: Any, hx: Any, N: int) -> tuple[Tensor | None, Tensor | None, bool]:
+def initial_states(module: Any, hx: Any, N: int) -> tuple[Tensor | None, Tensor | None, bool]:
     """``h_0, c_0`` and whether they are what a batch of N needs."""
     if hx is None:
         return None, None, True
@@ -363,8 +363,8 @@ def _layers(
     finals: list[tuple[Tensor, Tensor | None]] = []
     for i in range(module.num_layers):
         if i:
-            x = _dropout(module, x)
-        x, hn, cn = _one_layer(layer, x, *_of_layer(i, D, count, h0, c0, weights), steps)
+            x = dropout(module, x)
+        x, hn, cn = _one_layer(layer, x, *of_layer(i, D, count, h0, c0, weights), steps)
         finals.append((hn, cn))
     hn = torch.cat([h for h, _ in finals])
     return (
@@ -374,7 +374,7 @@ def _layers(
     )
 
 
-def _of_layer(
+def of_layer(
     i: int, D: int, count: int, h0: Tensor | None, c0: Tensor | None, weights: list[Tensor]
 ) -> tuple[Tensor | None, Tensor | None, list[Tensor]]:
     """Initial states and weights of layer i, of D directions and ``count`` weights."""
@@ -407,7 +407,7 @@ def _one_layer(
     return y, hn, cn[0] if cn else None
 
 
-def _dropout(module: Any, x: Tensor) -> Tensor:
+def dropout(module: Any, x: Tensor) -> Tensor:
     """Between layers.
 
     With the same random numbers as torch.nn, for outputs lie in memory as torch's do.
@@ -448,7 +448,7 @@ def _packed(module: Any, input: PackedSequence, hx: Any, lengths: Any, reset: An
         )
     data, batch_sizes, sorted_indices, unsorted_indices = input
     N = int(batch_sizes[0]) if batch_sizes.numel() else 0
-    h0, c0, fits = _initial_states(module, hx, N)
+    h0, c0, fits = initial_states(module, hx, N)
     if not fits or N == 0 or data.dim() != 2 or data.size(-1) != module.input_size:
         return _elsewhere(module, input, hx, None, None, WRONG)
     steps = packed_steps(batch_sizes, sorted_indices, place_of(data))
@@ -495,7 +495,7 @@ def _by_reference(module: Any, x: Tensor, hx: Any, lengths: Any, reset: Any) -> 
     module.check_input(x, None)
     batch_first = module.batch_first
     T, N = (x.size(1), x.size(0)) if batch_first else (x.size(0), x.size(1))
-    h0, c0, _ = _initial_states(module, hx, N)
+    h0, c0, _ = initial_states(module, hx, N)
     steps = padded_steps(lengths, reset, T, N, batch_first, place_of(x))
     weights = current_weights(module)
     D = 2 if module.bidirectional else 1
@@ -503,11 +503,11 @@ def _by_reference(module: Any, x: Tensor, hx: Any, lengths: Any, reset: Any) -> 
     finals = []
     for i in range(module.num_layers):
         if i:
-            x = _dropout(module, x)
+            x = dropout(module, x)
         x, *final = reference.layer(
             module.mode,
             x,
-            *_of_layer(i, D, count, h0, c0, weights),
+            *of_layer(i, D, count, h0, c0, weights),
             directions=D,
             bias=module.bias,
             batch_first=batch_first,

@@ -41,7 +41,7 @@ def scan(
     training: bool,
 ) -> tuple[Tensor, Tensor, Maybe]:
     """``y, h_n, c_n`` of a layer, in a mode of torch that sees operators only."""
-    own = _arguments(steps)
+    own = arguments(steps)
     if transformed():
         y, hn, cn, _ = _apply(_Scan, layer, x, h0, c0, *own, *weights)
     else:
@@ -65,7 +65,7 @@ def scan_backward(
 
     None where they are not ``wanted``; and those of the slots, ``[D, rows, S * H]``.
     """
-    own = _arguments(steps)
+    own = arguments(steps)
     flags = list(wanted)
     if transformed():
         made = _apply(
@@ -83,7 +83,7 @@ def transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def _arguments(steps: Steps | None) -> tuple[Maybe, Maybe, Maybe, Maybe, bool]:
+def arguments(steps: Steps | None) -> tuple[Maybe, Maybe, Maybe, Maybe, bool]:
     if steps is None:
         return None, None, None, None, False
     return steps.active, steps.order, steps.reset, steps.placed, steps.packed
@@ -120,7 +120,7 @@ def _ended(steps: Steps | None) -> Maybe:
     return ~active_rows(steps).reshape(-1, 1)
 
 
-def _pieces(saved: Tensor, layer: Spec, hidden: int) -> list[Tensor]:
+def pieces(saved: Tensor, layer: Spec, hidden: int) -> list[Tensor]:
     """Views ``[..., D, rows, width]`` of what was saved, ``[..., elements]``."""
     widths = [layer.slots * layer.saves_slots, int(layer.has_cell_state), int(layer.proj)]
     widths = [width for width in widths if width]
@@ -150,7 +150,7 @@ def _scan_op(
     y, hn, *cn = outputs
     ended = _ended(steps)
     if saved is not None and ended is not None:
-        for piece in _pieces(saved, layer, layer.hidden(weights)):
+        for piece in pieces(saved, layer, layer.hidden(weights)):
             piece.masked_fill_(ended, 0)
     return (
         y,
@@ -623,9 +623,9 @@ class _Fold:
         return active, order, reset, placed, packed
 
     def saved(self, z: Tensor, dim: int | None, layer: Spec, hidden: int) -> Tensor:
-        parts = _pieces(self._first(z, dim), layer, hidden)
+        parts = pieces(self._first(z, dim), layer, hidden)
         return torch.cat([part.movedim(0, 2).flatten() for part in parts] or [z.new_empty(0)])
 
     def from_saved(self, z: Tensor, layer: Spec, hidden: int) -> Tensor:
-        parts = [self.from_slots(part).flatten(1) for part in _pieces(z, layer, hidden)]
+        parts = [self.from_slots(part).flatten(1) for part in pieces(z, layer, hidden)]
         return torch.cat(parts or [z.new_empty(self.size, 0)], -1)

@@ -1,0 +1,246 @@
+"""`rnnkern.inspect`: gates and states against a loop over steps, and how far gradients reach."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from settings import LENGTHS, RESET, SETTINGS
+from support import FORMS, LAYERS, build, flatten, states_of
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence
+
+import rnnkern
+from rnnkern import inspect
+
+
+def stepped(
+    module: Any,
+    x: Tensor,
+    h: Tensor,
+    c: Tensor,
+    i: int,
+    d: int,
+    seen: Callable[[str, Tensor], Tensor] = lambda name, state: state,
+) -> dict[str, Tensor]:
+    """One layer and direction in a loop over the steps of ``[T, N, I]``: all gates and states, the
+    latter as ``seen`` hands them on.
+    """
+    suffix = f"_l{i}" + ("_reverse" if d else "")
+    w = {
+        name: getattr(module, f"{name}{suffix}", None)
+        for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
+    }
+    found: dict[str, list[Tensor]] = {}
+    for step in x.flip(0) if d else x:
+        a = nn.functional.linear(step, w["weight_ih"], w["bias_ih"])
+        b = nn.functional.linear(h, w["weight_hh"], w["bias_hh"])
+        now: dict[str, Tensor] = {}
+        if module.mode == "LSTM":
+            i_, f_, g_, o_ = (a + b).chunk(4, -1)
+            now = {"i": i_.sigmoid(), "f": f_.sigmoid(), "g": g_.tanh(), "o": o_.sigmoid()}
+            c = seen("c", now["f"] * c + now["i"] * now["g"])
+            h = now["o"] * c.tanh()
+            h = h if w["weight_hr"] is None else h @ w["weight_hr"].t()
+            now["c"] = c
+        elif module.mode == "GRU":
+            (ar, az, an), (br, bz, bn) = a.chunk(3, -1), b.chunk(3, -1)
+            now = {"r": (ar + br).sigmoid(), "z": (az + bz).sigmoid()}
+            now["n"] = (an + now["r"] * bn).tanh()
+            h = (1 - now["z"]) * now["n"] + now["z"] * h
+        else:
+            h = torch.relu(a + b) if module.mode == "RNN_RELU" else torch.tanh(a + b)
+        now["h"] = h = seen("h", h)
+        for name, value in now.items():
+            found.setdefault(name, []).append(value)
+    return {name: torch.stack(values[::-1] if d else values) for name, values in found.items()}
+
+
+def named(part: inspect.DirectionTrace) -> dict[str, Tensor]:
+    own = part.gates | {"h": part.h}
+    return own if part.c is None else own | {"c": part.c}
+
+
+def total(values: dict[str, Tensor]) -> Tensor:
+    """A sum in which every element counts differently."""
+    return sum(
+        (value * torch.linspace(1, 2, value.numel(), dtype=value.dtype).view(value.shape)).sum()
+        for _, value in sorted(values.items())
+    )  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("of", ["rnnkern", "torch.nn"])
+@pytest.mark.parametrize("setting", ["hx", "bidirectional", "no-bias", "batch-first"])
+@pytest.mark.parametrize("form", FORMS)
+def test_trace_of_a_layer(form: str, setting: str, of: str) -> None:
+    """Values, first and second derivatives."""
+    module, leaves = SETTINGS[setting].make(form)
+    if of == "torch.nn":
+        rnnkern.revert(module)
+    leaves = {name: leaf.double().requires_grad_() for name, leaf in leaves.items()}
+    x = leaves["x"]
+    seen = inspect.trace(module, x, states_of(leaves))
+    torch.testing.assert_close(
+        flatten((seen.output, seen.state)), flatten(module(x, states_of(leaves)))
+    )
+    sources = [*leaves.values(), *module.parameters()]
+    N = x.shape[0] if module.batch_first else x.shape[1]
+    for d, part in enumerate(seen.layers[0]):
+        zeros = x.new_zeros(2, N, module.proj_size or module.hidden_size), x.new_zeros(2, N, 2)
+        h, c = (leaves.get(name, z)[d] for name, z in zip(("h0", "c0"), zeros, strict=True))
+        frames = x.transpose(0, 1) if module.batch_first else x
+        wanted = stepped(module, frames, h, c, 0, d)
+        ours = named(part)
+        if module.batch_first:
+            ours = {name: value.transpose(0, 1) for name, value in ours.items()}
+        assert ours.keys() == wanted.keys()
+        torch.testing.assert_close(ours, wanted)
+        first = [
+            torch.autograd.grad(total(v), sources, create_graph=True, allow_unused=True)
+            for v in (ours, wanted)
+        ]
+        second = []
+        for gradients in first:
+            loss = sum(g.square().sum() for g in gradients if g is not None)
+            second.append(torch.autograd.grad(loss, sources, retain_graph=True, allow_unused=True))
+        for mine, theirs in (first, second):
+            for a, b in zip(mine, theirs, strict=True):
+                zero = torch.zeros(())
+                torch.testing.assert_close(
+                    a if a is not None else zero.expand_as(b if b is not None else zero).double(),
+                    b if b is not None else zero.expand_as(a if a is not None else zero).double(),
+                )
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_trace_of_several_layers(kind: str) -> None:
+    module = build(kind, 2, 3, num_layers=3, bidirectional=True, dtype=torch.float64)
+    x = torch.randn(4, 2, 2, dtype=torch.float64)
+    with torch.no_grad():
+        seen = inspect.trace(module, x)
+        assert [len(layer) for layer in seen.layers] == [2, 2, 2]
+        for i, layer in enumerate(seen.layers):
+            zero = x.new_zeros(2, 3)
+            for d, part in enumerate(layer):
+                torch.testing.assert_close(named(part), stepped(module, x, zero, zero, i, d))
+            x = torch.cat([part.h for part in layer], -1)
+    assert torch.equal(x, seen.output)
+
+
+@pytest.mark.parametrize("which", ["lengths", "reset", "packed"])
+@pytest.mark.parametrize("form", FORMS)
+def test_trace_of_rows_that_end_and_begin(form: str, which: str) -> None:
+    """As each piece alone: values, and gradients of the whole."""
+    kind, own = FORMS[form]
+    module = build(
+        kind,
+        2,
+        3,
+        bidirectional=True,
+        dtype=torch.float64,
+        **own | ({"proj_size": 2} if "proj_size" in own else {}),
+    )
+    x = torch.randn(3, 2, 2, dtype=torch.float64, requires_grad=True)
+    if which == "packed":
+        packed = pack_padded_sequence(x, LENGTHS.cpu(), enforce_sorted=False)
+        seen = inspect.trace(module, packed)
+        padded = lambda z: nn.utils.rnn.pad_packed_sequence(packed._replace(data=z))[0]  # noqa: E731
+    else:
+        options = {"lengths": LENGTHS} if which == "lengths" else {"reset": RESET}
+        seen = inspect.trace(module, x, **options)
+        padded = lambda z: z  # noqa: E731
+    sources = [x, *module.parameters()]
+    for d in range(2):
+        ours = {name: padded(value) for name, value in named(seen.layers[0][d]).items()}
+        wanted = {name: torch.zeros_like(value) for name, value in ours.items()}
+        for n in range(2):
+            length = 3 if which == "reset" else int(LENGTHS[n])
+            cuts = [0, length]
+            if which == "reset":
+                cuts = sorted({0, 3, *(t for t in range(3) if RESET[t, n])})
+            for begin, end in itertools.pairwise(cuts):
+                alone = inspect.trace(module, x[begin:end, n : n + 1]).layers[0][d]
+                for name, value in named(alone).items():
+                    wanted[name] = wanted[name].clone()
+                    wanted[name][begin:end, n : n + 1] = value
+        torch.testing.assert_close(ours, wanted)
+        torch.testing.assert_close(
+            torch.autograd.grad(total(ours), sources, retain_graph=True, allow_unused=True),
+            torch.autograd.grad(total(wanted), sources, retain_graph=True, allow_unused=True),
+        )
+
+
+@pytest.mark.parametrize("options", [{}, {"bidirectional": True, "num_layers": 2}], ids=str)
+@pytest.mark.parametrize("form", FORMS)
+def test_gradient_flow(form: str, options: dict[str, Any]) -> None:
+    kind, own = FORMS[form]
+    module = build(kind, 2, 4, dtype=torch.float64, **own, **options)
+    x = torch.randn(7, 3, 2, dtype=torch.float64)
+    flow = inspect.gradient_flow(module, x)
+    width = getattr(module, "proj_size", 0) or 4
+    layers = module.num_layers
+    D = 2 if module.bidirectional else 1
+    assert flow.h.shape == (layers * D, 7, 3)
+    assert (flow.c is None) == (kind != "LSTM")
+    expected: dict[str, list[Tensor]] = {"h": [], "c": []}
+    for i in range(layers):
+        outputs = []
+        for d in range(D):
+            # A leaf of zeros more in every state: its gradient is the state's.
+            leaves: dict[str, list[Tensor]] = {"h": [], "c": []}
+
+            def with_leaf(name: str, state: Tensor, leaves: Any = leaves) -> Tensor:
+                leaf = torch.zeros_like(state).requires_grad_()
+                leaves[name].append(leaf)
+                return state + leaf
+
+            h = stepped(module, x, x.new_zeros(3, width), x.new_zeros(3, 4), i, d, with_leaf)["h"]
+            outputs.append(h.detach())
+            for name, own in leaves.items():
+                if own:
+                    found = torch.autograd.grad(h[0 if d else -1].sum(), own, retain_graph=True)
+                    norms = torch.stack([g.norm(dim=-1) for g in found])
+                    expected[name].append(norms.flip(0) if d else norms)
+        x = torch.cat(outputs, -1)
+    torch.testing.assert_close(flow.h, torch.stack(expected["h"]))
+    if flow.c is not None:
+        torch.testing.assert_close(flow.c, torch.stack(expected["c"]))
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_gradient_flow_is_differentiable_and_follows_lengths(kind: str) -> None:
+    module = build(kind, 2, 4, dtype=torch.float64)
+    x = torch.randn(5, 2, 2, dtype=torch.float64, requires_grad=True)
+    flow = inspect.gradient_flow(module, x, lengths=torch.tensor([5, 3]))
+    assert (flow.h[0, 3:, 1] == 0).all()
+    alone = inspect.gradient_flow(module, x[:3, 1:])
+    torch.testing.assert_close(flow.h[:, :3, 1:], alone.h)
+    (gradient,) = torch.autograd.grad(flow.h.sum(), x)
+    assert gradient.abs().sum() > 0
+
+    def flowing(x: Tensor) -> Tensor:
+        return inspect.gradient_flow(module, x).h
+
+    assert torch.autograd.gradcheck(flowing, x)
+
+
+@pytest.mark.parametrize(
+    ("module", "operands", "message"),
+    [
+        (nn.Linear(2, 3), (torch.zeros(3, 2, 2),), "module must be an RNN, LSTM or GRU"),
+        (nn.GRU(2, 3), (torch.zeros(3, 2),), "three axes"),
+        (nn.GRU(2, 3), (torch.zeros(3, 2, 4),), "2 features, got 4"),
+        (nn.GRU(2, 3), (torch.zeros(0, 2, 2),), "no steps"),
+        (nn.GRU(2, 3), (torch.zeros(3, 2, 2), torch.zeros(1, 3, 3)), "hx does not fit"),
+        (nn.GRU(2, 3), ([1.0],), "three axes"),
+    ],
+    ids=["module", "axes", "features", "steps", "hx", "type"],
+)
+@pytest.mark.cpu_only
+def test_wrong_operands(module: Any, operands: tuple[Any, ...], message: str) -> None:
+    for function in (inspect.trace, inspect.gradient_flow):
+        with pytest.raises((TypeError, ValueError), match=message):
+            function(module, *operands)
