@@ -9,6 +9,7 @@ import torch  # noqa: F401  first: its OpenMP runtime is the one that the kernel
 
 from rnnkern import inspect
 from rnnkern.build import build_info, explain
+from rnnkern.checkpoint import checkpointed
 from rnnkern.convert import convert, revert
 from rnnkern.dynamo import open_to_rnnkern
 from rnnkern.functional import FallbackWarning
@@ -28,6 +29,7 @@ __all__ = [
     "RNNCell",
     "__version__",
     "build_info",
+    "checkpointed",
     "convert",
     "explain",
     "inspect",
