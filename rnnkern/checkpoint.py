@@ -120,14 +120,8 @@ class _Segments:
         if isinstance(module, nn.RNN):
             options = {"nonlinearity": module.nonlinearity}
         kind = next(own for theirs, own in _CLASSES.items() if isinstance(module, theirs))
-        layer = kind(
-            x.shape[-1],
-            module.hidden_size,
-            bias=module.bias,
-            device="meta",
-            dtype=x.dtype,
-            **options,
-        )
+        sizes = x.shape[-1], module.hidden_size
+        layer = kind(*sizes, bias=module.bias, device="meta", dtype=x.dtype, **options)
         layer.train(module.training)
         named = dict(zip(layer._flat_weights_names, weights, strict=True))
         if d:
