@@ -131,14 +131,14 @@ py::tuple recorded(py::handle record, const Layer& layer, py::handle x, const Pl
 }
 
 // The plain call of a module: one layer, a batch, no initial state. What the module returns; or
-// None where it is another call, to be looked at from Python. `record` makes the outputs
+// None where it is another call, or one that a profiler is to see. `record` makes the outputs
 // differentiable.
 py::object plain_call(py::handle module, py::handle x, py::handle record) {
   if (!is_tensor(x)) return py::none();
   const dlpack::Tensor input = view_of(x, "input").tensor;
   if (input.ndim != 3) return py::none();
   const std::optional<PlainModule> plain = plain_module(module);
-  if (!plain || mode_refusal() || is_autocast(input.device)) return py::none();
+  if (!plain || mode_refusal() || is_autocast(input.device) || is_profiled()) return py::none();
   const auto& [layer, weights] = *plain;
   const bool training = wants_gradient(weights) || wants_gradient(std::array<py::handle, 1>{x});
   Outputs made = forward_any(layer, x, py::none(), py::none(), weights, py::none(), training);

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import profiler
 
 from rnnkern import kernels, ops
 from rnnkern.derivatives import Spec
@@ -19,6 +20,19 @@ Scanned = tuple[Layer, Steps | None, int]
 
 def _graph_is_kept() -> bool:
     return torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def profiled(kernel: _F, name: str) -> _F:
+    """The kernel, as torch's profilers see it by name."""
+
+    def recorded(*operands: Any) -> Any:
+        with profiler.record_function(f"rnnkern::{name}"):
+            return kernel(*operands)
+
+    return recorded  # type: ignore[return-value]
 
 
 class Scan(torch.autograd.Function):
@@ -61,10 +75,11 @@ class Scan(torch.autograd.Function):
             )
             return (None, None, None, *made[:-1])
         overwrite = not _graph_is_kept()
+        run = layer.backward
+        if profiler._is_profiler_enabled:
+            run = profiled(run, f"{layer.mode} backward")
         try:
-            gradients, _ = layer.backward(
-                x, h0, c0, weights, steps, y, saved, dy, dhn, dcn, wanted, overwrite
-            )
+            gradients, _ = run(x, h0, c0, weights, steps, y, saved, dy, dhn, dcn, wanted, overwrite)
         except kernels.RefusedError:
             # Saved tensors come back as their hooks return them: any of them may be at fault.
             dtype = next(g.dtype for g in (dy, dhn, dcn) if g is not None)
@@ -74,9 +89,7 @@ class Scan(torch.autograd.Function):
             ]
             x, y, saved, dy, dhn, dcn, *tensors = dense
             h0, c0, weights = _initial_states(tensors, states)
-            gradients, _ = layer.backward(
-                x, h0, c0, weights, steps, y, saved, dy, dhn, dcn, wanted, overwrite
-            )
+            gradients, _ = run(x, h0, c0, weights, steps, y, saved, dy, dhn, dcn, wanted, overwrite)
         return (None, None, None, *gradients)
 
 

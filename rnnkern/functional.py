@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.autograd import profiler
 from torch.nn.utils.rnn import PackedSequence
 
 from rnnkern import kernels, ops, reference
-from rnnkern.autograd import record
+from rnnkern.autograd import profiled, record
 from rnnkern.derivatives import Spec
 from rnnkern.kernels import GAPS, Layer
 from rnnkern.sequence import Steps, packed_steps, padded_steps, place_of
@@ -66,13 +67,12 @@ def forward(
 
 
 def _checked(module: Any, input: Any, hx: Any, lengths: Any, reset: Any) -> Any:
-    jit = jit_traced()
-    if (
-        lengths is None
-        and reset is None
-        and (jit or (is_compiling() and isinstance(input, PackedSequence)))
-    ):
-        return module._torch_forward(input, hx)
+    compiling = is_compiling()
+    # torch.jit.trace records operators, and knows those of torch alone.
+    jit = not compiling and _tracing_state() is not None
+    if (jit or compiling) and lengths is None and reset is None:  # noqa: SIM102
+        if jit or isinstance(input, PackedSequence):
+            return module._torch_forward(input, hx)
     if isinstance(input, PackedSequence):
         return _packed(module, input, hx, lengths, reset)
     if input.dim() == 2:
@@ -90,7 +90,7 @@ def _checked(module: Any, input: Any, hx: Any, lengths: Any, reset: Any) -> Any:
     steps = None
     if lengths is not None or reset is not None:
         steps = padded_steps(lengths, reset, T, N, batch_first, place_of(input))
-    result = _on_kernels(module, input, h0, c0, steps)
+    result = _on_kernels(module, input, h0, c0, steps, compiling)
     if isinstance(result, str):
         return _elsewhere(module, input, hx, lengths, reset, result)
     y, hn, cn = result
@@ -132,18 +132,23 @@ def dtype_under_autocast(
 
 
 def _on_kernels(
-    module: Any, x: Tensor, h0: Tensor | None, c0: Tensor | None, steps: Steps | None
+    module: Any,
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    steps: Steps | None,
+    compiling: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None] | str:
     """Runs the layers, under autocast in its dtype; or says why no kernel covers them."""
     weights = current_weights(module)
     asked = autocast_dtype(x)
     if asked is None:
-        return _with_weights(None, module, x, h0, c0, weights, steps)
+        return _with_weights(None, module, x, h0, c0, weights, steps, compiling)
     packed = steps is not None and steps.packed
     dtype = dtype_under_autocast(module, asked, x, h0, packed)
     with torch.autocast(x.device.type, enabled=False):
         own_x, own_h0, own_c0, *weights = autocast(dtype, x, h0, c0, *weights)
-        result = _with_weights(asked, module, own_x, own_h0, own_c0, weights, steps)
+        result = _with_weights(asked, module, own_x, own_h0, own_c0, weights, steps, compiling)
         if isinstance(result, str):
             return result
         y, hn, cn = result
@@ -188,13 +193,14 @@ def _with_weights(
     c0: Tensor | None,
     weights: list[Tensor],
     steps: Steps | None,
+    compiling: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None] | str:
     """Runs the layers, with dense copies of what has gaps; or says why no kernel covers them.
 
     ``asked``: what autocast asks for.
     """
     reason: str | None = None
-    if not is_compiling():
+    if not compiling:
         reason = kernels.mode_refusal()
         if reason is None:
             layer = layer_of(module, asked)
@@ -243,7 +249,8 @@ def cell(module: Any, input: Tensor, hx: Any) -> Any:
 
     A scan of one step.
     """
-    if jit_traced():
+    compiling = is_compiling()
+    if not compiling and _tracing_state() is not None:
         return module._torch_forward(input, hx)
     states = _cell_states(module, input, hx)
     if states is None:
@@ -260,7 +267,7 @@ def cell(module: Any, input: Tensor, hx: Any) -> Any:
         own = torch.float32 if module.weight_ih.dtype == torch.float32 else dtype
         x, h0, c0, *weights = autocast(own, x, h0, c0, *weights)
     reason: str | None = "an operand"
-    if not is_compiling():
+    if not compiling:
         reason = kernels.mode_refusal() or kernels.refusal(x, h0, c0, weights)
     by_operator = reason not in (None, GAPS) and _has_operators(x, h0, c0, *weights)
     if reason == GAPS:
@@ -295,11 +302,6 @@ def _cell_biases(module: Any) -> tuple[Tensor, ...]:
         return ()
     other = given[0] if given[1] is None else given[1]
     return tuple(torch.zeros_like(other) if bias is None else bias for bias in given)
-
-
-def jit_traced() -> bool:
-    """``torch.jit.trace`` records operators, and knows those of torch alone."""
-    return not is_compiling() and _tracing_state() is not None
 
 
 def current_weights(module: Any) -> list[Tensor]:
@@ -399,7 +401,10 @@ def _one_layer(
             t is not None and t.requires_grad for t in operands
         )
         return ops.scan(layer, steps, x, h0, c0, weights, training)
-    outputs, training, saved = layer.forward(x, h0, c0, weights, steps)
+    run = layer.forward
+    if profiler._is_profiler_enabled:
+        run = profiled(run, layer.mode)
+    outputs, training, saved = run(x, h0, c0, weights, steps)
     if training:
         states = [s for s in (h0, c0) if s is not None]
         outputs = record((layer, steps, len(states)), outputs, saved, x, *weights, *states)
@@ -452,7 +457,7 @@ def _packed(module: Any, input: PackedSequence, hx: Any, lengths: Any, reset: An
     if not fits or N == 0 or data.dim() != 2 or data.size(-1) != module.input_size:
         return _elsewhere(module, input, hx, None, None, WRONG)
     steps = packed_steps(batch_sizes, sorted_indices, place_of(data))
-    result = _on_kernels(module, data, h0, c0, steps)
+    result = _on_kernels(module, data, h0, c0, steps, False)
     if isinstance(result, str):
         return _elsewhere(module, input, hx, None, None, result)
     y, hn, cn = result

@@ -461,3 +461,16 @@ def test_no_weights_of_earlier_calls_are_kept() -> None:
     for _ in range(3):
         for module, expected in zip(modules, alone, strict=True):
             assert torch.equal(module(x)[0].detach(), expected)
+
+
+@pytest.mark.parametrize("kind", [*LAYERS, *CELLS])
+def test_profilers_see_the_kernels_by_name(kind: str) -> None:
+    module = build(kind, 4, 6)
+    x = torch.randn(3, 4) if kind in CELLS else torch.randn(5, 3, 4)
+    with torch.profiler.profile() as seen:
+        sum(output.sum() for output in flatten(module(x)).values()).backward()
+    name = "RNN_TANH" if kind.startswith("RNN") else kind.removesuffix("Cell")
+    counts = {event.key: event.count for event in seen.key_averages()}
+    assert counts[f"rnnkern::{name}"] == 1
+    assert counts[f"rnnkern::{name} backward"] == 1
+    assert "ScanBackward" in counts

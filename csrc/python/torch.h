@@ -31,6 +31,7 @@ struct TorchApi {
   PyObject *cudnn_enabled, *float32_of_layers, *float32_of_products;
   std::vector<Mode> modes;
   PyObject* forward_ad;  // the namespace of torch.autograd.forward_ad
+  PyObject* profiler;    // and of torch.autograd.profiler
 };
 
 inline TorchApi api;
@@ -119,6 +120,7 @@ inline void bind_torch() {
       {keep(core.attr("_len_torch_dispatch_stack")), "torch dispatch mode"},
   };
   api.forward_ad = keep(py::module_::import("torch.autograd.forward_ad").attr("__dict__"));
+  api.profiler = keep(py::module_::import("torch.autograd.profiler").attr("__dict__"));
 }
 
 // Why no kernel may run in the present mode of torch, or null.
@@ -130,6 +132,12 @@ inline const char* mode_refusal() {
   PyObject* level = find_in(api.forward_ad, name);
   if (!level) throw py::import_error("this torch does not tell whether forward mode is on");
   return py::handle(level).cast<long>() >= 0 ? "forward-mode differentiation" : nullptr;
+}
+
+// A profiler of torch records what runs.
+inline bool is_profiled() {
+  static PyObject* const name = PyUnicode_InternFromString("_is_profiler_enabled");
+  return find_in(api.profiler, name) == Py_True;
 }
 
 }  // namespace rnnkern

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import oracle
 import pytest
 import torch
-from support import check, leaves_for
+from support import check, leaves_for, states_of
 
 import rnnkern
 from rnnkern import kernels
@@ -97,6 +98,40 @@ def test_a_launch_that_is_refused_is_an_error(tier: str, monkeypatch: pytest.Mon
     monkeypatch.setenv("RNNKERN_SIMT_BLOCKS", "0")
     with pytest.raises(RuntimeError, match=r"LSTM \(T=3 N=10 I=3 H=40\): .*fewer blocks at once"):
         rnnkern.LSTM(3, 40)(torch.randn(3, 10, 3))
+
+
+@pytest.mark.parametrize("directions", [1, 2])
+@pytest.mark.parametrize("cell", ["RNN", "LSTM", "LSTM-proj", "GRU"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_without_a_library_of_products(
+    cell: str, directions: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where cuBLAS is missing the kernels make all products themselves; rows end and begin."""
+    monkeypatch.setenv("RNNKERN_SIMT_NO_LIBRARY", "1")
+    kind, _, proj = cell.partition("-")
+    own = {"proj_size": 3} if proj else {}
+    module = getattr(rnnkern, kind)(3, 5, bidirectional=directions == 2, **own).to(dtype)
+    check(module, leaves_for(module, 4, 3))
+    lengths, reset = torch.tensor([4, 0, 2]), torch.rand(4, 3) < 0.3
+    check(
+        module,
+        leaves_for(module, 4, 3),
+        lambda m, leaves: m(leaves["x"], states_of(leaves), lengths=lengths, reset=reset),
+        oracle_call=lambda m, leaves: oracle.run(m, leaves["x"], states_of(leaves), lengths, reset),
+    )
+
+
+@pytest.mark.parametrize("cell", ["RNN", "LSTM", "LSTM-proj", "GRU"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_inference_of_the_plain_tier(
+    cell: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is kept for backward: states pass from step to step elsewhere."""
+    monkeypatch.setenv("RNNKERN_CUDA_TIER", "plain")
+    kind, _, proj = cell.partition("-")
+    own = {"proj_size": 3} if proj else {}
+    module = getattr(rnnkern, kind)(3, 5, bidirectional=True, **own).to(dtype)
+    check(module, leaves_for(module, 4, 3), backward=False)
 
 
 def test_tf32_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
