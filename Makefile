@@ -25,7 +25,8 @@ export PIP_CONSTRAINT := constraints.txt
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help install compare test test-isa bench bench-smoke report lint format wheel check-wheel \
-  check-neon sanitize cuda-check cuda-sanitize simt clean distclean
+  check-neon sanitize cuda-check cuda-sanitize simt \
+  simt-coverage clean distclean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -92,6 +93,10 @@ cuda-sanitize: $(BUILT)  ## tests on a GPU under compute-sanitizer's memcheck an
 
 simt: $(BUILT)  ## run kernel tests on the CUDA kernels, on a stand-in for the GPU (ARGS: of pytest)
 	sh tools/simt.sh $(BIN)/python $(ARGS)
+
+simt-coverage: $(BUILT)  ## which lines of the CUDA kernels the tests on the stand-in run
+	$(PIP) install --quiet gcovr
+	sh tools/simt_coverage.sh $(BIN)/python
 
 clean:  ## remove what was built, keep .venv
 	rm -rf build dist *.egg-info rnnkern/_C*.so $(BUILT)

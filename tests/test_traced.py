@@ -20,6 +20,7 @@ from support import (
     LAYERS,
     assert_bitwise,
     build,
+    cudnn,
     evaluate,
     flatten,
     in_a_process,
@@ -43,8 +44,6 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
-
-import rnnkern
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -564,13 +563,66 @@ def test_cells_under_transforms(kind: str) -> None:
     assert_near(ours, looped(lambda x: grad(loss_of(theirs))(weights, x), xs))
 
 
-@pytest.mark.parametrize("kind", LAYERS)
-def test_what_torch_nn_cannot(kind: str) -> None:
-    """The table of the README: torch.nn's modules fail where rnnkern's do not."""
-    assert rnnkern.RNN is not nn.RNN
-    module = getattr(nn, kind)(2, 3)
+# What torch.nn cannot do, for the table of the README: rnnkern's part is tested above and in
+# test_inspect.py, test_checkpoint.py. A test that fails here is good news, and a row to be changed.
+
+
+def _vmapped(m: nn.Module, x: Tensor) -> Any:
+    return vmap(lambda a: m(a)[0])(torch.stack((x, x)))
+
+
+def _ensemble(m: nn.Module, x: Tensor) -> Any:
+    weights = {name: torch.stack((w, w)) for name, w in weights_of(m).items()}
+    return vmap(loss_of(m), (0, None))(weights, x)
+
+
+def _per_sample(m: nn.Module, x: Tensor) -> Any:
+    return vmap(grad(loss_of(m)), (None, 0))(weights_of(m), torch.stack((x, x)))
+
+
+def _forward_mode(m: nn.Module, x: Tensor) -> Any:
+    return jvp(lambda a: m(a)[0], (x,), (x,))
+
+
+def _exported(m: nn.Module, x: Tensor) -> Any:
+    shapes = ({0: torch.export.Dim("time", max=99)},)
+    return torch.export.export(m, (x,), dynamic_shapes=shapes, strict=False)
+
+
+def _doubly_differentiated(m: nn.Module, x: Tensor) -> Any:
+    x = x.clone().requires_grad_()
+    (first,) = torch.autograd.grad(m(x)[0].square().sum(), x, create_graph=True)
+    return torch.autograd.grad(first.square().sum(), x)
+
+
+CANNOT: dict[str, tuple[Callable[[nn.Module, Tensor], Any], tuple[str, ...], str]] = {
+    "lengths": (lambda m, x: m(x, lengths=torch.tensor([3, 2])), LAYERS, "lengths"),
+    "reset": (lambda m, x: m(x, reset=torch.zeros(3, 2).bool()), LAYERS, "reset"),
+    "compile": (lambda m, x: compiled(m)(x), LAYERS, "RNN, GRU, or LSTM"),
+    "export": (_exported, LAYERS, "Constraints violated"),
+    "vmap": (_vmapped, LAYERS, "Batching rule not implemented"),
+    "ensemble": (_ensemble, LAYERS, "Batching rule not implemented"),
+    "per-sample": (_per_sample, ("RNN", "GRU"), "doesn't match the broadcast shape"),
+    "forward-mode": (_forward_mode, ("LSTM",), "forward AD"),
+}
+
+
+@pytest.mark.cpu_only
+@pytest.mark.parametrize(
+    ("what", "kind"), [(what, kind) for what, (_, kinds, _) in CANNOT.items() for kind in kinds]
+)
+def test_what_torch_nn_cannot(what: str, kind: str) -> None:
+    call, _, message = CANNOT[what]
     x = torch.randn(3, 2, 2)
-    with pytest.raises(TypeError, match="lengths"):
-        module(x, lengths=torch.tensor([3, 2]))
-    with pytest.raises(TypeError, match="reset"):
-        module(x, reset=torch.zeros(3, 2, dtype=torch.bool))
+    call(build(kind, 2, 3), x)
+    with pytest.raises(Exception, match=message):
+        call(getattr(nn, kind)(2, 3), x)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("kind", LAYERS)
+def test_what_torch_nn_cannot_on_a_gpu(kind: str) -> None:
+    x = torch.randn(3, 2, 2)
+    _doubly_differentiated(build(kind, 2, 3), x)
+    with cudnn(enabled=True), pytest.raises(RuntimeError, match="not implemented"):
+        _doubly_differentiated(getattr(nn, kind)(2, 3), x)

@@ -121,6 +121,12 @@ def test_without_a_library_of_products(
     )
 
 
+def test_sums_of_many_rows_without_a_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RNNKERN_SIMT_NO_LIBRARY", "1")
+    module = rnnkern.GRU(2, 3)
+    check(module, leaves_for(module, 90, 4))
+
+
 @pytest.mark.parametrize("cell", ["RNN", "LSTM", "LSTM-proj", "GRU"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_inference_of_the_plain_tier(
