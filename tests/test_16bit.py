@@ -458,3 +458,24 @@ def test_autocast_does_not_widen_to_float64(kind: str) -> None:
     for m in (module, oracle.twin(module)):
         with pytest.raises((RuntimeError, ValueError)):
             autocast(m, {"x": x})
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_scaled_step(kind: str) -> None:
+    """GradScaler takes the step where all gradients are finite, and leaves it where one is not."""
+    module, x = build(kind, 4, 6), torch.randn(5, 3, 4)
+    optimizer = torch.optim.SGD(module.parameters(), 0.1)
+    scaler = torch.amp.GradScaler(x.device.type, init_scale=2.0**10)
+    for factor in (1.0, float("inf")):
+        before = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+        scale = scaler.get_scale()
+        with support.autocast(torch.float16):
+            loss = module(x)[0].float().square().mean() * factor
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        after = dict(module.named_parameters())
+        stepped = [not torch.equal(after[name], before[name]) for name in before]
+        assert stepped == [factor == 1.0] * len(before)
+        assert scaler.get_scale() == (scale if factor == 1.0 else scale / 2)

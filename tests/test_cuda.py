@@ -485,25 +485,17 @@ def test_autocast_of_the_cpu_does_not_matter(dtype: torch.dtype, kind: str) -> N
 
 
 @pytest.mark.parametrize("kind", LAYERS)
-def test_a_scaled_step(kind: str) -> None:
-    """GradScaler takes the step where all gradients are finite, and leaves it where one is not."""
-    module = build(kind, I, H)
-    optimizer = torch.optim.SGD(module.parameters(), 0.1)
-    scaler = torch.amp.GradScaler("cuda", init_scale=2.0**10)
-    x = torch.randn(T, N, I)
-    for factor in (1.0, float("inf")):
-        before = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
-        scale = scaler.get_scale()
-        with autocast(torch.float16):
-            loss = module(x)[0].float().square().mean() * factor
-        optimizer.zero_grad()
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        after = dict(module.named_parameters())
-        stepped = [not torch.equal(after[name], before[name]) for name in before]
-        assert stepped == [factor == 1.0] * len(before)
-        assert scaler.get_scale() == (scale if factor == 1.0 else scale / 2)
+def test_second_derivatives_where_torch_nn_has_none(kind: str) -> None:
+    """For the table of the README."""
+    x = torch.randn(T, N, I, requires_grad=True)
+
+    def penalty(module: nn.Module) -> Tensor:
+        (first,) = torch.autograd.grad(module(x)[0].square().sum(), x, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), x)[0]
+
+    assert penalty(build(kind, I, H)).isfinite().all()
+    with pytest.raises(RuntimeError, match="not implemented"):
+        penalty(getattr(nn, kind)(I, H))
 
 
 # The command

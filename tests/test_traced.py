@@ -20,7 +20,6 @@ from support import (
     LAYERS,
     assert_bitwise,
     build,
-    cudnn,
     evaluate,
     flatten,
     in_a_process,
@@ -589,12 +588,6 @@ def _exported(m: nn.Module, x: Tensor) -> Any:
     return torch.export.export(m, (x,), dynamic_shapes=shapes, strict=False)
 
 
-def _doubly_differentiated(m: nn.Module, x: Tensor) -> Any:
-    x = x.clone().requires_grad_()
-    (first,) = torch.autograd.grad(m(x)[0].square().sum(), x, create_graph=True)
-    return torch.autograd.grad(first.square().sum(), x)
-
-
 CANNOT: dict[str, tuple[Callable[[nn.Module, Tensor], Any], tuple[str, ...], str]] = {
     "lengths": (lambda m, x: m(x, lengths=torch.tensor([3, 2])), LAYERS, "lengths"),
     "reset": (lambda m, x: m(x, reset=torch.zeros(3, 2).bool()), LAYERS, "reset"),
@@ -617,12 +610,3 @@ def test_what_torch_nn_cannot(what: str, kind: str) -> None:
     call(build(kind, 2, 3), x)
     with pytest.raises(Exception, match=message):
         call(getattr(nn, kind)(2, 3), x)
-
-
-@pytest.mark.cuda
-@pytest.mark.parametrize("kind", LAYERS)
-def test_what_torch_nn_cannot_on_a_gpu(kind: str) -> None:
-    x = torch.randn(3, 2, 2)
-    _doubly_differentiated(build(kind, 2, 3), x)
-    with cudnn(enabled=True), pytest.raises(RuntimeError, match="not implemented"):
-        _doubly_differentiated(getattr(nn, kind)(2, 3), x)
