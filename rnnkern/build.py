@@ -80,6 +80,8 @@ def explain(module: Any, input: Any, hx: Any = None) -> Explanation:
         x, h0, c0, *weights = functional.autocast(dtype, x, h0, c0, *weights)
     reason = kernels.mode_refusal() or kernels.refusal(x, h0, c0, weights)
     if reason is not None and reason != kernels.GAPS:
+        if functional.has_operators(x, h0, c0, *weights):
+            return Explanation(f"the operators of torch.ops.rnnkern, around the kernels: {reason}")
         return Explanation(f"torch.nn carries this out: {reason}")
     if packed:
         sizes = len(input.batch_sizes), int(input.batch_sizes[0])

@@ -83,6 +83,8 @@ def _checked(module: Any, input: Any, hx: Any, lengths: Any, reset: Any) -> Any:
     first, second, features = input.shape
     T, N = (second, first) if batch_first else (first, second)
     h0, c0, fits = initial_states(module, hx, N)
+    if T == 0 and compiling:
+        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")  # torch.nn's
     if not fits or features != module.input_size or T == 0:
         return _elsewhere(module, input, hx, lengths, reset, WRONG)
     if jit:
@@ -212,7 +214,7 @@ def _with_weights(
                     raise
             if reason == GAPS:
                 return _layers(layer, module, *_dense(x, h0, c0, weights), steps)
-    if not _has_operators(x, h0, c0, *weights):
+    if not has_operators(x, h0, c0, *weights):
         return reason or "an operand"
     return _layers(spec_of(module, asked), module, x, h0, c0, weights, steps)
 
@@ -221,7 +223,7 @@ _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _TENSORS = (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
 
 
-def _has_operators(x: Tensor, *others: Tensor | None) -> bool:
+def has_operators(x: Tensor, *others: Tensor | None) -> bool:
     """Whether the traced door is open to these tensors."""
     kinds = ("cpu", "meta") if kernels.cuda is None else ("cpu", "meta", "cuda")
     return x.dtype in _DTYPES and all(
@@ -269,7 +271,7 @@ def cell(module: Any, input: Tensor, hx: Any) -> Any:
     reason: str | None = "an operand"
     if not compiling:
         reason = kernels.mode_refusal() or kernels.refusal(x, h0, c0, weights)
-    by_operator = reason not in (None, GAPS) and _has_operators(x, h0, c0, *weights)
+    by_operator = reason not in (None, GAPS) and has_operators(x, h0, c0, *weights)
     if reason == GAPS:
         x, h0, c0, weights = _dense(x, h0, c0, weights)
     elif reason is not None and not by_operator:

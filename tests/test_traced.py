@@ -44,6 +44,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
+import rnnkern
+
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
@@ -339,6 +341,22 @@ def test_meta_tensors(form: str) -> None:
     meta["out.0"].sum().backward()
     assert x.grad is not None
     assert x.grad.shape == x.shape
+
+
+def test_empty_batches_and_sequences() -> None:
+    module = build("LSTM", 4, 6)
+    call = compiled(module)
+    assert call(torch.randn(5, 0, 4))[0].shape == (5, 0, 6)
+    assert vmap(lambda a: module(a)[0])(torch.randn(3, 5, 0, 4)).shape == (3, 5, 0, 6)
+    with pytest.raises((RuntimeError, torch._dynamo.exc.Unsupported), match="larger than 0"):
+        call(torch.randn(0, 2, 4))
+
+
+def test_explain_where_operators_run() -> None:
+    module, x = build("GRU", 4, 6), torch.randn(5, 2, 4)
+    with Seen():
+        assert "torch.ops.rnnkern" in str(rnnkern.explain(module, x))
+    assert "torch.ops.rnnkern" in str(rnnkern.explain(module.to("meta"), x.to("meta")))
 
 
 def test_lazily_negated_input() -> None:
