@@ -23,6 +23,8 @@ pytestmark = pytest.mark.cpu_only
 
 NAMES = ("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell")
 EXTRA = "pip install 'rnnkern[ecosystem]'"
+# Not in the extra: its wheel brings packages `benchmarks` and `examples`, which hide this project's.
+OPACUS = "pip install opacus==1.6.0, into an environment of its own"
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -90,8 +92,8 @@ def test_recurrent_ppo() -> None:
 
 def test_per_sample_gradients_as_opacus_has_them() -> None:
     """Opacus rewrites the LSTM as layers whose hooks collect them, step by step."""
-    layers = pytest.importorskip("opacus.layers", reason=EXTRA)
-    sampled = pytest.importorskip("opacus.grad_sample", reason=EXTRA).GradSampleModule
+    layers = pytest.importorskip("opacus.layers", reason=OPACUS)
+    sampled = pytest.importorskip("opacus.grad_sample", reason=OPACUS).GradSampleModule
     ours = rnnkern.LSTM(4, 6, batch_first=True)
     theirs = layers.DPLSTM(4, 6, batch_first=True)
     theirs.load_state_dict(ours.state_dict())
