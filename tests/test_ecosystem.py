@@ -23,16 +23,20 @@ pytestmark = pytest.mark.cpu_only
 
 NAMES = ("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell")
 EXTRA = "pip install 'rnnkern[ecosystem]'"
-# Not in the extra: its wheel brings packages `benchmarks` and `examples`, which hide this project's.
+# Not in the extra: its wheel brings a package `benchmarks`, which hides this project's.
 OPACUS = "pip install opacus==1.6.0, into an environment of its own"
 
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("name", NAMES)
-def test_inputs_of_torch_testing(name: str, dtype: torch.dtype, training: bool) -> None:
+def test_inputs_of_torch_testing(
+    name: str, dtype: torch.dtype, training: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What torch tests its own modules with: outputs, and gradients of all inputs and weights."""
     pytest.importorskip("expecttest", reason=EXTRA)
+    # Its import forbids to set any flag of torch.backends from then on.
+    monkeypatch.setattr(torch.backends, "disable_global_flags", lambda: None)
     from torch.testing._internal.common_modules import module_db
 
     info = next(info for info in module_db if info.module_cls is getattr(nn, name))
