@@ -11,7 +11,6 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from torch.utils.checkpoint import checkpoint
 
 from rnnkern import functional, modules
-from rnnkern.cells import CELLS
 from rnnkern.sequence import padded_steps, place_of
 
 _CLASSES = {nn.RNN: modules.RNN, nn.LSTM: modules.LSTM, nn.GRU: modules.GRU}
@@ -47,11 +46,7 @@ def checkpointed(
         raise TypeError(f"checkpoint_every must be an int, got {kind}")
     if checkpoint_every < 1:
         raise ValueError(f"checkpoint_every must be at least 1, got {checkpoint_every}")
-    if not isinstance(module, nn.RNNBase) or module.mode not in CELLS:
-        raise TypeError(
-            f"module must be an RNN, LSTM or GRU, of rnnkern or torch.nn, "
-            f"got {type(module).__name__}"
-        )
+    functional.expect_layer(module)
     if isinstance(input, PackedSequence):
         if lengths is not None or reset is not None:
             raise ValueError("a PackedSequence brings its own lengths; it takes no reset")
@@ -87,6 +82,8 @@ class _Segments:
         self.reset = None if reset is None else reset.to(x.device)
         if self.reset is not None and module.batch_first:
             self.reset = self.reset.t()
+        if not module.bidirectional:
+            return
         # Row n backwards from its own end; what is past it stays where it is.
         t = torch.arange(T, device=x.device)[:, None].expand(T, N)
         ends = self.lengths if self.lengths is not None else torch.full_like(t[0], T)

@@ -223,7 +223,6 @@ class _Frames:
         self.layer, self.steps = layer, steps
         self.dtype = x.dtype
         self.computed = torch.promote_types(x.dtype, torch.float32)
-        self.device = x.device
         self.packed = steps is not None and steps.packed
         if self.packed:
             active = steps.active.to(x.device)  # type: ignore[union-attr]

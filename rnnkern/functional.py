@@ -24,6 +24,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from rnnkern import kernels, ops, reference
 from rnnkern.autograd import profiled, record
+from rnnkern.cells import CELLS
 from rnnkern.derivatives import Spec
 from rnnkern.kernels import GAPS, Layer
 from rnnkern.sequence import Steps, packed_steps, padded_steps, place_of
@@ -175,7 +176,7 @@ def layer_of(module: Any, asked: torch.dtype | None = None) -> Layer:
 
 
 def spec_of(module: Any, asked: torch.dtype | None = None) -> Spec:
-    """As `layer_of`, for the traced door."""
+    """As `layer_of`, for the traced door: torch cannot trace that one."""
     return Spec(
         module.mode,
         directions=2 if module.bidirectional else 1,
@@ -185,6 +186,15 @@ def spec_of(module: Any, asked: torch.dtype | None = None) -> Spec:
         by_bfloat16=asked is torch.bfloat16,
         is_cell=False,
     )
+
+
+def expect_layer(module: Any) -> None:
+    """Raises a TypeError where a module is none that these functions take."""
+    if not isinstance(module, nn.RNNBase) or module.mode not in CELLS:
+        raise TypeError(
+            f"module must be an RNN, LSTM or GRU, of rnnkern or torch.nn, "
+            f"got {type(module).__name__}"
+        )
 
 
 def _with_weights(

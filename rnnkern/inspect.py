@@ -152,11 +152,7 @@ class _Run:
     """A call of a module, layer by layer, each with what it keeps for backward."""
 
     def __init__(self, module: Any, input: Any, hx: Any, lengths: Any, reset: Any) -> None:
-        if not isinstance(module, nn.RNNBase) or module.mode not in CELLS:
-            raise TypeError(
-                f"module must be an RNN, LSTM or GRU, of rnnkern or torch.nn, "
-                f"got {type(module).__name__}"
-            )
+        functional.expect_layer(module)
         self.module, self.input = module, input
         self.is_packed = isinstance(input, PackedSequence)
         x = input.data if self.is_packed else input

@@ -299,7 +299,7 @@ def _keep(
     for_forward: bool = False,
 ) -> None:
     """``data``: x, h0, c0, y, saved; backward also keeps gradients: incoming and of the slots."""
-    ctx.layer, ctx.packed, ctx.steps = layer, steps[-1], steps[:-1]
+    ctx.layer, ctx.packed = layer, steps[-1]
     ctx.set_materialize_grads(False)
     ctx.tensors = len(incoming)
     tensors = (*data, *incoming, *steps[:-1], *weights)
@@ -547,7 +547,7 @@ class _ScanBackward(torch.autograd.Function):
             if flag:
                 unfold = fold.from_states if i else fold.from_rows
                 parts[i], out_dims[i] = unfold(made[i]), 0
-        parts[-1], out_dims[-1] = fold.from_slots(made[-1]), 0
+        parts[-1], out_dims[-1] = fold.from_states(made[-1]), 0
         if any(of_weights):
             at = Point(own_x, own_h0, own_c0, weights, own_y)
             found = derivatives.weight_gradients(
@@ -586,8 +586,8 @@ class _Fold:
     """A batch of operands as more rows of one: row n of sample b becomes row n * size + b."""
 
     def __init__(self, size: int, layer: Spec, packed: bool) -> None:
-        self.size, self.batch_first, self.packed = size, layer.batch_first, packed
-        self.rows_first = packed or layer.batch_first
+        self.size = size
+        self.axis = 0 if packed or layer.batch_first else 1  # of the rows
 
     def _first(self, z: Tensor, dim: int | None) -> Tensor:
         return z.expand(self.size, *z.shape) if dim is None else z.movedim(dim, 0)
@@ -595,21 +595,16 @@ class _Fold:
     def rows(self, z: Maybe, dim: int | None) -> Maybe:
         if z is None:
             return None
-        z, axis = self._first(z, dim), 0 if self.rows_first else 1
-        return z.movedim(0, axis + 1).flatten(axis, axis + 1)
+        return self._first(z, dim).movedim(0, self.axis + 1).flatten(self.axis, self.axis + 1)
 
     def from_rows(self, z: Tensor) -> Tensor:
-        axis = 0 if self.rows_first else 1
-        return _unflatten(z, axis, (-1, self.size)).movedim(axis + 1, 0)
+        return _unflatten(z, self.axis, (-1, self.size)).movedim(self.axis + 1, 0)
 
     def states(self, z: Maybe, dim: int | None) -> Maybe:
         return None if z is None else self._first(z, dim).movedim(0, 2).flatten(1, 2)
 
     def from_states(self, z: Tensor) -> Tensor:
-        return _unflatten(z, 1, (-1, self.size)).movedim(2, 0)
-
-    def from_slots(self, z: Tensor) -> Tensor:
-        """Of ``[D, rows, ...]``."""
+        """Of ``[D, N, ...]``, and of what is saved, ``[D, rows, ...]``."""
         return _unflatten(z, 1, (-1, self.size)).movedim(2, 0)
 
     def steps(self, steps: Sequence[Any], dim: int | None) -> tuple[Any, ...]:
@@ -627,5 +622,5 @@ class _Fold:
         return torch.cat([part.movedim(0, 2).flatten() for part in parts] or [z.new_empty(0)])
 
     def from_saved(self, z: Tensor, layer: Spec, hidden: int) -> Tensor:
-        parts = [self.from_slots(part).flatten(1) for part in pieces(z, layer, hidden)]
+        parts = [self.from_states(part).flatten(1) for part in pieces(z, layer, hidden)]
         return torch.cat(parts or [z.new_empty(self.size, 0)], -1)
