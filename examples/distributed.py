@@ -40,23 +40,7 @@ def draw(steps: int, rows: int, generator: torch.Generator) -> tuple[Tensor, Ten
     return torch.stack((numbers, marks), -1), (numbers * marks).sum(0)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shard", action="store_true", help="FSDP2: parameters in shards")
-    parser.add_argument("--iterations", type=int, default=300)
-    parser.add_argument("--rows", type=int, default=64, help="of all processes together")
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--hidden", type=int, default=32)
-    options = parser.parse_args()
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if options.rows % world:
-        parser.error(f"--rows {options.rows} do not divide among {world} processes")
-    rank = int(os.environ.get("RANK", "0"))
-    use_gpu = torch.cuda.is_available() and torch.cuda.device_count() >= world
-    device = torch.device("cuda", rank) if use_gpu else torch.device("cpu")
-    if world > 1:
-        dist.init_process_group("nccl" if use_gpu else "gloo")
-
+def train(options: argparse.Namespace, rank: int, world: int, device: torch.device) -> None:
     torch.manual_seed(0)  # the same start everywhere
     model: nn.Module = Adder(options.hidden).to(device)
     if world > 1 and options.shard:
@@ -76,6 +60,28 @@ def main() -> None:
         optimizer.step()
         if rank == 0 and (iteration % 50 == 49 or iteration == 0):
             print(f"iteration {iteration + 1:4d}  mean squared error {loss.item():.4f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shard", action="store_true", help="FSDP2: parameters in shards")
+    parser.add_argument("--iterations", type=int, default=300)
+    parser.add_argument("--rows", type=int, default=64, help="of all processes together")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--hidden", type=int, default=32)
+    options = parser.parse_args()
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if options.rows % world:
+        parser.error(f"--rows {options.rows} do not divide among {world} processes")
+    rank = int(os.environ.get("RANK", "0"))
+    use_gpu = torch.cuda.is_available() and torch.cuda.device_count() >= world
+    device = torch.device("cuda", rank) if use_gpu else torch.device("cpu")
+    if world > 1:
+        dist.init_process_group("nccl" if use_gpu else "gloo")
+
+    # In a function, for the model must be gone before its process group is: DistributedDataParallel
+    # as its last owner waits for threads that wait for Python's lock.
+    train(options, rank, world, device)
     if world > 1:
         dist.destroy_process_group()
 

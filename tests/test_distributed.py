@@ -58,7 +58,9 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 def run_process(rank: int, engine: str, kind: str, place: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{place}", rank=rank, world_size=WORLD)
-    train(rank, engine, kind)  # whose model must be gone before its process group is
+    train(
+        rank, engine, kind
+    )  # whose model must be gone before its process group is, see the example
     gc.collect()
     dist.barrier()
     dist.destroy_process_group()
