@@ -136,4 +136,31 @@ struct Backward {
   WeightGradients<T> gradients[kMaxDirections];
 };
 
+// The derivative of forward and backward pass of one direction without projection, in a direction:
+// what is left of it to do step by step. Tensors of steps are dense, [T, N, features], in the order
+// in which the direction takes them; states are [N, H]; null stands for zeros. Names with tangent_
+// are derivatives.
+template <typename T>
+struct SecondOrder {
+  using Element = T;
+  CellId cell = CellId::kRnnTanh;
+  int64_t steps = 0, N = 0, H = 0;
+  const bool* active = nullptr;  // [T, N] the row takes part; null: always
+  const bool* kept = nullptr;    // [T, N] it takes its state over; null: always
+  const T* w_hh = nullptr;       // [G*H, H], gates in the order of the slots
+  const T* slots = nullptr;      // [T, N, S*H] as saved (null where the cell saves none)
+  const T *h = nullptr, *h_prev = nullptr;  // [T, N, H], as far as the cell reads them
+  const T *c = nullptr, *c_prev = nullptr;
+  const T *dy = nullptr, *dhn = nullptr, *dcn = nullptr;  // incoming gradients
+  const T* dslots = nullptr;                              // [T, N, S*H] as backward has left them
+  const T *tangent_h0 = nullptr, *tangent_c0 = nullptr;
+  const T *tangent_dy = nullptr, *tangent_dhn = nullptr, *tangent_dcn = nullptr;
+  const T* crossing = nullptr;  // [T, N, H] dslots x tangent of W_hh
+  // [T, N, S*H]: of the sums of the slots, without the part that h brings; then of dslots.
+  T* tangent_slots = nullptr;
+  T *tangent_h = nullptr, *tangent_h_prev = nullptr;  // [T, N, H]
+  T *tangent_hn = nullptr, *tangent_cn = nullptr;
+  T *tangent_dh0 = nullptr, *tangent_dc0 = nullptr;
+};
+
 }  // namespace rnnkern

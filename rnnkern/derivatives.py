@@ -24,8 +24,9 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import linear, pad
 
+from rnnkern import kernels
 from rnnkern.cells import CELLS
 from rnnkern.sequence import Steps, active_rows
 
@@ -74,7 +75,8 @@ class Point(NamedTuple):
     """What a layer was given and has made, or a direction in which all that changes.
 
     Shapes are those of torch: ``x`` and ``y`` as the layer has them, states ``[D, N, ...]``,
-    weights flat. None stands for zeros.
+    weights flat. None stands for zeros. ``saved`` is what forward has saved, where kernels may use
+    it: that does not depend on the operands as far as torch knows.
     """
 
     x: Maybe
@@ -82,6 +84,7 @@ class Point(NamedTuple):
     c0: Maybe
     weights: Sequence[Maybe]
     y: Maybe = None
+    saved: Maybe = None
 
 
 class Gradients(NamedTuple):
@@ -91,6 +94,24 @@ class Gradients(NamedTuple):
     hn: Maybe
     cn: Maybe
     slots: Maybe = None
+
+
+def unflatten(z: Tensor, axis: int, sizes: tuple[int, ...]) -> Tensor:
+    return z.unflatten(axis, sizes)  # type: ignore[no-untyped-call, no-any-return]
+
+
+def pieces(saved: Tensor, layer: Spec, hidden: int) -> list[Tensor]:
+    """Views ``[..., D, rows, width]`` of what was saved, ``[..., elements]``."""
+    widths = [layer.slots * layer.saves_slots, int(layer.has_cell_state), int(layer.proj)]
+    widths = [width for width in widths if width]
+    if not widths:
+        return []
+    elements = saved.shape[-1] // sum(widths)
+    parts = torch.split(saved, [elements * width for width in widths], -1)
+    return [
+        unflatten(part, -1, (layer.directions, -1, width * hidden))
+        for part, width in zip(parts, widths, strict=True)
+    ]
 
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -120,7 +141,8 @@ def tangent(
     found = []
     for d in range(layer.directions):
         scan = _Direction(layer, frames, d, at)
-        found.append(scan.tangent(scan.weights_of(change), scan.change_of(change), None))
+        v_w, v = scan.weights_of(change), scan.change_of(change)
+        found.append(scan.tangent(v_w, v, scan.fixed_sums(v_w, v, None)))
     return frames.outputs(found)
 
 
@@ -148,13 +170,18 @@ def of_backward(
     changed, adjoints = [], []
     x: Tensor | None = None
     weights: list[Maybe] = []
+    by_kernel = kernels.HAS_SECOND_ORDER and at.saved is not None and not layer.proj
     for d in range(layer.directions):
-        scan = _Direction(layer, frames, d, at)
+        scan = _Direction(layer, frames, d, at, linearized=not by_kernel)
         v_w, v = scan.weights_of(change), scan.change_of(change)
         slots: Any = frames.saved(gradients.slots, d)
-        moved = scan.tangent(v_w, v, frames.saved(changes.slots, d))
+        sums = scan.fixed_sums(v_w, v, frames.saved(changes.slots, d))
         incoming, v_incoming = frames.incoming(gradients, d), frames.incoming(changes, d)
-        found = scan.adjoint(v_w, moved, slots, incoming, v_incoming)
+        if by_kernel:
+            moved, found = scan.second_order(at, v_w, v, sums, slots, incoming, v_incoming)
+        else:
+            moved = scan.tangent(v_w, v, sums)
+            found = scan.adjoint(v_w, moved, slots, incoming, v_incoming)
         of_input, of_weights = scan.products(v_w, v, moved, slots, found)
         own = frames.from_rows(of_input, d)
         x = own if x is None else x + own
@@ -432,27 +459,35 @@ class _Direction:
             self.frames.state(change.c0, self.d, self.x, self.H),
         )
 
-    def sums(self, x: Maybe, h: Maybe, w: _Weights, more: Maybe = None) -> Tensor:
-        """Of the slots, ``[T, N, S * H]``: both products, as far as there are operands."""
-        total = more
-        for operand, weight, bias, padding in (
-            (x, w.ih, w.b_ih, (self.free, 0)),
-            (h, w.rec, w.b_rec, (0, self.free)),
-        ):
-            part = None if operand is None or weight is None else operand @ weight.t()
-            if bias is not None:
-                part = bias if part is None else part + bias
-            if part is None:
-                continue
-            part = pad(part, padding) if self.free else part
-            total = part if total is None else total + part
-        if total is None:
-            total = self.x.new_zeros(self.layer.slots * self.H)
-        return total.expand(self.frames.T, self.frames.N, -1)
+    def sums(self, own: Sequence[tuple[Maybe, _Weights]], more: Maybe = None) -> Tensor:
+        """Of the slots, ``[T, N, S * H]``, freshly made: inputs with the weights that they meet.
+
+        States as they enter meet the recurrent weights wherever there are some.
+        """
+        left, right, biases = [], [], [] if more is None else [more]
+        for x, w in own:
+            for operand, weight, bias, padding in (
+                (x, w.ih, w.b_ih, (self.free, 0)),
+                (self.h_before, w.rec, w.b_rec, (0, self.free)),
+            ):
+                if operand is not None and weight is not None:
+                    left.append(operand)
+                    right.append(pad(weight, (0, 0, *padding)) if self.free else weight)
+                if bias is not None:
+                    biases.append(pad(bias, padding) if self.free else bias)
+        shape = self.frames.T, self.frames.N, self.layer.slots * self.H
+        total = functools.reduce(torch.add, biases) if biases else None
+        if not left:
+            return self.x.new_zeros(shape) if total is None else total.expand(shape).clone()
+        operands = left[0] if len(left) == 1 else torch.cat(left, -1)
+        weights = right[0] if len(right) == 1 else torch.cat(right, -1)
+        if total is None or total.dim() == 1:
+            return linear(operands, weights, total)
+        return linear(operands, weights) + total
 
     def gates(self) -> tuple[Tensor, ...]:
         """Of LSTM i, f, g, o; of GRU the recurrent part of n, then r, z, n: for all steps."""
-        sums = self.sums(self.x, self.h_before, self.w).chunk(4, -1)
+        sums = self.sums([(self.x, self.w)]).chunk(4, -1)
         if self.layer.mode == "LSTM":
             i, f, o = (torch.sigmoid(sums[k]) for k in (0, 1, 3))
             return i, f, torch.tanh(sums[2]), o
@@ -504,10 +539,12 @@ class _Direction:
 
     # Scans
 
-    def tangent(self, v_w: _Weights, v: _Change, v_slots: Maybe) -> _Moved:
+    def fixed_sums(self, v_w: _Weights, v: _Change, v_slots: Maybe) -> Tensor:
+        """How the sums of the slots change, but for what the states bring."""
+        return self.sums([(v.x, _Weights(self.w.ih)), (self.x, v_w)], v_slots)
+
+    def tangent(self, v_w: _Weights, v: _Change, fixed: Tensor) -> _Moved:
         """What moves, in the order of the steps."""
-        fixed = self.sums(v.x, None, _Weights(self.w.ih))
-        fixed = fixed + self.sums(self.x, self.h_before, v_w, v_slots)
         own = fixed[..., : self.recurrent].unbind(0)
         alone = fixed[..., self.recurrent :]
         others = (self.cell.gain[..., self.recurrent :] * alone).unbind(0)
@@ -590,6 +627,47 @@ class _Direction:
             self.taken(torch.stack(projected[::-1])) if projected else None,
         )
 
+    def second_order(
+        self,
+        at: Point,
+        v_w: _Weights,
+        v: _Change,
+        sums: Tensor,
+        slots: Tensor,
+        incoming: tuple[Maybe, Maybe, Maybe],
+        changes: tuple[Maybe, Maybe, Maybe],
+    ) -> tuple[_Moved, _Adjoint]:
+        """`tangent` and `adjoint` by one kernel, from what forward has saved."""
+        assert at.saved is not None
+        assert self.w.rec is not None
+        saved = [self.frames.saved(z, self.d) for z in pieces(at.saved, self.layer, self.H)]
+        c = c_before = None
+        if self.layer.has_cell_state:
+            c = saved[1]
+            c_before = self.before(c, self.frames.state(at.c0, self.d, self.x, self.H))
+        crossing = None if v_w.rec is None else slots[..., : self.recurrent] @ v_w.rec
+        found = kernels.second_order(
+            self.layer.mode,
+            sums,
+            active=None if self.active is None else _dense(self.active[..., 0]),
+            kept=None if self.kept is None else _dense(self.kept[..., 0]),
+            w_hh=_dense(self.w.rec),
+            slots=_dense(saved[0]) if saved else None,
+            h=_dense(self.h),
+            h_prev=_dense(self.h_before),
+            c=_dense(c),
+            c_prev=_dense(c_before),
+            dslots=_dense(slots),
+            crossing=_dense(crossing),
+            tangent_h0=_dense(v.h0),
+            tangent_c0=_dense(v.c0),
+            **{f"d{name}": _dense(z) for name, z in zip(_OUTPUTS, incoming, strict=True)},
+            **{f"tangent_d{name}": _dense(z) for name, z in zip(_OUTPUTS, changes, strict=True)},
+        )
+        h, h_before, hn, cn, h0, c0 = found
+        moved = _Moved(sums, h, h_before, c, c_before, h, hn, cn)
+        return moved, _Adjoint(sums, h0, c0, None, None)
+
     # Products over all steps
 
     def products(
@@ -604,14 +682,14 @@ class _Direction:
             x = x + inputs @ v_w.ih
         of_ih = _product(v_inputs, self.x)
         if v.x is not None:
-            of_ih = of_ih + _product(inputs, v.x)
-        of_rec = _product(v_rec, self.h_before) + _product(rec, moved.h_before)
+            of_ih = _product(inputs, v.x, of_ih)
+        of_rec = _product(rec, moved.h_before, _product(v_rec, self.h_before))
         weights = [of_ih, self._in_slots(of_rec, -1)]
         if self.layer.bias:
             weights += [v_inputs.sum((0, 1)), self._in_slots(v_rec.sum((0, 1)), -1)]
         if found.projected is not None and found.v_projected is not None:
             of_hr = _product(found.v_projected, self.cell.unprojected)
-            weights.append(of_hr + _product(found.projected, moved.unprojected))
+            weights.append(_product(found.projected, moved.unprojected, of_hr))
         return x, [w.to(self.frames.dtype) for w in weights]
 
     def weight_gradients(self, slots: Tensor, groups: int) -> list[Tensor]:
@@ -782,5 +860,13 @@ _CELLS: dict[str, type[_Elman]] = {
 }
 
 
-def _product(left: Tensor, right: Tensor) -> Tensor:
-    return left.flatten(0, 1).t() @ right.flatten(0, 1)
+_OUTPUTS = ("y", "hn", "cn")
+
+
+def _dense(z: Any) -> Any:
+    return None if z is None else z.resolve_neg().contiguous()
+
+
+def _product(left: Tensor, right: Tensor, more: Maybe = None) -> Tensor:
+    left, right = left.flatten(0, 1).t(), right.flatten(0, 1)
+    return left @ right if more is None else torch.addmm(more, left, right)

@@ -224,7 +224,7 @@ def _of_direction(run: _Run, layer: _Layer, d: int) -> DirectionTrace:
     spec, H = run.spec, run.module.hidden_size
     width = layer.y.shape[-1] // spec.directions
     h = layer.y[..., d * width : (d + 1) * width]
-    pieces = [run.as_rows(piece[d]) for piece in ops.pieces(layer.saved, spec, H)]
+    pieces = [run.as_rows(piece[d]) for piece in derivatives.pieces(layer.saved, spec, H)]
     if not spec.saves_slots:
         return DirectionTrace({}, h, None)
     gates = list(torch.split(pieces[0], H, -1))[spec.slots - len(CELLS[spec.mode].names) :]

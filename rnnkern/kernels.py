@@ -34,6 +34,15 @@ algorithms; on a GPU as TF32. Without, float32 is TF32 on a GPU where torch.nn's
 (``is_cell``) where torch's products may, of a layer where cuDNN's recurrent layers may.
 """
 
+HAS_SECOND_ORDER: bool = _C.HAS_SECOND_ORDER
+second_order = _C.second_order
+"""``second_order(mode, tangent_slots, *, ...)``: derivatives of both passes of one direction.
+
+On the CPU, in float32 and float64, where ``HAS_SECOND_ORDER``. Operands are those of `SecondOrder`
+in `csrc/scan.h`, dense, None for zeros; ``tangent_slots`` is overwritten. Returns the tangents of
+``h, h_prev, hn, cn, dh0, dc0``.
+"""
+
 RefusedError = _C.RefusedError
 """A RuntimeError: an operand does not fit, or no kernel covers it (`refusal` says why)."""
 

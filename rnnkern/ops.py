@@ -120,20 +120,6 @@ def _ended(steps: Steps | None) -> Maybe:
     return ~active_rows(steps).reshape(-1, 1)
 
 
-def pieces(saved: Tensor, layer: Spec, hidden: int) -> list[Tensor]:
-    """Views ``[..., D, rows, width]`` of what was saved, ``[..., elements]``."""
-    widths = [layer.slots * layer.saves_slots, int(layer.has_cell_state), int(layer.proj)]
-    widths = [width for width in widths if width]
-    if not widths:
-        return []
-    elements = saved.shape[-1] // sum(widths)
-    parts = torch.split(saved, [elements * width for width in widths], -1)
-    return [
-        _unflatten(part, -1, (layer.directions, -1, width * hidden))
-        for part, width in zip(parts, widths, strict=True)
-    ]
-
-
 @torch.library.custom_op(
     "rnnkern::scan",
     mutates_args=(),
@@ -150,7 +136,7 @@ def _scan_op(
     y, hn, *cn = outputs
     ended = _ended(steps)
     if saved is not None and ended is not None:
-        for piece in pieces(saved, layer, layer.hidden(weights)):
+        for piece in derivatives.pieces(saved, layer, layer.hidden(weights)):
             piece.masked_fill_(ended, 0)
     return (
         y,
@@ -313,10 +299,6 @@ def _apply(function: type[torch.autograd.Function], *operands: Any) -> Any:
     return function.apply(*operands)  # type: ignore[no-untyped-call]
 
 
-def _unflatten(z: Tensor, axis: int, sizes: tuple[int, ...]) -> Tensor:
-    return z.unflatten(axis, sizes)  # type: ignore[no-untyped-call, no-any-return]
-
-
 def _kept(ctx: Any) -> tuple[list[Any], list[Maybe], Steps | None, list[Tensor]]:
     saved: list[Any] = list(ctx.saved_tensors)
     data, saved = saved[:5], saved[5:]
@@ -344,11 +326,14 @@ def _backward_of_scan(
 def _derivative_of_backward(
     ctx: Any, change: Sequence[Maybe], of_weights: Sequence[Maybe], changes: Gradients
 ) -> tuple[Any, Any]:
-    (x, h0, c0, y, _), (dy, dhn, dcn, slots), steps, weights = _kept(ctx)
+    (x, h0, c0, y, saved), (dy, dhn, dcn, slots), steps, weights = _kept(ctx)
+    is_plain = not (
+        torch.is_grad_enabled() or transformed() or torch._C._len_torch_dispatch_stack()
+    )
     return derivatives.of_backward(
         ctx.layer,
         steps,
-        Point(x, h0, c0, weights, y),
+        Point(x, h0, c0, weights, y, saved if is_plain else None),
         Gradients(dy, dhn, dcn, slots),
         Point(change[0], change[1], change[2], of_weights),
         changes,
@@ -598,14 +583,14 @@ class _Fold:
         return self._first(z, dim).movedim(0, self.axis + 1).flatten(self.axis, self.axis + 1)
 
     def from_rows(self, z: Tensor) -> Tensor:
-        return _unflatten(z, self.axis, (-1, self.size)).movedim(self.axis + 1, 0)
+        return derivatives.unflatten(z, self.axis, (-1, self.size)).movedim(self.axis + 1, 0)
 
     def states(self, z: Maybe, dim: int | None) -> Maybe:
         return None if z is None else self._first(z, dim).movedim(0, 2).flatten(1, 2)
 
     def from_states(self, z: Tensor) -> Tensor:
         """Of ``[D, N, ...]``, and of what is saved, ``[D, rows, ...]``."""
-        return _unflatten(z, 1, (-1, self.size)).movedim(2, 0)
+        return derivatives.unflatten(z, 1, (-1, self.size)).movedim(2, 0)
 
     def steps(self, steps: Sequence[Any], dim: int | None) -> tuple[Any, ...]:
         active, order, reset, placed, packed = steps
@@ -618,9 +603,9 @@ class _Fold:
         return active, order, reset, placed, packed
 
     def saved(self, z: Tensor, dim: int | None, layer: Spec, hidden: int) -> Tensor:
-        parts = pieces(self._first(z, dim), layer, hidden)
+        parts = derivatives.pieces(self._first(z, dim), layer, hidden)
         return torch.cat([part.movedim(0, 2).flatten() for part in parts] or [z.new_empty(0)])
 
     def from_saved(self, z: Tensor, layer: Spec, hidden: int) -> Tensor:
-        parts = [self.from_states(part).flatten(1) for part in pieces(z, layer, hidden)]
+        parts = [self.from_states(part).flatten(1) for part in derivatives.pieces(z, layer, hidden)]
         return torch.cat(parts or [z.new_empty(self.size, 0)], -1)

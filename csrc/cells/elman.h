@@ -3,6 +3,7 @@
 // One slot per unit. Nothing but h' is saved: both derivatives are functions of the output.
 #pragma once
 
+#include "cells/dual.h"
 #include "cells/math.h"
 #include "cells/step.h"
 
@@ -28,7 +29,7 @@ struct Relu {
   }
   template <typename V>
   static RNNKERN_INLINE V backward(V y, V dy) {
-    return y <= V{} ? V{} : dy;  // NaN passes
+    return where_above_zero(y, dy);
   }
 };
 
@@ -44,6 +45,11 @@ struct Elman {
   template <typename V>
   static RNNKERN_INLINE void backward(Step<V>& s) {
     s.slot[0] = Activation::backward(s.h, s.dh);
+  }
+
+  template <typename V>
+  static RNNKERN_INLINE void tangent(Step<Dual<V>>& s) {
+    s.h.tangent = Activation::backward(s.h.value, s.slot[0].tangent);
   }
 };
 

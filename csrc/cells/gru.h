@@ -9,6 +9,7 @@
 // four.
 #pragma once
 
+#include "cells/dual.h"
 #include "cells/math.h"
 #include "cells/step.h"
 
@@ -39,6 +40,14 @@ struct Gru {
     s.slot[2] = s.dh * (s.h_prev - n) * z * (kOne - z);
     s.slot[3] = dn;
     s.dh_direct = s.dh * z;
+  }
+
+  template <typename V>
+  static RNNKERN_INLINE void tangent(Step<Dual<V>>& s) {
+    for (int k : {1, 2}) s.slot[k] = known_sigmoid(s.slot[k].value, s.slot[k].tangent);
+    const Dual<V> recurrent = s.slot[1] * s.slot[0];
+    s.slot[3] = known_tanh(s.slot[3].value, s.slot[3].tangent + recurrent.tangent);
+    s.h = s.slot[2] * (s.h_prev - s.slot[3]) + s.slot[3];
   }
 };
 

@@ -5,6 +5,7 @@
 // Slots = gates. Saved for backward: the activated gates and c'.
 #pragma once
 
+#include "cells/dual.h"
 #include "cells/math.h"
 #include "cells/step.h"
 
@@ -39,6 +40,14 @@ struct Lstm {
     s.slot[2] = dc * i * (kOne - g * g);
     s.slot[3] = s.dh * tanh_c * o * (kOne - o);
     s.dc = dc * f;
+  }
+
+  template <typename V>
+  static RNNKERN_INLINE void tangent(Step<Dual<V>>& s) {
+    for (int k : {0, 1, 3}) s.slot[k] = known_sigmoid(s.slot[k].value, s.slot[k].tangent);
+    s.slot[2] = known_tanh(s.slot[2].value, s.slot[2].tangent);
+    s.c = s.slot[1] * s.c_prev + s.slot[0] * s.slot[2];
+    s.h = s.slot[3] * tanh(s.c);
   }
 };
 

@@ -215,5 +215,11 @@ RNNKERN_INLINE V relu(V x) {
   return Clamp<V>::below(V{}, x);
 }
 
+// x where y is above zero or NaN, else zero.
+template <typename V>
+RNNKERN_INLINE V where_above_zero(V y, V x) {
+  return y <= V{} ? V{} : x;
+}
+
 }  // namespace RNNKERN_NAMESPACE
 }  // namespace rnnkern

@@ -3,6 +3,7 @@
 
 #include "cpu/backward.h"
 #include "cpu/forward.h"
+#include "cpu/second_order.h"
 
 namespace rnnkern {
 namespace RNNKERN_NAMESPACE {
@@ -30,6 +31,17 @@ size_t run_backward(const Backward<T>& scan, const Plan& plan, Workspace workspa
 }
 
 template <typename T>
+size_t run_second_order(const SecondOrder<T>& scan, const Plan& plan, Workspace workspace) {
+  return with_cell(scan.cell, [&](auto cell) {
+    Carver carver(workspace.data);
+    SecondOrderScan<T, decltype(cell)> second(scan, plan, carver);
+    if (carver.used() > workspace.bytes) return carver.used();
+    second.run();
+    return size_t(0);
+  });
+}
+
+template <typename T>
 Kernels<T> kernels() {
   Machine machine;
   machine.lanes = kLanes<T>;
@@ -38,7 +50,9 @@ Kernels<T> kernels() {
   machine.group = kGroup<Operand<T>>;
   machine.multiplies_in_place = kMultipliedInPlace<T>;
   machine.rounded_for_products = kRoundedForProducts<T>;
-  return {run_forward<T>, run_backward<T>, machine};
+  Kernels<T> made = {run_forward<T>, run_backward<T>, nullptr, machine};
+  if constexpr (std::is_same_v<T, Compute<T>>) made.second_order = run_second_order<T>;
+  return made;
 }
 template Kernels<RNNKERN_ELEMENT> kernels<RNNKERN_ELEMENT>();
 

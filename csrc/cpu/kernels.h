@@ -23,6 +23,7 @@ template <typename T>
 struct Kernels {
   size_t (*forward)(const Forward<T>&, const Plan&, Workspace);
   size_t (*backward)(const Backward<T>&, const Plan&, Workspace);
+  size_t (*second_order)(const SecondOrder<T>&, const Plan&, Workspace);  // null where T is narrow
   Machine machine;  // what the plan must know of this code
 };
 
@@ -48,12 +49,19 @@ template <typename T>
 void run(const Forward<T>& scan, int threads, bool deterministic);
 template <typename T>
 void run(const Backward<T>& scan, int threads, bool deterministic);
+template <typename T>
+void run(const SecondOrder<T>& scan, int threads, bool deterministic);
 
 const AllKernels& kernels_in_use();
 
 template <typename T>
 bool has_kernels() {
   return std::get<Kernels<T>>(kernels_in_use()).forward;
+}
+
+template <typename T>
+bool has_second_order() {
+  return std::get<Kernels<T>>(kernels_in_use()).second_order;
 }
 
 template <typename T>

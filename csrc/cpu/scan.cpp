@@ -243,6 +243,19 @@ void run(const Backward<T>& scan, int threads, bool deterministic) {
   with_workspace([&](Workspace w) { return kernels.backward(scan, plan, w); });
 }
 
+template <typename T>
+void run(const SecondOrder<T>& scan, int threads, bool deterministic) {
+  Sizes sizes;
+  sizes.cell = scan.cell;
+  sizes.H = sizes.O = scan.H;
+  const Problem problem = {sizes, scan.steps, scan.N, scan.steps * scan.N, deterministic};
+  const Plan plan = plan_backward(problem, machine_for<T>(threads));
+  const Kernels<T>& kernels = std::get<Kernels<T>>(kernels_in_use());
+  with_workspace([&](Workspace w) { return kernels.second_order(scan, plan, w); });
+}
+template void run<float>(const SecondOrder<float>&, int, bool);
+template void run<double>(const SecondOrder<double>&, int, bool);
+
 #define RNNKERN_INSTANTIATE(T)                        \
   template Machine machine_for<T>(int);               \
   template void run<T>(const Forward<T>&, int, bool); \

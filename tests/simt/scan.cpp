@@ -72,7 +72,11 @@ void run(const Backward<T>& scan, int, bool deterministic) {
   run_on_stand_in(scan, deterministic);
 }
 
-// The stand-in has no kernels for it, and nobody asks (`has_kernels`).
+// The stand-in has no kernels for these, and nobody asks (`has_kernels`, `has_second_order`).
+template <typename T>
+void run(const SecondOrder<T>&, int, bool) {}
+template void run<float>(const SecondOrder<float>&, int, bool);
+template void run<double>(const SecondOrder<double>&, int, bool);
 template <>
 void run(const Forward<F32ByBf16>&, int, bool) {}
 template <>

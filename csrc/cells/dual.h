@@ -1,0 +1,59 @@
+// Dual numbers a + a' eps, eps^2 = 0: what is computed with them carries its derivative in one
+// direction along. A cell's backward on dual numbers is its second derivative.
+#pragma once
+
+#include "cells/math.h"
+
+namespace rnnkern {
+namespace RNNKERN_NAMESPACE {
+
+template <typename V>
+struct Dual {
+  V value, tangent;
+};
+
+template <typename V>
+struct ValueTraits<Dual<V>> {
+  using Element = typename ValueTraits<V>::Element;
+};
+
+template <typename V>
+RNNKERN_INLINE Dual<V> operator+(const Dual<V>& a, const Dual<V>& b) {
+  return {a.value + b.value, a.tangent + b.tangent};
+}
+template <typename V>
+RNNKERN_INLINE Dual<V> operator-(const Dual<V>& a, const Dual<V>& b) {
+  return {a.value - b.value, a.tangent - b.tangent};
+}
+template <typename V>
+RNNKERN_INLINE Dual<V> operator*(const Dual<V>& a, const Dual<V>& b) {
+  return {a.value * b.value, a.value * b.tangent + a.tangent * b.value};
+}
+template <typename V>
+RNNKERN_INLINE Dual<V> operator-(typename ValueTraits<V>::Element a, const Dual<V>& b) {
+  return {a - b.value, V{} - b.tangent};
+}
+
+template <typename V>
+RNNKERN_INLINE Dual<V> tanh(const Dual<V>& x) {
+  const V y = tanh(x.value);
+  return {y, x.tangent * (typename ValueTraits<V>::Element(1) - y * y)};
+}
+
+template <typename V>
+RNNKERN_INLINE Dual<V> where_above_zero(const Dual<V>& y, const Dual<V>& x) {
+  return {where_above_zero(y.value, x.value), where_above_zero(y.value, x.tangent)};
+}
+
+// The results of the functions, which are known, with the tangents of their arguments.
+template <typename V>
+RNNKERN_INLINE Dual<V> known_sigmoid(const V& y, const V& tangent) {
+  return {y, tangent * y * (typename ValueTraits<V>::Element(1) - y)};
+}
+template <typename V>
+RNNKERN_INLINE Dual<V> known_tanh(const V& y, const V& tangent) {
+  return {y, tangent * (typename ValueTraits<V>::Element(1) - y * y)};
+}
+
+}  // namespace RNNKERN_NAMESPACE
+}  // namespace rnnkern
