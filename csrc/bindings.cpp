@@ -265,10 +265,9 @@ PYBIND11_MODULE(_C, m) {
       py::arg("mode"), py::arg("directions"), py::arg("hidden"), py::arg("proj"), py::arg("bias"),
       py::arg("batch_first"), py::arg("by_bfloat16") = false, py::arg("is_cell") = false);
   m.attr("HAS_SECOND_ORDER") = has_second_order<float>();
-  m.def("second_order",
-        [](const std::string& mode, py::handle sums, const py::kwargs& given) {
-          return second_order(mode, sums, given);
-        });
+  m.def("second_order", [](const std::string& mode, py::handle sums, const py::kwargs& given) {
+    return second_order(mode, sums, given);
+  });
   m.attr("GAPS") = kGaps;
   m.def("refusal", &refusal);
   m.def("mode_refusal", &mode_refusal);

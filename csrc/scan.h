@@ -145,12 +145,12 @@ struct SecondOrder {
   using Element = T;
   CellId cell = CellId::kRnnTanh;
   int64_t steps = 0, N = 0, H = 0;
-  const bool* active = nullptr;  // [T, N] the row takes part; null: always
-  const bool* kept = nullptr;    // [T, N] it takes its state over; null: always
-  const T* w_hh = nullptr;       // [G*H, H], gates in the order of the slots
-  const T* slots = nullptr;      // [T, N, S*H] as saved (null where the cell saves none)
-  const T *h = nullptr, *h_prev = nullptr;  // [T, N, H], as far as the cell reads them
-  const T *c = nullptr, *c_prev = nullptr;
+  const bool* active = nullptr;        // [T, N] the row takes part; null: always
+  const bool* kept = nullptr;          // [T, N] it takes its state over; null: always
+  const T* w_hh = nullptr;             // [G*H, H], gates in the order of the slots
+  const T* slots = nullptr;            // [T, N, S*H] as saved (null where the cell saves none)
+  const T *h = nullptr, *c = nullptr;  // [T, N, H], as far as the cell reads them
+  const T *h0 = nullptr, *c0 = nullptr;
   const T *dy = nullptr, *dhn = nullptr, *dcn = nullptr;  // incoming gradients
   const T* dslots = nullptr;                              // [T, N, S*H] as backward has left them
   const T *tangent_h0 = nullptr, *tangent_c0 = nullptr;
@@ -158,7 +158,7 @@ struct SecondOrder {
   const T* crossing = nullptr;  // [T, N, H] dslots x tangent of W_hh
   // [T, N, S*H]: of the sums of the slots, without the part that h brings; then of dslots.
   T* tangent_slots = nullptr;
-  T *tangent_h = nullptr, *tangent_h_prev = nullptr;  // [T, N, H]
+  T *tangent_h = nullptr, *tangent_h_prev = nullptr;  // [T, N, H]; h_prev: as it enters a step
   T *tangent_hn = nullptr, *tangent_cn = nullptr;
   T *tangent_dh0 = nullptr, *tangent_dc0 = nullptr;
 };

@@ -4,6 +4,7 @@ from typing import Any
 from torch import Tensor
 
 GAPS: str
+HAS_SECOND_ORDER: bool
 compiler: str
 
 class RefusedError(RuntimeError): ...
@@ -64,6 +65,9 @@ def layer(
     by_bfloat16: bool = False,
     is_cell: bool = False,
 ) -> Layer: ...
+def second_order(
+    mode: str, tangent_slots: Tensor, **operands: Tensor | None
+) -> tuple[Any, ...]: ...
 def refusal(
     x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor]
 ) -> str | None: ...

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import profiler
 
 from rnnkern import kernels, ops
 from rnnkern.derivatives import Spec
@@ -20,19 +19,6 @@ Scanned = tuple[Layer, Steps | None, int]
 
 def _graph_is_kept() -> bool:
     return torch._C._autograd._get_current_graph_task_keep_graph()
-
-
-_F = TypeVar("_F", bound=Callable[..., Any])
-
-
-def profiled(kernel: _F, name: str) -> _F:
-    """The kernel, as torch's profilers see it by name."""
-
-    def recorded(*operands: Any) -> Any:
-        with profiler.record_function(f"rnnkern::{name}"):
-            return kernel(*operands)
-
-    return recorded  # type: ignore[return-value]
 
 
 class Scan(torch.autograd.Function):
@@ -64,20 +50,20 @@ class Scan(torch.autograd.Function):
     def backward(
         ctx: Any, dy: Tensor | None, dhn: Tensor | None, dcn: Tensor | None = None
     ) -> tuple[Tensor | None, ...]:
+        if dy is None and dhn is None and dcn is None:  # as where y was an operand of backward
+            return (None,) * len(ctx.needs_input_grad)
         y, saved, x, *tensors = ctx.saved_tensors
         layer, steps, states = ctx.scanned
         h0, c0, weights = _initial_states(tensors, states)
         wanted = ctx.needs_input_grad[3:]
-        if torch.is_grad_enabled() or ops.transformed() or torch._C._len_torch_dispatch_stack():
+        if torch.is_grad_enabled() or ops.transformed() or ops.has_modes():
             saved = x.new_empty(0) if saved is None else saved
             made = ops.scan_backward(
                 Spec.of(layer), steps, (dy, dhn, dcn), x, h0, c0, weights, y, saved, wanted
             )
             return (None, None, None, *made[:-1])
         overwrite = not _graph_is_kept()
-        run = layer.backward
-        if profiler._is_profiler_enabled:
-            run = profiled(run, f"{layer.mode} backward")
+        run = kernels.profiled(layer.backward, layer.mode, " backward")
         try:
             gradients, _ = run(x, h0, c0, weights, steps, y, saved, dy, dhn, dcn, wanted, overwrite)
         except kernels.RefusedError:

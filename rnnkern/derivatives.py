@@ -114,6 +114,11 @@ def pieces(saved: Tensor, layer: Spec, hidden: int) -> list[Tensor]:
     ]
 
 
+def dense(z: Any) -> Any:
+    """Without gaps or lazy signs; of None none."""
+    return None if z is None else z.resolve_neg().contiguous()
+
+
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
@@ -124,7 +129,7 @@ def _without_autocast(function: _F) -> _F:
     def wrapped(layer: Spec, steps: Steps | None, at: Point, *rest: Any) -> Any:
         assert at.x is not None
         device = at.x.device.type
-        if not torch.amp.is_autocast_available(device):
+        if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
             return function(layer, steps, at, *rest)
         with torch.autocast(device, enabled=False):
             return function(layer, steps, at, *rest)
@@ -194,7 +199,7 @@ def of_backward(
         None if at.h0 is None else frames.from_states([found.h0 for found in adjoints]),
         None if at.c0 is None else frames.from_states([found.c0 for found in adjoints]),
         weights,
-        torch.stack([frames.to_saved(found.slots, d) for d, found in enumerate(adjoints)]),
+        _stacked([frames.to_saved(found.slots, d) for d, found in enumerate(adjoints)]),
     )
 
 
@@ -279,7 +284,7 @@ class _Frames:
         """Frames of rows as the layer has them; of None none."""
         if z is None:
             return None
-        z = z.to(self.computed)
+        z = _as(self.computed, z)
         if self.packed:
             z = z[self.rows]
         elif self.layer.batch_first:
@@ -292,13 +297,13 @@ class _Frames:
             z = z[self.row_of]
         elif self.layer.batch_first:
             z = z.transpose(0, 1)
-        return z.to(self.dtype)
+        return _as(self.dtype, z)
 
     def saved(self, z: Any, d: int) -> Any:
         """Frames of a saved buffer ``[D, rows, ...]``; of None none."""
         if z is None:
             return None
-        z = z[d].to(self.computed)
+        z = _as(self.computed, z[d])
         z = z[self.rows] if self.packed else z.reshape(self.T, self.N, -1)
         if self.mask is not None:  # rows that are not there, or whose sequence has ended
             z = torch.where(self._of_mask(), z, 0)
@@ -306,7 +311,7 @@ class _Frames:
 
     def to_saved(self, z: Tensor, d: int) -> Tensor:
         z = self.directed(z, d)
-        return (z[self.row_of] if self.packed else z.reshape(self.T * self.N, -1)).to(self.dtype)
+        return _as(self.dtype, z[self.row_of] if self.packed else z.reshape(self.T * self.N, -1))
 
     def _of_mask(self) -> Tensor:
         assert self.mask is not None
@@ -330,13 +335,13 @@ class _Frames:
     def state(self, z: Maybe, d: int, like: Tensor, width: int) -> Tensor:
         if z is None:
             return like.new_zeros(self.N, width, dtype=self.computed)
-        own = z[d].to(self.computed)
+        own = _as(self.computed, z[d])
         if self.packed and self.steps is not None and self.steps.order is not None:
             own = own.index_select(0, self.steps.order.to(z.device))
         return own
 
     def from_states(self, parts: Sequence[Tensor]) -> Tensor:
-        z = torch.stack(tuple(parts)).to(self.dtype)
+        z = _as(self.dtype, _stacked(parts))
         if self.packed and self.steps is not None and self.steps.order is not None:
             z = z.index_select(1, torch.argsort(self.steps.order).to(z.device))
         return z
@@ -391,8 +396,8 @@ class _Moved(NamedTuple):
     slots: Tensor
     h: Tensor
     h_before: Tensor
-    c: Tensor
-    c_before: Tensor
+    c: Any
+    c_before: Any
     unprojected: Tensor
     hn: Tensor
     cn: Tensor
@@ -439,7 +444,7 @@ class _Direction:
     def weights_of(self, point: Point) -> _Weights:
         count = self.layer.tensors
         own = point.weights[self.d * count : (self.d + 1) * count]
-        cast = [None if w is None else w.to(self.frames.computed) for w in own]
+        cast = [None if w is None else _as(self.frames.computed, w) for w in own]
         cast[1] = self._in_slots(cast[1])
         if not self.layer.bias:
             return _Weights(cast[0], cast[1], None, None, *cast[2:])
@@ -459,35 +464,39 @@ class _Direction:
             self.frames.state(change.c0, self.d, self.x, self.H),
         )
 
-    def sums(self, own: Sequence[tuple[Maybe, _Weights]], more: Maybe = None) -> Tensor:
-        """Of the slots, ``[T, N, S * H]``, freshly made: inputs with the weights that they meet.
+    def sums(
+        self, inputs: Sequence[tuple[Maybe, Maybe]], w: _Weights, more: Maybe = None
+    ) -> Tensor:
+        """Of the slots, ``[T, N, S * H]``, freshly made.
 
-        States as they enter meet the recurrent weights wherever there are some.
+        Inputs times a weight each, None counting nothing; states as they enter times the recurrent
+        weights of w; and its biases.
         """
-        left, right, biases = [], [], [] if more is None else [more]
-        for x, w in own:
-            for operand, weight, bias, padding in (
-                (x, w.ih, w.b_ih, (self.free, 0)),
-                (self.h_before, w.rec, w.b_rec, (0, self.free)),
-            ):
-                if operand is not None and weight is not None:
-                    left.append(operand)
-                    right.append(pad(weight, (0, 0, *padding)) if self.free else weight)
-                if bias is not None:
-                    biases.append(pad(bias, padding) if self.free else bias)
+        given = [(x, weight) for x, weight in inputs if x is not None and weight is not None]
+        left = [x for x, _ in given]
+        right = [self._padded(_cat([weight for _, weight in given]), 0)] if given else []
+        if w.rec is not None:
+            left.append(self.h_before)
+            right.append(self._padded(w.rec, 1))
+        biases = [self._padded(b, i) for i, b in enumerate((w.b_ih, w.b_rec)) if b is not None]
+        bias = functools.reduce(torch.add, biases) if biases else None
         shape = self.frames.T, self.frames.N, self.layer.slots * self.H
-        total = functools.reduce(torch.add, biases) if biases else None
-        if not left:
-            return self.x.new_zeros(shape) if total is None else total.expand(shape).clone()
-        operands = left[0] if len(left) == 1 else torch.cat(left, -1)
-        weights = right[0] if len(right) == 1 else torch.cat(right, -1)
-        if total is None or total.dim() == 1:
-            return linear(operands, weights, total)
-        return linear(operands, weights) + total
+        if left:
+            made = linear(_cat(left), _cat(right), bias)
+        else:
+            made = self.x.new_zeros(shape) if bias is None else bias.expand(shape).clone()
+        return made if more is None else made + more
+
+    def _padded(self, w: Tensor, recurrent: int) -> Tensor:
+        """Weights of the input product or of the recurrent one for all slots."""
+        if not self.free:
+            return w
+        zeros = (0, self.free) if recurrent else (self.free, 0)
+        return pad(w, zeros if w.dim() == 1 else (0, 0, *zeros))
 
     def gates(self) -> tuple[Tensor, ...]:
         """Of LSTM i, f, g, o; of GRU the recurrent part of n, then r, z, n: for all steps."""
-        sums = self.sums([(self.x, self.w)]).chunk(4, -1)
+        sums = self.sums([(self.x, self.w.ih)], self.w).chunk(4, -1)
         if self.layer.mode == "LSTM":
             i, f, o = (torch.sigmoid(sums[k]) for k in (0, 1, 3))
             return i, f, torch.tanh(sums[2]), o
@@ -541,7 +550,7 @@ class _Direction:
 
     def fixed_sums(self, v_w: _Weights, v: _Change, v_slots: Maybe) -> Tensor:
         """How the sums of the slots change, but for what the states bring."""
-        return self.sums([(v.x, _Weights(self.w.ih)), (self.x, v_w)], v_slots)
+        return self.sums([(v.x, self.w.ih), (self.x, v_w.ih)], v_w, v_slots)
 
     def tangent(self, v_w: _Weights, v: _Change, fixed: Tensor) -> _Moved:
         """What moves, in the order of the steps."""
@@ -641,32 +650,33 @@ class _Direction:
         assert at.saved is not None
         assert self.w.rec is not None
         saved = [self.frames.saved(z, self.d) for z in pieces(at.saved, self.layer, self.H)]
-        c = c_before = None
-        if self.layer.has_cell_state:
-            c = saved[1]
-            c_before = self.before(c, self.frames.state(at.c0, self.d, self.x, self.H))
         crossing = None if v_w.rec is None else slots[..., : self.recurrent] @ v_w.rec
-        found = kernels.second_order(
+        h0, c0 = (
+            None if z is None else dense(self.frames.state(z, self.d, z, self.H))
+            for z in (at.h0, at.c0)
+        )
+        run = kernels.profiled(kernels.second_order, self.layer.mode, " second order")
+        found = run(
             self.layer.mode,
             sums,
-            active=None if self.active is None else _dense(self.active[..., 0]),
-            kept=None if self.kept is None else _dense(self.kept[..., 0]),
-            w_hh=_dense(self.w.rec),
-            slots=_dense(saved[0]) if saved else None,
-            h=_dense(self.h),
-            h_prev=_dense(self.h_before),
-            c=_dense(c),
-            c_prev=_dense(c_before),
-            dslots=_dense(slots),
-            crossing=_dense(crossing),
-            tangent_h0=_dense(v.h0),
-            tangent_c0=_dense(v.c0),
-            **{f"d{name}": _dense(z) for name, z in zip(_OUTPUTS, incoming, strict=True)},
-            **{f"tangent_d{name}": _dense(z) for name, z in zip(_OUTPUTS, changes, strict=True)},
+            active=None if self.active is None else dense(self.active[..., 0]),
+            kept=None if self.kept is None else dense(self.kept[..., 0]),
+            w_hh=dense(self.w.rec),
+            slots=dense(saved[0]) if saved else None,
+            h=dense(self.h),
+            c=dense(saved[1]) if self.layer.has_cell_state else None,
+            h0=h0,
+            c0=c0,
+            dslots=dense(slots),
+            crossing=crossing,
+            tangent_h0=dense(v.h0),
+            tangent_c0=dense(v.c0),
+            **{f"d{name}": dense(z) for name, z in zip(_OUTPUTS, incoming, strict=True)},
+            **{f"tangent_d{name}": dense(z) for name, z in zip(_OUTPUTS, changes, strict=True)},
         )
-        h, h_before, hn, cn, h0, c0 = found
-        moved = _Moved(sums, h, h_before, c, c_before, h, hn, cn)
-        return moved, _Adjoint(sums, h0, c0, None, None)
+        h, h_before, hn, cn, of_h0, of_c0 = found
+        moved = _Moved(sums, h, h_before, None, None, h, hn, cn)
+        return moved, _Adjoint(sums, of_h0, of_c0, None, None)
 
     # Products over all steps
 
@@ -690,7 +700,7 @@ class _Direction:
         if found.projected is not None and found.v_projected is not None:
             of_hr = _product(found.v_projected, self.cell.unprojected)
             weights.append(_product(found.projected, moved.unprojected, of_hr))
-        return x, [w.to(self.frames.dtype) for w in weights]
+        return x, [_as(self.frames.dtype, w) for w in weights]
 
     def weight_gradients(self, slots: Tensor, groups: int) -> list[Tensor]:
         def grouped(z: Tensor) -> Tensor:
@@ -701,7 +711,7 @@ class _Direction:
         own = [inputs.mT @ grouped(self.x), self._in_slots(rec.mT @ grouped(self.h_before), -1, 1)]
         if self.layer.bias:
             own += [inputs.sum(1), self._in_slots(rec.sum(1), -1, 1)]
-        return [w.to(self.frames.dtype) for w in own]
+        return [_as(self.frames.dtype, w) for w in own]
 
 
 class _Elman:
@@ -863,8 +873,16 @@ _CELLS: dict[str, type[_Elman]] = {
 _OUTPUTS = ("y", "hn", "cn")
 
 
-def _dense(z: Any) -> Any:
-    return None if z is None else z.resolve_neg().contiguous()
+def _as(dtype: torch.dtype, z: Tensor) -> Tensor:
+    return z if z.dtype == dtype else z.to(dtype)
+
+
+def _stacked(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0][None] if len(parts) == 1 else torch.stack(tuple(parts))
+
+
+def _cat(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(tuple(parts), -1)
 
 
 def _product(left: Tensor, right: Tensor, more: Maybe = None) -> Tensor:

@@ -19,11 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
-from torch.autograd import profiler
 from torch.nn.utils.rnn import PackedSequence
 
 from rnnkern import kernels, ops, reference
-from rnnkern.autograd import profiled, record
+from rnnkern.autograd import record
 from rnnkern.cells import CELLS
 from rnnkern.derivatives import Spec
 from rnnkern.kernels import GAPS, Layer
@@ -413,9 +412,7 @@ def _one_layer(
             t is not None and t.requires_grad for t in operands
         )
         return ops.scan(layer, steps, x, h0, c0, weights, training)
-    run = layer.forward
-    if profiler._is_profiler_enabled:
-        run = profiled(run, layer.mode)
+    run = kernels.profiled(layer.forward, layer.mode)
     outputs, training, saved = run(x, h0, c0, weights, steps)
     if training:
         states = [s for s in (h0, c0) if s is not None]

@@ -2,10 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import torch
 from torch import Tensor
+from torch.autograd import profiler
 
 from rnnkern import _C
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def profiled(kernel: _F, mode: str, part: str = "") -> _F:
+    """The kernel; while one of torch's profilers runs, such that it sees it by name."""
+    if not profiler._is_profiler_enabled:
+        return kernel
+
+    def recorded(*operands: Any, **named: Any) -> Any:
+        with profiler.record_function(f"rnnkern::{mode}{part}"):
+            return kernel(*operands, **named)
+
+    return recorded  # type: ignore[return-value]
+
 
 Layer = _C.Layer
 """What a layer is, apart from the sizes of its input.

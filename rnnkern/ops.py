@@ -19,7 +19,7 @@ from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from rnnkern import derivatives, kernels
-from rnnkern.derivatives import Gradients, Maybe, Point, Spec
+from rnnkern.derivatives import Gradients, Maybe, Point, Spec, dense
 from rnnkern.sequence import Steps, active_rows, check_range, ranked
 
 _STEPS = "Tensor? active, Tensor? order, Tensor? reset, Tensor? placed, bool packed"
@@ -67,7 +67,7 @@ def scan_backward(
     """
     own = arguments(steps)
     flags = list(wanted)
-    if transformed():
+    if not has_modes() or transformed():
         made = _apply(
             _ScanBackward, layer, tuple(flags), *incoming, x, h0, c0, y, saved, *own, *weights
         )
@@ -81,6 +81,11 @@ def scan_backward(
 def transformed() -> bool:
     """Under a transform of `torch.func`, or in forward mode."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def has_modes() -> bool:
+    """A mode of torch sees every operator."""
+    return torch._C._len_torch_dispatch_stack() > 0
 
 
 def arguments(steps: Steps | None) -> tuple[Maybe, Maybe, Maybe, Maybe, bool]:
@@ -108,11 +113,6 @@ def _kernel(layer: Spec, weights: Sequence[Tensor]) -> kernels.Layer:
     )
 
 
-def _plain(tensor: Any) -> Any:
-    """Without gaps or lazy signs, and no gradient to follow."""
-    return None if tensor is None else tensor.detach().resolve_neg().contiguous()
-
-
 def _ended(steps: Steps | None) -> Maybe:
     """``[rows, 1]``: rows whose sequence has ended, which kernels leave as they find them."""
     if steps is None or steps.active is None or steps.packed:
@@ -131,7 +131,7 @@ def _scan_op(
     """y, h_n, c_n and what backward needs; without elements where there is none."""
     steps, layer, training = _steps(*rest[:STEPS]), Spec(*rest[STEPS:-1]), rest[-1]
     kernel = _kernel(layer, weights)
-    x, h0, c0, *weights = (_plain(t) for t in (x, h0, c0, *weights))
+    x, h0, c0, *weights = (dense(t) for t in (x, h0, c0, *weights))
     outputs, _, saved = kernel.forward(x, h0, c0, weights, steps, training)
     y, hn, *cn = outputs
     ended = _ended(steps)
@@ -187,13 +187,7 @@ def _rows_like(layer: Spec, x: Tensor, features: Any, packed: bool) -> Tensor:
     return x.new_empty(x.shape[0], x.shape[1], features)
 
 
-@torch.library.custom_op(
-    "rnnkern::scan_backward",
-    mutates_args=(),
-    schema=f"(Tensor? dy, Tensor? dhn, Tensor? dcn, {_OPERANDS}, Tensor y, Tensor saved, {_STEPS}, "
-    f"{_SPEC}, bool[] wanted) -> Tensor[]",
-)
-def _scan_backward_op(
+def _run_backward(
     dy: Maybe,
     dhn: Maybe,
     dcn: Maybe,
@@ -207,10 +201,10 @@ def _scan_backward_op(
 ) -> list[Tensor]:
     """As `scan_backward`; without elements where not wanted."""
     steps, layer, wanted = _steps(*rest[:STEPS]), Spec(*rest[STEPS:-1]), rest[-1]
-    kernel = _kernel(layer, weights)
-    x, h0, c0, *weights = (_plain(t) for t in (x, h0, c0, *weights))
-    y, saved, dy, dhn, dcn = (_plain(t) for t in (y, saved, dy, dhn, dcn))
-    made, slots = kernel.backward(x, h0, c0, weights, steps, y, saved, dy, dhn, dcn, wanted, False)
+    run = kernels.profiled(_kernel(layer, weights).backward, layer.mode, " backward")
+    x, h0, c0, *weights = (dense(t) for t in (x, h0, c0, *weights))
+    y, saved, dy, dhn, dcn = (dense(t) for t in (y, saved, dy, dhn, dcn))
+    made, slots = run(x, h0, c0, weights, steps, y, saved, dy, dhn, dcn, wanted, False)
     parts = [x.new_empty(0) if part is None else part for part in made]
     size = layer.directions * _count(x) * layer.slots * layer.hidden(weights)
     slots = slots[:size].view(layer.directions, _count(x), -1)
@@ -218,6 +212,15 @@ def _scan_backward_op(
     if ended is not None:
         slots.masked_fill_(ended, 0)
     return [*parts, slots]
+
+
+_scan_backward_op = torch.library.custom_op(
+    "rnnkern::scan_backward",
+    _run_backward,
+    mutates_args=(),
+    schema=f"(Tensor? dy, Tensor? dhn, Tensor? dcn, {_OPERANDS}, Tensor y, Tensor saved, {_STEPS}, "
+    f"{_SPEC}, bool[] wanted) -> Tensor[]",
+)
 
 
 @_scan_backward_op.register_fake
@@ -296,7 +299,9 @@ def _keep(
 
 # What torch leaves untyped.
 def _apply(function: type[torch.autograd.Function], *operands: Any) -> Any:
-    return function.apply(*operands)  # type: ignore[no-untyped-call]
+    if torch._C._are_functorch_transforms_active():
+        return function.apply(*operands)  # type: ignore[no-untyped-call]
+    return super(torch.autograd.Function, function).apply(*operands)  # type: ignore[misc]
 
 
 def _kept(ctx: Any) -> tuple[list[Any], list[Maybe], Steps | None, list[Tensor]]:
@@ -313,6 +318,8 @@ def _backward_of_scan(
     """Gradients of x, h0, c0; and of the weights."""
     (x, h0, c0, y, saved), _, steps, weights = _kept(ctx)
     layer = ctx.layer
+    if all(z is None for z in incoming):  # as where y was an operand of backward
+        return [None] * 3, [None] * len(weights)
     flags = [wanted[0], *wanted[3:]]
     flags += [flag for s, flag in zip((h0, c0), wanted[1:3], strict=True) if s is not None]
     dcn = incoming[2] if layer.has_cell_state else None
@@ -327,9 +334,7 @@ def _derivative_of_backward(
     ctx: Any, change: Sequence[Maybe], of_weights: Sequence[Maybe], changes: Gradients
 ) -> tuple[Any, Any]:
     (x, h0, c0, y, saved), (dy, dhn, dcn, slots), steps, weights = _kept(ctx)
-    is_plain = not (
-        torch.is_grad_enabled() or transformed() or torch._C._len_torch_dispatch_stack()
-    )
+    is_plain = not (torch.is_grad_enabled() or transformed() or has_modes())
     return derivatives.of_backward(
         ctx.layer,
         steps,
@@ -467,11 +472,10 @@ class _ScanBackward(torch.autograd.Function):
     def forward(layer: Spec, wanted: tuple[bool, ...], *rest: Any) -> tuple[Tensor, ...]:
         dy, dhn, dcn, x, h0, c0, y, saved, *others = rest
         steps, weights = others[:STEPS], others[STEPS:]
-        return tuple(
-            torch.ops.rnnkern.scan_backward(
-                dy, dhn, dcn, x, h0, c0, weights, y, saved, *steps, *layer, list(wanted)
-            )
-        )
+        # Where nobody looks, not the operator: it costs more than the kernels of a small layer.
+        is_seen = has_modes() or kernels.refusal(x, None, None, ())
+        run = torch.ops.rnnkern.scan_backward if is_seen else _run_backward
+        return tuple(run(dy, dhn, dcn, x, h0, c0, weights, y, saved, *steps, *layer, list(wanted)))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:

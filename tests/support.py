@@ -141,6 +141,21 @@ def weighted_sum(outputs: Mapping[str, Tensor]) -> Tensor:
     return torch.stack(parts).sum()
 
 
+def penalized(call: Call) -> Call:
+    """The outputs, and the gradients of them by every leaf, themselves differentiable: what a
+    penalty is made of.
+    """
+
+    def with_gradients(module: nn.Module, leaves: Leaves) -> Any:
+        outputs = flatten(call(module, leaves))
+        gradients = torch.autograd.grad(
+            weighted_sum(outputs), list(leaves.values()), create_graph=True
+        )
+        return [*outputs.values(), *gradients]
+
+    return with_gradients
+
+
 def evaluate(
     module: nn.Module, leaves: Leaves, call: Call = plain, *, backward: bool = True
 ) -> dict[str, Tensor]:

@@ -16,7 +16,6 @@ from support import (
     FORMS,
     LAYERS,
     WIDE_DTYPES,
-    Call,
     Leaves,
     assert_agree,
     assert_bitwise,
@@ -26,6 +25,7 @@ from support import (
     flatten,
     initial_states,
     leaves_for,
+    penalized,
     plain,
     states_of,
     weighted_sum,
@@ -52,21 +52,6 @@ def test_gradgradcheck(form: str, setting: str) -> None:
     module, leaves = option.make(form)
     function, inputs = as_function(module, option.call, leaves)
     assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True)
-
-
-def penalized(call: Call) -> Call:
-    """The outputs, and the gradients of them by every leaf, themselves differentiable: what a
-    penalty is made of.
-    """
-
-    def with_gradients(module: nn.Module, leaves: Leaves) -> Any:
-        outputs = flatten(call(module, leaves))
-        gradients = torch.autograd.grad(
-            weighted_sum(outputs), list(leaves.values()), create_graph=True
-        )
-        return [*outputs.values(), *gradients]
-
-    return with_gradients
 
 
 @pytest.mark.parametrize("setting", SETTINGS)

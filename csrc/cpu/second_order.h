@@ -123,8 +123,12 @@ class SecondOrderScan {
     }
   }
 
-  D load_dual(const T* values, const T* tangents, int64_t i, int64_t n) const {
-    return {load_up_to(values + i, n), load_up_to(tangents + i, n)};
+  // Units of a state as they enter the step of that row.
+  Vec<T> entering(const T* states, const T* initial, int64_t row, int64_t u) const {
+    const int64_t before = row - s_.N, n = s_.H - u;
+    if (!kept(row)) return Vec<T>{};
+    if (before >= 0 && active(before)) return load_up_to(states + before * s_.H + u, n);
+    return initial ? load_up_to(initial + row % s_.N * s_.H + u, n) : Vec<T>{};
   }
 
   Step<D> load_step(int64_t row, int64_t u) const {
@@ -137,8 +141,12 @@ class SecondOrderScan {
       if constexpr (kShape.saves_slots) s.slot[k].value = load_up_to(s_.slots + at, n);
     }
     if constexpr (!kShape.saves_slots) s.h.value = load_up_to(s_.h + i, n);
-    if constexpr (kShape.reads_h) s.h_prev = load_dual(s_.h_prev, s_.tangent_h_prev, i, n);
-    if constexpr (kShape.cell_state) s.c_prev = load_dual(s_.c_prev, tangent_c_prev_, i, n);
+    if constexpr (kShape.reads_h) {
+      s.h_prev = {entering(s_.h, s_.h0, row, u), load_up_to(s_.tangent_h_prev + i, n)};
+    }
+    if constexpr (kShape.cell_state) {
+      s.c_prev = {entering(s_.c, s_.c0, row, u), load_up_to(tangent_c_prev_ + i, n)};
+    }
     return s;
   }
 
@@ -217,7 +225,7 @@ class SecondOrderScan {
       if (s_.dy) s.dh.value += load_up_to(s_.dy + i, n);
       if (s_.tangent_dy) s.dh.tangent += load_up_to(s_.tangent_dy + i, n);
       if constexpr (kShape.cell_state) {
-        s.c = load_dual(s_.c, tangent_c_, i, n);
+        s.c = {load_up_to(s_.c + i, n), load_up_to(tangent_c_ + i, n)};
         s.dc = {load(dc_.value + state + u), load(dc_.tangent + state + u)};
       }
       Cell::backward(s);

@@ -70,12 +70,12 @@ py::tuple second_order_of(CellId cell, py::handle sums, const py::dict& given) {
   s.w_hh = number("w_hh", {shape.gates * H, H});
   s.slots = number("slots", {T_, N, S});
   s.h = number("h", {T_, N, H});
-  s.h_prev = number("h_prev", {T_, N, H});
   s.c = number("c", {T_, N, H});
-  s.c_prev = number("c_prev", {T_, N, H});
+  s.h0 = number("h0", {N, H});
+  s.c0 = number("c0", {N, H});
   s.dslots = number("dslots", {T_, N, S});
-  if (!s.w_hh || !s.dslots || (shape.saves_slots ? !s.slots : !s.h) ||
-      (shape.reads_h && !s.h_prev) || (shape.cell_state && (!s.c || !s.c_prev))) {
+  if (!s.w_hh || !s.h || !s.dslots || (shape.saves_slots && !s.slots) ||
+      (shape.cell_state && !s.c)) {
     throw Refused("an operand that the cell needs is None");
   }
   s.dy = number("dy", {T_, N, H});
