@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import functools
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -92,6 +93,34 @@ def test_recurrent_ppo() -> None:
     (actions, ours), (their_actions, theirs) = runs
     assert actions == their_actions
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["RNN", "LSTM", "GRU"])
+def test_forecasts_of_darts(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """darts' RNNModel takes its network from torch.nn by name: the same forecast from rnnkern's."""
+    monkeypatch.chdir(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        darts = pytest.importorskip("darts", reason=EXTRA)
+        models = pytest.importorskip("darts.models", reason=EXTRA)
+        pytest.importorskip("pytorch_lightning", reason=EXTRA)
+        series = darts.TimeSeries.from_values(torch.linspace(0, 30, 100).sin().numpy())
+        forecasts = []
+        for layer in (getattr(rnnkern, kind), getattr(nn, kind)):
+            monkeypatch.setattr(nn, kind, layer)
+            model = models.RNNModel(
+                input_chunk_length=12, training_length=16, model=kind, hidden_dim=8, n_epochs=2,
+                random_state=0, work_dir=str(tmp_path),
+                pl_trainer_kwargs={
+                    "accelerator": "cpu", "logger": False, "enable_progress_bar": False,
+                    "enable_model_summary": False,
+                },
+            )  # fmt: skip
+            model.fit(series)
+            network = next(m for m in model.model.modules() if isinstance(m, nn.RNNBase))
+            assert type(network) is layer
+            forecasts.append(torch.from_numpy(model.predict(5).values()))
+    torch.testing.assert_close(*forecasts, rtol=1e-4, atol=1e-5)
 
 
 def test_per_sample_gradients_as_opacus_has_them() -> None:
