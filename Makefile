@@ -117,5 +117,5 @@ $(READY): constraints.txt pyproject.toml
 	@touch $@
 
 $(BUILT): $(READY) $(NATIVE_SOURCES)
-	$(PIP) install --no-build-isolation --editable '.[test,plot,progress,dev,ecosystem]'
+	$(PIP) install --no-build-isolation --editable '.[test,plot,progress,dev,ecosystem,examples]'
 	@touch $@

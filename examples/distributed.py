@@ -7,20 +7,21 @@ Each process draws its own part of the batch; the task is to add up the marked n
 sequence. Works the same in one process, without torchrun.
 """
 
+# %%
 from __future__ import annotations
 
 import argparse
-import os
 
 import torch
 import torch.distributed as dist
+from common import Workers, fail, workers
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
-from torch.nn.parallel import DistributedDataParallel
 
 import rnnkern
 
 
+# %%
 class Adder(nn.Module):
     """Reads ``[T, N, 2]``, numbers and marks; gives the sum of the marked numbers, ``[N]``."""
 
@@ -40,28 +41,31 @@ def draw(steps: int, rows: int, generator: torch.Generator) -> tuple[Tensor, Ten
     return torch.stack((numbers, marks), -1), (numbers * marks).sum(0)
 
 
-def train(options: argparse.Namespace, rank: int, world: int, device: torch.device) -> None:
+# %%
+def train(options: argparse.Namespace, crew: Workers) -> None:
     torch.manual_seed(0)  # the same start everywhere
-    model: nn.Module = Adder(options.hidden).to(device)
-    if world > 1 and options.shard:
-        mesh = dist.device_mesh.init_device_mesh(device.type, (world,))
+    model: nn.Module = Adder(options.hidden)
+    if crew.world > 1 and options.shard:
+        mesh = dist.device_mesh.init_device_mesh(crew.device.type, (crew.world,))
+        model = model.to(crew.device)
         fully_shard(model.rnn, mesh=mesh)
         fully_shard(model, mesh=mesh)
-    elif world > 1:
-        model = DistributedDataParallel(model)
+    else:
+        model = crew.copies(model)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    generator = torch.Generator().manual_seed(1 + rank)
+    generator = torch.Generator().manual_seed(1 + crew.rank)
     for iteration in range(options.iterations):
-        x, wanted = draw(options.steps, options.rows // world, generator)
-        loss = nn.functional.mse_loss(model(x.to(device)), wanted.to(device))
+        x, wanted = draw(options.steps, options.rows // crew.world, generator)
+        loss = nn.functional.mse_loss(model(x.to(crew.device)), wanted.to(crew.device))
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        if rank == 0 and (iteration % 50 == 49 or iteration == 0):
-            print(f"iteration {iteration + 1:4d}  mean squared error {loss.item():.4f}")
+        if iteration % 50 == 49 or iteration == 0:
+            crew.say(f"iteration {iteration + 1:4d}  mean squared error {loss.item():.4f}")
 
 
+# %%
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shard", action="store_true", help="FSDP2: parameters in shards")
@@ -70,20 +74,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--hidden", type=int, default=32)
     options = parser.parse_args()
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if options.rows % world:
-        parser.error(f"--rows {options.rows} do not divide among {world} processes")
-    rank = int(os.environ.get("RANK", "0"))
-    use_gpu = torch.cuda.is_available() and torch.cuda.device_count() >= world
-    device = torch.device("cuda", rank) if use_gpu else torch.device("cpu")
-    if world > 1:
-        dist.init_process_group("nccl" if use_gpu else "gloo")
-
-    # In a function, for the model must be gone before its process group is: DistributedDataParallel
-    # as its last owner waits for threads that wait for Python's lock.
-    train(options, rank, world, device)
-    if world > 1:
-        dist.destroy_process_group()
+    with workers() as crew:
+        if options.rows % crew.world:
+            fail(f"--rows {options.rows} do not divide among {crew.world} processes")
+        train(options, crew)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import torch  # noqa: F401  first: its OpenMP runtime is the one that the kernel
 from rnnkern import inspect
 from rnnkern.build import build_info, explain
 from rnnkern.checkpoint import checkpointed
+from rnnkern.closed_loop import generate
 from rnnkern.convert import convert, revert
 from rnnkern.dynamo import open_to_rnnkern
 from rnnkern.functional import FallbackWarning
@@ -32,6 +33,7 @@ __all__ = [
     "checkpointed",
     "convert",
     "explain",
+    "generate",
     "inspect",
     "revert",
 ]

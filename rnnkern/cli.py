@@ -195,7 +195,7 @@ def _compare(arguments: argparse.Namespace) -> int:
     if arguments.json:
         write_json(report, arguments.json)
     if arguments.plot and report.rows:
-        plot.plot_speedup(report.rows, arguments.plot)
+        plot.speedup(report.rows, arguments.plot)
     return OK if report.ok else FAILED
 
 

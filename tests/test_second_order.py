@@ -29,6 +29,7 @@ from rnnkern import derivatives, kernels
 
 pytestmark = [
     pytest.mark.cpu_only,
+    pytest.mark.kernel,
     pytest.mark.skipif(not kernels.HAS_SECOND_ORDER, reason="the stand-in for GPUs has none"),
 ]
 COVERED = [form for form in FORMS if form != "LSTM-proj"]
