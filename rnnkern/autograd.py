@@ -42,6 +42,7 @@ class Scan(torch.autograd.Function):
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
         ctx.scanned = scanned
+        ctx.is_shared = False
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(outputs[0], saved, x, *tensors)
         return outputs
@@ -52,21 +53,19 @@ class Scan(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         if dy is None and dhn is None and dcn is None:  # as where y was an operand of backward
             return (None,) * len(ctx.needs_input_grad)
+        if torch.is_grad_enabled() or ops.transformed() or ops.has_modes():
+            return _by_operators(ctx, dy, dhn, dcn)
         y, saved, x, *tensors = ctx.saved_tensors
         layer, steps, states = ctx.scanned
         h0, c0, weights = _initial_states(tensors, states)
         wanted = ctx.needs_input_grad[3:]
-        if torch.is_grad_enabled() or ops.transformed() or ops.has_modes():
-            saved = x.new_empty(0) if saved is None else saved
-            made = ops.scan_backward(
-                Spec.of(layer), steps, (dy, dhn, dcn), x, h0, c0, weights, y, saved, wanted
-            )
-            return (None, None, None, *made[:-1])
-        overwrite = not _graph_is_kept()
+        overwrite = not (ctx.is_shared or _graph_is_kept())
         run = kernels.profiled(layer.backward, layer.mode, " backward")
         try:
             gradients, _ = run(x, h0, c0, weights, steps, y, saved, dy, dhn, dcn, wanted, overwrite)
         except kernels.RefusedError:
+            if ops.are_batches(dy, dhn, dcn):
+                return _by_operators(ctx, dy, dhn, dcn)
             # Saved tensors come back as their hooks return them: any of them may be at fault.
             dtype = next(g.dtype for g in (dy, dhn, dcn) if g is not None)
             dense: list[Any] = [
@@ -84,6 +83,25 @@ record: Callable[..., tuple[Tensor, ...]] = super(torch.autograd.Function, Scan)
 
 ``Scan.apply`` without its look for functorch transforms: the caller has looked already.
 """
+
+
+def _by_operators(ctx: Any, *incoming: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Backward for all who look on, and for derivatives of it, which read what was saved later."""
+    ctx.is_shared = True
+    y, saved, x, *tensors = ctx.saved_tensors
+    layer, steps, states = ctx.scanned
+    dtype = next(g.dtype for g in incoming if g is not None)
+    y, saved, x, *tensors = (  # as hooks of saved tensors have returned them
+        t if t is None or t.dtype == dtype else t.to(dtype) for t in (y, saved, x, *tensors)
+    )
+    h0, c0, weights = _initial_states(tensors, states)
+    kept = x.new_empty(0) if saved is None else saved
+    wanted, spec = ctx.needs_input_grad[3:], Spec.of(layer)
+
+    def run(*gradients: Tensor | None) -> list[Tensor | None]:
+        return ops.scan_backward(spec, steps, gradients, x, h0, c0, weights, y, kept, wanted)
+
+    return (None, None, None, *ops.in_batches(run, *incoming)[:-1])
 
 
 def _initial_states(

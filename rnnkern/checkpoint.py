@@ -8,12 +8,18 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
 from rnnkern import functional, modules
 from rnnkern.sequence import padded_steps, place_of
 
-_CLASSES = {nn.RNN: modules.RNN, nn.LSTM: modules.LSTM, nn.GRU: modules.GRU}
+_CLASSES = {
+    "RNN_TANH": modules.RNN,
+    "RNN_RELU": modules.RNN,
+    "LSTM": modules.LSTM,
+    "GRU": modules.GRU,
+}
 
 
 def checkpointed(
@@ -29,7 +35,8 @@ def checkpointed(
 
     Backward computes each segment of that many steps a second time. Beside inputs and outputs,
     memory grows as ``T / checkpoint_every`` states and ``checkpoint_every`` steps' gates, instead
-    of T steps' gates; the gradients are the same but for the order of sums.
+    of T steps' gates; the gradients are the same but for the order of sums and, in 16 bits, cell
+    states rounded where a segment ends. Not for torch.compile and the transforms of torch.func.
 
     Args:
         module: an RNN, LSTM or GRU of rnnkern or of ``torch.nn``.
@@ -41,6 +48,9 @@ def checkpointed(
         TypeError, ValueError: ``checkpoint_every`` is no positive int, or ``module`` no such
             module; for all else, what the module raises.
     """
+    if not isinstance(input, (Tensor, PackedSequence)):
+        kind = type(input).__name__
+        raise TypeError(f"input must be a torch.Tensor or a PackedSequence, got {kind}")
     if not isinstance(checkpoint_every, int) or isinstance(checkpoint_every, bool):
         kind = type(checkpoint_every).__name__
         raise TypeError(f"checkpoint_every must be an int, got {kind}")
@@ -52,6 +62,11 @@ def checkpointed(
             raise ValueError("a PackedSequence brings its own lengths; it takes no reset")
         padded, own = pad_packed_sequence(input, batch_first=module.batch_first)
         y, state = checkpointed(module, padded, hx, checkpoint_every=checkpoint_every, lengths=own)
+        asked = functional.autocast_dtype(padded)
+        if asked is not None:
+            h0 = hx[0] if isinstance(hx, tuple) else hx
+            dtype = functional.dtype_under_autocast(module, asked, padded, h0, True)
+            y, state = tree_map(lambda z: next(functional.autocast(dtype, z)), (y, state))
         data = y.transpose(0, 1) if module.batch_first else y
         if input.sorted_indices is not None:
             data, own = data.index_select(1, input.sorted_indices), own[input.sorted_indices.cpu()]
@@ -114,9 +129,9 @@ class _Segments:
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         module, reset = self.module, self.reset
         options = {"proj_size": module.proj_size} if module.mode == "LSTM" else {}
-        if isinstance(module, nn.RNN):
-            options = {"nonlinearity": module.nonlinearity}
-        kind = next(own for theirs, own in _CLASSES.items() if isinstance(module, theirs))
+        if module.mode.startswith("RNN_"):
+            options = {"nonlinearity": module.mode.removeprefix("RNN_").lower()}
+        kind = _CLASSES[module.mode]
         sizes = x.shape[-1], module.hidden_size
         layer = kind(*sizes, bias=module.bias, device="meta", dtype=x.dtype, **options)
         layer.train(module.training)

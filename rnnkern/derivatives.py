@@ -1,4 +1,4 @@
-"""Derivatives of a layer and of its backward pass, in plain PyTorch.
+"""Derivatives of a layer and of its backward pass, in plain PyTorch but for one kernel.
 
 From what the kernels have found, operands and outputs, all gates of all steps follow at once; what
 is left to do step by step is linear. Every function is made of differentiable operators of torch:
@@ -109,7 +109,9 @@ def pieces(saved: Tensor, layer: Spec, hidden: int) -> list[Tensor]:
     elements = saved.shape[-1] // sum(widths)
     parts = torch.split(saved, [elements * width for width in widths], -1)
     return [
-        unflatten(part, -1, (layer.directions, -1, width * hidden))
+        unflatten(
+            part, -1, (layer.directions, elements // (layer.directions * hidden), width * hidden)
+        )
         for part, width in zip(parts, widths, strict=True)
     ]
 
@@ -289,7 +291,7 @@ class _Frames:
             z = z[self.rows]
         elif self.layer.batch_first:
             z = z.transpose(0, 1)
-        return self.directed(z, d)
+        return self.directed(self._masked(z), d)
 
     def from_rows(self, z: Tensor, d: int) -> Tensor:
         z = self.directed(z, d)
@@ -304,14 +306,16 @@ class _Frames:
         if z is None:
             return None
         z = _as(self.computed, z[d])
-        z = z[self.rows] if self.packed else z.reshape(self.T, self.N, -1)
-        if self.mask is not None:  # rows that are not there, or whose sequence has ended
-            z = torch.where(self._of_mask(), z, 0)
-        return self.directed(z, d)
+        z = z[self.rows] if self.packed else z.reshape(self.T, self.N, z.shape[-1])
+        return self.directed(self._masked(z), d)
 
     def to_saved(self, z: Tensor, d: int) -> Tensor:
         z = self.directed(z, d)
-        return _as(self.dtype, z[self.row_of] if self.packed else z.reshape(self.T * self.N, -1))
+        return _as(self.dtype, z[self.row_of] if self.packed else z.flatten(0, 1))
+
+    def _masked(self, z: Tensor) -> Tensor:
+        """Zero in rows that are not there, and past a sequence's end: it may be NaN."""
+        return z if self.mask is None else torch.where(self._of_mask(), z, 0)
 
     def _of_mask(self) -> Tensor:
         assert self.mask is not None

@@ -153,12 +153,25 @@ def _on_kernels(
         result = _with_weights(asked, module, own_x, own_h0, own_c0, weights, steps, compiling)
         if isinstance(result, str):
             return result
-        y, hn, cn = result
-        if cn is not None and module.proj_size and x.device.type == "cpu":
-            # Outputs are results of a product, the cell state is not.
-            y, hn = autocast(asked, y, hn)
-            cn = cn.to(_promoted(cn.dtype, x, c0))
-        return y, hn, cn
+        return results_under_autocast(module, asked, x, c0, *result)
+
+
+def results_under_autocast(
+    module: Any,
+    asked: torch.dtype,
+    x: Tensor,
+    c0: Tensor | None,
+    y: Tensor,
+    hn: Tensor,
+    cn: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """In the dtypes of torch.nn: with a projection, outputs are results of a product, the cell
+    state is not.
+    """
+    if cn is not None and module.proj_size and x.device.type == "cpu":
+        y, hn = autocast(asked, y, hn)
+        cn = cn.to(_promoted(cn.dtype, x, c0))
+    return y, hn, cn
 
 
 def layer_of(module: Any, asked: torch.dtype | None = None) -> Layer:

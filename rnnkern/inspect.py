@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from rnnkern import derivatives, functional, ops
+from rnnkern import derivatives, functional, kernels, ops
 from rnnkern.cells import CELLS
 from rnnkern.derivatives import Gradients, Point
 from rnnkern.sequence import Steps, packed_steps, padded_steps, place_of
@@ -86,7 +86,7 @@ def trace(
     """
     run = _Run(module, input, hx, lengths, reset)
     layers = [[_of_direction(run, layer, d) for d in range(run.spec.directions)] for layer in run]
-    return Trace(run.output(), run.state(), layers)
+    return Trace(*run.results(), layers)
 
 
 def gradient_flow(
@@ -163,7 +163,8 @@ class _Run:
             )
         if x.shape[-1] != module.input_size:
             raise ValueError(f"input must have {module.input_size} features, got {x.shape[-1]}")
-        self.spec = functional.spec_of(module)
+        if ops.transformed():
+            raise NotImplementedError("inspect knows no transform of torch.func, nor forward mode")
         self.steps: Steps | None
         if self.is_packed:
             if lengths is not None or reset is not None:
@@ -178,40 +179,57 @@ class _Run:
             self.steps = padded_steps(lengths, reset, T, N, module.batch_first, place_of(x))
         self.h0, self.c0, fits = functional.initial_states(module, hx, N)
         if not fits:
-            raise ValueError(f"hx does not fit a batch of {N}: see torch.nn.{module.mode[:4]}")
-        self.x = x
+            raise ValueError(f"hx does not fit a batch of {N}: see torch.nn's {module.mode}")
+        self.asked = functional.autocast_dtype(x)
+        self.spec = functional.spec_of(module, self.asked)
+        self.weights = functional.current_weights(module)
+        self.x, self.given = x, (x, self.c0)
+        if self.asked is not None:
+            dtype = functional.dtype_under_autocast(module, self.asked, x, self.h0, self.is_packed)
+            own = functional.autocast(dtype, x, self.h0, self.c0, *self.weights)
+            self.x, self.h0, self.c0, *self.weights = own
         self.finals: list[tuple[Tensor, Tensor]] = []
 
     def __iter__(self) -> Iterator[_Layer]:
-        weights = functional.current_weights(self.module)
         D, count = self.spec.directions, self.spec.directions * self.spec.tensors
         with torch.autocast(self.x.device.type, enabled=False):
             for i in range(self.module.num_layers):
                 if i:
                     self.x = functional.dropout(self.module, self.x)
-                h0, c0, own = functional.of_layer(i, D, count, self.h0, self.c0, weights)
+                h0, c0, own = functional.of_layer(i, D, count, self.h0, self.c0, self.weights)
                 given, steps = self.x, ops.arguments(self.steps)
-                y, hn, cn, saved = torch.ops.rnnkern.scan(
-                    given, h0, c0, own, *steps, *self.spec, True
-                )
+                try:
+                    y, hn, cn, saved = torch.ops.rnnkern.scan(
+                        given, h0, c0, own, *steps, *self.spec, True
+                    )
+                except kernels.RefusedError as refused:
+                    raise ValueError(str(refused)) from None
                 yield _Layer(given, own, Point(given, h0, c0, own, y), y, hn, cn, saved)
                 self.x = y
                 self.finals.append((hn, cn))
 
-    def output(self) -> Any:
-        return self.input._replace(data=self.x) if self.is_packed else self.x
-
-    def state(self) -> Any:
+    def results(self) -> tuple[Any, Any]:
+        """Output and state, as the module itself returns them."""
+        y = self.x
         hn, cn = (torch.cat(parts) for parts in zip(*self.finals, strict=True))
-        return (hn, cn) if self.spec.has_cell_state else hn
+        own = cn if self.spec.has_cell_state else None
+        if self.asked is not None:
+            x, c0 = self.given
+            y, hn, own = functional.results_under_autocast(
+                self.module, self.asked, x, c0, y, hn, own
+            )
+        return self.input._replace(data=y) if self.is_packed else y, hn if own is None else (
+            hn,
+            own,
+        )
 
     def as_rows(self, z: Tensor) -> Tensor:
         """A saved ``[rows, ...]`` laid out as the output is."""
         if self.is_packed:
             return z
         if self.spec.batch_first:
-            return z.unflatten(0, (-1, self.x.shape[0])).transpose(0, 1)  # type: ignore[no-any-return, no-untyped-call]
-        return z.unflatten(0, (-1, self.x.shape[1]))  # type: ignore[no-any-return, no-untyped-call]
+            return z.unflatten(0, (self.x.shape[1], self.x.shape[0])).transpose(0, 1)  # type: ignore[no-any-return, no-untyped-call]
+        return z.unflatten(0, (self.x.shape[0], self.x.shape[1]))  # type: ignore[no-any-return, no-untyped-call]
 
     def padded(self, z: Tensor) -> Tensor:
         """Rows as ``[T, N, ...]``."""

@@ -90,14 +90,17 @@ plan = _C.plan
 compiler: str = _C.compiler
 compiled_sets = _C.compiled_sets
 instruction_set = _C.instruction_set
+"""What the extension was built with, and the instruction set in use.
+
+Those named after the one for all types have kernels of their own for products of bfloat16 alone.
+"""
+
 cuda_version = _C.cuda_version
 cuda_architectures = _C.cuda_architectures
 cuda_driver = _C.cuda_driver
-"""What the extension was built with, the instruction set in use, and the driver's CUDA version.
+"""Versions and architectures of the CUDA kernels, and the driver's CUDA version.
 
 None where there are no CUDA kernels, or no driver.
-
-Those named after the one for all types have kernels of their own for products of bfloat16 alone.
 """
 
 cuda: str | None = cuda_version()

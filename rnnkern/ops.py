@@ -10,15 +10,16 @@ Operators take no alias of what they return and change nothing in place.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 from torch.utils.flop_counter import register_flop_formula
 
-from rnnkern import derivatives, kernels
+from rnnkern import derivatives, kernels, reference
 from rnnkern.derivatives import Gradients, Maybe, Point, Spec, dense
 from rnnkern.sequence import Steps, active_rows, check_range, ranked
 
@@ -42,6 +43,20 @@ def scan(
 ) -> tuple[Tensor, Tensor, Maybe]:
     """``y, h_n, c_n`` of a layer, in a mode of torch that sees operators only."""
     own = arguments(steps)
+    if transformed() and not is_compiling() and _forward_levels() > 1:
+        # torch runs the jvp of a Function with the outer levels switched off.
+        y, hn, *cns = reference.layer(
+            layer.mode,
+            x,
+            h0,
+            c0,
+            weights,
+            directions=layer.directions,
+            bias=layer.bias,
+            batch_first=layer.batch_first,
+            steps=steps,
+        )
+        return y, hn, cns[0] if cns else None
     if transformed():
         y, hn, cn, _ = _apply(_Scan, layer, x, h0, c0, *own, *weights)
     else:
@@ -52,7 +67,7 @@ def scan(
 def scan_backward(
     layer: Spec,
     steps: Steps | None,
-    incoming: tuple[Maybe, Maybe, Maybe],
+    incoming: Sequence[Maybe],
     x: Tensor,
     h0: Maybe,
     c0: Maybe,
@@ -81,6 +96,39 @@ def scan_backward(
 def transformed() -> bool:
     """Under a transform of `torch.func`, or in forward mode."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def _forward_levels() -> int:
+    """Transforms of forward mode that are one inside the other."""
+    stack = torch._C._functorch.get_interpreter_stack() or ()
+    return sum(each.key() == torch._C._functorch.TransformType.Jvp for each in stack)
+
+
+def are_batches(*gradients: Maybe) -> bool:
+    """Of ``torch.autograd.grad(..., is_grads_batched=True)``, which has a vmap of its own."""
+    return any(g is not None and torch._C._functorch.is_legacy_batchedtensor(g) for g in gradients)
+
+
+def in_batches(run: Callable[..., Sequence[Maybe]], *gradients: Maybe) -> Sequence[Maybe]:
+    """``run(*gradients)``; where they are such batches, under `torch.func.vmap` instead."""
+    if not are_batches(*gradients):
+        return run(*gradients)
+    level = torch._C._vmapmode_increment_nesting() - 1
+    torch._C._vmapmode_decrement_nesting()
+    dims = tuple(0 if are_batches(g) else None for g in gradients)
+    plain = [
+        g if dim is None else torch._remove_batch_dim(g, level, 0, 0)  # type: ignore[arg-type]
+        for g, dim in zip(gradients, dims, strict=True)
+    ]
+    is_made: list[bool] = []
+
+    def made(*given: Maybe) -> tuple[Tensor, ...]:
+        parts = run(*given)
+        is_made[:] = [part is not None for part in parts]
+        return tuple(part for part in parts if part is not None)
+
+    parts = iter(torch.func.vmap(made, dims)(*plain))
+    return [torch._add_batch_dim(next(parts), 0, level) if flag else None for flag in is_made]
 
 
 def has_modes() -> bool:
@@ -132,7 +180,8 @@ def _scan_op(
     steps, layer, training = _steps(*rest[:STEPS]), Spec(*rest[STEPS:-1]), rest[-1]
     kernel = _kernel(layer, weights)
     x, h0, c0, *weights = (dense(t) for t in (x, h0, c0, *weights))
-    outputs, _, saved = kernel.forward(x, h0, c0, weights, steps, training)
+    run = kernels.profiled(kernel.forward, layer.mode)
+    outputs, _, saved = run(x, h0, c0, weights, steps, training)
     y, hn, *cn = outputs
     ended = _ended(steps)
     if saved is not None and ended is not None:
@@ -207,7 +256,7 @@ def _run_backward(
     made, slots = run(x, h0, c0, weights, steps, y, saved, dy, dhn, dcn, wanted, False)
     parts = [x.new_empty(0) if part is None else part for part in made]
     size = layer.directions * _count(x) * layer.slots * layer.hidden(weights)
-    slots = slots[:size].view(layer.directions, _count(x), -1)
+    slots = slots[:size].view(layer.directions, _count(x), layer.slots * layer.hidden(weights))
     ended = _ended(steps)
     if ended is not None:
         slots.masked_fill_(ended, 0)
@@ -297,6 +346,12 @@ def _keep(
         ctx.save_for_forward(*tensors)
 
 
+def _refusal(x: Tensor) -> str | None:
+    """Why a tensor is not one for kernels."""
+    reason = kernels.refusal(x, None, None, ())
+    return None if reason == kernels.GAPS else reason
+
+
 # What torch leaves untyped.
 def _apply(function: type[torch.autograd.Function], *operands: Any) -> Any:
     if torch._C._are_functorch_transforms_active():
@@ -334,7 +389,8 @@ def _derivative_of_backward(
     ctx: Any, change: Sequence[Maybe], of_weights: Sequence[Maybe], changes: Gradients
 ) -> tuple[Any, Any]:
     (x, h0, c0, y, saved), (dy, dhn, dcn, slots), steps, weights = _kept(ctx)
-    is_plain = not (torch.is_grad_enabled() or transformed() or has_modes())
+    may_run = x.device.type == "cpu" and x.numel() > 0 and not _refusal(x)
+    is_plain = may_run and not (torch.is_grad_enabled() or transformed() or has_modes())
     return derivatives.of_backward(
         ctx.layer,
         steps,
@@ -473,7 +529,7 @@ class _ScanBackward(torch.autograd.Function):
         dy, dhn, dcn, x, h0, c0, y, saved, *others = rest
         steps, weights = others[:STEPS], others[STEPS:]
         # Where nobody looks, not the operator: it costs more than the kernels of a small layer.
-        is_seen = has_modes() or kernels.refusal(x, None, None, ())
+        is_seen = has_modes() or _refusal(x)
         run = torch.ops.rnnkern.scan_backward if is_seen else _run_backward
         return tuple(run(dy, dhn, dcn, x, h0, c0, weights, y, saved, *steps, *layer, list(wanted)))
 
@@ -489,8 +545,12 @@ class _ScanBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *incoming: Maybe) -> tuple[Any, ...]:
-        (y, hn, cn), (x, h0, c0, weights) = _backward_of_backward(ctx, incoming)
-        return (None, None, y, hn, cn, x, h0, c0, None, None, *[None] * STEPS, *weights)
+        def run(*given: Maybe) -> list[Maybe]:
+            outputs, (x, h0, c0, weights) = _backward_of_backward(ctx, given)
+            return [*outputs, x, h0, c0, *weights]
+
+        made = in_batches(run, *incoming)
+        return (None, None, *made[:6], None, None, *[None] * STEPS, *made[6:])
 
     @staticmethod
     def jvp(ctx: Any, *changes: Any) -> tuple[Maybe, ...]:

@@ -1,7 +1,7 @@
 """One layer in plain PyTorch, step by step.
 
-What the kernels must compute, and the differentiable path: used for double backward, for inputs
-that no kernel covers together with ``lengths`` or ``reset``, and as the reference of the tests.
+What the kernels must compute: the reference of the tests, and what runs for inputs that no kernel
+covers together with ``lengths`` or ``reset``, and under forward mode inside forward mode.
 """
 
 from __future__ import annotations

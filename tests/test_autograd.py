@@ -5,6 +5,7 @@ call.
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import oracle
@@ -12,6 +13,7 @@ import pytest
 import torch
 from settings import SETTINGS, as_function
 from support import (
+    CELLS,
     DTYPES,
     FORMS,
     LAYERS,
@@ -31,8 +33,9 @@ from support import (
     weighted_sum,
 )
 from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
 
-from rnnkern import tolerance
+from rnnkern import inspect, tolerance
 
 
 @pytest.mark.kernel
@@ -117,6 +120,104 @@ def test_arguments_that_depend_on_each_other(kind: str) -> None:
 
     leaves = {"x": torch.randn(5, 3, 6)}
     assert_agree(*(evaluate(each, leaves, call) for each in (module, theirs, wide)))
+
+
+@pytest.mark.parametrize("kind", [*LAYERS, *CELLS])
+def test_a_penalty_after_the_loss(kind: str) -> None:
+    """What forward has saved serves both, though the first backward pass is the last of its graph
+    that torch knows of.
+    """
+    module = build(kind, 4, 6, dtype=torch.float64)
+    shape = (3, 4) if kind in CELLS else (5, 3, 4)
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+
+    def parts() -> tuple[Tensor, Tensor]:
+        y = next(iter(flatten(module(x)).values()))
+        (gradient,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+        return (y * torch.arange(y.numel()).view_as(y)).mean(), gradient.square().sum()
+
+    found = []
+    for together in (True, False):
+        module.zero_grad()
+        loss, penalty = parts()
+        if together:
+            (loss + penalty).backward()
+        else:
+            loss.backward()
+            penalty.backward()
+        found.append([parameter.grad.clone() for parameter in module.parameters()])
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_stands_past_the_end_has_no_derivative(form: str) -> None:
+    """NaN there is no part of second derivatives, of per-sample gradients, nor of what inspect
+    finds.
+    """
+    kind, own = FORMS[form]
+    module = build(kind, 3, 4, bidirectional=True, dtype=torch.float64, **own)
+    lengths = torch.tensor([6, 3])
+    clean = torch.randn(6, 2, 3, dtype=torch.float64)
+    clean[3:, 1] = 0
+    spoilt = clean.clone()
+    spoilt[3:, 1] = torch.nan
+    results = []
+    for x in (clean, spoilt):
+        x.requires_grad_()
+        y, _ = module(x, lengths=lengths)
+        (gradient,) = torch.autograd.grad(y.pow(3).sum(), x, create_graph=True)
+        second = torch.autograd.grad(gradient.square().sum(), [x, *module.parameters()])
+        weights = {name: p.detach() for name, p in module.named_parameters()}
+
+        def loss(weights: dict[str, Tensor], x: Tensor) -> Tensor:
+            return functional_call(module, weights, (x,), {"lengths": lengths})[0].pow(3).sum()
+
+        samples = vmap(grad(loss), (None, 0))(weights, torch.stack((x.detach(),) * 2))
+        flow = inspect.gradient_flow(module, x, lengths=lengths)
+        seen = inspect.trace(module, x, lengths=lengths).layers[0][1]
+        traced = torch.autograd.grad(
+            sum(gate.sum() for gate in [*seen.gates.values(), seen.h]),
+            list(module.parameters())[:2],
+            allow_unused=True,
+        )
+        results.append([*second, *samples.values(), flow.h, *(t for t in traced if t is not None)])
+    for ours, theirs in zip(*reversed(results), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_hooks_that_narrow_what_is_saved(kind: str) -> None:
+    """First and second derivatives, from 32 bits of 64."""
+    module = build(kind, 4, 6, dtype=torch.float64)
+    x = torch.randn(5, 3, 4, dtype=torch.float64, requires_grad=True)
+
+    def second() -> list[Tensor]:
+        y, _ = module(x)
+        (gradient,) = torch.autograd.grad(y.pow(3).sum(), x, create_graph=True)
+        return list(torch.autograd.grad(gradient.square().sum(), [x, *module.parameters()]))
+
+    expected = second()
+    with torch.autograd.graph.saved_tensors_hooks(Tensor.float, lambda saved: saved):
+        found = second()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_second_derivatives_in_several_threads(kind: str) -> None:
+    module = build(kind, 4, 40)
+    xs = [torch.randn(5, 3, 4, requires_grad=True) for _ in range(4)]
+
+    def second(x: Tensor) -> Tensor:
+        y, _ = module(x)
+        (gradient,) = torch.autograd.grad(y.pow(3).sum(), x, create_graph=True)
+        return torch.autograd.grad(gradient.square().sum(), x)[0]
+
+    expected = [second(x) for x in xs]
+    with ThreadPoolExecutor(4) as pool:
+        for found in zip(*[pool.map(second, xs) for _ in range(5)], strict=True):
+            assert len(found) == 5
+        for x, one in zip(xs, expected, strict=True):
+            assert torch.equal(pool.submit(second, x).result(), one)
 
 
 @pytest.mark.parametrize("kind", LAYERS)

@@ -10,6 +10,7 @@ import torch
 from settings import SETTINGS
 from support import FORMS, LAYERS, build, evaluate, flatten, leaves_for, plain, states_of
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.checkpoint import checkpoint
 
 import rnnkern
@@ -79,6 +80,39 @@ def test_memory_grows_as_segments_and_their_number(kind: str) -> None:
     segmented = kept_for_backward(lambda: rnnkern.checkpointed(module, x, checkpoint_every=every))
     assert plainly >= fixed + 5 * output
     assert segmented <= fixed + 1.1 * (T // every) * states * N * H * 4
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_packed_sequence_under_autocast(kind: str) -> None:
+    module, x = build(kind, 3, 6), torch.randn(5, 2, 3)
+    packed = pack_padded_sequence(x, torch.tensor([5, 3]))
+    with torch.autocast(x.device.type, dtype=torch.bfloat16):
+        theirs = flatten(module(packed))
+        ours = flatten(rnnkern.checkpointed(module, packed, checkpoint_every=2))
+    for name, value in theirs.items():
+        assert ours[name].dtype == value.dtype, name
+        torch.testing.assert_close(ours[name], value, rtol=0.05, atol=0.02)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_second_derivatives(kind: str) -> None:
+    module = build(kind, 3, 4, dtype=torch.float64)
+    x = torch.randn(5, 2, 3, dtype=torch.float64, requires_grad=True)
+    found = []
+    for call in (module, Segmented(module, 2)):
+        (gradient,) = torch.autograd.grad(call(x)[0].pow(3).sum(), x, create_graph=True)
+        found.append(torch.autograd.grad(gradient.square().sum(), list(module.parameters())))
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("mode", ["RNN_TANH", "RNN_RELU", "LSTM", "GRU"])
+def test_the_base_class_by_its_mode(mode: str) -> None:
+    module, x = nn.RNNBase(mode, 3, 4), torch.randn(5, 2, 3)
+    named = {"nonlinearity": mode[4:].lower()} if mode.startswith("RNN") else {}
+    theirs = getattr(nn, mode[:3] if named else mode)(3, 4, **named)
+    theirs.load_state_dict(module.state_dict())
+    ours = flatten(rnnkern.checkpointed(module, x, checkpoint_every=2))
+    torch.testing.assert_close(ours, flatten(theirs(x)))
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

@@ -244,3 +244,33 @@ def test_wrong_operands(module: Any, operands: tuple[Any, ...], message: str) ->
     for function in (inspect.trace, inspect.gradient_flow):
         with pytest.raises((TypeError, ValueError), match=message):
             function(module, *operands)
+
+
+@pytest.mark.cpu_only
+def test_a_wrong_dtype() -> None:
+    for function in (inspect.trace, inspect.gradient_flow):
+        with pytest.raises(ValueError, match="weight_ih has another dtype"):
+            function(nn.GRU(2, 3), torch.zeros(3, 2, 2, dtype=torch.float64))
+
+
+@pytest.mark.cpu_only
+def test_no_transform_is_known() -> None:
+    module = build("GRU", 2, 3)
+    with pytest.raises(NotImplementedError, match=r"no transform of torch\.func"):
+        torch.func.grad(lambda x: inspect.trace(module, x).output.sum())(torch.zeros(3, 2, 2))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+def test_under_autocast(form: str, packed: bool) -> None:
+    """Output and state are the module's own, dtypes included."""
+    kind, own = FORMS[form]
+    module, x = build(kind, 3, 6, num_layers=2, **own), torch.randn(5, 2, 3)
+    given = pack_padded_sequence(x, torch.tensor([5, 3])) if packed else x
+    with torch.autocast(x.device.type, dtype=torch.bfloat16):
+        expected, state = module(given)
+        seen = inspect.trace(module, given)
+    ours, theirs = flatten((seen.output, seen.state)), flatten((expected, state))
+    for name, value in theirs.items():
+        assert ours[name].dtype == value.dtype, name
+        torch.testing.assert_close(ours[name], value)

@@ -341,6 +341,9 @@ def test_meta_tensors(form: str) -> None:
     meta["out.0"].sum().backward()
     assert x.grad is not None
     assert x.grad.shape == x.shape
+    y = flatten(module(x))["out.0"]
+    (gradient,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    gradient.square().sum().backward()
 
 
 def test_empty_batches_and_sequences() -> None:
@@ -348,6 +351,15 @@ def test_empty_batches_and_sequences() -> None:
     call = compiled(module)
     assert call(torch.randn(5, 0, 4))[0].shape == (5, 0, 6)
     assert vmap(lambda a: module(a)[0])(torch.randn(3, 5, 0, 4)).shape == (3, 5, 0, 6)
+    x = torch.randn(5, 0, 4, requires_grad=True)
+    for run in (module, call):
+        run(x)[0].sum().backward()
+        assert x.grad is not None
+        assert x.grad.shape == x.shape
+    (gradient,) = torch.autograd.grad(module(x)[0].sum(), x, create_graph=True)
+    gradient.square().sum().backward()
+    assert not module.weight_hh_l0.grad.any()
+    assert grad(lambda a: module(a)[0].sum())(x.detach()).shape == x.shape
     with pytest.raises((RuntimeError, torch._dynamo.exc.Unsupported), match="larger than 0"):
         call(torch.randn(0, 2, 4))
 
@@ -547,7 +559,7 @@ def test_forward_mode(form: str, option: str) -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_jacobians_and_hessians(form: str) -> None:
-    """Forward over reverse, reverse over reverse, reverse over forward."""
+    """Forward and reverse over forward and reverse."""
     module, theirs = make(form)
     x = torch.randn(3, 2, 2, dtype=torch.float64)
     expected = torch.autograd.functional.jacobian(lambda a: theirs(a)[0], x)
@@ -558,8 +570,9 @@ def test_jacobians_and_hessians(form: str) -> None:
         return lambda a: m(a)[0].pow(3).sum()
 
     second = torch.autograd.functional.hessian(loss(theirs), x)
-    for one, other in ((jacfwd, jacrev), (jacrev, jacrev), (jacrev, jacfwd)):
-        assert_near(one(other(loss(module)))(x), second)
+    for one in (jacfwd, jacrev):
+        for other in (jacfwd, jacrev):
+            assert_near(one(other(loss(module)))(x), second)
     weight = module.weight_hh_l0.detach()
 
     def by_weight(m: nn.Module) -> Callable[[Tensor], Tensor]:
