@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import sys
 import time
@@ -96,6 +97,8 @@ def workers() -> Iterator[Workers]:
         dist.init_process_group("nccl" if use_gpu else "gloo")
     yield Workers(rank, world, device)
     if world > 1:
+        gc.collect()  # FSDP2's modules stand in cycles
+        dist.barrier()
         dist.destroy_process_group()
 
 
