@@ -74,6 +74,11 @@ class Workers:
         model = model.to(self.device)
         return DistributedDataParallel(model) if self.world > 1 else model
 
+    def meet(self) -> None:
+        """Waits for the others."""
+        if self.world > 1:
+            dist.barrier()
+
     def own(self, rows: Sequence[Any] | Tensor) -> Any:
         """This process's part of a batch: as many rows as every other has."""
         each = len(rows) // self.world
@@ -95,10 +100,11 @@ def workers() -> Iterator[Workers]:
     device = torch.device("cuda", rank) if use_gpu else torch.device("cpu")
     if world > 1:
         dist.init_process_group("nccl" if use_gpu else "gloo")
-    yield Workers(rank, world, device)
+    crew = Workers(rank, world, device)
+    yield crew
     if world > 1:
         gc.collect()  # FSDP2's modules stand in cycles
-        dist.barrier()
+        crew.meet()
         dist.destroy_process_group()
 
 
@@ -120,6 +126,7 @@ def run_in_turn(
 
     The experiment computes and draws nothing. Both begin from the same seed.
     """
+    torch.optim.SGD([torch.zeros(1)])  # the first one of a process takes a second to be made
     runs: list[Run] = []
     for name, library in (("rnnkern", rnnkern), ("torch.nn", nn))[: 1 + options.torch]:
         torch.manual_seed(options.seed)
@@ -185,11 +192,12 @@ class Trainer:
                 score = self.score(self.plain)
             self.history.scores.append((epoch + 1, score))
             self.crew.say(f"epoch {epoch + 1}  score {score:.4f}")
-            if score > top:
+            if score >= top:
                 top = score
                 if self.crew.speaks:
                     torch.save(self.plain.state_dict(), self.best)
-        if self.score is not None and self.crew.speaks:
+        if self.score is not None:
+            self.crew.meet()  # the file is written
             self.plain.load_state_dict(torch.load(self.best, weights_only=True))
         self.plain.eval()
         return self.history
