@@ -133,7 +133,9 @@ def gradient_flow(
 
 
 def _norms(gradients: list[Tensor]) -> Tensor:
-    return torch.stack([torch.linalg.vector_norm(z, dim=-1) for z in gradients])
+    """In float64: a vanishing gradient's square is below the smallest float32."""
+    norms = [torch.linalg.vector_norm(z, dim=-1, dtype=torch.float64) for z in gradients]
+    return torch.stack(norms).to(gradients[0].dtype)
 
 
 class _Layer(NamedTuple):

@@ -133,6 +133,7 @@ def gradient_flow(
     """
     require_matplotlib(path)
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     if not curves:
         raise ValueError("curves is empty: give at least one")
@@ -159,18 +160,22 @@ def gradient_flow(
             label=name,
         )
         for outside, height, marker in ((norms == 0, 0, "v"), (norms.isinf(), 1, "^")):
-            places = before[outside]
-            panel.plot(
-                places.numpy(),
-                [height] * len(places),
+            at = before[outside]
+            (triangles,) = panel.plot(
+                at.numpy(),
+                [height] * len(at),
                 marker,
                 color=colour,
                 transform=panel.get_xaxis_transform(),
                 clip_on=False,
             )
+            triangles.set_in_layout(False)
     panel.invert_xaxis()
+    panel.xaxis.set_major_locator(MaxNLocator(integer=True))
     panel.set_xlabel("steps before the last one")
-    panel.set_ylabel("norm of the gradient of the last state")
+    is_outside = any(((norms == 0) | norms.isinf()).any() for norms in drawn.values())
+    note = "\n(triangles: 0, at the top infinite)" if is_outside else ""
+    panel.set_ylabel(f"norm of the gradient of the last state{note}")
     panel.set_title(title, loc="left", fontsize=11)
     figure.legend(loc="outside right upper", frameon=False)
     figure.savefig(path, dpi=150)
@@ -241,23 +246,21 @@ def gate_saturation(trace: Trace, path: Path | str, *, low: float = 0.1, high: f
                 direction = ("", ", backward")[d]
                 panel.plot(
                     *fractions[name].numpy(),
-                    "o+"[d],
+                    "ox"[d],
                     color=CYCLE[i % len(CYCLE)],
                     alpha=0.6,
                     label=f"layer {i}{direction}",
-                    clip_on=False,
                 )
         panel.plot([0, 1], [1, 0], color="black", linewidth=0.8)  # the two add up to 1 at most
-        panel.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
+        panel.set(xlim=(-0.04, 1.04), ylim=(-0.04, 1.04), aspect="equal")
         panel.set_title(SIGMOIDS[name], fontsize=10)
         panel.set_xlabel(f"fraction of steps < {low:g}")
         panel.grid(alpha=0.3)
     panels[0].set_ylabel(f"fraction of steps > {high:g}")
     figure.suptitle(
-        "Gate saturation, a point for each unit: always shut is at the lower right, "
-        "always open at the upper left",
+        "Gate saturation, a point for each unit:\n"
+        "always shut is at the lower right, always open at the upper left",
         fontsize=11,
-        wrap=True,
     )
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
@@ -351,11 +354,11 @@ def string_heatmap(
     }
     em = torch.tensor([1.5, -0.75]).numpy() / text_to_path.FONT_SCALE  # in cells
     inked = [at for at, character in enumerate(text) if len(outlines[character][0])]
-    glyphs = [
-        Outline(vertices * em + (column - 0.45, row + 0.2), codes)
-        for at in inked
-        for (vertices, codes), (row, column) in [(outlines[text[at]], cells[at].tolist())]
-    ]
+    glyphs = []
+    for at in inked:
+        vertices, codes = outlines[text[at]]
+        row, column = cells[at].tolist()
+        glyphs.append(Outline(vertices * em + (column - 0.45, row + 0.2), codes))
     for panel, name, block in zip(panels, names, blocks, strict=True):
         grid = torch.full((lines, width), torch.nan, dtype=torch.float64)
         grid[cells[:, 0], cells[:, 1]] = block

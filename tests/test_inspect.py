@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
+import oracle
 import pytest
 import torch
 from settings import LENGTHS, RESET, SETTINGS
@@ -208,6 +209,15 @@ def test_gradient_flow(form: str, options: dict[str, Any]) -> None:
     torch.testing.assert_close(flow.h, torch.stack(expected["h"]))
     if flow.c is not None:
         torch.testing.assert_close(flow.c, torch.stack(expected["c"]))
+
+
+def test_a_gradient_that_vanishes_in_float32() -> None:
+    """Its norm is as small as float32 can say."""
+    module, x = build("RNN", 1, 20), torch.randn(100, 1, 1)
+    ours = inspect.gradient_flow(module, x).h
+    exact = inspect.gradient_flow(oracle.twin(module, torch.float64), x.double()).h
+    assert exact.min() < 1e-22
+    torch.testing.assert_close(ours.double(), exact, rtol=1e-3, atol=1e-37)
 
 
 @pytest.mark.parametrize("kind", LAYERS)
