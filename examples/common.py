@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import gc
+import math
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -79,6 +81,16 @@ class Workers:
         if self.world > 1:
             dist.barrier()
 
+    @contextmanager
+    def folder(self) -> Iterator[Path]:
+        """A temporary one, the same for all."""
+        with tempfile.TemporaryDirectory() as own:
+            shared = [own]
+            if self.world > 1:
+                dist.broadcast_object_list(shared, device=self.device)
+            yield Path(shared[0])
+            self.meet()  # nobody needs it any longer
+
     def own(self, rows: Sequence[Any] | Tensor) -> Any:
         """This process's part of a batch: as many rows as every other has."""
         each = len(rows) // self.world
@@ -98,6 +110,8 @@ def workers() -> Iterator[Workers]:
     world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     use_gpu = torch.cuda.is_available() and torch.cuda.device_count() >= world
     device = torch.device("cuda", rank) if use_gpu else torch.device("cpu")
+    if use_gpu:
+        torch.cuda.set_device(device)
     if world > 1:
         dist.init_process_group("nccl" if use_gpu else "gloo")
     crew = Workers(rank, world, device)
@@ -191,7 +205,9 @@ class Trainer:
             with torch.no_grad():
                 score = self.score(self.plain)
             self.history.scores.append((epoch + 1, score))
-            self.crew.say(f"epoch {epoch + 1}  score {score:.4f}")
+            self.crew.say(f"epoch {epoch + 1}  score {score:.4g}")
+            if math.isnan(score):
+                fail(f"the score of epoch {epoch + 1} is not a number")
             if score >= top:
                 top = score
                 if self.crew.speaks:
@@ -212,4 +228,4 @@ class Trainer:
         self.step += 1
         if self.step % self.log_every == 0 or self.step == 1:
             self.history.losses.append((self.step, loss.item()))
-            self.crew.say(f"step {self.step:5d}  loss {loss.item():.4f}")
+            self.crew.say(f"step {self.step:5d}  loss {loss.item():.4g}")

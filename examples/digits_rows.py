@@ -19,7 +19,6 @@ is given: without that, the RNN with relu diverges from some seeds.
 from __future__ import annotations
 
 import argparse
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -243,14 +242,14 @@ def train(
         return found.gather(1, parts.validation.digits[:, None]).mean().item()
 
     epochs = recipe.epochs_for(len(parts.train), options.fast)
-    with tempfile.TemporaryDirectory() as folder:
+    with crew.folder() as folder:
         trainer = Trainer(
             crew,
             model,
             recipe.optimizer(model.parameters(), lr=recipe.rate),
             loss,
             score,
-            Path(folder, "best.pt"),
+            folder / "best.pt",
             clip=recipe.clip,
             log_every=500,
         )
