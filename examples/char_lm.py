@@ -346,7 +346,7 @@ def draw_neurons(
     """Two pictures of ``text[shown]``: several neurons; one, with its gates."""
     paths = [named(options.out, "neurons"), named(options.out, "unit")]
     by_unit: dict[str, Neuron] = {}
-    for neuron in sorted(neurons, key=lambda n: -abs(n.chosen)):
+    for neuron in sorted(neurons, key=lambda n: -min(abs(n.chosen), abs(n.new))):
         by_unit.setdefault(neuron.name, neuron)
     best = list(by_unit.values())[:DRAWN]
     names, values = [], []

@@ -238,7 +238,7 @@ def gate_saturation(trace: Trace, path: Path | str, *, low: float = 0.1, high: f
     names = list(layers[0][0])
     if not names:
         raise ValueError("the trace must be of an LSTM or a GRU: an RNN has no gates")
-    figure = Figure(figsize=(1.2 + 3.2 * len(names), 4.4), layout="constrained")
+    figure = Figure(figsize=(1.2 + 3.2 * len(names), 4.8), layout="constrained")
     panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
     for panel, name in zip(panels, names, strict=True):
         for i, layer in enumerate(layers):
@@ -341,7 +341,7 @@ def string_heatmap(
     cells = places(text)
     lines, width = (cells.amax(0) + 1).tolist()
     size = (max(5.0, 1 + 0.11 * width), 1.6 + len(blocks) * (0.3 + 0.22 * lines))
-    figure = Figure(figsize=size, layout="constrained")
+    figure = Figure(figsize=size, layout="compressed")
     panels = figure.subplots(len(blocks), 1, squeeze=False)[:, 0]
 
     # Characters as outlines and not as text: a few thousand are drawn at once.
