@@ -427,12 +427,6 @@ def check(options: argparse.Namespace) -> None:
             fail(f"--{name} must be above 0, got {getattr(options, name)}")
     if not 0 <= options.dropout < 1:
         fail(f"--dropout must be at least 0 and below 1, got {options.dropout}")
-    try:
-        plot.require_matplotlib(options.out)
-    except (ModuleNotFoundError, ValueError) as error:
-        fail(str(error))
-    if not options.out.parent.is_dir():
-        fail(f"{options.out.parent} is no directory")
 
 
 def main() -> None:
@@ -447,10 +441,7 @@ def main() -> None:
     made.add_argument("--steps", type=int, default=64, help="of a block")
     made.add_argument("--rate", type=float, default=0.005, help="of Adam, at first")
     made.add_argument("--temperature", type=float, default=0.7, help="of the sample")
-    options = arguments(made)
-    if options.fast:
-        made.set_defaults(**FAST)
-        options = arguments(made)
+    options = arguments(made, FAST)
     check(options)
     with workers() as crew:
         if options.streams % crew.world:

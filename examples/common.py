@@ -9,12 +9,12 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -23,8 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
 import rnnkern
-
-Result = TypeVar("Result")
+from rnnkern.plot import require_matplotlib
 
 
 def parser(description: str, picture: str | None = None) -> argparse.ArgumentParser:
@@ -42,12 +41,33 @@ def parser(description: str, picture: str | None = None) -> argparse.ArgumentPar
     return made
 
 
-def arguments(made: argparse.ArgumentParser) -> argparse.Namespace:
-    """Of the command line; defaults where a notebook runs the script cell by cell."""
-    options = made.parse_args([] if "ipykernel" in sys.modules else None)
+def arguments(
+    made: argparse.ArgumentParser, fast: Mapping[str, Any] | None = None
+) -> argparse.Namespace:
+    """Of the command line; defaults where a notebook runs the script cell by cell.
+
+    ``fast`` holds other defaults, for ``--fast``. Where there is to be a picture, it can be made.
+    """
+    given = [] if "ipykernel" in sys.modules else None
+    options = made.parse_args(given)
+    if options.fast and fast:
+        made.set_defaults(**fast)
+        options = made.parse_args(given)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
+    if "out" in options:
+        _expect_picture(options.out)
     return options
+
+
+def _expect_picture(path: Path) -> None:
+    """Ends the script where no picture can be drawn into ``path``, before the work for it."""
+    try:
+        require_matplotlib(path)
+    except (ModuleNotFoundError, ValueError) as error:
+        fail(str(error))
+    if not path.parent.is_dir():
+        fail(f"{path.parent} is no directory")
 
 
 def fail(message: str) -> NoReturn:

@@ -31,7 +31,7 @@ from common import Trainer, Workers, arguments, fail, parser, run_in_turn, worke
 from idx import read_mnist
 from torch import Tensor, nn
 
-from rnnkern.plot import CYCLE, LINE_STYLES, require_matplotlib
+from rnnkern.plot import CYCLE, LINE_STYLES
 
 FEW = 10_000  # images to train with: MNIST leaves 50000, the digits of scikit-learn 1199
 FAST_IMAGES = 18_000  # of MNIST, with --fast
@@ -342,10 +342,6 @@ def main() -> None:
     )
     made.add_argument("--data", type=Path, metavar="DIR", help="the files of MNIST")
     options = arguments(made)
-    try:
-        require_matplotlib(options.out)
-    except (ModuleNotFoundError, ValueError) as error:
-        fail(str(error))
     parts = load(options)
     with workers() as crew:
         pixels = " x ".join(map(str, parts.test.pixels.shape[1:]))

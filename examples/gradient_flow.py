@@ -222,18 +222,9 @@ def draw(result: Result, options: argparse.Namespace) -> list[Path]:
 def main() -> None:
     made = parser(__doc__, "gradient_flow.png")
     made.add_argument("--steps", type=int, nargs="+", default=[15, 100], help="of the sequences")
-    options = arguments(made)
-    if options.fast:
-        made.set_defaults(**FAST)
-        options = arguments(made)
+    options = arguments(made, FAST)
     if min(options.steps) < 2:
         fail(f"--steps must be at least 2, got {min(options.steps)}")
-    try:
-        plot.require_matplotlib(options.out)
-    except (ModuleNotFoundError, ValueError) as error:
-        fail(str(error))
-    if not options.out.parent.is_dir():
-        fail(f"{options.out.parent} is no directory")
 
     with workers() as crew:
         runs = run_in_turn(experiment, options, crew)

@@ -296,10 +296,7 @@ def main() -> None:
     made.add_argument("--rows", type=int, default=8, help="of all processes together")
     made.add_argument("--rate", type=float, default=0.001, help="of Adam")
     made.add_argument("--model", type=Path, help="where to keep the best one; nowhere unless given")
-    options = arguments(made)
-    if options.fast:
-        made.set_defaults(**FAST)
-        options = arguments(made)
+    options = arguments(made, FAST)
     check(options)
     data = options.sentences = split(read(options.data or OWN))
 

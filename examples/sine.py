@@ -24,7 +24,6 @@ from common import Run, Trainer, Workers, arguments, fail, parser, run_in_turn, 
 from torch import Tensor, nn
 
 import rnnkern
-from rnnkern.plot import require_matplotlib
 from rnnkern.timing import clock_of
 from rnnkern.workloads import CELLS
 
@@ -138,12 +137,6 @@ def check(options: argparse.Namespace) -> None:
         fail(f"--warm {options.warm} must be less than --unroll {options.unroll}")
     if options.rate <= 0:
         fail(f"--rate must be above 0, got {options.rate}")
-    try:
-        require_matplotlib(options.out)
-    except (ModuleNotFoundError, ValueError) as error:
-        fail(str(error))
-    if not options.out.parent.is_dir():
-        fail(f"{options.out.parent} is no directory")
 
 
 def report(run: Run, crew: Workers) -> None:
@@ -206,10 +199,7 @@ def main() -> None:
     made.add_argument("--epochs", type=int, default=30, help=f"of {EPOCH} steps")
     made.add_argument("--rate", type=float, default=0.005, help="of Adam")
     made.add_argument("--horizon", type=int, default=300, help="values to generate")
-    options = arguments(made)
-    if options.fast:
-        made.set_defaults(**FAST)
-        options = arguments(made)
+    options = arguments(made, FAST)
     check(options)
 
     with workers() as crew:

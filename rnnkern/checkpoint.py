@@ -14,13 +14,6 @@ from torch.utils.checkpoint import checkpoint
 from rnnkern import functional, modules
 from rnnkern.sequence import padded_steps, place_of
 
-_CLASSES = {
-    "RNN_TANH": modules.RNN,
-    "RNN_RELU": modules.RNN,
-    "LSTM": modules.LSTM,
-    "GRU": modules.GRU,
-}
-
 
 def checkpointed(
     module: nn.RNNBase,
@@ -128,12 +121,14 @@ class _Segments:
         self, x: Tensor, weights: list[Tensor], state: list[Any], d: int
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         module, reset = self.module, self.reset
-        options = {"proj_size": module.proj_size} if module.mode == "LSTM" else {}
-        if module.mode.startswith("RNN_"):
-            options = {"nonlinearity": module.mode.removeprefix("RNN_").lower()}
-        kind = _CLASSES[module.mode]
+        kind, _, nonlinearity = module.mode.partition("_")
+        options = {"proj_size": module.proj_size} if kind == "LSTM" else {}
+        if nonlinearity:
+            options = {"nonlinearity": nonlinearity.lower()}
         sizes = x.shape[-1], module.hidden_size
-        layer = kind(*sizes, bias=module.bias, device="meta", dtype=x.dtype, **options)
+        layer = getattr(modules, kind)(
+            *sizes, bias=module.bias, device="meta", dtype=x.dtype, **options
+        )
         layer.train(module.training)
         named = dict(zip(layer._flat_weights_names, weights, strict=True))
         if d:

@@ -220,10 +220,8 @@ class _Run:
             y, hn, own = functional.results_under_autocast(
                 self.module, self.asked, x, c0, y, hn, own
             )
-        return self.input._replace(data=y) if self.is_packed else y, hn if own is None else (
-            hn,
-            own,
-        )
+        output = self.input._replace(data=y) if self.is_packed else y
+        return output, hn if own is None else (hn, own)
 
     def as_rows(self, z: Tensor) -> Tensor:
         """A saved ``[rows, ...]`` laid out as the output is."""
