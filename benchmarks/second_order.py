@@ -10,14 +10,13 @@ the product, the same product in torch.nn. Medians of pairwise ratios.
 from __future__ import annotations
 
 import argparse
-import statistics
 from collections.abc import Callable
 
 import torch
 from torch import nn
 
 import rnnkern
-from rnnkern.timing import threads_set, time_in_turn
+from rnnkern.timing import PairTiming, threads_set, time_in_turn
 from rnnkern.workloads import CELLS, FORWARD_BACKWARD, Side, draw_case, load_workloads
 
 
@@ -52,13 +51,9 @@ def main() -> None:
                     hessian_product(theirs),
                 ]
                 rounds = time_in_turn(calls, budget_s=options.seconds, min_rounds=5)
-                first, product, other = (statistics.median(times) * 1e6 for times in rounds)
-                ratio, speedup = (
-                    statistics.median(b / a for a, b in zip(*pair, strict=True))
-                    for pair in ((rounds[0], rounds[1]), (rounds[1], rounds[2]))
-                )
-                row = f"{name + ' ' + cell:24}{first:10.0f}{product:10.0f}{ratio:7.1f}"
-                print(f"{row}{other:10.0f}{speedup:9.1f}", flush=True)
+                cost, peer = PairTiming(*rounds[:2]), PairTiming(*rounds[1:])
+                row = f"{name + ' ' + cell:24}{cost.us:10.0f}{peer.us:10.0f}{cost.speedup:7.1f}"
+                print(f"{row}{peer.their_us:10.0f}{peer.speedup:9.1f}", flush=True)
 
 
 if __name__ == "__main__":

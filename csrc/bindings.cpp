@@ -119,32 +119,62 @@ py::tuple outputs_of(Outputs&& made) {
   return py::make_tuple(std::move(made.y), std::move(made.hn), std::move(made.cn));
 }
 
-// record((layer, None, 0), outputs, saved, x, *weights)
+// The initial states of a call, in torch's order.
+struct PlainStates {
+  std::array<py::handle, 2> tensors;
+  size_t count = 0;
+
+  size_t size() const { return count; }
+  py::handle operator[](size_t i) const { return i < count ? tensors[i] : py::handle(Py_None); }
+};
+
+// Of what a module was given: None, a tensor, or a tuple of two. Nothing where it is not that.
+std::optional<PlainStates> plain_states(const Layer& layer, py::handle hx) {
+  if (hx.is_none()) return PlainStates{};
+  PlainStates states;
+  if (!layer.has_cell_state()) {
+    states = {{hx}, 1};
+  } else if (PyTuple_CheckExact(hx.ptr()) && PyTuple_GET_SIZE(hx.ptr()) == 2) {
+    states = {{PyTuple_GET_ITEM(hx.ptr(), 0), PyTuple_GET_ITEM(hx.ptr(), 1)}, 2};
+  }
+  for (size_t i = 0; i < states.count; ++i) {
+    if (!is_tensor(states[i])) return std::nullopt;
+  }
+  return states.count ? std::optional(states) : std::nullopt;
+}
+
+// record((layer, None, number of states), outputs, saved, x, *weights, *states)
 py::tuple recorded(py::handle record, const Layer& layer, py::handle x, const PlainWeights& weights,
-                   Outputs&& made) {
+                   const PlainStates& states, Outputs&& made) {
   const py::object saved = std::move(made.saved), outputs = outputs_of(std::move(made)),
-                   scanned = py::make_tuple(object_of(layer), py::none(), 0);
-  PyObject* operands[4 + PlainWeights::kMax] = {scanned.ptr(), outputs.ptr(), saved.ptr(), x.ptr()};
-  for (size_t i = 0; i < weights.size(); ++i) operands[4 + i] = weights[i].ptr();
-  PyObject* result = PyObject_Vectorcall(record.ptr(), operands, 4 + weights.size(), nullptr);
+                   scanned = py::make_tuple(object_of(layer), py::none(), states.size());
+  PyObject* operands[4 + PlainWeights::kMax + 2] = {scanned.ptr(), outputs.ptr(), saved.ptr(),
+                                                    x.ptr()};
+  size_t count = 4;
+  for (size_t i = 0; i < weights.size(); ++i) operands[count++] = weights[i].ptr();
+  for (size_t i = 0; i < states.size(); ++i) operands[count++] = states[i].ptr();
+  PyObject* result = PyObject_Vectorcall(record.ptr(), operands, count, nullptr);
   if (!result) throw py::error_already_set();
   return py::reinterpret_steal<py::tuple>(result);
 }
 
-// The plain call of a module: one layer, a batch, no initial state. What the module returns; or
-// None where it is another call, or one that a profiler is to see. `record` makes the outputs
-// differentiable.
-py::object plain_call(py::handle module, py::handle x, py::handle record) {
+// The plain call of a module: one layer, a batch, an initial state or none. What the module
+// returns; or None where it is another call, or one that a profiler is to see. `record` makes the
+// outputs differentiable.
+py::object plain_call(py::handle module, py::handle x, py::handle hx, py::handle record) {
   if (!is_tensor(x)) return py::none();
   const dlpack::Tensor input = view_of(x, "input").tensor;
   if (input.ndim != 3) return py::none();
   const std::optional<PlainModule> plain = plain_module(module);
-  if (!plain || mode_refusal() || is_autocast(input.device) || is_profiled()) return py::none();
+  if (!plain) return py::none();
   const auto& [layer, weights] = *plain;
-  const bool training = wants_gradient(weights) || wants_gradient(std::array<py::handle, 1>{x});
-  Outputs made = forward_any(layer, x, py::none(), py::none(), weights, py::none(), training);
-  const py::tuple outputs =
-      training ? recorded(record, layer, x, weights, std::move(made)) : outputs_of(std::move(made));
+  const std::optional<PlainStates> states = plain_states(layer, hx);
+  if (!states || mode_refusal() || is_autocast(input.device) || is_profiled()) return py::none();
+  const bool training = wants_gradient(weights) || wants_gradient(std::array<py::handle, 1>{x}) ||
+                        wants_gradient(*states);
+  Outputs made = forward_any(layer, x, (*states)[0], (*states)[1], weights, py::none(), training);
+  const py::tuple outputs = training ? recorded(record, layer, x, weights, *states, std::move(made))
+                                     : outputs_of(std::move(made));
   if (!layer.has_cell_state()) return outputs;
   return py::make_tuple(outputs[0], py::make_tuple(outputs[1], outputs[2]));
 }

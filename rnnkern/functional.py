@@ -54,11 +54,11 @@ def forward(
     reset: Tensor | None = None,
 ) -> Any:
     """``forward`` of `rnnkern.RNN`, `rnnkern.LSTM` and `rnnkern.GRU`."""
-    if hx is None and lengths is None and reset is None and not is_compiling():
+    if lengths is None and reset is None and not is_compiling():
         # The plain call is tried without looking at it: the kernel refuses what it does not cover
         # before anything is computed, and then the call is looked at.
         try:
-            result = kernels.plain_call(self, input, record)
+            result = kernels.plain_call(self, input, hx, record)
         except kernels.RefusedError:
             result = None
         if result is not None:

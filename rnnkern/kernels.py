@@ -107,11 +107,12 @@ cuda: str | None = cuda_version()
 """The CUDA version of the kernels, None where there are none."""
 
 plain_call = _C.plain_call
-"""``plain_call(module, x, record)``: what the module returns for an input and nothing else.
+"""``plain_call(module, x, hx, record)``: what the module returns for an input and its state.
 
 None where that is not the call of one layer, where the module is changed in a way that only Python
 sees, or where the mode of torch forbids it. Where a gradient is wanted, the outputs pass through
-``record((layer, None, 0), outputs, saved, x, *weights)`` (`rnnkern.autograd.record`).
+``record((layer, None, number of states), outputs, saved, x, *weights, *states)``
+(`rnnkern.autograd.record`).
 
 Raises:
     RefusedError: an operand does not fit, or no kernel covers it.
