@@ -213,11 +213,11 @@ py::tuple backward_of(const Layer& layer, py::handle x, py::handle h0, py::handl
   if (!overwrite || !parts.slots) workspace = o.make(dense({dslots}), &b.dslots);
   if (z.projected) dprojected = o.make(dense({rows * z.O}), &b.dprojected);
   py::list made;
-  const auto is_next_wanted = [&] { return wanted[made.size()].template cast<bool>(); };
-  made.append(is_next_wanted() ? o.make_rows(z.I, &b.dx) : py::none());
-  o.make_gradients(wanted, &made, b.gradients);
-  if (!h0.is_none()) made.append(is_next_wanted() ? o.make_state(z.O, &b.dh0) : py::none());
-  if (!c0.is_none()) made.append(is_next_wanted() ? o.make_state(z.H, &b.dc0) : py::none());
+  const auto is_wanted = [&](size_t i) { return wanted[i].template cast<bool>(); };
+  made.append(is_wanted(0) ? o.make_rows(z.I, &b.dx) : py::none());
+  o.make_gradients(is_wanted, &made, b.gradients);
+  if (!h0.is_none()) made.append(is_wanted(made.size()) ? o.make_state(z.O, &b.dh0) : py::none());
+  if (!c0.is_none()) made.append(is_wanted(made.size()) ? o.make_state(z.H, &b.dc0) : py::none());
   b.sizes = z;
   b.steps = o.steps;
   run(o, b);
@@ -271,14 +271,25 @@ PYBIND11_MODULE(_C, m) {
           },
           py::arg("x"), py::arg("h0"), py::arg("c0"), py::arg("weights"), py::arg("steps"),
           py::arg("training") = py::none())
-      .def("backward", [](const Layer& layer, py::handle x, py::handle h0, py::handle c0,
-                          const py::sequence& weights, py::handle steps, py::handle y,
-                          py::handle saved, py::handle dy, py::handle dhn, py::handle dcn,
-                          const py::sequence& wanted, bool overwrite) {
-        return with_element_of(layer, x, [&](auto element) {
-          return backward_of<decltype(element)>(layer, x, h0, c0, weights, steps, y, saved, dy, dhn,
-                                                dcn, wanted, overwrite);
-        });
+      .def("backward",
+           [](const Layer& layer, py::handle x, py::handle h0, py::handle c0,
+              const py::sequence& weights, py::handle steps, py::handle y, py::handle saved,
+              py::handle dy, py::handle dhn, py::handle dcn, const py::sequence& wanted,
+              bool overwrite) {
+             return with_element_of(layer, x, [&](auto element) {
+               return backward_of<decltype(element)>(layer, x, h0, c0, weights, steps, y, saved, dy,
+                                                     dhn, dcn, wanted, overwrite);
+             });
+           })
+      .def("second_order", [](const Layer& layer, py::handle x, py::handle h0, py::handle c0,
+                              const py::sequence& weights, py::handle steps, py::handle y,
+                              py::handle saved, py::handle slots, const py::sequence& incoming,
+                              py::handle tangent_x, py::handle tangent_h0, py::handle tangent_c0,
+                              const py::sequence& tangent_weights, py::handle tangent_slots,
+                              const py::sequence& tangent_incoming) {
+        return second_order(
+            layer, {x, h0, c0, weights, steps, y, saved, slots, incoming},
+            {tangent_x, tangent_h0, tangent_c0, tangent_weights, tangent_slots, tangent_incoming});
       });
   m.def(
       "layer",
@@ -295,9 +306,6 @@ PYBIND11_MODULE(_C, m) {
       py::arg("mode"), py::arg("directions"), py::arg("hidden"), py::arg("proj"), py::arg("bias"),
       py::arg("batch_first"), py::arg("by_bfloat16") = false, py::arg("is_cell") = false);
   m.attr("HAS_SECOND_ORDER") = has_second_order<float>();
-  m.def("second_order", [](const std::string& mode, py::handle sums, const py::kwargs& given) {
-    return second_order(mode, sums, given);
-  });
   m.attr("GAPS") = kGaps;
   m.def("refusal", &refusal);
   m.def("mode_refusal", &mode_refusal);

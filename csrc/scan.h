@@ -136,31 +136,36 @@ struct Backward {
   WeightGradients<T> gradients[kMaxDirections];
 };
 
-// The derivative of forward and backward pass of one direction without projection, in a direction:
-// what is left of it to do step by step. Tensors of steps are dense, [T, N, features], in the order
-// in which the direction takes them; states are [N, H]; null stands for zeros. Names with tangent_
-// are derivatives.
+// The derivative of forward and backward pass in a direction. Names with tangent_ are derivatives;
+// null stands for zeros.
 template <typename T>
 struct SecondOrder {
   using Element = T;
-  CellId cell = CellId::kRnnTanh;
-  int64_t steps = 0, N = 0, H = 0;
-  const bool* active = nullptr;        // [T, N] the row takes part; null: always
-  const bool* kept = nullptr;          // [T, N] it takes its state over; null: always
-  const T* w_hh = nullptr;             // [G*H, H], gates in the order of the slots
-  const T* slots = nullptr;            // [T, N, S*H] as saved (null where the cell saves none)
-  const T *h = nullptr, *c = nullptr;  // [T, N, H], as far as the cell reads them
-  const T *h0 = nullptr, *c0 = nullptr;
-  const T *dy = nullptr, *dhn = nullptr, *dcn = nullptr;  // incoming gradients
-  const T* dslots = nullptr;                              // [T, N, S*H] as backward has left them
-  const T *tangent_h0 = nullptr, *tangent_c0 = nullptr;
-  const T *tangent_dy = nullptr, *tangent_dhn = nullptr, *tangent_dcn = nullptr;
-  const T* crossing = nullptr;  // [T, N, H] dslots x tangent of W_hh
-  // [T, N, S*H]: of the sums of the slots, without the part that h brings; then of dslots.
-  T* tangent_slots = nullptr;
-  T *tangent_h = nullptr, *tangent_h_prev = nullptr;  // [T, N, H]; h_prev: as it enters a step
-  T *tangent_hn = nullptr, *tangent_cn = nullptr;
-  T *tangent_dh0 = nullptr, *tangent_dc0 = nullptr;
+  Sizes sizes;
+  Steps steps;
+  // The point: operands and outputs, what forward and backward have left.
+  Rows<const T> x;
+  State<const T> h0, c0;
+  Weights<T> weights[kMaxDirections];
+  Rows<const T> y;
+  const T *slots = nullptr, *cells = nullptr, *unprojected = nullptr;
+  const T* dslots = nullptr;
+  Rows<const T> dy;
+  State<const T> dhn, dcn;
+  // The direction.
+  Rows<const T> tangent_x;
+  State<const T> tangent_h0, tangent_c0;
+  Weights<T> tangent_weights[kMaxDirections];
+  const T* tangent_sums = nullptr;  // [D, total, S*H] of the slots before their activation
+  Rows<const T> tangent_dy;
+  State<const T> tangent_dhn, tangent_dcn;
+  // Results.
+  Rows<T> tangent_y;
+  State<T> tangent_hn, tangent_cn;
+  T* tangent_dslots = nullptr;  // [D, total, S*H]
+  Rows<T> tangent_dx;           // or null, as all that follows
+  State<T> tangent_dh0, tangent_dc0;
+  WeightGradients<T> tangent_gradients[kMaxDirections];
 };
 
 }  // namespace rnnkern

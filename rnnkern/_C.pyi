@@ -54,6 +54,27 @@ class Layer:
         wanted: Sequence[bool],
         overwrite: bool,
     ) -> tuple[list[Tensor | None], Tensor]: ...
+    def second_order(
+        self,
+        x: Tensor,
+        h0: Tensor | None,
+        c0: Tensor | None,
+        weights: Sequence[Tensor],
+        steps: tuple[Any, ...] | None,
+        y: Tensor,
+        saved: Tensor,
+        slots: Tensor,
+        incoming: Sequence[Tensor | None],
+        tangent_x: Tensor | None,
+        tangent_h0: Tensor | None,
+        tangent_c0: Tensor | None,
+        tangent_weights: Sequence[Tensor | None],
+        tangent_slots: Tensor | None,
+        tangent_incoming: Sequence[Tensor | None],
+    ) -> tuple[
+        tuple[Tensor, Tensor, Tensor | None],
+        tuple[Tensor, Tensor | None, Tensor | None, list[Tensor], Tensor],
+    ]: ...
 
 def layer(
     mode: str,
@@ -65,9 +86,6 @@ def layer(
     by_bfloat16: bool = False,
     is_cell: bool = False,
 ) -> Layer: ...
-def second_order(
-    mode: str, tangent_slots: Tensor, **operands: Tensor | None
-) -> tuple[Any, ...]: ...
 def refusal(
     x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor]
 ) -> str | None: ...

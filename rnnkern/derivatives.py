@@ -1,4 +1,4 @@
-"""Derivatives of a layer and of its backward pass, in plain PyTorch but for one kernel.
+"""Derivatives of a layer and of its backward pass, in plain PyTorch.
 
 From what the kernels have found, operands and outputs, all gates of all steps follow at once; what
 is left to do step by step is linear. Every function is made of differentiable operators of torch:
@@ -26,7 +26,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad
 
-from rnnkern import kernels
 from rnnkern.cells import CELLS
 from rnnkern.sequence import Steps, active_rows
 
@@ -75,8 +74,7 @@ class Point(NamedTuple):
     """What a layer was given and has made, or a direction in which all that changes.
 
     Shapes are those of torch: ``x`` and ``y`` as the layer has them, states ``[D, N, ...]``,
-    weights flat. None stands for zeros. ``saved`` is what forward has saved, where kernels may use
-    it: that does not depend on the operands as far as torch knows.
+    weights flat. None stands for zeros.
     """
 
     x: Maybe
@@ -84,7 +82,6 @@ class Point(NamedTuple):
     c0: Maybe
     weights: Sequence[Maybe]
     y: Maybe = None
-    saved: Maybe = None
 
 
 class Gradients(NamedTuple):
@@ -177,18 +174,13 @@ def of_backward(
     changed, adjoints = [], []
     x: Tensor | None = None
     weights: list[Maybe] = []
-    by_kernel = kernels.HAS_SECOND_ORDER and at.saved is not None and not layer.proj
     for d in range(layer.directions):
-        scan = _Direction(layer, frames, d, at, linearized=not by_kernel)
+        scan = _Direction(layer, frames, d, at)
         v_w, v = scan.weights_of(change), scan.change_of(change)
         slots: Any = frames.saved(gradients.slots, d)
-        sums = scan.fixed_sums(v_w, v, frames.saved(changes.slots, d))
+        moved = scan.tangent(v_w, v, scan.fixed_sums(v_w, v, frames.saved(changes.slots, d)))
         incoming, v_incoming = frames.incoming(gradients, d), frames.incoming(changes, d)
-        if by_kernel:
-            moved, found = scan.second_order(at, v_w, v, sums, slots, incoming, v_incoming)
-        else:
-            moved = scan.tangent(v_w, v, sums)
-            found = scan.adjoint(v_w, moved, slots, incoming, v_incoming)
+        found = scan.adjoint(v_w, moved, slots, incoming, v_incoming)
         of_input, of_weights = scan.products(v_w, v, moved, slots, found)
         own = frames.from_rows(of_input, d)
         x = own if x is None else x + own
@@ -640,48 +632,6 @@ class _Direction:
             self.taken(torch.stack(projected[::-1])) if projected else None,
         )
 
-    def second_order(
-        self,
-        at: Point,
-        v_w: _Weights,
-        v: _Change,
-        sums: Tensor,
-        slots: Tensor,
-        incoming: tuple[Maybe, Maybe, Maybe],
-        changes: tuple[Maybe, Maybe, Maybe],
-    ) -> tuple[_Moved, _Adjoint]:
-        """`tangent` and `adjoint` by one kernel, from what forward has saved."""
-        assert at.saved is not None
-        assert self.w.rec is not None
-        saved = [self.frames.saved(z, self.d) for z in pieces(at.saved, self.layer, self.H)]
-        crossing = None if v_w.rec is None else slots[..., : self.recurrent] @ v_w.rec
-        h0, c0 = (
-            None if z is None else dense(self.frames.state(z, self.d, z, self.H))
-            for z in (at.h0, at.c0)
-        )
-        run = kernels.profiled(kernels.second_order, self.layer.mode, " second order")
-        found = run(
-            self.layer.mode,
-            sums,
-            active=None if self.active is None else dense(self.active[..., 0]),
-            kept=None if self.kept is None else dense(self.kept[..., 0]),
-            w_hh=dense(self.w.rec),
-            slots=dense(saved[0]) if saved else None,
-            h=dense(self.h),
-            c=dense(saved[1]) if self.layer.has_cell_state else None,
-            h0=h0,
-            c0=c0,
-            dslots=dense(slots),
-            crossing=crossing,
-            tangent_h0=dense(v.h0),
-            tangent_c0=dense(v.c0),
-            **{f"d{name}": dense(z) for name, z in zip(_OUTPUTS, incoming, strict=True)},
-            **{f"tangent_d{name}": dense(z) for name, z in zip(_OUTPUTS, changes, strict=True)},
-        )
-        h, h_before, hn, cn, of_h0, of_c0 = found
-        moved = _Moved(sums, h, h_before, None, None, h, hn, cn)
-        return moved, _Adjoint(sums, of_h0, of_c0, None, None)
-
     # Products over all steps
 
     def products(
@@ -872,9 +822,6 @@ _CELLS: dict[str, type[_Elman]] = {
     "LSTM": _Lstm,
     "GRU": _Gru,
 }
-
-
-_OUTPUTS = ("y", "hn", "cn")
 
 
 def _as(dtype: torch.dtype, z: Tensor) -> Tensor:

@@ -41,7 +41,14 @@ gradients of ``x, *weights`` and the initial states that are not None, None wher
 in a flat tensor. None for ``dy``, ``dhn`` or ``dcn`` stands for zeros. With ``overwrite``,
 gradients of the slots take the place of what was saved, where the cell saves slots.
 
-Both raise `RefusedError` before anything is written.
+``second_order(x, h0, c0, weights, steps, y, saved, slots, incoming, tangent_x, tangent_h0,
+tangent_c0, tangent_weights, tangent_slots, tangent_incoming)`` returns the derivatives of both
+passes in a direction: ``(y, h_n, c_n)`` and ``(x, h_0, c_0, weights, slots)``, the latter of the
+gradients. Of the point: operands, outputs, what forward saved, gradients of the slots, and incoming
+ones of ``(y, h_n, c_n)``; of the direction likewise, slots being their sums there. None stands for
+zeros. On the CPU, in float32 and float64, where ``HAS_SECOND_ORDER``.
+
+All raise `RefusedError` before anything is written.
 """
 
 layer = _C.layer
@@ -54,13 +61,6 @@ algorithms; on a GPU as TF32. Without, float32 is TF32 on a GPU where torch.nn's
 """
 
 HAS_SECOND_ORDER: bool = _C.HAS_SECOND_ORDER
-second_order = _C.second_order
-"""``second_order(mode, tangent_slots, *, ...)``: derivatives of both passes of one direction.
-
-On the CPU, in float32 and float64, where ``HAS_SECOND_ORDER``. Operands are those of `SecondOrder`
-in `csrc/scan.h`, dense, None for zeros; ``tangent_slots`` is overwritten. Returns the tangents of
-``h, h_prev, hn, cn, dh0, dc0``.
-"""
 
 RefusedError = _C.RefusedError
 """A RuntimeError: an operand does not fit, or no kernel covers it (`refusal` says why)."""

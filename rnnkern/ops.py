@@ -388,17 +388,58 @@ def _backward_of_scan(
 def _derivative_of_backward(
     ctx: Any, change: Sequence[Maybe], of_weights: Sequence[Maybe], changes: Gradients
 ) -> tuple[Any, Any]:
-    (x, h0, c0, y, saved), (dy, dhn, dcn, slots), steps, weights = _kept(ctx)
-    may_run = x.device.type == "cpu" and x.numel() > 0 and not _refusal(x)
-    is_plain = may_run and not (torch.is_grad_enabled() or transformed() or has_modes())
-    return derivatives.of_backward(
-        ctx.layer,
+    (x, h0, c0, y, saved), incoming, steps, weights = _kept(ctx)
+    at, gradients = Point(x, h0, c0, weights, y), Gradients(*incoming)
+    direction = Point(change[0], change[1], change[2], of_weights)
+    may_run = kernels.HAS_SECOND_ORDER and x.device.type == "cpu"
+    is_seen = torch.is_grad_enabled() or transformed() or has_modes()
+    if may_run and not is_seen and x.numel() and not _refusal(x):
+        return second_order(ctx.layer, steps, at, saved, gradients, direction, changes)
+    return derivatives.of_backward(ctx.layer, steps, at, gradients, direction, changes)
+
+
+def second_order(
+    layer: Spec,
+    steps: Steps | None,
+    at: Point,
+    saved: Tensor,
+    gradients: Gradients,
+    change: Point,
+    changes: Gradients,
+) -> tuple[Any, Any]:
+    """As `derivatives.of_backward`, by a kernel, from what forward has saved."""
+    x = at.x
+    assert x is not None
+    dtype, computed = x.dtype, torch.promote_types(x.dtype, torch.float32)
+
+    def own(z: Maybe) -> Maybe:
+        return None if z is None else dense(z.to(computed))
+
+    def point(given: Point) -> list[Any]:
+        return [own(given.x), own(given.h0), own(given.c0), [own(w) for w in given.weights]]
+
+    def result(z: Any) -> Any:
+        return None if z is None else z.to(dtype)
+
+    kernel = _kernel(layer, at.weights)  # type: ignore[arg-type]
+    run: Any = kernels.profiled(kernel.second_order, layer.mode, " second order")
+    outputs, (of_x, of_h0, of_c0, of_weights, slots) = run(
+        *point(at),
         steps,
-        Point(x, h0, c0, weights, y, saved if is_plain else None),
-        Gradients(dy, dhn, dcn, slots),
-        Point(change[0], change[1], change[2], of_weights),
-        changes,
+        own(at.y),
+        own(saved),
+        own(gradients.slots),
+        [own(z) for z in gradients[:3]],
+        *point(change),
+        own(changes.slots),
+        [own(z) for z in changes[:3]],
     )
+    ended = _ended(steps)
+    if ended is not None:
+        slots.masked_fill_(ended, 0)
+    y, hn, cn = map(result, outputs)
+    states = result(of_h0), result(of_c0)
+    return (y, hn, cn), (result(of_x), *states, [result(w) for w in of_weights], result(slots))
 
 
 def _backward_of_backward(

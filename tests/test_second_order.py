@@ -25,14 +25,13 @@ from support import (
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
-from rnnkern import derivatives, kernels
+from rnnkern import derivatives, kernels, ops
 
 pytestmark = [
     pytest.mark.cpu_only,
     pytest.mark.kernel,
     pytest.mark.skipif(not kernels.HAS_SECOND_ORDER, reason="the stand-in for GPUs has none"),
 ]
-COVERED = [form for form in FORMS if form != "LSTM-proj"]
 # T, N, I, H: less than a vector, whole vectors and a bit, several panels with few rows (units are
 # split), with many (rows are split).
 SIZES = {
@@ -48,24 +47,26 @@ SIZES = {
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The cells for which the kernel runs."""
     made: list[str] = []
-    run = kernels.second_order
+    run = ops.second_order
 
-    def counted(mode: str, *rest: Any, **named: Any) -> Any:
-        made.append(mode)
-        return run(mode, *rest, **named)
+    def counted(layer: derivatives.Spec, *rest: Any) -> Any:
+        made.append(layer.mode)
+        return run(layer, *rest)
 
-    monkeypatch.setattr(kernels, "second_order", counted)
+    monkeypatch.setattr(ops, "second_order", counted)
     return made
 
 
 @pytest.mark.parametrize("dtype", WIDE_DTYPES, ids=str)
 @pytest.mark.parametrize("sizes", SIZES)
-@pytest.mark.parametrize("form", COVERED)
+@pytest.mark.parametrize("form", FORMS)
 def test_gradient_penalty_at_sizes(
     form: str, sizes: str, dtype: torch.dtype, calls: list[str]
 ) -> None:
     kind, own = FORMS[form]
     T, N, inputs, H = SIZES[sizes]
+    if "proj_size" in own:
+        own = own | {"proj_size": 2 * H // 3}
     module = build(kind, inputs, H, dtype=dtype, **own)
     check(module, leaves_for(module, T, N, hx=True), penalized(plain))
     assert calls == [module.mode]
@@ -95,7 +96,7 @@ CALLS: dict[str, Call] = {
 
 
 @pytest.mark.parametrize("call", CALLS)
-@pytest.mark.parametrize("form", COVERED)
+@pytest.mark.parametrize("form", FORMS)
 def test_as_the_operators_of_torch(
     form: str, call: str, calls: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -106,10 +107,10 @@ def test_as_the_operators_of_torch(
     results = [
         evaluate(module, leaves, on_threads(penalized(CALLS[call]), threads)) for threads in (1, 3)
     ]
-    assert calls == 4 * [module.mode]
+    assert calls == 2 * [module.mode]
     monkeypatch.setattr(kernels, "HAS_SECOND_ORDER", False)
     expected = evaluate(module, leaves, penalized(CALLS[call]))
-    assert len(calls) == 4
+    assert len(calls) == 2
     for found in results:
         for name, value in expected.items():
             torch.testing.assert_close(found[name], value, msg=lambda m, n=name: f"{n}: {m}")
@@ -117,16 +118,13 @@ def test_as_the_operators_of_torch(
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_what_the_kernel_covers(setting: str, calls: list[str]) -> None:
-    """One call for each direction of each layer; none with a projection, none for a third
-    derivative.
-    """
+    """One call for each layer."""
     option = SETTINGS[setting]
     for form in FORMS:
         module, leaves = option.make(form)
         calls.clear()
         evaluate(module, leaves, penalized(option.call))
-        directions = module.num_layers * (2 if module.bidirectional else 1)
-        assert calls == ([] if module.proj_size else directions * [module.mode])
+        assert calls == module.num_layers * [module.mode]
 
 
 def hessian_product(module: nn.Module, x: Tensor, times: int = 1) -> list[list[Tensor]]:
@@ -139,7 +137,7 @@ def hessian_product(module: nn.Module, x: Tensor, times: int = 1) -> list[list[T
     ]
 
 
-@pytest.mark.parametrize("form", COVERED)
+@pytest.mark.parametrize("form", FORMS)
 def test_a_graph_kept_gives_the_same_again(form: str) -> None:
     """The kernel overwrites what it is given, and that alone."""
     kind, own = FORMS[form]
@@ -149,41 +147,33 @@ def test_a_graph_kept_gives_the_same_again(form: str) -> None:
         assert torch.equal(a, b)
 
 
-def test_gradients_of_the_gradients_of_the_slots() -> None:
-    """Only those move: the sums are the incoming tangents themselves, and are left as they are."""
+def at_a_point() -> tuple[Any, ...]:
+    """A layer, no steps, the point, what forward saved, the gradients there."""
     module = build("LSTM", 3, 5, dtype=torch.float64)
     x = torch.randn(4, 2, 3, dtype=torch.float64)
     weights = [w.detach() for w in module.parameters()]
     layer = derivatives.Spec("LSTM", 1, True, False, False, False, False)
-    y, _, _, saved = torch.ops.rnnkern.scan(
-        x, None, None, weights, *[None] * 4, False, *layer, True
-    )
+    nothing = (*[None] * 4, False, *layer)
+    y, _, _, saved = torch.ops.rnnkern.scan(x, None, None, weights, *nothing, True)
+    dy = torch.ones_like(y)
     *_, slots = torch.ops.rnnkern.scan_backward(
-        torch.ones_like(y),
-        None,
-        None,
-        x,
-        None,
-        None,
-        weights,
-        y,
-        saved,
-        *[None] * 4,
-        False,
-        *layer,
-        [True] * 5,
+        dy, None, None, x, None, None, weights, y, saved, *nothing, [True] * 5
     )
-    moved = torch.randn_like(slots)
+    at = derivatives.Point(x, None, None, weights, y)
+    return layer, None, at, saved, derivatives.Gradients(dy, None, None, slots)
+
+
+def test_gradients_of_the_gradients_of_the_slots() -> None:
+    """Only those move: the sums are the incoming tangents themselves, and are left as they are."""
+    layer, steps, at, saved, gradients = at_a_point()
+    moved = torch.randn_like(gradients.slots)
     before = moved.clone()
     nothing = derivatives.Point(None, None, None, [None] * 4)
-    given = derivatives.Gradients(torch.ones_like(y), None, None, slots)
-    results = []
-    for kept in (saved, None):
-        at = derivatives.Point(x, None, None, weights, y, kept)
-        changes = derivatives.Gradients(None, None, None, moved)
-        results.append(derivatives.of_backward(layer, None, at, given, nothing, changes))
-        assert torch.equal(moved, before)
-    for ours, theirs in zip(*(flat(result) for result in results), strict=True):
+    changes = derivatives.Gradients(None, None, None, moved)
+    found = ops.second_order(layer, steps, at, saved, gradients, nothing, changes)
+    assert torch.equal(moved, before)
+    expected = derivatives.of_backward(layer, steps, at, gradients, nothing, changes)
+    for ours, theirs in zip(flat(found), flat(expected), strict=True):
         torch.testing.assert_close(ours, theirs)
 
 
@@ -205,49 +195,45 @@ def test_a_pass_for_nothing_is_not_made() -> None:
     assert counts["rnnkern::GRU second order"] == 1
 
 
-def operands(mode: str = "LSTM") -> dict[str, Any]:
-    T, N, H, S = 3, 2, 4, 4
-    names = ("active", "kept", "h0", "c0", "dy", "dhn", "dcn", "crossing", "tangent_h0")
-    names += ("tangent_c0", "tangent_dy", "tangent_dhn", "tangent_dcn")
-    given: dict[str, Any] = dict.fromkeys(names)
-    given |= {name: torch.zeros(T, N, S * H) for name in ("slots", "dslots")}
-    given |= {name: torch.zeros(T, N, H) for name in ("h", "c")}
-    return given | {"w_hh": torch.zeros(S * H, H)}
-
-
-WRONG: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    "shape": (lambda o: o.update(h=torch.zeros(3, 2, 5)), r"h has shape \[3, 2, 5\]"),
-    "dtype": (lambda o: o.update(dslots=o["dslots"].double()), "dslots has another dtype"),
-    "gaps": (lambda o: o.update(c=torch.zeros(3, 2, 8)[..., ::2]), "c is not dense"),
-    "flags": (lambda o: o.update(kept=torch.zeros(3, 2)), "kept has another dtype"),
-    "missing": (lambda o: o.update(w_hh=None), "an operand that the cell needs is None"),
-    "subclass": (lambda o: o.update(h=o["h"].as_subclass(Own)), "h is a tensor subclass"),
-    "no tensor": (lambda o: o.update(h=3), "h must be a torch.Tensor"),
-}
-
-
 class Own(Tensor):
     pass
 
 
+def narrower(z: Tensor) -> Tensor:
+    return z[..., 1:]
+
+
+OPERANDS = [
+    *("x", "h0", "c0", "weights", "steps", "y", "saved", "slots", "incoming"),
+    *("tangent_x", "tangent_h0", "tangent_c0", "tangent_weights", "tangent_slots"),
+    "tangent_incoming",
+]
+WRONG: dict[str, tuple[str, Callable[[Any], Any], str]] = {
+    "shape": ("y", narrower, r"output has shape \[4, 2, 4\]"),
+    "dtype": ("y", Tensor.float, "output has another dtype"),
+    "dtype of all": ("x", Tensor.half, "input is not covered: its dtype"),
+    "rows": ("slots", lambda z: z[:, 1:], r"gradients of the slots has shape \[1, 7, 20\]"),
+    "gaps": ("slots", lambda z: z.mT.contiguous().mT, "gradients of the slots is not"),
+    "rows apart": ("slots", lambda z: torch.cat((z, z), -1)[..., :20], "slots is not dense"),
+    "missing": ("slots", lambda _: None, "the output or the gradients of the slots are None"),
+    "saved": ("saved", lambda z: z[1:], r"what forward saved has shape \[199\]"),
+    "weights": ("weights", lambda z: z[1:], "expected 4 weights, got 3"),
+    "tangents": ("tangent_weights", lambda z: z[1:], "expected 4 weights, got 3"),
+    "tangent": ("tangent_x", narrower, r"tangent of the input has shape \[4, 2, 2\]"),
+    "incoming": ("incoming", lambda z: z[1:], "one of y, h_n, c_n each"),
+    "subclass": ("y", lambda z: z.as_subclass(Own), "output is not covered: tensor subclass"),
+}
+
+
 @pytest.mark.parametrize("fault", WRONG)
 def test_wrong_operands(fault: str) -> None:
-    given = operands()
-    sums = torch.ones(3, 2, 16)
-    kernels.second_order("LSTM", sums.clone(), **given)
-    change, message = WRONG[fault]
-    change(given)
+    _, steps, at, saved, gradients = at_a_point()
+    kernel = kernels.layer("LSTM", directions=1, hidden=5, proj=0, bias=True, batch_first=False)
+    values = (*at[:3], at.weights, steps, at.y, saved, gradients.slots, gradients[:3])
+    values += (at.x, None, None, [None, at.weights[1], None, None], None, [None] * 3)
+    given = dict(zip(OPERANDS, values, strict=True))
+    kernel.second_order(*given.values())
+    name, change, message = WRONG[fault]
+    given[name] = change(given[name])
     with pytest.raises(kernels.RefusedError, match=message):
-        kernels.second_order("LSTM", sums, **given)
-    assert torch.equal(sums, torch.ones(3, 2, 16))
-
-
-def test_wrong_sums() -> None:
-    with pytest.raises(ValueError, match="no kernel knows the cell 'ABC'"):
-        kernels.second_order("ABC", torch.ones(3, 2, 16), **operands())
-    with pytest.raises(kernels.RefusedError, match="must be"):
-        kernels.second_order("LSTM", torch.ones(3, 2, 15), **operands())
-    with pytest.raises(kernels.RefusedError, match="its dtype"):
-        kernels.second_order("LSTM", torch.ones(3, 2, 16).half(), **operands())
-    with pytest.raises(KeyError):
-        kernels.second_order("LSTM", torch.ones(3, 2, 16))
+        kernel.second_order(*given.values())

@@ -33,7 +33,7 @@ class BackwardScan {
 
  public:
   BackwardScan(const Backward<T>& b, const Plan& plan, Carver& carver)
-      : b_(b), plan_(plan), gradients_(b, plan, carver) {
+      : b_(b), plan_(plan), gradients_(products_of(b), plan, carver) {
     const Sizes& z = b.sizes;
     block_rows_ = ceil_div(b.steps.N, plan.row_blocks);
     barriers_ = carver.take<Barrier>(1 + plan.threads);
@@ -75,6 +75,11 @@ class BackwardScan {
   }
 
  private:
+  static GradientProducts<T> products_of(const Backward<T>& b) {
+    const GradientTerm<T> term = {b.dslots, b.x, b.y, b.h0, b.weights, b.dprojected, b.unprojected};
+    return {b.sizes, b.steps, 1, {term}, b.dx, b.gradients};
+  }
+
   struct RowPointers {
     const T *h_prev, *c_prev, *h, *c, *slots, *dy;
     T* dslots;

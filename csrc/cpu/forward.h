@@ -47,8 +47,8 @@ class ForwardScan {
       const Weights<T>& w = f.weights[d];
       input_[d] = {panels_, w.w_ih, w.w_ih_row, z.I, nullptr};
       recurrent_[d] = {panels_, w.w_hh, w.w_hh_row, z.O, nullptr};
-      if (plan.packs_input) input_[d].packed = carver.take<A>(panels_.packed_lanes(z.I));
-      if (plan.packs_recurrent) recurrent_[d].packed = carver.take<A>(panels_.packed_lanes(z.O));
+      if (plan.packs_input) input_[d].packed = carver.take<A>(input_[d].lanes());
+      if (plan.packs_recurrent) recurrent_[d].packed = carver.take<A>(recurrent_[d].lanes());
       if (z.projected) {
         projection_[d] = {z.H, z.O, w.w_hr, w.w_hr_row, nullptr, true, nullptr};
         projection_[d].packed = carver.take<A>(projection_[d].lanes());
@@ -121,31 +121,13 @@ class ForwardScan {
   void pack(int thread, int threads) {
     for (int d = 0; d < f_.sizes.D; ++d) {
       for (int64_t p = thread; p < panels_.count(); p += threads) {
-        pack_bias(d, p);
+        panels_.pack_bias(p, f_.weights[d], bias_[d] + p * kWidth);
         if (plan_.packs_input) input_[d].pack(p);
         if (plan_.packs_recurrent) recurrent_[d].pack(p);
       }
       if (!f_.sizes.projected) continue;
       for (int64_t p = thread; p < projection_[d].count(); p += threads) {
         projection_[d].pack_transpose(p);
-      }
-    }
-  }
-
-  // The accumulator row a product starts from: the biases of each slot, b_ih + b_hh where both
-  // products meet.
-  void pack_bias(int d, int64_t p) {
-    const int64_t H = f_.sizes.H, width = panels_.width(p);
-    A* to = bias_[d] + p * kWidth;
-    zero_row(to, 0, kWidth);
-    for (int slot = 0; slot < kShape.slots; ++slot) {
-      for (int64_t i = 0; i < width; ++i) {
-        const int64_t u = panels_.first_unit(p) + i;
-        const T* b_ih = slot >= kShape.input_slot && u < H ? f_.weights[d].b_ih : nullptr;
-        const T* b_hh = slot < kShape.gates && u < H ? f_.weights[d].b_hh : nullptr;
-        to[Panels::slot_at(slot, width) + i] =
-            (b_ih ? value(b_ih[kShape.input_gate(slot) * H + u]) : A(0)) +
-            (b_hh ? value(b_hh[kShape.recurrent_gate(slot) * H + u]) : A(0));
       }
     }
   }

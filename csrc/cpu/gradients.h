@@ -51,6 +51,27 @@ class ActiveRows {
   int64_t t_ = 0, slot_ = 0;
 };
 
+// What is multiplied: gradients of slots, and operands of the layer. With two terms, dW is the sum
+// of both products, dx likewise; db is of the first term alone. Null stands for zeros.
+template <typename T>
+struct GradientTerm {
+  const T* dslots;  // [D, total, S*H]
+  Rows<const T> x, y;
+  State<const T> h0;
+  const Weights<T>* weights;
+  const T *dprojected, *unprojected;  // [D, total, O] and [D, total, H]
+};
+
+template <typename T>
+struct GradientProducts {
+  const Sizes& sizes;
+  const Steps& steps;
+  int terms;
+  GradientTerm<T> term[2];
+  Rows<T> dx;
+  const WeightGradients<T>* gradients;
+};
+
 template <typename T, typename Cell>
 class Gradients {
   using A = Compute<T>;
@@ -61,15 +82,14 @@ class Gradients {
                 "transposition works on whole vectors");
 
  public:
-  Gradients(const Backward<T>& b, const Plan& plan, Carver& carver)
-      : b_(b), block_rows_(min_of(kBlockRows, ceil_div(b.steps.total, kLanes<T>) * kLanes<T>)) {
-    const Sizes& z = b.sizes;
+  Gradients(const GradientProducts<T>& of, const Plan& plan, Carver& carver)
+      : of_(of), block_rows_(min_of(kBlockRows, ceil_div(of.steps.total, kLanes<T>) * kLanes<T>)) {
+    const Sizes& z = of.sizes;
     zeros_ = carver.take<T>(max_of(z.H, z.O));
-    for (int d = 0; b.dx.data && d < z.D; ++d) {
-      input_[d] = {kShape.gates * z.H, z.I,    b.weights[d].w_ih, b.weights[d].w_ih_row, nullptr,
-                   plan.packs_input,   nullptr};
-      input_[d].packed = carver.take<A>(input_[d].lanes());
-    }
+    each_input([&](ColumnPanels<T>& panels, const Weights<T>& w) {
+      panels = {kShape.gates * z.H, z.I, w.w_ih, w.w_ih_row, nullptr, plan.packs_input, nullptr};
+      panels.packed = carver.take<A>(panels.lanes());
+    });
     for (int d = 0; kNarrow<T> && d < z.D; ++d) {
       for (Matrix m : {kInput, kRecurrent, kProjection}) {
         const Result to = result(d, m);
@@ -85,20 +105,20 @@ class Gradients {
 
   const T* zeros() const { return zeros_; }
 
-  void prepare() { zero_row(zeros_, 0, max_of(b_.sizes.H, b_.sizes.O)); }
+  void prepare() { zero_row(zeros_, 0, max_of(of_.sizes.H, of_.sizes.O)); }
 
   // Before the barrier that precedes the loop.
   void pack(int thread, int threads) {
-    for (int d = 0; b_.dx.data && d < b_.sizes.D; ++d) {
-      for (int64_t p = thread; p < input_[d].count(); p += threads) input_[d].pack(p);
-    }
+    each_input([&](const ColumnPanels<T>& panels, const Weights<T>&) {
+      for (int64_t p = thread; p < panels.count(); p += threads) panels.pack(p);
+    });
   }
 
   void run(int thread, int threads) const {
     Carver carver(scratch_ + thread * scratch_bytes_);
     const Scratch s = scratch(carver);
-    for (int d = 0; d < b_.sizes.D; ++d) weight_gradients(d, thread, threads, s);
-    if (b_.dx.data) input_gradient(thread, threads, s);
+    for (int d = 0; d < of_.sizes.D; ++d) weight_gradients(d, thread, threads, s);
+    if (of_.dx.data) input_gradient(thread, threads, s);
   }
 
  private:
@@ -136,9 +156,20 @@ class Gradients {
     explicit operator bool() const { return weight || bias; }
   };
 
+  // f(panels, weights) for each W_ih that dx needs.
+  template <typename F>
+  void each_input(F f) {
+    for (int k = 0; of_.dx.data && k < of_.terms; ++k) {
+      for (int d = 0; d < of_.sizes.D; ++d) {
+        const Weights<T>& weights = of_.term[k].weights[d];
+        if (weights.w_ih) f(input_[k][d], weights);
+      }
+    }
+  }
+
   Result result(int d, Matrix matrix) const {
-    const Sizes& z = b_.sizes;
-    const WeightGradients<T>& g = b_.gradients[d];
+    const Sizes& z = of_.sizes;
+    const WeightGradients<T>& g = of_.gradients[d];
     const int64_t rows = kShape.gates * z.H;
     return matrix == kInput       ? Result{rows, z.I, g.w_ih, g.b_ih}
            : matrix == kRecurrent ? Result{rows, z.O, g.w_hh, g.b_hh}
@@ -152,11 +183,11 @@ class Gradients {
     } else {
       sums = {numbers(to.weight), numbers(to.bias)};
     }
-    return {to.rows, to.width, sums.weight, sums.bias, b_.sizes.H, matrix == kRecurrent};
+    return {to.rows, to.width, sums.weight, sums.bias, of_.sizes.H, matrix == kRecurrent};
   }
 
   Scratch scratch(Carver& carver) const {
-    const Sizes& z = b_.sizes;
+    const Sizes& z = of_.sizes;
     const int64_t widest = max_of(max_of(z.I, z.O), z.H);
     return {carver.take<A>(ceil_div(widest, kWidth) * kWidth * groups<E>(block_rows_)),
             carver.take<E>(kGroupRows * block_rows_),
@@ -164,20 +195,12 @@ class Gradients {
             carver.take<int64_t>(block_rows_),
             carver.take<const T*>(block_rows_),
             carver.take<const T*>(block_rows_),
-            LeftRows<T>(b_.dx.data ? kGroupRows : 0, kShape.gates * z.H, carver)};
+            LeftRows<T>(of_.dx.data ? kGroupRows : 0, kShape.gates * z.H, carver)};
   }
 
   void weight_gradients(int d, int thread, int threads, const Scratch& s) const {
-    const Sizes& z = b_.sizes;
-    const Target input = target(d, kInput), recurrent = target(d, kRecurrent),
-                 projection = target(d, kProjection);
-    const Rows<const T> dslots =
-        saved_rows(b_.steps, static_cast<const T*>(b_.dslots), d, kShape.slots * z.H);
-    const Rows<const T> dprojected =
-        saved_rows(b_.steps, static_cast<const T*>(b_.dprojected), d, z.O);
-    const Rows<const T> unprojected = saved_rows(b_.steps, b_.unprojected, d, z.H);
-    const Rows<const T> y = columns(b_.y, d * z.O);
-    ActiveRows rows(b_.steps);
+    const Sizes& z = of_.sizes;
+    ActiveRows rows(of_.steps);
     bool add = false;
     do {
       const int64_t count = rows.next(s.t, s.slot, block_rows_);
@@ -186,25 +209,34 @@ class Gradients {
         for (int64_t r = 0; r < count; ++r) to[r] = row(s.t[r], s.slot[r]);
       };
       const auto of = [&](const Rows<const T>& from, int64_t first) {
-        return
-            [&, first](int64_t t, int64_t slot) { return row_at(b_.steps, from, t, slot) + first; };
+        return [&, first](int64_t t, int64_t slot) {
+          return row_at(of_.steps, from, t, slot) + first;
+        };
       };
-      if (input) {
-        gather(s.left_rows, of(dslots, kShape.input_slot * z.H));
-        gather(s.right_rows, of(b_.x, 0));
-        accumulate(input, count, thread, threads, s, add);
-      }
-      if (recurrent) {
-        gather(s.left_rows, of(dslots, 0));
-        gather(s.right_rows, [&](int64_t t, int64_t slot) {
-          return previous_state(b_.steps, d, t, slot, y, b_.h0, zeros_);
-        });
-        accumulate(recurrent, count, thread, threads, s, add);
-      }
-      if (projection) {
-        gather(s.left_rows, of(dprojected, 0));
-        gather(s.right_rows, of(unprojected, 0));
-        accumulate(projection, count, thread, threads, s, add);
+      for (int k = 0; k < of_.terms; ++k) {
+        const GradientTerm<T>& term = of_.term[k];
+        const Rows<const T> dslots = saved_rows(of_.steps, term.dslots, d, kShape.slots * z.H);
+        const Rows<const T> y = columns(term.y, d * z.O);
+        Target input = target(d, kInput), recurrent = target(d, kRecurrent);
+        const Target projection = target(d, kProjection);
+        if (k) input.bias = recurrent.bias = nullptr;
+        if (input && term.x.data) {
+          gather(s.left_rows, of(dslots, kShape.input_slot * z.H));
+          gather(s.right_rows, of(term.x, 0));
+          accumulate(input, count, thread, threads, s, add || k);
+        }
+        if (recurrent) {
+          gather(s.left_rows, of(dslots, 0));
+          gather(s.right_rows, [&](int64_t t, int64_t slot) {
+            return previous_state(of_.steps, d, t, slot, y, term.h0, zeros_);
+          });
+          accumulate(recurrent, count, thread, threads, s, add || k);
+        }
+        if (projection) {
+          gather(s.left_rows, of(saved_rows(of_.steps, term.dprojected, d, z.O), 0));
+          gather(s.right_rows, of(saved_rows(of_.steps, term.unprojected, d, z.H), 0));
+          accumulate(projection, count, thread, threads, s, add || k);
+        }
       }
       add = true;
     } while (true);
@@ -317,24 +349,27 @@ class Gradients {
   }
 
   void input_gradient(int thread, int threads, const Scratch& s) const {
-    const Sizes& z = b_.sizes;
+    const Sizes& z = of_.sizes;
     T* out[kGroupRows];
     T* shifted[kGroupRows];
-    ActiveRows rows(b_.steps);
+    ActiveRows rows(of_.steps);
     int64_t count;
     for (int64_t block = 0; (count = rows.next(s.t, s.slot, kGroupRows)) > 0; ++block) {
       if (block % threads != thread) continue;
-      for (int64_t r = 0; r < count; ++r) out[r] = row_at(b_.steps, b_.dx, s.t[r], s.slot[r]);
-      for (int d = 0; d < z.D; ++d) {
-        const Rows<const T> dslots =
-            saved_rows(b_.steps, static_cast<const T*>(b_.dslots), d, kShape.slots * z.H);
+      for (int64_t r = 0; r < count; ++r) out[r] = row_at(of_.steps, of_.dx, s.t[r], s.slot[r]);
+      for (int i = 0; i < of_.terms * z.D; ++i) {
+        const int k = i / z.D, d = i % z.D;
+        const GradientTerm<T>& term = of_.term[k];
+        if (!term.weights[d].w_ih) continue;
+        const Rows<const T> dslots = saved_rows(of_.steps, term.dslots, d, kShape.slots * z.H);
         for (int64_t r = 0; r < count; ++r) {
-          s.dslots[r] = row_at(b_.steps, dslots, s.t[r], s.slot[r]) + kShape.input_slot * z.H;
+          s.dslots[r] = row_at(of_.steps, dslots, s.t[r], s.slot[r]) + kShape.input_slot * z.H;
         }
         const E* const* left = s.dslots.operands(count);
-        for (int64_t p = 0; p < input_[d].count(); ++p) {
+        const ColumnPanels<T>& w = input_[k][d];
+        for (int64_t p = 0; p < w.count(); ++p) {
           for (int64_t r = 0; r < count; ++r) shifted[r] = out[r] + p * kWidth;
-          input_[d].multiply(p, count, left, shifted, d > 0);
+          w.multiply(p, count, left, shifted, i > 0);
         }
       }
     }
@@ -342,18 +377,18 @@ class Gradients {
   }
 
   void zero_idle_rows(int thread, int threads) const {
-    if (!b_.steps.active || b_.steps.start) return;
-    for (int64_t t = thread; t < b_.steps.T; t += threads) {
-      for (int64_t slot = active_rows(b_.steps, t); slot < b_.steps.N; ++slot) {
-        zero_row(row_at(b_.steps, b_.dx, t, slot), 0, b_.sizes.I);
+    if (!of_.steps.active || of_.steps.start) return;
+    for (int64_t t = thread; t < of_.steps.T; t += threads) {
+      for (int64_t slot = active_rows(of_.steps, t); slot < of_.steps.N; ++slot) {
+        zero_row(row_at(of_.steps, of_.dx, t, slot), 0, of_.sizes.I);
       }
     }
   }
 
-  const Backward<T>& b_;
+  const GradientProducts<T> of_;
   int64_t block_rows_;  // at most kBlockRows, less where there are less
   T* zeros_;
-  ColumnPanels<T> input_[kMaxDirections];
+  ColumnPanels<T> input_[2][kMaxDirections];
   Sums sums_[kMaxDirections][kMatrices];
   char* scratch_;
   int64_t scratch_bytes_;

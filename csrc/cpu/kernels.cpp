@@ -31,10 +31,11 @@ size_t run_backward(const Backward<T>& scan, const Plan& plan, Workspace workspa
 }
 
 template <typename T>
-size_t run_second_order(const SecondOrder<T>& scan, const Plan& plan, Workspace workspace) {
-  return with_cell(scan.cell, [&](auto cell) {
+size_t run_second_order(const SecondOrder<T>& scan, const Plan& up, const Plan& down,
+                        Workspace workspace) {
+  return with_cell(scan.sizes.cell, [&](auto cell) {
     Carver carver(workspace.data);
-    SecondOrderScan<T, decltype(cell)> second(scan, plan, carver);
+    SecondOrderScan<T, decltype(cell)> second(scan, up, down, carver);
     if (carver.used() > workspace.bytes) return carver.used();
     second.run();
     return size_t(0);

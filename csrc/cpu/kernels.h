@@ -23,7 +23,8 @@ template <typename T>
 struct Kernels {
   size_t (*forward)(const Forward<T>&, const Plan&, Workspace);
   size_t (*backward)(const Backward<T>&, const Plan&, Workspace);
-  size_t (*second_order)(const SecondOrder<T>&, const Plan&, Workspace);  // null where T is narrow
+  // With a plan of the forward and one of the backward pass; null where T is narrow.
+  size_t (*second_order)(const SecondOrder<T>&, const Plan&, const Plan&, Workspace);
   Machine machine;  // what the plan must know of this code
 };
 

@@ -46,6 +46,23 @@ struct UnitPanels {
   static constexpr int64_t slot_at(int slot, int64_t width) {
     return (slot + (shares_vectors(width) ? kShape.slots - kShape.gates : 0)) * width;
   }
+
+  // The row of accumulators that products start from: the biases of each slot, b_ih + b_hh where
+  // both products meet.
+  void pack_bias(int64_t p, const Weights<T>& w, Compute<T>* to) const {
+    const int64_t lanes = width(p);
+    zero_row(to, 0, kPanelWidth<T>);
+    for (int slot = 0; slot < kShape.slots; ++slot) {
+      for (int64_t i = 0; i < lanes; ++i) {
+        const int64_t u = first_unit(p) + i;
+        const T* b_ih = slot >= kShape.input_slot && u < H ? w.b_ih : nullptr;
+        const T* b_hh = slot < kShape.gates && u < H ? w.b_hh : nullptr;
+        to[slot_at(slot, lanes) + i] =
+            (b_ih ? value(b_ih[kShape.input_gate(slot) * H + u]) : Compute<T>(0)) +
+            (b_hh ? value(b_hh[kShape.recurrent_gate(slot) * H + u]) : Compute<T>(0));
+      }
+    }
+  }
 };
 
 enum class Role { kInput, kRecurrent };
@@ -62,6 +79,8 @@ struct StepWeights {
   const T* w;
   int64_t row, K;
   Compute<T>* packed;
+
+  int64_t lanes() const { return panels.packed_lanes(K); }
 
   static constexpr int gate_of(int i) {
     return role == Role::kInput ? kShape.input_gate(i + kFirstSlot) : kShape.recurrent_gate(i);

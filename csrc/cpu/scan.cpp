@@ -245,13 +245,11 @@ void run(const Backward<T>& scan, int threads, bool deterministic) {
 
 template <typename T>
 void run(const SecondOrder<T>& scan, int threads, bool deterministic) {
-  Sizes sizes;
-  sizes.cell = scan.cell;
-  sizes.H = sizes.O = scan.H;
-  const Problem problem = {sizes, scan.steps, scan.N, scan.steps * scan.N, deterministic};
-  const Plan plan = plan_backward(problem, machine_for<T>(threads));
+  const Problem problem = problem_of(scan, deterministic);
+  const Machine machine = machine_for<T>(threads);
+  const Plan up = plan_forward(problem, machine), down = plan_backward(problem, machine);
   const Kernels<T>& kernels = std::get<Kernels<T>>(kernels_in_use());
-  with_workspace([&](Workspace w) { return kernels.second_order(scan, plan, w); });
+  with_workspace([&](Workspace w) { return kernels.second_order(scan, up, down, w); });
 }
 template void run<float>(const SecondOrder<float>&, int, bool);
 template void run<double>(const SecondOrder<double>&, int, bool);

@@ -1,15 +1,22 @@
-// The derivative of forward and backward pass in a direction, step by step (SecondOrder of scan.h):
+// The derivative of forward and backward pass in a direction (SecondOrder of scan.h):
 //
-//   ascending    a'(t) += W_hh h'(t-1)                  (h, c)'(t) = tangent of the cell
+//   ascending    a'(t) = W_ih x'(t) + W_ih' x(t) + W_hh' h(t-1) + W_hh h'(t-1) + b'
+//                (h, c)'(t) = tangent of the cell
 //   descending   (da, dh, dc)'(t) = backward of the cell on dual numbers
-//                dh(t-1) = dh direct + W_hh^T da(t)     for values and tangents at once:
-//                                                       two rows of one product for each row
+//                dh(t-1)  = dh direct + da(t) x W_hh        for values and tangents at once:
+//                dh'(t-1) += da(t) x W_hh'                  two rows of one product for each row
+//
+// with a projection between cell and state as in forward.h and backward.h,
+// and after the loops, as products over all rows at once (gradients.h), the tangents of dW, db, dx.
 //
 // The cell's backward needs dh and dc themselves, which backward has not kept: the values are
-// carried along with their tangents. Tasks and teams as in forward.h, of one direction.
+// carried along with their tangents. What no tangent of a state enters is known before the loops:
+// ascending it is made for block_steps steps at once, descending for all of them. Tasks and teams
+// as in forward.h and backward.h.
 #pragma once
 
 #include "cells/cells.h"
+#include "cpu/gradients.h"
 #include "cpu/panels.h"
 #include "cpu/rows.h"
 #include "cpu/threads.h"
@@ -22,256 +29,589 @@ namespace RNNKERN_NAMESPACE {
 template <typename T, typename Cell>
 class SecondOrderScan {
   using D = Dual<Vec<T>>;
+  using Panels = UnitPanels<T, Cell>;
   static constexpr CellShape kShape = Cell::kShape;
   static constexpr int64_t kWidth = kPanelWidth<T>;
+  static_assert(std::is_same_v<T, Compute<T>>, "tangents are not rounded from step to step");
 
  public:
-  SecondOrderScan(const SecondOrder<T>& s, const Plan& plan, Carver& carver)
+  // `up` says how the weights of the ascending products are read, `down` all else.
+  SecondOrderScan(const SecondOrder<T>& s, const Plan& up, const Plan& down, Carver& carver)
       : s_(s),
-        plan_(plan),
-        recurrent_{s.H, kShape.gates * s.H, s.w_hh, s.H, nullptr, true, nullptr},
-        transposed_{kShape.gates * s.H, s.H, s.w_hh, s.H, nullptr, plan.packs_recurrent, nullptr},
-        block_rows_(ceil_div(s.N, plan.row_blocks)),
-        state_row_(ceil_div(s.H, kWidth) * kWidth) {
-    barriers_ = carver.take<Barrier>(1 + plan.threads);
-    recurrent_.packed = carver.take<T>(recurrent_.lanes());
-    transposed_.packed = carver.take<T>(transposed_.lanes());
-    dh_ = {carver.take<T>(s.N * state_row_), carver.take<T>(s.N * state_row_)};
-    if (kShape.cell_state) {
-      dc_ = {carver.take<T>(s.N * state_row_), carver.take<T>(s.N * state_row_)};
-      tangent_c_ = carver.take<T>(s.steps * s.N * s.H);
-      tangent_c_prev_ = carver.take<T>(s.steps * s.N * s.H);
+        plan_(down),
+        block_steps_(up.block_steps),
+        block_rows_(ceil_div(s.steps.N, down.row_blocks)),
+        h_row_(ceil_div(s.sizes.O, kWidth) * kWidth),
+        u_row_(ceil_div(s.sizes.H, kWidth) * kWidth),
+        panels_{s.sizes.H},
+        projected_(projected_of(s, carver)),
+        gradients_(products_of(s, projected_), down, carver) {
+    const Sizes& z = s.sizes;
+    const int64_t states = z.D * s.steps.N, rows = z.D * s.steps.total;
+    barriers_ = carver.take<Barrier>(1 + plan_.threads);
+    for (int d = 0; d < z.D; ++d) {
+      bias_[d] = carver.take<T>(panels_.count() * kWidth);
+      for (int k : {kValue, kTangent}) {
+        const Weights<T>& w = k == kValue ? s.weights[d] : s.tangent_weights[d];
+        input_[k][d] = {panels_, w.w_ih, w.w_ih_row, z.I, nullptr};
+        recurrent_[k][d] = {panels_, w.w_hh, w.w_hh_row, z.O, nullptr};
+        back_[k][d] = {kShape.gates * z.H,    z.O,    w.w_hh, w.w_hh_row, &kShape,
+                       plan_.packs_recurrent, nullptr};
+        if (w.w_hr) {
+          project_[k][d] = {z.H, z.O, w.w_hr, w.w_hr_row, nullptr, true, nullptr};
+          project_[k][d].packed = carver.take<T>(project_[k][d].lanes());
+          unproject_[k][d] = {z.O,    z.H, w.w_hr, w.w_hr_row, nullptr, plan_.packs_recurrent,
+                              nullptr};
+          unproject_[k][d].packed = carver.take<T>(unproject_[k][d].lanes());
+        }
+        if (w.w_ih && up.packs_input) input_[k][d].packed = carver.take<T>(input_[k][d].lanes());
+        if (!w.w_hh) continue;
+        if (up.packs_recurrent) recurrent_[k][d].packed = carver.take<T>(recurrent_[k][d].lanes());
+        back_[k][d].packed = carver.take<T>(back_[k][d].lanes());
+        if (k == kTangent) crossing_[d] = carver.take<T>(s.steps.total * z.O);
+      }
     }
-    pointers_ = carver.take<const T*>(plan.threads * 2 * block_rows_);
-    results_ = carver.take<T*>(plan.threads * 2 * block_rows_);
+    dh_ = carver.take<T>(2 * states * h_row_);
+    if (z.projected) dm_ = carver.take<T>(2 * states * u_row_);
+    if (kShape.cell_state) {
+      dc_ = carver.take<T>(2 * states * u_row_);
+      tangent_cells_ = carver.take<T>(rows * z.H);
+    }
+    Carver count(nullptr);
+    scratch(count);
+    scratch_bytes_ = int64_t(count.used());
+    scratch_ = carver.take<char>(plan_.threads * scratch_bytes_);
   }
 
   void run() {
+    gradients_.prepare();
     for (int i = 0; i <= plan_.threads; ++i) barriers_[i] = Barrier();
     parallel(plan_.threads, [this](int thread, int threads) {
-      for (int64_t p = thread; p < recurrent_.count(); p += threads) recurrent_.pack_transpose(p);
-      for (int64_t p = thread; p < transposed_.count(); p += threads) transposed_.pack(p);
-      barriers_[plan_.threads].wait(threads);
+      Barrier& everyone = barriers_[plan_.threads];
+      pack(thread, threads);
+      gradients_.pack(thread, threads);
+      everyone.wait(threads);
       const int members = threads < plan_.threads ? 1 : plan_.unit_blocks;
-      const int teams = threads / members, team = thread / members, member = thread % members;
-      for (int task = team; team < teams && task < plan_.row_blocks; task += teams) {
-        const Part part = {split(s_.N, plan_.row_blocks, task),
-                           split(s_.H, members, member, kWidth),
-                           split(recurrent_.count(), members, member),
-                           members,
-                           barriers_[team],
-                           pointers_ + thread * 2 * block_rows_,
-                           results_ + thread * 2 * block_rows_};
-        ascend(part);
-        descend(part);
+      const int teams = threads / members, team = thread / members;
+      for (int task = team; team < teams && task < s_.sizes.D * plan_.row_blocks; task += teams) {
+        scan(task, thread % members, members, barriers_[team], scratch_of(thread));
       }
+      everyone.wait(threads);
+      gradients_.run(thread, threads);
     });
   }
 
  private:
+  enum Of { kValue, kTangent };
+  // Where one row of one step stands.
+  struct RowPointers {
+    const T *slots, *h, *h_prev, *c, *c_prev;
+    const T *tangent_sums, *tangent_h_prev, *tangent_c_prev;
+    const T *dslots, *dy, *tangent_dy, *crossing;
+    T *tangent_slots, *tangent_h, *tangent_c;
+    T *dh, *dc, *dm;  // of the value, with that of the tangent behind
+  };
+  struct Scratch {
+    T* acc;                         // [panels][capacity][kWidth]
+    const T **x, **tangent_x, **h;  // [capacity]
+    const T** left;                 // [2 * block_rows_]
+    RowPointers* pointers;          // [block_rows_]
+  };
   // One thread's part of one task.
   struct Part {
-    Range rows, units, panels;  // panels: of the recurrent product
+    int direction;
+    Range rows;
+    Range units;    // of H: the cell
+    Range columns;  // of O
     int members;
     Barrier& barrier;
-    const T** left;  // [2 * block_rows_]
-    T** result;
+    const Scratch& scratch;
+    Rows<const T> y, slots, cells, dslots, dy, tangent_sums, tangent_dy;
+    Rows<T> tangent_y, tangent_slots, tangent_cells, crossing;
+    Rows<const T> unprojected;
+    Rows<T> tangent_unprojected, dprojected, tangent_dprojected;
   };
-  // Values and tangents of rows [N, state_row_].
-  struct Carried {
-    T *value = nullptr, *tangent = nullptr;
+  // Of all steps, where there is a projection: tangents before it, and gradients behind it.
+  struct Projected {
+    T *tangent_h = nullptr, *dh = nullptr, *tangent_dh = nullptr;
   };
 
-  int64_t at(int64_t t, int64_t n) const { return t * s_.N + n; }
-  bool active(int64_t row) const { return !s_.active || s_.active[row]; }
-  bool kept(int64_t row) const { return !s_.kept || s_.kept[row]; }
+  static Projected projected_of(const SecondOrder<T>& s, Carver& carver) {
+    const Sizes& z = s.sizes;
+    if (!z.projected) return {};
+    const int64_t rows = z.D * s.steps.total;
+    return {carver.take<T>(rows * z.H), carver.take<T>(rows * z.O), carver.take<T>(rows * z.O)};
+  }
 
-  void begin(T* to, const T* from, int64_t n, Range units) const {
-    if (from) {
-      copy_row(to, from + n * s_.H, units.begin, units.end);
-    } else {
-      zero_row(to, units.begin, units.end);
+  static GradientProducts<T> products_of(const SecondOrder<T>& s, const Projected& projected) {
+    const GradientTerm<T> by_tangents = {s.tangent_dslots,     s.x,          s.y, s.h0, s.weights,
+                                         projected.tangent_dh, s.unprojected};
+    const GradientTerm<T> by_values = {s.dslots,           s.tangent_x,       constant(s.tangent_y),
+                                       s.tangent_h0,       s.tangent_weights, projected.dh,
+                                       projected.tangent_h};
+    return {s.sizes, s.steps, 2, {by_tangents, by_values}, s.tangent_dx, s.tangent_gradients};
+  }
+
+  static Rows<const T> constant(const Rows<T>& rows) { return {rows.data, rows.step, rows.row}; }
+
+  Scratch scratch(Carver& carver) const {
+    const int64_t capacity = block_steps_ * block_rows_;
+    return {carver.take<T>(panels_.count() * capacity * kWidth),
+            carver.take<const T*>(capacity),
+            carver.take<const T*>(capacity),
+            carver.take<const T*>(capacity),
+            carver.take<const T*>(2 * block_rows_),
+            carver.take<RowPointers>(block_rows_)};
+  }
+  Scratch scratch_of(int thread) const {
+    Carver carver(scratch_ + thread * scratch_bytes_);
+    return scratch(carver);
+  }
+
+  void pack(int thread, int threads) const {
+    for (int d = 0; d < s_.sizes.D; ++d) {
+      for (int64_t p = thread; p < panels_.count(); p += threads) {
+        panels_.pack_bias(p, s_.tangent_weights[d], bias_[d] + p * kWidth);
+        for (int k : {kValue, kTangent}) {
+          if (input_[k][d].packed) input_[k][d].pack(p);
+          if (recurrent_[k][d].packed) recurrent_[k][d].pack(p);
+        }
+      }
+      for (int k : {kValue, kTangent}) {
+        const auto each = [&](const ColumnPanels<T>& w, auto pack) {
+          for (int64_t p = thread; w.w && p < w.count(); p += threads) pack(w, p);
+        };
+        each(back_[k][d], [](const ColumnPanels<T>& w, int64_t p) { w.pack(p); });
+        each(unproject_[k][d], [](const ColumnPanels<T>& w, int64_t p) { w.pack(p); });
+        each(project_[k][d], [](const ColumnPanels<T>& w, int64_t p) { w.pack_transpose(p); });
+      }
     }
   }
+
+  void scan(int task, int member, int members, Barrier& barrier, const Scratch& scratch) const {
+    const Sizes& z = s_.sizes;
+    const Steps& s = s_.steps;
+    const int d = task % z.D;
+    const int64_t S = kShape.slots * z.H;
+    const Part part = {d,
+                       split(s.N, plan_.row_blocks, task / z.D),
+                       split(z.H, members, member, kWidth),
+                       split(z.O, members, member, kWidth),
+                       members,
+                       barrier,
+                       scratch,
+                       columns(s_.y, d * z.O),
+                       saved_rows(s, s_.slots, d, S),
+                       saved_rows(s, s_.cells, d, z.H),
+                       saved_rows(s, s_.dslots, d, S),
+                       columns(s_.dy, d * z.O),
+                       saved_rows(s, s_.tangent_sums, d, S),
+                       columns(s_.tangent_dy, d * z.O),
+                       columns(s_.tangent_y, d * z.O),
+                       saved_rows(s, s_.tangent_dslots, d, S),
+                       saved_rows(s, tangent_cells_, d, z.H),
+                       {crossing_[d], s.N * z.O, z.O},
+                       saved_rows(s, s_.unprojected, d, z.H),
+                       saved_rows(s, projected_.tangent_h, d, z.H),
+                       saved_rows(s, projected_.dh, d, z.O),
+                       saved_rows(s, projected_.tangent_dh, d, z.O)};
+    ascend(part);
+    cross(part);
+    for (int64_t i = 0; i < s.T; ++i) {
+      descend(part, visit(s, d == 1, i, part.rows.begin, part.rows.end));
+    }
+    const int64_t idle = s.T ? max_of(part.rows.begin, active_rows(s, 0)) : part.rows.begin;
+    for (int64_t slot = idle; slot < part.rows.end; ++slot) {
+      begin(state_at(s, s_.tangent_hn, d, slot), s_.tangent_h0, d, slot, part.columns);
+      if (kShape.cell_state) {
+        begin(state_at(s, s_.tangent_cn, d, slot), s_.tangent_c0, d, slot, part.units);
+      }
+      enter_row(part, slot);
+      leave_row(part, slot);
+    }
+  }
+
+  RowPointers pointers(const Part& part, int64_t t, int64_t slot) const {
+    const Steps& s = s_.steps;
+    const int d = part.direction;
+    const auto row = [&](const auto& rows) {
+      return rows.data ? row_at(s, rows, t, slot) : nullptr;
+    };
+    const auto before = [&](const Rows<const T>& rows, const State<const T>& initial) {
+      return previous_state(s, d, t, slot, rows, initial, gradients_.zeros());
+    };
+    RowPointers r = {};
+    r.slots = row(part.slots);
+    r.dslots = row(part.dslots);
+    r.dy = row(part.dy);
+    r.tangent_sums = row(part.tangent_sums);
+    r.tangent_dy = row(part.tangent_dy);
+    r.tangent_slots = row(part.tangent_slots);
+    r.crossing = row(part.crossing);
+    r.h = row(part.y);
+    r.tangent_h = row(s_.sizes.projected ? part.tangent_unprojected : part.tangent_y);
+    r.h_prev = before(part.y, s_.h0);
+    r.tangent_h_prev = before(constant(part.tangent_y), s_.tangent_h0);
+    r.dh = dh_row(d, slot);
+    if constexpr (kShape.cell_state) {
+      r.c = row(part.cells);
+      r.tangent_c = row(part.tangent_cells);
+      r.c_prev = before(part.cells, s_.c0);
+      r.tangent_c_prev = before(constant(part.tangent_cells), s_.tangent_c0);
+      r.dc = dc_row(d, slot);
+      if (s_.sizes.projected) r.dm = dm_ + 2 * (d * s.N + slot) * u_row_;
+    }
+    return r;
+  }
+
+  // Ascending
 
   void ascend(const Part& part) const {
-    const int64_t H = s_.H, S = kShape.slots * H;
-    for (int64_t n = part.rows.begin; n < part.rows.end; ++n) {
-      begin(s_.tangent_hn + n * H, s_.tangent_h0, n, part.units);
-      if (kShape.cell_state) begin(s_.tangent_cn + n * H, s_.tangent_c0, n, part.units);
-    }
-    for (int64_t t = 0; t < s_.steps; ++t) {
-      int64_t count = 0;
-      for (int64_t n = part.rows.begin; n < part.rows.end; ++n, ++count) {
-        const int64_t row = at(t, n);
-        T* h = s_.tangent_h_prev + row * H;
-        begin(h, kept(row) ? s_.tangent_hn : nullptr, n, part.units);
-        if constexpr (kShape.cell_state) {
-          begin(tangent_c_prev_ + row * H, kept(row) ? s_.tangent_cn : nullptr, n, part.units);
-        }
-        part.left[count] = h;
+    const Steps& s = s_.steps;
+    for (int64_t i = 0; i < s.T; i += block_steps_) {
+      const int64_t end = min_of(i + block_steps_, s.T);
+      add_known_products(part, gather(part, i, end));
+      int64_t first = 0;
+      for (int64_t j = i; j < end; ++j) {
+        const Visit v = visit(s, part.direction == 0, j, part.rows.begin, part.rows.end);
+        ascend(part, v, first);
+        first += v.active_end - part.rows.begin;
       }
-      part.barrier.wait(part.members);
-      for (int64_t p = part.panels.begin; p < part.panels.end; ++p) {
-        for (int64_t k = 0; k < count; ++k) {
-          part.result[k] = s_.tangent_slots + at(t, part.rows.begin + k) * S + p * kWidth;
-        }
-        recurrent_.multiply(p, count, part.left, part.result, true);
-      }
-      part.barrier.wait(part.members);
-      for (int64_t n = part.rows.begin; n < part.rows.end; ++n) tangent(part, t, n);
     }
   }
 
-  // Units of a state as they enter the step of that row.
-  Vec<T> entering(const T* states, const T* initial, int64_t row, int64_t u) const {
-    const int64_t before = row - s_.N, n = s_.H - u;
-    if (!kept(row)) return Vec<T>{};
-    if (before >= 0 && active(before)) return load_up_to(states + before * s_.H + u, n);
-    return initial ? load_up_to(initial + row % s_.N * s_.H + u, n) : Vec<T>{};
+  // The rows of the steps [begin, end), one step after the other; returns their number.
+  int64_t gather(const Part& part, int64_t begin, int64_t end) const {
+    const Steps& s = s_.steps;
+    const int d = part.direction;
+    int64_t count = 0;
+    for (int64_t j = begin; j < end; ++j) {
+      const Visit v = visit(s, d == 0, j, part.rows.begin, part.rows.end);
+      for (int64_t slot = part.rows.begin; slot < v.active_end; ++slot, ++count) {
+        part.scratch.x[count] = row_at(s, s_.x, v.t, slot);
+        if (s_.tangent_x.data) part.scratch.tangent_x[count] = row_at(s, s_.tangent_x, v.t, slot);
+        part.scratch.h[count] = previous_state(s, d, v.t, slot, part.y, s_.h0, gradients_.zeros());
+      }
+    }
+    return count;
   }
 
-  Step<D> load_step(int64_t row, int64_t u) const {
-    const int64_t H = s_.H, S = kShape.slots * H, i = row * H + u, n = H - u;
+  void add_known_products(const Part& part, int64_t count) const {
+    const int d = part.direction;
+    for_panels(part, [&](int64_t p, T* acc) {
+      for (int64_t m = 0; m < count; ++m) {
+        copy_row(acc + m * kWidth, bias_[d] + p * kWidth, 0, kWidth);
+      }
+      const auto add = [&](const auto& weights, const T* const* rows) {
+        if (weights.w) weights.add(p, count, rows, acc, kWidth);
+      };
+      if (s_.tangent_x.data) add(input_[kValue][d], part.scratch.tangent_x);
+      add(input_[kTangent][d], part.scratch.x);
+      add(recurrent_[kTangent][d], part.scratch.h);
+    });
+  }
+
+  // f(panel, its accumulators) for those of the member's units.
+  template <typename F>
+  void for_panels(const Part& part, F f) const {
+    const int64_t lanes = block_steps_ * block_rows_ * kWidth;
+    for (int64_t p = part.units.begin / Panels::kUnits; panels_.first_unit(p) < part.units.end;
+         ++p) {
+      f(p, part.scratch.acc + p * lanes);
+    }
+  }
+
+  // One step; first: of its rows among those gathered.
+  void ascend(const Part& part, const Visit& v, int64_t first) const {
+    const Steps& s = s_.steps;
+    const int d = part.direction;
+    const int64_t count = v.active_end - part.rows.begin;
+    for (int64_t k = 0; k < count; ++k) {
+      part.scratch.pointers[k] = pointers(part, v.t, part.rows.begin + k);
+      part.scratch.left[k] = part.scratch.pointers[k].tangent_h_prev;
+    }
+    for_panels(part, [&](int64_t p, T* acc) {
+      acc += first * kWidth;
+      recurrent_[kValue][d].add(p, count, part.scratch.left, acc, kWidth);
+      for (int64_t k = 0; k < count; ++k) tangent(p, part.scratch.pointers[k], acc + k * kWidth);
+    });
+    if (s_.sizes.projected) project(part, v, count);
+    for (int64_t slot = v.active_end; s.active && !s.start && slot < part.rows.end; ++slot) {
+      zero_row(row_at(s, part.tangent_y, v.t, slot), part.columns.begin, part.columns.end);
+    }
+    for (int64_t slot = v.leaving; slot < v.active_end; ++slot) {
+      const auto finish = [&](const State<T>& to, const Rows<T>& from, Range own) {
+        copy_row(state_at(s, to, d, slot), row_at(s, from, v.t, slot), own.begin, own.end);
+      };
+      finish(s_.tangent_hn, part.tangent_y, part.columns);
+      if (kShape.cell_state) finish(s_.tangent_cn, part.tangent_cells, part.units);
+    }
+    part.barrier.wait(part.members);
+  }
+
+  // y' = W_hr m' + W_hr' m, once the whole team has written m'.
+  void project(const Part& part, const Visit& v, int64_t count) const {
+    part.barrier.wait(part.members);
+    for_groups(count, [&](int64_t first, int64_t rows) {
+      const T *values[kGroupRows], *tangents[kGroupRows];
+      T* to[kGroupRows];
+      for (int64_t k = 0; k < rows; ++k) {
+        const int64_t slot = part.rows.begin + first + k;
+        values[k] = row_at(s_.steps, part.unprojected, v.t, slot);
+        tangents[k] = row_at(s_.steps, part.tangent_unprojected, v.t, slot);
+        to[k] = row_at(s_.steps, part.tangent_y, v.t, slot);
+      }
+      multiply(project_[kValue][part.direction], part.columns, rows, tangents, to, false);
+      multiply(project_[kTangent][part.direction], part.columns, rows, values, to, true);
+    });
+  }
+
+  // f(first, rows) for groups of at most kGroupRows.
+  template <typename F>
+  static void for_groups(int64_t count, F f) {
+    for (int64_t first = 0; first < count; first += kGroupRows) {
+      f(first, min_of(kGroupRows, count - first));
+    }
+  }
+
+  // The columns `own` of to = or += left x w; nothing where w is zeros.
+  static void multiply(const ColumnPanels<T>& w, Range own, int64_t rows, const T* const* left,
+                       T* const* to, bool adds) {
+    T* out[kGroupRows];
+    for (int64_t p = own.begin / kWidth; w.w && p * kWidth < own.end; ++p) {
+      for (int64_t k = 0; k < rows; ++k) out[k] = to[k] + p * kWidth;
+      w.multiply(p, rows, left, out, adds);
+    }
+  }
+
+  // What both ways know of a step: values, and tangents of the states that enter it.
+  Step<D> load_step(const RowPointers& row, int64_t u) const {
+    const int64_t H = s_.sizes.H, n = H - u;
     Step<D> s;
+    if constexpr (kShape.saves_slots) {
 #pragma GCC unroll 4
-    for (int k = 0; k < kShape.slots; ++k) {
-      const int64_t at = row * S + k * H + u;
-      s.slot[k].tangent = load_up_to(s_.tangent_slots + at, n);
-      if constexpr (kShape.saves_slots) s.slot[k].value = load_up_to(s_.slots + at, n);
+      for (int k = 0; k < kShape.slots; ++k) s.slot[k].value = load_up_to(row.slots + k * H + u, n);
+    } else {
+      s.h.value = load_up_to(row.h + u, n);
     }
-    if constexpr (!kShape.saves_slots) s.h.value = load_up_to(s_.h + i, n);
     if constexpr (kShape.reads_h) {
-      s.h_prev = {entering(s_.h, s_.h0, row, u), load_up_to(s_.tangent_h_prev + i, n)};
+      s.h_prev = {load_up_to(row.h_prev + u, n), load_up_to(row.tangent_h_prev + u, n)};
     }
     if constexpr (kShape.cell_state) {
-      s.c_prev = {entering(s_.c, s_.c0, row, u), load_up_to(tangent_c_prev_ + i, n)};
+      s.c_prev = {load_up_to(row.c_prev + u, n), load_up_to(row.tangent_c_prev + u, n)};
     }
     return s;
   }
 
-  void store_slots(const Step<D>& s, int64_t row, int64_t u) const {
-    T* to = s_.tangent_slots + row * kShape.slots * s_.H + u;
+  void store_slots(const RowPointers& row, int64_t u, const Step<D>& s) const {
+    const int64_t H = s_.sizes.H;
 #pragma GCC unroll 4
     for (int k = 0; k < kShape.slots; ++k) {
-      store_up_to(to + k * s_.H, s.slot[k].tangent, s_.H - u);
+      store_up_to(row.tangent_slots + k * H + u, s.slot[k].tangent, H - u);
     }
   }
 
-  void tangent(const Part& part, int64_t t, int64_t row_of_batch) const {
-    const int64_t H = s_.H, row = at(t, row_of_batch);
+  // On the units of a panel of one row.
+  void tangent(int64_t p, const RowPointers& row, const T* acc) const {
+    const int64_t H = s_.sizes.H, width = panels_.width(p);
+    for (int64_t v = 0; v < width; v += kLanes<T>) {
+      const int64_t u = panels_.first_unit(p) + v, n = H - u;
+      Step<D> s = load_step(row, u);
+#pragma GCC unroll 4
+      for (int k = 0; k < kShape.slots; ++k) {
+        s.slot[k].tangent = load(acc + Panels::slot_at(k, width) + v);
+        if (row.tangent_sums) s.slot[k].tangent += load_up_to(row.tangent_sums + k * H + u, n);
+      }
+      Cell::tangent(s);
+      if constexpr (kShape.saves_slots) store_slots(row, u, s);
+      store_up_to(row.tangent_h + u, s.h.tangent, n);
+      if constexpr (kShape.cell_state) store_up_to(row.tangent_c + u, s.c.tangent, n);
+    }
+  }
+
+  // Descending
+
+  // crossing = da x W_hh', of all steps, for the member's own columns.
+  void cross(const Part& part) const {
+    const ColumnPanels<T>& w = back_[kTangent][part.direction];
+    const T* left[kGroupRows];
+    T* to[kGroupRows];
+    int64_t count = 0;
+    const auto make = [&] {
+      multiply(w, part.columns, count, left, to, false);
+      count = 0;
+    };
+    for (int64_t t = 0; w.w && t < s_.steps.T; ++t) {
+      const int64_t end = min_of(part.rows.end, active_rows(s_.steps, t));
+      for (int64_t slot = part.rows.begin; slot < end; ++slot) {
+        left[count] = row_at(s_.steps, part.dslots, t, slot);
+        to[count] = row_at(s_.steps, part.crossing, t, slot);
+        if (++count == kGroupRows) make();
+      }
+    }
+    make();
+  }
+
+  T* dh_row(int d, int64_t slot) const { return dh_ + 2 * (d * s_.steps.N + slot) * h_row_; }
+  T* dc_row(int d, int64_t slot) const { return dc_ + 2 * (d * s_.steps.N + slot) * u_row_; }
+
+  void descend(const Part& part, const Visit& v) const {
+    const Steps& s = s_.steps;
+    const int d = part.direction;
+    const int64_t count = v.active_end - part.rows.begin;
+    for (int64_t slot = v.entering; slot < v.active_end; ++slot) enter_row(part, slot);
+    for (int64_t k = 0; k < count; ++k) {
+      RowPointers& row = part.scratch.pointers[k];
+      row = pointers(part, v.t, part.rows.begin + k);
+      part.scratch.left[2 * k] = row.dslots;
+      part.scratch.left[2 * k + 1] = row.tangent_slots;
+    }
+    if (s_.sizes.projected) unproject(part, v, count);
+    for (int64_t k = 0; k < count; ++k) cell(part, part.scratch.pointers[k]);
+    part.barrier.wait(part.members);
+    for (int64_t p = part.columns.begin / kWidth; p * kWidth < part.columns.end; ++p) {
+      T* dh = dh_row(d, part.rows.begin) + p * kWidth;
+      for (int64_t k = 0; !kShape.reads_h && k < 2 * count; ++k)
+        zero_row(dh + k * h_row_, 0, kWidth);
+      back_[kValue][d].add(p, 2 * count, part.scratch.left, dh, h_row_);
+    }
+    for (int64_t k = 0; crossing_[d] && k < count; ++k) {
+      const RowPointers& row = part.scratch.pointers[k];
+      for (int64_t i = part.columns.begin; i < part.columns.end; ++i) {
+        row.dh[h_row_ + i] += row.crossing[i];
+      }
+    }
+    for (int64_t slot = part.rows.begin; s.reset && slot < v.active_end; ++slot) {
+      if (cut(s, d, v.t, slot)) zero_carry(part, slot);
+    }
+    for (int64_t slot = v.leaving; slot < v.active_end; ++slot) leave_row(part, slot);
+  }
+
+  // dm = (dy + dh) x W_hr, and its tangent; dy + dh is kept for the gradient of W_hr.
+  void unproject(const Part& part, const Visit& v, int64_t count) const {
+    const int d = part.direction;
+    const auto sum = [&](T* to, const T* dh, const T* dy) {
+      for (int64_t i = part.columns.begin; i < part.columns.end; ++i) {
+        to[i] = dy ? dh[i] + dy[i] : dh[i];
+      }
+    };
+    for (int64_t k = 0; k < count; ++k) {
+      const RowPointers& row = part.scratch.pointers[k];
+      const int64_t slot = part.rows.begin + k;
+      sum(row_at(s_.steps, part.dprojected, v.t, slot), row.dh, row.dy);
+      sum(row_at(s_.steps, part.tangent_dprojected, v.t, slot), row.dh + h_row_, row.tangent_dy);
+    }
+    part.barrier.wait(part.members);
+    for_groups(count, [&](int64_t first, int64_t rows) {
+      const T *values[kGroupRows], *tangents[kGroupRows];
+      T *to[kGroupRows], *tangent_to[kGroupRows];
+      for (int64_t k = 0; k < rows; ++k) {
+        const int64_t slot = part.rows.begin + first + k;
+        values[k] = row_at(s_.steps, part.dprojected, v.t, slot);
+        tangents[k] = row_at(s_.steps, part.tangent_dprojected, v.t, slot);
+        to[k] = part.scratch.pointers[first + k].dm;
+        tangent_to[k] = to[k] + u_row_;
+      }
+      multiply(unproject_[kValue][d], part.units, rows, values, to, false);
+      multiply(unproject_[kValue][d], part.units, rows, tangents, tangent_to, false);
+      multiply(unproject_[kTangent][d], part.units, rows, values, tangent_to, true);
+    });
+  }
+
+  void cell(const Part& part, const RowPointers& row) const {
+    const int64_t H = s_.sizes.H;
+    const auto incoming = [&](const T* dy, int64_t u) {
+      return dy ? load_up_to(dy + u, H - u) : Vec<T>{};
+    };
     for (int64_t u = part.units.begin; u < part.units.end; u += kLanes<T>) {
       const int64_t n = H - u;
       Step<D> s = load_step(row, u);
-      Cell::tangent(s);
-      if constexpr (kShape.saves_slots) store_slots(s, row, u);
-      store_up_to(s_.tangent_h + row * H + u, s.h.tangent, n);
-      if constexpr (kShape.cell_state) store_up_to(tangent_c_ + row * H + u, s.c.tangent, n);
-      if (!active(row)) continue;
-      store_up_to(s_.tangent_hn + row_of_batch * H + u, s.h.tangent, n);
-      if constexpr (kShape.cell_state) {
-        store_up_to(s_.tangent_cn + row_of_batch * H + u, s.c.tangent, n);
-      }
-    }
-  }
-
-  void descend(const Part& part) const {
-    const int64_t H = s_.H, S = kShape.slots * H;
-    const Range own = part.units;
-    for (int64_t n = part.rows.begin; n < part.rows.end; ++n) {
-      begin(dh_.value + n * state_row_, s_.dhn, n, own);
-      begin(dh_.tangent + n * state_row_, s_.tangent_dhn, n, own);
-      if constexpr (kShape.cell_state) {
-        begin(dc_.value + n * state_row_, s_.dcn, n, own);
-        begin(dc_.tangent + n * state_row_, s_.tangent_dcn, n, own);
-      }
-    }
-    for (int64_t t = s_.steps - 1; t >= 0; --t) {
-      int64_t count = 0;
-      for (int64_t n = part.rows.begin; n < part.rows.end; ++n) {
-        const int64_t row = at(t, n);
-        T* tangents = s_.tangent_slots + row * S;
-        if (!active(row)) {
-          for (int k = 0; k < kShape.slots; ++k) {
-            zero_row(tangents, k * H + own.begin, k * H + own.end);
-          }
-          continue;
+      if constexpr (kShape.saves_slots) {
+#pragma GCC unroll 4
+        for (int k = 0; k < kShape.slots; ++k) {
+          s.slot[k].tangent = load_up_to(row.tangent_slots + k * H + u, n);
         }
-        backward(part, t, n);
-        part.left[count] = s_.dslots + row * S;
-        part.result[count++] = dh_.value + n * state_row_ + own.begin;
-        part.left[count] = tangents;
-        part.result[count++] = dh_.tangent + n * state_row_ + own.begin;
+      } else {
+        s.h.tangent = load_up_to(row.tangent_h + u, n);
       }
-      part.barrier.wait(part.members);
-      multiply(part, count);
-      for (int64_t n = part.rows.begin; n < part.rows.end; ++n) hand_over(part, t, n);
-    }
-    for (int64_t n = part.rows.begin; n < part.rows.end; ++n) {
-      copy_row(s_.tangent_dh0 + n * H, dh_.tangent + n * state_row_, own.begin, own.end);
-      if constexpr (kShape.cell_state) {
-        copy_row(s_.tangent_dc0 + n * H, dc_.tangent + n * state_row_, own.begin, own.end);
+      if (row.dm) {
+        s.dh = {load(row.dm + u), load(row.dm + u_row_ + u)};
+      } else {
+        s.dh = {load(row.dh + u) + incoming(row.dy, u),
+                load(row.dh + h_row_ + u) + incoming(row.tangent_dy, u)};
       }
-    }
-  }
-
-  void backward(const Part& part, int64_t t, int64_t row_of_batch) const {
-    const int64_t H = s_.H, row = at(t, row_of_batch), state = row_of_batch * state_row_;
-    for (int64_t u = part.units.begin; u < part.units.end; u += kLanes<T>) {
-      const int64_t n = H - u, i = row * H + u;
-      Step<D> s = load_step(row, u);
-      if constexpr (!kShape.saves_slots) s.h.tangent = load_up_to(s_.tangent_h + i, n);
-      s.dh = {load(dh_.value + state + u), load(dh_.tangent + state + u)};
-      if (s_.dy) s.dh.value += load_up_to(s_.dy + i, n);
-      if (s_.tangent_dy) s.dh.tangent += load_up_to(s_.tangent_dy + i, n);
       if constexpr (kShape.cell_state) {
-        s.c = {load_up_to(s_.c + i, n), load_up_to(tangent_c_ + i, n)};
-        s.dc = {load(dc_.value + state + u), load(dc_.tangent + state + u)};
+        s.c = {load_up_to(row.c + u, n), load_up_to(row.tangent_c + u, n)};
+        s.dc = {load(row.dc + u), load(row.dc + u_row_ + u)};
       }
       Cell::backward(s);
-      store_slots(s, row, u);
+      store_slots(row, u, s);
       if constexpr (kShape.cell_state) {
-        store(dc_.value + state + u, s.dc.value);
-        store(dc_.tangent + state + u, s.dc.tangent);
+        store(row.dc + u, s.dc.value);
+        store(row.dc + u_row_ + u, s.dc.tangent);
       }
-      if constexpr (!kShape.reads_h) s.dh_direct = D{};
-      store(dh_.value + state + u, s.dh_direct.value);
-      store(dh_.tangent + state + u, s.dh_direct.tangent);
+      if constexpr (kShape.reads_h) {
+        store(row.dh + u, s.dh_direct.value);
+        store(row.dh + h_row_ + u, s.dh_direct.tangent);
+      }
     }
   }
 
-  // Of the member's own columns, which are its units.
-  void multiply(const Part& part, int64_t count) const {
-    for (int64_t p = part.units.begin / kWidth; p * kWidth < part.units.end; ++p) {
-      transposed_.multiply(p, count, part.left, part.result, true);
-      for (int64_t k = 0; k < count; ++k) part.result[k] += kWidth;
+  void begin(T* to, const State<const T>& from, int d, int64_t slot, Range own) const {
+    if (from.data) {
+      copy_row(to, state_at(s_.steps, from, d, slot), own.begin, own.end);
+    } else {
+      zero_row(to, own.begin, own.end);
     }
   }
 
-  // What step t has left goes to the step before.
-  void hand_over(const Part& part, int64_t t, int64_t row_of_batch) const {
-    const int64_t row = at(t, row_of_batch), state = row_of_batch * state_row_;
-    const Range own = part.units;
-    if (!active(row)) return;
-    if (s_.crossing) {
-      T* to = dh_.tangent + state;
-      for (int64_t u = own.begin; u < own.end; ++u) to[u] += s_.crossing[row * s_.H + u];
+  // The gradients a row starts from at its last step: those of its final states.
+  void enter_row(const Part& part, int64_t slot) const {
+    const int d = part.direction;
+    begin(dh_row(d, slot), s_.dhn, d, slot, part.columns);
+    begin(dh_row(d, slot) + h_row_, s_.tangent_dhn, d, slot, part.columns);
+    if constexpr (kShape.cell_state) {
+      begin(dc_row(d, slot), s_.dcn, d, slot, part.units);
+      begin(dc_row(d, slot) + u_row_, s_.tangent_dcn, d, slot, part.units);
     }
-    if (kept(row)) return;
-    for (T* z : {dh_.value, dh_.tangent, dc_.value, dc_.tangent}) {
-      if (z) zero_row(z + state, own.begin, own.end);
-    }
+  }
+
+  void zero_carry(const Part& part, int64_t slot) const {
+    const auto zero = [&](T* row, int64_t of_value, Range own) {
+      zero_row(row, own.begin, own.end);
+      zero_row(row + of_value, own.begin, own.end);
+    };
+    zero(dh_row(part.direction, slot), h_row_, part.columns);
+    if (kShape.cell_state) zero(dc_row(part.direction, slot), u_row_, part.units);
+  }
+
+  void leave_row(const Part& part, int64_t slot) const {
+    const int d = part.direction;
+    const auto leave = [&](const State<T>& to, const T* from, Range own) {
+      if (to.data) copy_row(state_at(s_.steps, to, d, slot), from, own.begin, own.end);
+    };
+    leave(s_.tangent_dh0, dh_row(d, slot) + h_row_, part.columns);
+    if (kShape.cell_state) leave(s_.tangent_dc0, dc_row(d, slot) + u_row_, part.units);
   }
 
   const SecondOrder<T>& s_;
   const Plan& plan_;
-  ColumnPanels<T> recurrent_, transposed_;
-  int64_t block_rows_, state_row_;
+  int64_t block_steps_, block_rows_, h_row_, u_row_;
+  Panels panels_;
+  Projected projected_;
+  Gradients<T, Cell> gradients_;
   Barrier* barriers_;
-  Carried dh_, dc_;
-  T *tangent_c_ = nullptr, *tangent_c_prev_ = nullptr;  // [T, N, H]
-  const T** pointers_;
-  T** results_;
+  T* bias_[kMaxDirections];
+  StepWeights<T, Cell, Role::kInput> input_[2][kMaxDirections];          // by Of
+  StepWeights<T, Cell, Role::kRecurrent> recurrent_[2][kMaxDirections];  // likewise
+  ColumnPanels<T> project_[2][kMaxDirections] = {};                      // W_hr
+  ColumnPanels<T> back_[2][kMaxDirections];                              // W_hh, descending
+  ColumnPanels<T> unproject_[2][kMaxDirections] = {};                    // W_hr, descending
+  T* crossing_[kMaxDirections] = {};                                     // [total, O]
+  T *dh_, *dc_ = nullptr, *dm_ = nullptr;  // [D, N, 2, h_row_ or u_row_]
+  T* tangent_cells_ = nullptr;             // [D, total, H]
+  char* scratch_;
+  int64_t scratch_bytes_;
 };
 
 }  // namespace RNNKERN_NAMESPACE

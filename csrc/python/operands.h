@@ -128,35 +128,34 @@ class Operands {
   dlpack::Device device() const { return x_.tensor.device; }
   const Layer& layer() const { return layer_; }
 
-  // `list` has size() and [].
+  // `list` has size() and []. Where they may miss, None stands for zeros.
   template <typename List>
-  void read_weights(const List& list, Weights<T>* out) {
+  void read_weights(const List& list, Weights<T>* out, bool may_miss = false) {
     if (int(list.size()) != layer_.directions * layer_.tensors()) {
       throw Refused("expected " + std::to_string(layer_.directions * layer_.tensors()) +
                     " weights, got " + std::to_string(list.size()));
     }
     const int gates = cell_shape(sizes.cell).gates;
     size_t i = 0;
+    const auto next = [&](const char* name, std::initializer_list<int64_t> shape, const T** data,
+                          int64_t* row) {
+      const py::handle weight = list[i++];
+      if (may_miss && weight.is_none()) return;
+      const TensorView v = view(weight, name);
+      v.expect_shape(shape);
+      *data = v.template data<const T>();
+      if (row) *row = v.stride(0);
+    };
+    const int64_t rows = gates * sizes.H;
     for (int d = 0; d < layer_.directions; ++d) {
-      const TensorView w_ih = view(list[i++], "weight_ih"), w_hh = view(list[i++], "weight_hh");
-      const int64_t rows = gates * sizes.H;
-      w_ih.expect_shape({rows, sizes.I});
-      w_hh.expect_shape({rows, sizes.O});
       Weights<T>& w = out[d];
-      w.w_ih = w_ih.template data<const T>();
-      w.w_hh = w_hh.template data<const T>();
-      w.w_ih_row = w_ih.stride(0);
-      w.w_hh_row = w_hh.stride(0);
+      next("weight_ih", {rows, sizes.I}, &w.w_ih, &w.w_ih_row);
+      next("weight_hh", {rows, sizes.O}, &w.w_hh, &w.w_hh_row);
       if (layer_.bias) {
-        w.b_ih = vector(list[i++], "bias_ih", rows);
-        w.b_hh = vector(list[i++], "bias_hh", rows);
+        next("bias_ih", {rows}, &w.b_ih, nullptr);
+        next("bias_hh", {rows}, &w.b_hh, nullptr);
       }
-      if (layer_.projected) {
-        const TensorView w_hr = view(list[i++], "weight_hr");
-        w_hr.expect_shape({sizes.O, sizes.H});
-        w.w_hr = w_hr.template data<const T>();
-        w.w_hr_row = w_hr.stride(0);
-      }
+      if (layer_.projected) next("weight_hr", {sizes.O, sizes.H}, &w.w_hr, &w.w_hr_row);
     }
   }
 
@@ -232,13 +231,27 @@ class Operands {
     return v.data<T>();
   }
 
-  // Makes the gradients of the weights that are wanted, in the order of the weights.
-  void make_gradients(const py::sequence& wanted, py::list* made, WeightGradients<T>* out) const {
+  // A dense tensor [D, total, S*H], or null for None.
+  const T* slots_data(py::handle object, const char* name) const {
+    if (object.is_none()) return nullptr;
+    const TensorView v = view(object, name);
+    const Shape wanted = slots_shape();
+    v.expect_shape({wanted.sizes[0], wanted.sizes[1], wanted.sizes[2]});
+    for (int i = 0; i < wanted.axes; ++i) {
+      if (v.size(i) > 1 && v.stride(i) != wanted.strides[i]) v.fail("is not dense");
+    }
+    return v.data<const T>();
+  }
+  py::object make_slots(T** data) const { return make(slots_shape(), data); }
+
+  // Makes the gradients of the weights that are wanted, in the order of the weights:
+  // is_wanted(their place behind what has been made).
+  template <typename IsWanted>
+  void make_gradients(IsWanted is_wanted, py::list* made, WeightGradients<T>* out) const {
     const int64_t rows = cell_shape(sizes.cell).gates * sizes.H;
     const auto add = [&](std::initializer_list<int64_t> shape) -> T* {
       T* data = nullptr;
-      made->append(wanted[made->size()].template cast<bool>() ? make(dense(shape), &data)
-                                                              : py::none());
+      made->append(is_wanted(made->size()) ? make(dense(shape), &data) : py::none());
       return data;
     };
     for (int d = 0; d < layer_.directions; ++d) {
@@ -377,10 +390,8 @@ class Operands {
     return {v.data<U>(), v.stride(0), v.stride(1)};
   }
 
-  const T* vector(py::handle object, const char* name, int64_t size) {
-    const TensorView v = view(object, name);
-    v.expect_shape({size});
-    return v.data<const T>();
+  Shape slots_shape() const {
+    return dense({sizes.D, steps.total, cell_shape(sizes.cell).slots * sizes.H});
   }
 
   const Layer& layer_;
