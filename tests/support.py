@@ -142,15 +142,14 @@ def weighted_sum(outputs: Mapping[str, Tensor]) -> Tensor:
 
 
 def penalized(call: Call) -> Call:
-    """The outputs, and the gradients of them by every leaf, themselves differentiable: what a
-    penalty is made of.
+    """The outputs, and the gradients of them by every leaf and parameter, themselves
+    differentiable: what a penalty is made of.
     """
 
     def with_gradients(module: nn.Module, leaves: Leaves) -> Any:
         outputs = flatten(call(module, leaves))
-        gradients = torch.autograd.grad(
-            weighted_sum(outputs), list(leaves.values()), create_graph=True
-        )
+        wanted = [*leaves.values(), *module.parameters()]
+        gradients = torch.autograd.grad(weighted_sum(outputs), wanted, create_graph=True)
         return [*outputs.values(), *gradients]
 
     return with_gradients

@@ -16,6 +16,7 @@ from support import (
     build,
     check,
     evaluate,
+    flatten,
     leaves_for,
     on_threads,
     penalized,
@@ -37,7 +38,7 @@ pytestmark = [
 SIZES = {
     "tiny": (3, 2, 2, 3),
     "odd": (5, 7, 3, 65),
-    "units": (3, 1, 40, 300),
+    "units": (30, 1, 40, 300),
     "rows": (4, 61, 7, 130),
     "one-step": (1, 9, 5, 16),
 }
@@ -114,6 +115,36 @@ def test_as_the_operators_of_torch(
     for found in results:
         for name, value in expected.items():
             torch.testing.assert_close(found[name], value, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("form", FORMS)
+def test_gradients_of_the_incoming_gradients(
+    form: str, call: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Zero past the end of a row, whatever the gradients of the gradients are there."""
+    kind, own = FORMS[form]
+    module = build(kind, 3, 20, dtype=torch.float64, **own)
+    leaves = leaves_for(module, 5, 7, hx=call != "packed")
+    leaves = {name: leaf.double().requires_grad_() for name, leaf in leaves.items()}
+
+    def product() -> tuple[Tensor, ...]:
+        outputs = list(flatten(CALLS[call](module, leaves)).values())
+        wanted = [*leaves.values(), *module.parameters()]
+        incoming = [seeded(i, z) for i, z in enumerate(outputs)]
+        gradients = torch.autograd.grad(outputs, wanted, incoming, create_graph=True)
+        vectors = [seeded(i, z).detach() for i, z in enumerate(gradients)]
+        return torch.autograd.grad(gradients, incoming, vectors)
+
+    found = product()
+    monkeypatch.setattr(kernels, "HAS_SECOND_ORDER", False)
+    for ours, expected in zip(found, product(), strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+def seeded(seed: int, like: Tensor) -> Tensor:
+    torch.manual_seed(seed)
+    return torch.randn_like(like, requires_grad=True)
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
