@@ -22,11 +22,15 @@ FORMATTED      := $(shell find csrc tests benchmarks -type f 2>/dev/null | grep 
 # The pins hold for every pip below; an isolated build takes them as --build-constraint.
 export PIP_CONSTRAINT := constraints.txt
 
+define build_wheels
+$(PIP) install --quiet --group wheels
+$(BIN)/python tools/build_wheels.py --cuda $(1) $(ARGS)
+endef
+
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install compare test test-isa bench bench-smoke report lint format wheel check-wheel \
-  check-neon sanitize cuda-check cuda-sanitize simt \
-  simt-coverage clean distclean
+.PHONY: help install compare test test-isa bench bench-smoke report lint format wheels wheels-cuda \
+  check-neon sanitize cuda-check cuda-sanitize simt simt-coverage clean distclean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -57,23 +61,24 @@ report: $(BUILT)  ## measure beside ONNX Runtime and OpenVINO, write docs/benchm
 bench-smoke: $(BUILT)  ## run every benchmark once, untimed: its check and its code
 	$(BIN)/pytest benchmarks --benchmark-disable $(ARGS)
 
-lint: $(BUILT)  ## ruff, mypy and clang-format, changing nothing
+lint: $(BUILT)  ## ruff, mypy, clang-format and the workflow's linters, changing nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(if $(FORMATTED),$(BIN)/clang-format --dry-run -Werror $(FORMATTED))
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/zizmor --quiet --offline --strict-collection .github
 
 format: $(READY)  ## format Python and C++, and apply ruff's safe fixes
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
 	$(if $(FORMATTED),$(BIN)/clang-format -i $(FORMATTED))
 
-wheel: $(READY)  ## build a wheel into dist/, in an isolated environment
-	rm -rf build/bdist.* build/lib.* build/temp.*
-	$(PIP) wheel --no-deps --build-constraint constraints.txt --wheel-dir dist .
+wheels: $(READY)  ## build the CPU's wheel, prove it without a compiler, index it in dist/
+	$(call build_wheels,cpu)
 
-check-wheel: wheel  ## unpack the newest wheel outside the repository and run it
-	sh tools/check_wheel.sh $(BIN)/python
+wheels-cuda: $(READY)  ## the same for CUDA, in an hour: needs no nvcc (ARGS="--torch 2.13.0 2.12.1")
+	$(call build_wheels,13.0 13.2)
 
 check-neon:  ## compile the kernels for AArch64 (needs Debian's g++-aarch64-linux-gnu)
 	compile="aarch64-linux-gnu-g++ -std=c++20 -O3 -fno-math-errno -fno-trapping-math -fopenmp -Wall \

@@ -1,6 +1,7 @@
 """Drives CMake with Ninja.
 
 CMakeLists.txt is the one build definition, pyproject.toml holds the metadata.
+RNNKERN_LOCAL_VERSION=cu130 makes 0.1.0 into 0.1.0+cu130.
 """
 
 from __future__ import annotations
@@ -52,4 +53,9 @@ class CMakeBuild(build_ext):
         subprocess.run(["cmake", "--build", str(build), "--target", "_C"], check=True)
 
 
-setup(ext_modules=[Extension("rnnkern._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
+local = os.environ.get("RNNKERN_LOCAL_VERSION")
+setup(
+    ext_modules=[Extension("rnnkern._C", sources=[])],
+    cmdclass={"build_ext": CMakeBuild},
+    options={"egg_info": {"tag_build": f"+{local}"}} if local else {},
+)

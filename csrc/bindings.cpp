@@ -8,6 +8,7 @@
 #include <string>
 
 #include "cpu/kernels.h"
+#include "cuda/driver.h"
 #include "cuda/plan.h"
 #include "plan.h"
 #include "python/layer.h"
@@ -400,6 +401,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("cuda_version", &cuda::version);
   m.def("cuda_architectures", &cuda::architectures);
   m.def("cuda_driver", &cuda::driver);
+  m.def("cuda_driver_refusal", [] { return cuda::driver_refusal(); });
+  m.def(
+      "cuda_driver_refusal",
+      [](int driver, int built) { return cuda::driver_refusal(driver, built); }, py::arg("driver"),
+      py::arg("built"));
   m.def("instruction_set", [] { return std::string(instruction_set().name); });
 #if defined(__clang__)
   m.attr("compiler") = __VERSION__;

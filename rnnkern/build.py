@@ -24,10 +24,10 @@ def build_info() -> dict[str, Any]:
 
     Returns:
         A dict with the keys ``version``, ``compiler``, ``cuda`` (the toolkit's version; None: built
-        without), ``cuda_architectures`` (list), ``cuda_driver`` (the latest CUDA that this
-        machine's driver knows; None: no driver), ``isa_compiled`` (list, best first), ``isa`` (in
-        use; the environment variable ``RNNKERN_ISA`` forces a lower one), ``openmp``, ``torch``,
-        ``threads``.
+        without), ``cuda_architectures`` (list: ``sm_90a`` is machine code, ``compute_80`` PTX),
+        ``cuda_driver`` (the latest CUDA that this machine's driver knows; None: no driver),
+        ``isa_compiled`` (list, best first), ``isa`` (in use; the environment variable
+        ``RNNKERN_ISA`` forces a lower one), ``openmp``, ``torch``, ``threads``.
     """
     return {
         "version": _version(),

@@ -9,6 +9,7 @@ import argparse
 import json
 import statistics
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 
 import rnnkern
-from rnnkern import compare, plot, tolerance
+from rnnkern import compare, kernels, plot, tolerance
 from rnnkern.compare import Failure, NotebookResult, Options, Report, Row
 from rnnkern.workloads import (
     CELLS,
@@ -212,6 +213,9 @@ def _info() -> int:
     width = max(map(len, info))
     for name, value in info.items():
         print(f"{name:{width}}  {_plain(value)}")
+    if refusal := kernels.cuda_driver_refusal():
+        text = f"This machine has {refusal}; until then torch.nn carries out what is on a GPU."
+        print(f"\n{textwrap.fill(text, 100)}")
     return OK
 
 

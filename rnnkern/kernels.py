@@ -103,6 +103,13 @@ cuda_driver = _C.cuda_driver
 None where there are no CUDA kernels, or no driver.
 """
 
+cuda_driver_refusal = _C.cuda_driver_refusal
+"""``cuda_driver_refusal()``: why the driver here is too old for this build, or None.
+
+``cuda_driver_refusal(driver, built)``: the same of a driver and a build for those CUDA versions, as
+numbers: 13020 is 13.2.
+"""
+
 cuda: str | None = cuda_version()
 """The CUDA version of the kernels, None where there are none."""
 

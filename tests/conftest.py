@@ -17,8 +17,9 @@ from torch import Tensor
 
 pytest.register_assert_rewrite("support", "wrong")
 
-# For benchmarks, which is not installed; last, for the rnnkern that is to be tested comes before.
-sys.path.append(str(Path(__file__).parent.parent))
+# For benchmarks and tools, not installed; last, for the rnnkern to be tested comes before.
+ROOT = Path(__file__).parent.parent
+sys.path += [str(ROOT), str(ROOT / "tools")]
 
 # "suite" runs the same examples every time; HYPOTHESIS_PROFILE=explore looks for new ones.
 settings.register_profile("suite", derandomize=True, database=None, deadline=None, max_examples=40)

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 import rnnkern
-from rnnkern import cli, compare, timing
+from rnnkern import cli, compare, kernels, timing
 from rnnkern.workloads import (
     FORWARD,
     FORWARD_BACKWARD,
@@ -424,6 +424,37 @@ def test_info_is_aligned(capsys: pytest.CaptureFixture[str]) -> None:
     column = max(map(len, info)) + 2
     assert all(line[column - 1] == " " and line[column] != " " for line in lines)
     assert any(line.split() == ["version", rnnkern.__version__] for line in lines)
+
+
+def test_info_says_that_a_driver_is_too_old(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reason = kernels.cuda_driver_refusal(12040, 13020)
+    monkeypatch.setattr(kernels, "cuda_driver_refusal", lambda: reason)
+    assert cli.main(["info"]) == 0
+    shown = capsys.readouterr().out
+    assert all(version in shown for version in ("12.4", "13.2", "13.0 or later"))
+    assert max(map(len, shown.splitlines())) <= 100
+
+
+@pytest.mark.parametrize(
+    ("driver", "built", "is_refused"),
+    [
+        (12090, 13000, True),
+        (0, 12000, True),
+        (13000, 13000, False),
+        (13000, 13020, False),  # within a major version any driver will do
+        (14000, 13020, False),
+        (12090, 12000, False),
+    ],
+)
+def test_drivers_that_will_do(driver: int, built: int, is_refused: bool) -> None:
+    reason = kernels.cuda_driver_refusal(driver, built)
+    assert (reason is not None) == is_refused
+
+
+def test_no_driver_is_not_refused() -> None:
+    assert kernels.cuda_driver() or kernels.cuda_driver_refusal() is None
 
 
 @pytest.mark.parametrize(

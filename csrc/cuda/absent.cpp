@@ -14,6 +14,7 @@ constexpr char kReason[] = "CUDA tensors, and this build of rnnkern has no CUDA 
 const char* version() { return nullptr; }
 const char* architectures() { return nullptr; }
 const char* driver() { return nullptr; }
+const char* driver_refusal() { return nullptr; }
 const char* refusal(int) { return kReason; }
 
 #ifndef RNNKERN_SIMT

@@ -11,12 +11,14 @@
 
 namespace rnnkern::cuda {
 
-// What the kernels were compiled with and for, or null in a build without them: "13.0" and "80
-// 90a-real".
+// What the kernels were compiled with and for, or null in a build without them: "13.0" and "sm_80
+// compute_80 sm_90a", machine code and PTX.
 const char* version();
 const char* architectures();
 // The latest CUDA that this machine's driver knows, as "13.0"; null without a driver.
 const char* driver();
+// Why that driver will not do, or null; null without a driver.
+const char* driver_refusal();
 
 // Why there are no kernels for tensors of that CUDA device, or null.
 const char* refusal(int device);

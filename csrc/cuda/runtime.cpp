@@ -8,6 +8,7 @@
 #include <string>
 
 #include "cuda/device.h"
+#include "cuda/driver.h"
 #include "cuda/kernels.h"
 #include "cuda/probe.h"
 
@@ -20,10 +21,6 @@ void check(cudaError_t error, const char* what) {
   if (error != cudaSuccess) {
     throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
   }
-}
-
-std::string version_text(int version) {
-  return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
 }
 
 // 0 without a driver.
@@ -39,11 +36,8 @@ struct Found {
 
 Found find(int id) {
   Found found;
-  const int driver = driver_version();
-  if (driver / 1000 < CUDART_VERSION / 1000) {
-    found.refusal = "an NVIDIA driver for CUDA " + version_text(driver) +
-                    ", and this build of rnnkern needs one for CUDA " +
-                    version_text(CUDART_VERSION);
+  if (const auto reason = driver_refusal(driver_version(), CUDART_VERSION)) {
+    found.refusal = *reason;
     return found;
   }
   cudaDeviceProp properties;
@@ -93,6 +87,12 @@ const char* driver() {
   static const int version = driver_version();
   static const std::string text = version_text(version);
   return version ? text.c_str() : nullptr;
+}
+
+const char* driver_refusal() {
+  static const int version = driver_version();
+  static const std::string text = driver_refusal(version, CUDART_VERSION).value_or("");
+  return version && !text.empty() ? text.c_str() : nullptr;
 }
 
 const char* refusal(int device) {

@@ -1,0 +1,321 @@
+"""Prove wheels: each goes, from an index, into a fresh virtual environment that has torch and whose
+PATH has no compiler; there `rnnkern info` tells what the wheel's name says, and
+`rnnkern compare --quick` passes. The code for GPUs is also listed by cuobjdump.
+
+Usage: python tools/check_wheel.py WHEEL... [--torch 2.13.0 2.12.1]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import NamedTuple
+
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import InvalidWheelFilename, parse_wheel_filename
+from packaging.version import InvalidVersion, Version
+from wheel_index import WheelError, write_index
+
+CONSTRAINTS = Path(__file__).resolve().parent.parent / "constraints.txt"
+OLDEST_TORCH = Version("2.10")  # as in pyproject.toml
+MAX_BYTES = 40_000_000
+
+# What a caller may have set and a proof, or a build, is not to see; pip's pins are handed on by
+# name, for paths in them are relative.
+HIDDEN = ("RNNKERN_", "PYTHON", "PIP_CONSTRAINT")
+HIDDEN_FROM_PROOFS = (*HIDDEN, "CUDA", "LD_", "CC", "CXX")
+
+CODE = re.compile(r"^(ELF|PTX) file .*\.sm_(\d+)(\w*)\.(?:cubin|ptx)$", re.MULTILINE)
+
+
+class Row(NamedTuple):
+    """What is said of a wheel at the end."""
+
+    wheel: Path
+    code: list[str]
+    torches: list[str]
+    seconds: float  # from the index to the last line of compare, the slowest
+
+
+def say(text: str) -> None:
+    print(f"==== {text}", flush=True)
+
+
+def run(*command: str | Path, env: Mapping[str, str] | None = None, cwd: Path | None = None) -> str:
+    """What the command writes to stdout; what it writes to stderr is let through."""
+    words = [str(word) for word in command]
+    done = subprocess.run(words, env=env, cwd=cwd, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise WheelError(f"{shlex.join(words)}: exit status {done.returncode}\n{done.stdout}")
+    return done.stdout
+
+
+def environment(path: str, hidden: tuple[str, ...] = HIDDEN) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
+    return {**kept, "PATH": path}
+
+
+def pip(
+    python: Path, *arguments: str | Path, env: Mapping[str, str], cwd: Path | None = None
+) -> None:
+    """This program's own pip, at work for that interpreter."""
+    run(
+        *(sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", python),
+        *arguments,
+        env=env,
+        cwd=cwd,
+    )
+
+
+def pip_target(folder: Path, *requirements: str | Path) -> None:
+    """Installs programs into a folder of their own."""
+    own_path = environment(os.environ["PATH"])
+    python = Path(sys.executable)
+    pip(python, "install", "--quiet", "--target", folder, *requirements, env=own_path)
+
+
+def find_python(release: str) -> Path:
+    if release == f"{sys.version_info.major}.{sys.version_info.minor}":
+        return Path(sys.executable)
+    found = shutil.which(f"python{release}")
+    if not found:
+        raise WheelError(f"want a program python{release} on the PATH, found none")
+    return Path(found)
+
+
+def pinned(project: str) -> str:
+    """The version that constraints.txt pins."""
+    lines = (line.partition("#")[0].strip() for line in CONSTRAINTS.read_text().splitlines())
+    for requirement in map(Requirement, filter(None, lines)):
+        if requirement.name == project:
+            return next(iter(requirement.specifier)).version
+    raise WheelError(f"want a pin of {project} in {CONSTRAINTS.name}, found none")
+
+
+def torch_version(text: str) -> str:
+    try:
+        if Version(text) >= OLDEST_TORCH:
+            return text
+    except InvalidVersion:
+        pass
+    raise argparse.ArgumentTypeError(f"want torch {OLDEST_TORCH} or later, got {text!r}")
+
+
+def local_version(cuda: str) -> str:
+    """`cu130` of 13.0; `cpu` stays."""
+    return cuda if cuda == "cpu" else "cu" + cuda.replace(".", "")
+
+
+class Name(NamedTuple):
+    """What a wheel's name says of it."""
+
+    version: Version
+    python: str  # 3.11
+    platforms: set[str]
+
+
+def read_name(wheel: Path) -> Name:
+    try:
+        project, version, _, tags = parse_wheel_filename(wheel.name)
+    except InvalidWheelFilename as error:
+        raise WheelError(f"want a wheel, got {wheel}: {error}") from error
+    if project != "rnnkern" or version.local is None:
+        raise WheelError(f"want a wheel of rnnkern with +cpu or +cu130, got {wheel.name}")
+    interpreters = {tag.interpreter for tag in tags}
+    match = re.fullmatch(r"cp(\d)(\d+)", interpreters.pop())
+    if interpreters or not match:
+        raise WheelError(f"want a wheel for one CPython, got {wheel.name}")
+    return Name(version, ".".join(match.groups()), {tag.platform for tag in tags})
+
+
+def check_file(wheel: Path) -> None:
+    """What can be seen without running it: size, tag, and that no library travels along."""
+    size = wheel.stat().st_size
+    if size > MAX_BYTES:
+        raise WheelError(f"want at most {MAX_BYTES / 1e6:g} MB, {wheel.name} has {size / 1e6:.1f}")
+    if not all(name.startswith("manylinux") for name in read_name(wheel).platforms):
+        raise WheelError(f"want a wheel tagged manylinux, got {wheel.name}")
+    with zipfile.ZipFile(wheel) as archive:
+        libraries = [name for name in archive.namelist() if ".libs/" in name]
+    if libraries:
+        raise WheelError(f"want no libraries in the wheel, {wheel.name} has {libraries}")
+
+
+def code_in(listing: str) -> list[str]:
+    """Names of machine code and PTX in what cuobjdump lists: sm_80, compute_80."""
+    found = sorted(set(CODE.findall(listing)), key=lambda code: (code[0], int(code[1]), code[2]))
+    return [f"{'sm' if kind == 'ELF' else 'compute'}_{n}{suffix}" for kind, n, suffix in found]
+
+
+def parse_info(text: str) -> dict[str, str]:
+    """The table that `rnnkern info` prints, up to the first empty line."""
+    lines = text.partition("\n\n")[0].splitlines()
+    return {name: value.strip() for name, _, value in (line.partition(" ") for line in lines)}
+
+
+def check_info(info: Mapping[str, str], version: Version, code: Iterable[str], torch: str) -> None:
+    """That the build says of itself what the wheel's name says and cuobjdump has found."""
+    if info["torch"] not in SpecifierSet(f"=={torch}"):
+        raise WheelError(f"want torch {torch} beside the wheel, rnnkern info says {info['torch']}")
+    cuda = "cpu" if info["cuda"] == "none" else info["cuda"]
+    if info["version"] != str(version) or local_version(cuda) != version.local:
+        raise WheelError(
+            f"want {version}, rnnkern info says version {info['version']}, cuda {info['cuda']}"
+        )
+    named = {name for name in info["cuda_architectures"].split(", ") if name != "none"}
+    if named != set(code):
+        raise WheelError(f"cuobjdump finds {sorted(code)}, rnnkern info says {sorted(named)}")
+    if "baseline" not in info["isa_compiled"].split(", "):
+        raise WheelError(f"want kernels for any CPU, rnnkern info says {info['isa_compiled']}")
+
+
+class Prover:
+    """Proves wheels with each of these versions of torch, which it installs once, in `work`."""
+
+    def __init__(self, torches: Iterable[str], work: Path) -> None:
+        self.torches = list(dict.fromkeys(torches))
+        self._work = work
+
+    def prove(self, wheel: Path) -> Row:
+        """
+        Raises:
+            WheelError: something is not as it should be.
+        """
+        python = find_python(read_name(wheel).python)
+        check_file(wheel)
+        code = self._code_of(wheel)
+        seconds = [self._prove_with(torch, wheel, python, code) for torch in self.torches]
+        return Row(wheel, code, self.torches, max(seconds))
+
+    def _code_of(self, wheel: Path) -> list[str]:
+        if read_name(wheel).version.local == "cpu":
+            return []
+        tools = self._work / "cuobjdump"
+        if not tools.exists():
+            pip_target(tools, "--constraint", CONSTRAINTS, "nvidia-cuda-cuobjdump")
+        (cuobjdump,) = tools.glob("nvidia/cu*/bin/cuobjdump")
+        with TemporaryDirectory(dir=self._work) as unpacked, zipfile.ZipFile(wheel) as archive:
+            (extension,) = (n for n in archive.namelist() if re.match(r"rnnkern/_C\..*so$", n))
+            return code_in(
+                run(cuobjdump, "--list-elf", "--list-ptx", archive.extract(extension, unpacked))
+            )
+
+    def _prove_with(self, torch: str, wheel: Path, python: Path, code: list[str]) -> float:
+        with_torch = self._site_with(torch, python)
+        say(f"{wheel.name} with torch {torch} and no compiler")
+        with TemporaryDirectory(dir=self._work) as folder:
+            index, venv = Path(folder) / "index", Path(folder) / "venv"
+            index.mkdir()
+            shutil.copy(wheel, index)
+            write_index(index)
+            (new_venv(venv, python) / "torch.pth").write_text(f"{with_torch}\n")
+            begin = time.monotonic()
+            install_and_run(read_name(wheel).version, index / "simple", venv, code, torch)
+            seconds = time.monotonic() - begin
+        say(f"{wheel.name} with torch {torch}: proved, {seconds:.0f} s from the index on")
+        return seconds
+
+    def _site_with(self, torch: str, python: Path) -> Path:
+        """site-packages with that torch and numpy, and nothing else."""
+        place = self._work / f"torch-{torch}-{python.name}"
+        if place.exists():
+            return site_packages(place)
+        site = new_venv(place, python)
+        # Other versions of torch want other versions of what is pinned.
+        pins = ("--constraint", CONSTRAINTS) if torch == pinned("torch") else ()
+        say(f"torch {torch}")
+        env = environment(os.environ["PATH"], HIDDEN_FROM_PROOFS)
+        pip(
+            place / "bin" / "python",
+            *("install", "--quiet", *pins, f"torch=={torch}", "numpy"),
+            env=env,
+            cwd=place,
+        )
+        return site
+
+
+def install_and_run(
+    version: Version, index: Path, venv: Path, code: Iterable[str], torch: str
+) -> None:
+    """The proof itself, in an environment with torch whose programs are all there are."""
+    programs = venv / "bin"
+    env = environment(str(programs), HIDDEN_FROM_PROOFS)
+    source = ("--index-url", index.as_uri(), "--only-binary", ":all:", "--no-cache-dir")
+    pip(
+        programs / "python", "install", "--quiet", *source, f"rnnkern=={version}", env=env, cwd=venv
+    )
+    where = "import rnnkern; print(rnnkern.__file__)"
+    loaded = run(programs / "python", "-c", where, env=env, cwd=venv).strip()
+    if not Path(loaded).is_relative_to(venv):
+        raise WheelError(f"want rnnkern from {venv}, got {loaded}")
+    info = run(programs / "rnnkern", "info", env=env, cwd=venv)
+    print(info, flush=True)
+    check_info(parse_info(info), version, code, torch)
+    print(run(programs / "rnnkern", "compare", "--quick", env=env, cwd=venv), flush=True)
+
+
+def new_venv(place: Path, python: Path) -> Path:
+    """Makes a virtual environment without pip, and returns its site-packages."""
+    run(python, "-m", "venv", "--without-pip", place, env=environment(os.environ["PATH"]))
+    return site_packages(place)
+
+
+def site_packages(venv: Path) -> Path:
+    (found,) = venv.glob("lib/python3.*/site-packages")
+    return found
+
+
+def table(rows: Iterable[Row]) -> str:
+    """The wheels, as a table in Markdown."""
+    lines = ["| wheel | MB | code for GPUs | torch | index to compare |", "|---|---|---|---|---|"]
+    for row in rows:
+        size = row.wheel.stat().st_size / 1e6
+        code, torches = ", ".join(row.code) or "none", ", ".join(row.torches)
+        lines.append(
+            f"| {row.wheel.name} | {size:.1f} | {code} | {torches} | {row.seconds:.0f} s |"
+        )
+    return "\n".join(lines)
+
+
+def add_torch_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--torch",
+        nargs="+",
+        type=torch_version,
+        default=[pinned("torch")],
+        metavar="VERSION",
+        help="versions of torch to prove wheels with (default: the one in constraints.txt)",
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
+    parser.add_argument("wheels", nargs="+", type=Path, metavar="WHEEL")
+    add_torch_argument(parser)
+    given = parser.parse_args(arguments)
+    try:
+        for wheel in given.wheels:
+            if not wheel.is_file():
+                raise WheelError(f"want a wheel, there is no file {wheel}")
+        with TemporaryDirectory() as work:
+            prover = Prover(given.torch, Path(work))
+            print(table([prover.prove(wheel) for wheel in given.wheels]))
+    except WheelError as error:
+        print(f"check_wheel: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
