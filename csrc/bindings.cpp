@@ -60,12 +60,19 @@ struct Outputs {
   py::object y, hn, cn, saved;  // cn and saved: None where there is none
 };
 
+// A readout and what it makes, none of them for an open loop.
+struct ReadoutOperands {
+  py::object w = py::none(), b = py::none(), made = py::none();
+};
+
 template <typename T, typename Weights>
 Outputs forward_of(const Layer& layer, py::handle x, py::handle h0, py::handle c0,
-                   const Weights& weights, py::handle steps, bool training) {
+                   const Weights& weights, py::handle steps, bool training,
+                   const ReadoutOperands& readout = {}) {
   Operands<T> o(layer, x, steps);
   Forward<T> f;
   o.read_weights(weights, f.weights);
+  if (!readout.w.is_none()) f.readout = o.readout(readout.w, readout.b, readout.made);
   const Sizes& z = o.sizes;
   if (o.steps.T == 0) throw Refused("the sequence has no steps");
   f.x = o.input();
@@ -180,6 +187,23 @@ py::object plain_call(py::handle module, py::handle x, py::handle hx, py::handle
   return py::make_tuple(outputs[0], py::make_tuple(outputs[1], outputs[2]));
 }
 
+// The steps of a layer that is fed what the readout makes of its output: h_n, c_n. `inputs` has one
+// step more than are taken: the first is given, the others are written.
+py::tuple closed_loop(const Layer& layer, py::handle inputs, py::handle h0, py::handle c0,
+                      const py::sequence& weights, const py::object& w, const py::object& b) {
+  if (layer.directions != 1 || layer.batch_first) {
+    throw Refused("a closed loop is of one direction, time first");
+  }
+  const py::object slice = py::reinterpret_borrow<py::object>(inputs);
+  const py::object x = slice[py::slice(0, -1, 1)],
+                   made = slice[py::slice(py::int_(1), py::none(), py::none())];
+  Outputs outputs = with_element_of(layer, x, [&](auto element) {
+    return forward_of<decltype(element)>(layer, x, h0, c0, weights, py::none(), false,
+                                         {w, b, made});
+  });
+  return py::make_tuple(outputs.hn, outputs.cn);
+}
+
 // Gradients of x, the weights, and the initial states that there are, None where not wanted; and
 // those of the slots, which with `overwrite` take the place of what was saved.
 template <typename T>
@@ -272,6 +296,7 @@ PYBIND11_MODULE(_C, m) {
           },
           py::arg("x"), py::arg("h0"), py::arg("c0"), py::arg("weights"), py::arg("steps"),
           py::arg("training") = py::none())
+      .def("closed_loop", &closed_loop)
       .def("backward",
            [](const Layer& layer, py::handle x, py::handle h0, py::handle c0,
               const py::sequence& weights, py::handle steps, py::handle y, py::handle saved,

@@ -96,6 +96,15 @@ struct Sizes {
   bool projected = false;
 };
 
+// What makes inputs of outputs: W y + b.
+template <typename T>
+struct Readout {
+  const T* w = nullptr;  // [I, D*O], or null: there is none
+  const T* b = nullptr;  // [I] or null
+  int64_t row = 0;
+  Rows<T> made;  // [T, N, I]
+};
+
 template <typename T>
 struct Forward {
   using Element = T;
@@ -109,6 +118,8 @@ struct Forward {
   T* slots = nullptr;                  // [D, total, S*H] saved for backward, or null: inference
   T* cells = nullptr;                  // [D, total, H] saved cell states, likewise
   T* unprojected = nullptr;            // [D, total, H] saved h before the projection, likewise
+  // A closed loop, of one direction: x of a step is what the readout made of the step before.
+  Readout<T> readout;
   // Cell states of 16 bits are carried from step to step in float; or rounded in each step, so that
   // a sequence may be cut anywhere and gives the same bits.
   bool rounds_cells = false;

@@ -39,6 +39,15 @@ class Layer:
         steps: tuple[Any, ...] | None,
         training: bool | None = None,
     ) -> tuple[tuple[Tensor, ...], bool, Tensor | None]: ...
+    def closed_loop(
+        self,
+        inputs: Tensor,
+        h0: Tensor | None,
+        c0: Tensor | None,
+        weights: Sequence[Tensor],
+        readout: Tensor,
+        bias: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]: ...
     def backward(
         self,
         x: Tensor,

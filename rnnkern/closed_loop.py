@@ -8,7 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rnnkern.functional import expect_layer
+from rnnkern import kernels
+from rnnkern.functional import (
+    autocast_dtype,
+    current_weights,
+    expect_layer,
+    initial_states,
+    is_compiling,
+)
 
 
 @torch.no_grad()
@@ -21,7 +28,9 @@ def generate(
 ) -> tuple[Tensor, Any]:
     """Steps of a layer, each of whose inputs is made from the output before.
 
-    One call of the kernels a step, and nothing of it recorded for autograd.
+    Nothing of it is recorded for autograd. Where ``feedback`` is an `torch.nn.Linear` behind a
+    module of rnnkern of one layer, on a CPU, all steps are one call of the kernels, the readout
+    among them; else they are taken one by one.
 
     Args:
         module: an RNN, LSTM or GRU of rnnkern or of ``torch.nn``, in one direction.
@@ -50,18 +59,63 @@ def generate(
         raise TypeError(f"steps must be an int, got {type(steps).__name__}")
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
+    if not isinstance(input, Tensor):
+        raise TypeError(f"input must be a torch.Tensor, got {type(input).__name__}")
     if input.dim() != 2 or input.shape[1] != module.input_size:
         wanted = f"[N, {module.input_size}]"
         raise ValueError(f"input must be {wanted}, got {list(input.shape)}")
+    found = _in_one_call(module, feedback, input, steps, hx)
+    if found is not None:
+        return found
     axis = 1 if module.batch_first else 0
     made = []
     now = input
     for _ in range(steps):
         output, hx = module(now.unsqueeze(axis), hx)
         now = feedback(output.squeeze(axis))
-        if now.shape != input.shape:
-            raise ValueError(
-                f"feedback must give {list(input.shape)}, as input, got {list(now.shape)}"
-            )
+        if not isinstance(now, Tensor) or now.shape != input.shape:
+            got = list(now.shape) if isinstance(now, Tensor) else now
+            raise ValueError(f"feedback must give {list(input.shape)}, as input, got {got}")
         made.append(now)
     return torch.stack(made), hx
+
+
+def _in_one_call(
+    module: nn.RNNBase, feedback: Any, input: Tensor, steps: int, hx: Any
+) -> tuple[Tensor, Any] | None:
+    """None where somebody looks on, or no kernel covers it."""
+    if (
+        is_compiling()
+        or module.num_layers > 1
+        or not hasattr(module, "_torch_forward")
+        or type(feedback) is not nn.Linear
+        or any(_is_hooked(part) for part in (module, feedback))
+        or autocast_dtype(input) is not None
+        or kernels.mode_refusal() is not None
+    ):
+        return None
+    h0, c0, fits = initial_states(module, hx, input.shape[0])
+    if not fits:
+        return None
+    layer = kernels.layer(
+        module.mode,
+        directions=1,
+        hidden=module.hidden_size,
+        proj=module.proj_size,
+        bias=module.bias,
+        batch_first=False,
+    )
+    inputs = input.new_empty(steps + 1, *input.shape)
+    inputs[0] = input
+    run: Any = kernels.profiled(layer.closed_loop, layer.mode, " closed loop")
+    try:
+        hn, cn = run(inputs, h0, c0, current_weights(module), feedback.weight, feedback.bias)
+    except kernels.RefusedError:
+        return None
+    return inputs[1:], hn if cn is None else (hn, cn)
+
+
+def _is_hooked(module: Any) -> bool:
+    """Calls of the module are seen by others."""
+    own = (module._forward_hooks, module._forward_pre_hooks)
+    return any(own) or torch.nn.modules.module._has_any_global_hook()  # type: ignore[no-untyped-call]

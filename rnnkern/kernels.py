@@ -35,6 +35,9 @@ the activated slots ``[D, rows, S * H]``, cell states ``[D, rows, H]`` and hidde
 projection ``[D, rows, H]``, as far as the cell has them, one after the other, or None. A
 ``training`` of None asks torch's modes and the operands.
 
+``closed_loop(inputs, h0, c0, weights, readout, bias)`` takes ``inputs[0]``, feeds the layer what
+the readout makes of its outputs, writes that to ``inputs[1:]``, and returns ``h_n, c_n``. On a CPU.
+
 ``backward(x, h0, c0, weights, steps, y, saved, dy, dhn, dcn, wanted, overwrite)`` returns a list of
 gradients of ``x, *weights`` and the initial states that are not None, None where not ``wanted``
 (one flag each); and those of the slots before their activation, ``[D, rows, S * H]`` first of all

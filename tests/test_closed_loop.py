@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
+import oracle
 import pytest
 import torch
-from support import LAYERS, build
+from support import DTYPES, FORMS, LAYERS, assert_agree, build, flatten
 from torch import Tensor, nn
 
 import rnnkern
+from rnnkern import closed_loop, kernels, tolerance
 
 
 def setup(kind: str, **options: Any) -> tuple[nn.Module, nn.Linear, Tensor]:
@@ -39,6 +42,103 @@ def test_it_goes_on_where_it_has_stopped(kind: str) -> None:
     rest, end = rnnkern.generate(module, readout, first[-1], 4, state)
     assert torch.equal(torch.cat((first, rest)), whole)
     torch.testing.assert_close(end, last, rtol=0, atol=0)
+
+
+SIZES = {
+    "tiny": (3, 2, 3, 6),
+    "odd": (7, 5, 65, 33),
+    "units": (20, 1, 70, 300),
+    "rows": (4, 60, 3, 40),
+}
+
+
+@pytest.fixture
+def one_call(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether each call of `generate` was one call of the kernels."""
+    made: list[bool] = []
+    run = closed_loop._in_one_call
+
+    def watched(*given: Any) -> Any:
+        found = run(*given)
+        made.append(found is not None)
+        return found
+
+    monkeypatch.setattr(closed_loop, "_in_one_call", watched)
+    return made
+
+
+@pytest.mark.cpu_only
+@pytest.mark.kernel
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("form", FORMS)
+def test_one_call_of_the_kernels_for_all_steps(
+    form: str, sizes: str, dtype: torch.dtype, one_call: list[bool]
+) -> None:
+    """As near to torch.nn in float64 as torch.nn is that takes the steps one by one."""
+    kind, own = FORMS[form]
+    steps, N, inputs, H = SIZES[sizes]
+    if "proj_size" in own:
+        own = own | {"proj_size": 2 * H // 3}
+    module = build(kind, inputs, H, dtype=dtype, **own)
+    readout = nn.Linear(own.get("proj_size", H), inputs, bias=sizes != "odd", dtype=dtype)
+    x = torch.randn(N, inputs, dtype=dtype)
+    _, state = module(x[None])
+    torch.set_num_threads(3)
+    ours = rnnkern.generate(module, readout, x, steps, state)
+    assert one_call == [True]
+    theirs, exact = (
+        rnnkern.generate(
+            oracle.twin(module, own),
+            copy.deepcopy(readout).to(own),
+            x.to(own),
+            steps,
+            cast(state, own),
+        )
+        for own in (tolerance.yardstick_dtype(dtype), torch.float64)
+    )
+    assert one_call == [True, False, False]
+    assert_agree(flatten(ours), flatten(theirs), flatten(exact))
+
+
+def cast(state: Any, dtype: torch.dtype) -> Any:
+    return tuple(s.to(dtype) for s in state) if isinstance(state, tuple) else state.to(dtype)
+
+
+@pytest.mark.cpu_only
+def test_who_looks_on_sees_every_step(one_call: list[bool]) -> None:
+    module, readout, x = setup("LSTM")
+    expected, _ = rnnkern.generate(module, readout, x, 3)
+    seen: list[str] = []
+    for part, name in ((module, "module"), (readout, "readout")):
+        hook = part.register_forward_hook(lambda *_, n=name: seen.append(n))
+        made, _ = rnnkern.generate(module, readout, x, 3)
+        hook.remove()
+        torch.testing.assert_close(made, expected)
+    made, _ = rnnkern.generate(module, lambda h: readout(h), x, 3)
+    torch.testing.assert_close(made, expected)
+    with torch.autocast("cpu"):
+        rnnkern.generate(module, readout, x, 3)
+    assert seen == 3 * ["module"] + 3 * ["readout"]
+    assert one_call == [True] + 4 * [False]
+
+
+@pytest.mark.cpu_only
+def test_operands_that_do_not_fit_end_in_the_usual_errors() -> None:
+    module, readout, x = setup("GRU")
+    with pytest.raises(RuntimeError, match="hidden size"):
+        rnnkern.generate(module, readout, x, 2, torch.zeros(1, 3, 6))
+    with pytest.raises(RuntimeError, match=r"shapes cannot be multiplied"):
+        rnnkern.generate(module, nn.Linear(5, 3), x, 2)
+    with pytest.raises(ValueError, match=r"feedback must give \[4, 3\]"):
+        rnnkern.generate(module, nn.Linear(6, 2), x, 2)
+    with pytest.raises(ValueError, match=r"feedback must give \[4, 3\].* None"):
+        rnnkern.generate(module, lambda h: None, x, 2)
+    with pytest.raises(TypeError, match=r"input must be a torch\.Tensor, got list"):
+        rnnkern.generate(module, readout, [1.0], 2)
+    kernel = kernels.layer("GRU", directions=1, hidden=6, proj=0, bias=True, batch_first=True)
+    with pytest.raises(kernels.RefusedError, match="one direction, time first"):
+        kernel.closed_loop(torch.zeros(3, 4, 3), None, None, [], readout.weight, None)
 
 
 def test_a_module_of_torch_nn_gives_the_same() -> None:

@@ -69,7 +69,7 @@ def test_gradient_penalty_at_sizes(
     if "proj_size" in own:
         own = own | {"proj_size": 2 * H // 3}
     module = build(kind, inputs, H, dtype=dtype, **own)
-    check(module, leaves_for(module, T, N, hx=True), penalized(plain))
+    check(module, leaves_for(module, T, N, hx=True), on_threads(penalized(plain), 3))
     assert calls == [module.mode]
 
 

@@ -54,6 +54,10 @@ class ForwardScan {
         projection_[d].packed = carver.take<A>(projection_[d].lanes());
       }
     }
+    if (f.readout.w) {
+      readout_ = {z.O, z.I, f.readout.w, f.readout.row, nullptr, true, nullptr};
+      readout_.packed = carver.take<A>(readout_.lanes());
+    }
     const int64_t batch = f.steps.N;
     if (z.projected && !f.unprojected) unprojected_ = carver.take<T>(z.D * batch * z.H);
     if (kCarriesCells) carried_ = carver.take<A>(z.D * batch * z.H);
@@ -92,6 +96,7 @@ class ForwardScan {
     LeftRows<T> x;          // [capacity_][I]
     LeftRows<T> h;          // [block_rows_][O]
     LeftRows<T> projected;  // [kGroupRows][H]
+    LeftRows<T> output;     // [kGroupRows][O], where there is a readout
     RowPointers* pointers;  // [block_rows_]
   };
   // One thread's part of one task.
@@ -100,6 +105,7 @@ class ForwardScan {
     int64_t row_begin, row_end;
     int64_t panel_begin, panel_end;
     int64_t column_begin, column_end;  // of y
+    Range fed;                         // columns of what the readout makes
     int members;
     Barrier& barrier;
     const Scratch& scratch;
@@ -109,8 +115,10 @@ class ForwardScan {
   Scratch scratch(Carver& carver) const {
     const Sizes& z = f_.sizes;
     return {carver.take<A>((fused() ? 1 : panels_.count()) * capacity_ * kWidth),
-            LeftRows<T>(capacity_, z.I, carver), LeftRows<T>(block_rows_, z.O, carver),
+            LeftRows<T>(capacity_, z.I, carver),
+            LeftRows<T>(block_rows_, z.O, carver),
             LeftRows<T>(z.projected ? kGroupRows : 0, z.H, carver),
+            LeftRows<T>(f_.readout.w ? kGroupRows : 0, z.O, carver),
             carver.take<RowPointers>(block_rows_)};
   }
   Scratch scratch_of(int thread) const {
@@ -129,6 +137,9 @@ class ForwardScan {
       for (int64_t p = thread; p < projection_[d].count(); p += threads) {
         projection_[d].pack_transpose(p);
       }
+    }
+    for (int64_t p = thread; f_.readout.w && p < readout_.count(); p += threads) {
+      readout_.pack_transpose(p);
     }
   }
 
@@ -150,6 +161,7 @@ class ForwardScan {
                        panels.end,
                        columns_of_y.begin,
                        columns_of_y.end,
+                       split(z.I, members, member, kWidth),
                        members,
                        barrier,
                        scratch,
@@ -235,6 +247,10 @@ class ForwardScan {
     }
     for (int64_t slot = v.leaving; slot < v.active_end; ++slot) finish_row(part, v.t, slot);
     part.barrier.wait(part.members);
+    if (f_.readout.w) {
+      feed(part, v, count);
+      part.barrier.wait(part.members);
+    }
   }
 
   RowPointers pointers(const Part& part, int64_t t, int64_t slot) const {
@@ -327,19 +343,40 @@ class ForwardScan {
   // y = W_hr h, once the whole team has written h.
   void project(const Part& part, const Visit& v, int64_t count) const {
     part.barrier.wait(part.members);
-    const ColumnPanels<T>& w = projection_[part.direction];
-    T* to[kGroupRows];
+    const auto from = [&](int64_t k) { return part.scratch.pointers[k].h; };
+    const auto to = [&](int64_t k) { return row_at(f_.steps, part.y, v.t, part.row_begin + k); };
+    const Range own = {part.column_begin, part.column_end};
+    multiply_rows(projection_[part.direction], own, count, part.scratch.projected, from, to, false);
+  }
+
+  // What the next step takes, once the whole team has written y.
+  void feed(const Part& part, const Visit& v, int64_t count) const {
+    const auto from = [&](int64_t k) { return row_at(f_.steps, part.y, v.t, part.row_begin + k); };
+    const auto to = [&](int64_t k) {
+      return row_at(f_.steps, f_.readout.made, v.t, part.row_begin + k);
+    };
+    for (int64_t k = 0; k < count; ++k) {
+      if (f_.readout.b) {
+        copy_row(to(k), f_.readout.b, part.fed.begin, part.fed.end);
+      } else {
+        zero_row(to(k), part.fed.begin, part.fed.end);
+      }
+    }
+    multiply_rows(readout_, part.fed, count, part.scratch.output, from, to, true);
+  }
+
+  // Columns `own` of the rows to(k) = or += from(k) x w.
+  template <typename From, typename To>
+  static void multiply_rows(const ColumnPanels<T>& w, Range own, int64_t count,
+                            const LeftRows<T>& left, From from, To to, bool adds) {
+    T* out[kGroupRows];
     for (int64_t begin = 0; begin < count; begin += kGroupRows) {
       const int64_t rows = min_of(kGroupRows, count - begin);
-      for (int64_t k = 0; k < rows; ++k) {
-        part.scratch.projected[k] = part.scratch.pointers[begin + k].h;
-      }
-      const E* const* from = part.scratch.projected.operands(rows);
-      for (int64_t p = part.column_begin / kWidth; p * kWidth < part.column_end; ++p) {
-        for (int64_t k = 0; k < rows; ++k) {
-          to[k] = row_at(f_.steps, part.y, v.t, part.row_begin + begin + k) + p * kWidth;
-        }
-        w.multiply(p, rows, from, to, false);
+      for (int64_t k = 0; k < rows; ++k) left[k] = from(begin + k);
+      const E* const* operands = left.operands(rows);
+      for (int64_t p = own.begin / kWidth; p * kWidth < own.end; ++p) {
+        for (int64_t k = 0; k < rows; ++k) out[k] = to(begin + k) + p * kWidth;
+        w.multiply(p, rows, operands, out, adds);
       }
     }
   }
@@ -393,6 +430,7 @@ class ForwardScan {
   StepWeights<T, Cell, Role::kInput> input_[kMaxDirections];
   StepWeights<T, Cell, Role::kRecurrent> recurrent_[kMaxDirections];
   ColumnPanels<T> projection_[kMaxDirections];
+  ColumnPanels<T> readout_;
   T* unprojected_ = nullptr;
   A* carried_ = nullptr;  // [D, N, H]
   char* scratch_;

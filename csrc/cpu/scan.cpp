@@ -231,7 +231,8 @@ Problem problem_of(const Scan& scan, bool deterministic) {
 
 template <typename T>
 void run(const Forward<T>& scan, int threads, bool deterministic) {
-  const Plan plan = plan_forward(problem_of(scan, deterministic), machine_for<T>(threads));
+  Plan plan = plan_forward(problem_of(scan, deterministic), machine_for<T>(threads));
+  if (scan.readout.w) plan.block_steps = 1;  // no input is known before its step
   const Kernels<T>& kernels = std::get<Kernels<T>>(kernels_in_use());
   with_workspace([&](Workspace w) { return kernels.forward(scan, plan, w); });
 }

@@ -161,6 +161,22 @@ class Operands {
 
   Rows<const T> input() { return rows_of<const T>(x_, sizes.I); }
 
+  Readout<T> readout(py::handle w, py::handle b, py::handle made) {
+    if (device().type != dlpack::kCpu) x_.fail("is not covered: a closed loop on a GPU");
+    Readout<T> r;
+    const TensorView weight = view(w, "weight of the readout");
+    weight.expect_shape({sizes.I, sizes.O});
+    r.w = weight.template data<const T>();
+    r.row = weight.stride(0);
+    if (!b.is_none()) {
+      const TensorView bias = view(b, "bias of the readout");
+      bias.expect_shape({sizes.I});
+      r.b = bias.template data<const T>();
+    }
+    r.made = rows<T>(made, "inputs made", sizes.I);
+    return r;
+  }
+
   template <typename U>
   Rows<U> rows(py::handle object, const char* name, int64_t features) {
     if (object.is_none()) return {};
