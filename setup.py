@@ -1,6 +1,6 @@
 """Drives CMake with Ninja.
 
-CMakeLists.txt is the one build definition, pyproject.toml holds the metadata.
+CMakeLists.txt is the one build definition, pyproject.toml holds the metadata but for the version:
 RNNKERN_LOCAL_VERSION=cu130 makes 0.1.0 into 0.1.0+cu130.
 """
 
@@ -16,6 +16,7 @@ import pybind11
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
+VERSION = "0.1.0"
 ROOT = Path(__file__).parent.resolve()
 
 
@@ -55,7 +56,7 @@ class CMakeBuild(build_ext):
 
 local = os.environ.get("RNNKERN_LOCAL_VERSION")
 setup(
+    version=f"{VERSION}+{local}" if local else VERSION,
     ext_modules=[Extension("rnnkern._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
-    options={"egg_info": {"tag_build": f"+{local}"}} if local else {},
 )
