@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import warnings
 from collections.abc import Callable
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import rnnkern
+from rnnkern import functional
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -52,6 +54,28 @@ def test_options(
     kind, own = FORMS[form]
     module = build(kind, 4, 6, dtype=dtype, **own, **options).eval()
     check(module, leaves_for(module, 5, batch, hx=hx))
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_state_does_not_leave_the_plain_call(
+    form: str, training: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A frame of a stream costs no more than a step without a state."""
+    kind, own = FORMS[form]
+    module = build(kind, 4, 6, **own)
+    x = torch.randn(5, 3, 4)
+    with torch.set_grad_enabled(training):
+        _, state = module(x)
+        calls: list[Any] = []
+        look = functional._checked
+        monkeypatch.setattr(functional, "_checked", lambda *given: calls.append(0) or look(*given))
+        module(x, state)
+        assert not calls
+        other = list(state) if kind == "LSTM" else state.double()  # as torch.nn takes it; wrong
+        with contextlib.suppress(ValueError, RuntimeError):
+            module(x, other)
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize("form", FORMS)

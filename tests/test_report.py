@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from benchmarks import peers, report
+from benchmarks import peers, report, second_order, streaming
 from rnnkern import timing
 from rnnkern.workloads import CELLS, FORWARD, FORWARD_BACKWARD, draw_case, load_workloads
 
@@ -97,3 +98,16 @@ def test_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert len({line.count("|") for line in tables[first : first + each]}) == 1
     for title in ("## float32, threads: 1", "## bfloat16, threads: 1"):
         assert title in page
+
+
+@pytest.mark.parametrize("script", [second_order, streaming], ids=lambda s: s.__name__)
+def test_tables_of_costs(
+    script: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    workloads = {name: load_workloads()[name] for name in ("notebook", "stream_step")}
+    monkeypatch.setattr(script, "load_workloads", lambda: workloads)
+    monkeypatch.setattr("sys.argv", ["script", "--threads", "1", "--seconds", "0"])
+    script.main()
+    _, header, *rows = capsys.readouterr().out.splitlines()
+    assert header.split()[-2:] == ["torch.nn", "speedup"]
+    assert {cell for row in rows for cell in CELLS if cell in row.split()} == set(CELLS)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 import io
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -134,6 +135,18 @@ def test_inductor_with_dropout_in_a_model() -> None:
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
     model.eval()
     torch.testing.assert_close(call(x), model(x))
+
+
+@pytest.mark.cpu_only
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_layer_compiles_in_seconds(kind: str) -> None:
+    """Once the compiler has started: forward and backward by the default one."""
+    torch._dynamo.reset()
+    torch.compile(nn.Linear(3, 3), fullgraph=True)(torch.randn(2, 3)).sum().backward()
+    module, x = build(kind, 64, 128), torch.randn(20, 4, 64)
+    start = time.perf_counter()
+    torch.compile(module, fullgraph=True)(x)[0].sum().backward()
+    assert time.perf_counter() - start < 5
 
 
 @pytest.mark.cpu_only
