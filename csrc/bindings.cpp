@@ -331,7 +331,7 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("mode"), py::arg("directions"), py::arg("hidden"), py::arg("proj"), py::arg("bias"),
       py::arg("batch_first"), py::arg("by_bfloat16") = false, py::arg("is_cell") = false);
-  m.attr("HAS_SECOND_ORDER") = has_second_order<float>();
+  m.attr("IS_STAND_IN") = cuda::kIsStandIn;
   m.attr("GAPS") = kGaps;
   m.def("refusal", &refusal);
   m.def("mode_refusal", &mode_refusal);

@@ -4,7 +4,7 @@ from typing import Any, overload
 from torch import Tensor
 
 GAPS: str
-HAS_SECOND_ORDER: bool
+IS_STAND_IN: bool
 compiler: str
 
 class RefusedError(RuntimeError): ...

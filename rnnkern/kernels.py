@@ -36,7 +36,8 @@ projection ``[D, rows, H]``, as far as the cell has them, one after the other, o
 ``training`` of None asks torch's modes and the operands.
 
 ``closed_loop(inputs, h0, c0, weights, readout, bias)`` takes ``inputs[0]``, feeds the layer what
-the readout makes of its outputs, writes that to ``inputs[1:]``, and returns ``h_n, c_n``. On a CPU.
+the readout makes of its outputs, writes that to ``inputs[1:]``, and returns ``h_n, c_n``. On the
+CPU, not where ``IS_STAND_IN``.
 
 ``backward(x, h0, c0, weights, steps, y, saved, dy, dhn, dcn, wanted, overwrite)`` returns a list of
 gradients of ``x, *weights`` and the initial states that are not None, None where not ``wanted``
@@ -49,7 +50,7 @@ tangent_c0, tangent_weights, tangent_slots, tangent_incoming)`` returns the deri
 passes in a direction: ``(y, h_n, c_n)`` and ``(x, h_0, c_0, weights, slots)``, the latter of the
 gradients. Of the point: operands, outputs, what forward saved, gradients of the slots, and incoming
 ones of ``(y, h_n, c_n)``; of the direction likewise, slots being their sums there. None stands for
-zeros. On the CPU, in float32 and float64, where ``HAS_SECOND_ORDER``.
+zeros. On the CPU, in float32 and float64, not where ``IS_STAND_IN``.
 
 All raise `RefusedError` before anything is written.
 """
@@ -63,7 +64,8 @@ algorithms; on a GPU as TF32. Without, float32 is TF32 on a GPU where torch.nn's
 (``is_cell``) where torch's products may, of a layer where cuDNN's recurrent layers may.
 """
 
-HAS_SECOND_ORDER: bool = _C.HAS_SECOND_ORDER
+IS_STAND_IN: bool = _C.IS_STAND_IN
+"""The CUDA kernels run on the CPU's tensors, on a stand-in for a GPU (`tests/simt`)."""
 
 RefusedError = _C.RefusedError
 """A RuntimeError: an operand does not fit, or no kernel covers it (`refusal` says why)."""

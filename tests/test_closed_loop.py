@@ -52,6 +52,12 @@ SIZES = {
 }
 
 
+def on_the_cpu(test: Any) -> Any:
+    return pytest.mark.cpu_only(
+        pytest.mark.skipif(kernels.IS_STAND_IN, reason="a stand-in for GPUs")(test)
+    )
+
+
 @pytest.fixture
 def one_call(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Whether each call of `generate` was one call of the kernels."""
@@ -67,7 +73,7 @@ def one_call(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     return made
 
 
-@pytest.mark.cpu_only
+@on_the_cpu
 @pytest.mark.kernel
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("sizes", SIZES)
@@ -105,7 +111,7 @@ def cast(state: Any, dtype: torch.dtype) -> Any:
     return tuple(s.to(dtype) for s in state) if isinstance(state, tuple) else state.to(dtype)
 
 
-@pytest.mark.cpu_only
+@on_the_cpu
 def test_who_looks_on_sees_every_step(one_call: list[bool]) -> None:
     module, readout, x = setup("LSTM")
     expected, _ = rnnkern.generate(module, readout, x, 3)
@@ -123,7 +129,7 @@ def test_who_looks_on_sees_every_step(one_call: list[bool]) -> None:
     assert one_call == [True] + 4 * [False]
 
 
-@pytest.mark.cpu_only
+@on_the_cpu
 def test_operands_that_do_not_fit_end_in_the_usual_errors() -> None:
     module, readout, x = setup("GRU")
     with pytest.raises(RuntimeError, match="hidden size"):

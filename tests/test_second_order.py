@@ -31,7 +31,7 @@ from rnnkern import derivatives, kernels, ops
 pytestmark = [
     pytest.mark.cpu_only,
     pytest.mark.kernel,
-    pytest.mark.skipif(not kernels.HAS_SECOND_ORDER, reason="the stand-in for GPUs has none"),
+    pytest.mark.skipif(kernels.IS_STAND_IN, reason="the stand-in for GPUs has none"),
 ]
 # T, N, I, H: less than a vector, whole vectors and a bit, several panels with few rows (units are
 # split), with many (rows are split).
@@ -109,7 +109,7 @@ def test_as_the_operators_of_torch(
         evaluate(module, leaves, on_threads(penalized(CALLS[call]), threads)) for threads in (1, 3)
     ]
     assert calls == 2 * [module.mode]
-    monkeypatch.setattr(kernels, "HAS_SECOND_ORDER", False)
+    monkeypatch.setattr(kernels, "IS_STAND_IN", True)
     expected = evaluate(module, leaves, penalized(CALLS[call]))
     assert len(calls) == 2
     for found in results:
@@ -137,7 +137,7 @@ def test_gradients_of_the_incoming_gradients(
         return torch.autograd.grad(gradients, incoming, vectors)
 
     found = product()
-    monkeypatch.setattr(kernels, "HAS_SECOND_ORDER", False)
+    monkeypatch.setattr(kernels, "IS_STAND_IN", True)
     for ours, expected in zip(found, product(), strict=True):
         torch.testing.assert_close(ours, expected)
 

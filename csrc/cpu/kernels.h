@@ -61,11 +61,6 @@ bool has_kernels() {
 }
 
 template <typename T>
-bool has_second_order() {
-  return std::get<Kernels<T>>(kernels_in_use()).second_order;
-}
-
-template <typename T>
 Machine machine_for(int threads);
 
 }  // namespace rnnkern

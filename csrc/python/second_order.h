@@ -73,14 +73,12 @@ py::tuple second_order_of(const Layer& layer, const SecondOrderOperands& at,
 inline py::tuple second_order(const Layer& layer, const SecondOrderOperands& at,
                               const SecondOrderDirection& direction) {
   const TensorView view = view_of(at.x, "input");
-  view.expect_device(kHost);
+  if (view.tensor.device.type != dlpack::kCpu || cuda::kIsStandIn) {
+    view.fail("is not covered: second derivatives on a GPU");
+  }
   const dlpack::DataType dtype = view.tensor.dtype;
-  if (dtype == dlpack::kDataType<float> && has_second_order<float>()) {
-    return second_order_of<float>(layer, at, direction);
-  }
-  if (dtype == dlpack::kDataType<double> && has_second_order<double>()) {
-    return second_order_of<double>(layer, at, direction);
-  }
+  if (dtype == dlpack::kDataType<float>) return second_order_of<float>(layer, at, direction);
+  if (dtype == dlpack::kDataType<double>) return second_order_of<double>(layer, at, direction);
   view.fail("is not covered: its dtype");
 }
 

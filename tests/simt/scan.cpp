@@ -72,7 +72,7 @@ void run(const Backward<T>& scan, int, bool deterministic) {
   run_on_stand_in(scan, deterministic);
 }
 
-// The stand-in has no kernels for these, and nobody asks (`has_kernels`, `has_second_order`).
+// The stand-in has no kernels for these, and nobody asks (`has_kernels`, `kIsStandIn`).
 template <typename T>
 void run(const SecondOrder<T>&, int, bool) {}
 template void run<float>(const SecondOrder<float>&, int, bool);
