@@ -372,12 +372,10 @@ def pictures(options: argparse.Namespace) -> dict[str, Path]:
     return {part: named(options.out, part) for part in parts}
 
 
-def scaled(kind: str, values: Tensor) -> tuple[str, Tensor]:
-    """Cell states divided by the largest, and words that say so; others are at most 1 as it is."""
-    if kind != "c":
-        return "", values
+def scaled(values: Tensor) -> tuple[float, Tensor]:
+    """The largest of the values, and the values divided by it."""
     largest = values.abs().max().clamp_min(1e-6)
-    return f", divided by its largest, {largest:.2g}", values / largest
+    return largest.item(), values / largest
 
 
 def draw_neurons(seen: Trace, best: Sequence[Neuron], text: str, shown: slice, path: Path) -> None:
@@ -385,16 +383,19 @@ def draw_neurons(seen: Trace, best: Sequence[Neuron], text: str, shown: slice, p
     names, values = [], []
     for n in best:
         states = getattr(seen.layers[n.layer][0], n.kind)[shown, 0, n.unit]
-        words, row = scaled(n.kind, n.sign * states)
+        largest, row = scaled(n.sign * (states - states.mean()))
         minus = "minus " if n.sign < 0 else ""
-        names.append(f"{n.feature}: {minus}{n.name}{words}; r = {n.sign * n.new:.2f} on other text")
+        names.append(
+            f"{n.feature}: {minus}{n.name}, divided by {largest:.2g}; "
+            f"r = {n.sign * n.new:.2f} on other text"
+        )
         values.append(row)
     plot.string_heatmap(
         text[shown],
         torch.stack(values),
         path,
         names=names,
-        label="state, with the sign by which it grows with the feature",
+        label="distance of the state from its mean, divided by the largest",
         title="Neurons that follow the text: red where the feature is there or large",
     )
 
@@ -405,8 +406,11 @@ def draw_unit(seen: Trace, n: Neuron, text: str, shown: slice, path: Path) -> No
     names, values, gates = [], [], []
     for part, states in {"c": layer.c, "h": layer.h, **layer.gates}.items():
         if states is not None:
-            words, row = scaled(part, states[shown, 0, n.unit])
-            names.append(f"{PARTS[part]} {part}{words}")
+            name, row = f"{PARTS[part]} {part}", states[shown, 0, n.unit]
+            if part == "c":
+                largest, row = scaled(row)
+                name = f"{name}, divided by its largest value, {largest:.2g}"
+            names.append(name)
             values.append(row)
             gates.append(part in plot.SIGMOIDS)
     plot.string_heatmap(

@@ -34,7 +34,7 @@ class Page:
     number: a title, panels of cells one below the other, each under its name, and colour bars.
     """
 
-    MARGIN, TITLE, NAME, GAP, BAR, SCALE = 0.2, 0.45, 0.25, 0.12, 0.12, 0.5
+    MARGIN, TITLE, NAME, GAP, BAR, SCALE, BETWEEN = 0.2, 0.45, 0.25, 0.12, 0.12, 0.5, 0.6
     CELL_WIDTH, CELL_HEIGHT, SHORTEST_BAR, LONGEST_BAR = 0.11, 0.22, 2.0, 4.0
 
     def __init__(self, names: Sequence[str], title: str, lines: int, columns: int) -> None:
@@ -57,7 +57,7 @@ class Page:
         widest = max(
             [columns * self.CELL_WIDTH, inches(title, 11), *(inches(n, 10) for n in names)]
         )
-        self.width = 2 * self.MARGIN + max(widest, 2 * self.SHORTEST_BAR + self.MARGIN)
+        self.width = 2 * self.MARGIN + max(widest, 2 * (self.SHORTEST_BAR + self.BETWEEN))
         self.height = self.top + len(names) * self.block + 2 * self.BAR + self.SCALE
         self.figure = Figure(figsize=(self.width, self.height))
         middle = 1 - (self.top - 0.1) / 2 / self.height
@@ -75,7 +75,7 @@ class Page:
 
     def bar(self, i: int, count: int) -> Any:
         share = (self.width - 2 * self.MARGIN) / count
-        length = min(share - self.MARGIN, self.LONGEST_BAR)
+        length = min(share - self.BETWEEN, self.LONGEST_BAR)
         left = self.MARGIN + i * share + (share - length) / 2
         return self._axes(left, self.height - self.SCALE - self.BAR, length, self.BAR)
 

@@ -302,6 +302,7 @@ def string_heatmap(
     """
     require_matplotlib(path)
     from matplotlib.collections import PathCollection
+    from matplotlib.ticker import MaxNLocator
 
     if not text:
         raise ValueError("text is empty: give at least one character")
@@ -341,7 +342,9 @@ def string_heatmap(
         panel.spines[:].set_visible(False)
     for i, (kind, (_, _, named)) in enumerate(scales.items()):
         bar = page.bar(i, len(scales))
-        page.figure.colorbar(images[kind], cax=bar, label=named, orientation="horizontal")
+        page.figure.colorbar(
+            images[kind], cax=bar, label=named, orientation="horizontal", ticks=MaxNLocator(4)
+        )
     page.figure.savefig(path, dpi=150)
 
 
