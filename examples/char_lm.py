@@ -386,7 +386,7 @@ def draw_neurons(seen: Trace, best: Sequence[Neuron], text: str, shown: slice, p
         largest, row = scaled(n.sign * (states - states.mean()))
         minus = "minus " if n.sign < 0 else ""
         names.append(
-            f"{n.feature}: {minus}{n.name}, divided by {largest:.2g}; "
+            f"{n.feature}: {minus}{n.name}, less its mean, divided by {largest:.2g}; "
             f"r = {n.sign * n.new:.2f} on other text"
         )
         values.append(row)
@@ -395,7 +395,7 @@ def draw_neurons(seen: Trace, best: Sequence[Neuron], text: str, shown: slice, p
         torch.stack(values),
         path,
         names=names,
-        label="distance of the state from its mean, divided by the largest",
+        label="state, less its mean, divided by the largest such distance",
         title="Neurons that follow the text: red where the feature is there or large",
     )
 
@@ -433,8 +433,8 @@ def draw_path(states: Tensor, column: Tensor, what: str, path: Path) -> None:
         path,
         colour=column,
         label="characters since the newline",
-        title=f"The path of the {what} along the same text: where like colours lie together,\n"
-        f"it tells the place in the line (the plane explains {explained:.0%} of that)",
+        title=f"The path of the {what} along the same text. Its two main directions\n"
+        f"explain {explained:.0%} of the variance of the place in the line",
     )
 
 

@@ -309,6 +309,7 @@ def experiment(
 def draw(outcomes: dict[str, Outcome], test: Images, path: Path) -> None:
     """Accuracy by epoch, and digits that the best of the models reads wrongly."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(8, 7), layout="constrained")
     above, below = figure.subfigures(2, 1, height_ratios=(8, 2))
@@ -330,6 +331,7 @@ def draw(outcomes: dict[str, Outcome], test: Images, path: Path) -> None:
     panel.xaxis.set_major_formatter("{x:g}")
     panel.minorticks_off()
     panel.set_ylim(max(0, 100 * worst - SPAN), 101)
+    panel.yaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10], integer=True))
     panel.set_xlabel("epoch")
     panel.set_ylabel("validation digits read right, %")
     panel.grid(alpha=0.3)

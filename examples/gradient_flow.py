@@ -246,9 +246,9 @@ def draw(flows: dict[str, Flow], steps: int, path: Path) -> None:
     plot.gradient_flow(
         {name: flow.h for name, flow in flows.items()},
         path,
-        title=f"Gradient of the last hidden state over {steps} steps, untrained: it vanishes\n"
-        "unless an LSTM's forget gates are open from the start. The first step back is steep\n"
-        "in every LSTM: the hidden state before acts through the gates alone.",
+        title=f"Gradient of the last hidden state over {steps} steps, untrained:\n"
+        "it vanishes unless an LSTM's forget gates are open from the start.\n"
+        "All LSTMs begin steeply: hidden states act through the gates alone.",
     )
 
 

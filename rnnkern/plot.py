@@ -238,7 +238,9 @@ def gate_saturation(trace: Trace, path: Path | str, *, low: float = 0.1, high: f
     names = list(layers[0][0])
     if not names:
         raise ValueError("the trace must be of an LSTM or a GRU: an RNN has no gates")
-    figure = Figure(figsize=(1.2 + 3.2 * len(names), 4.8), layout="constrained")
+    is_alone = len(layers) == len(layers[0]) == 1
+    height = 4.6 if is_alone else 4.8
+    figure = Figure(figsize=(1.2 + 3.2 * len(names), height), layout="constrained")
     panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
     for panel, name in zip(panels, names, strict=True):
         for i, layer in enumerate(layers):
@@ -262,8 +264,8 @@ def gate_saturation(trace: Trace, path: Path | str, *, low: float = 0.1, high: f
         "always shut is at the lower right, always open at the upper left",
         fontsize=11,
     )
-    handles, labels = panels[0].get_legend_handles_labels()
-    if len(labels) > 1:
+    if not is_alone:
+        handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(path, dpi=150)
 
