@@ -20,10 +20,9 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from pydoc_data.topics import topics
 from types import ModuleType
@@ -45,6 +44,7 @@ from common import (
     training_parser,
     workers,
 )
+from features import FEATURES
 from torch import Tensor, nn
 
 import rnnkern
@@ -251,63 +251,6 @@ def draw_sample(result: Result, temperature: float) -> Sample:
     drawn = sample(model, given, SAMPLED, temperature)
     spent = time.perf_counter() - start
     return Sample(corpus.text(drawn), 1e6 * spent / SAMPLED)
-
-
-# %% What neurons may follow: for every character, with the text up to it
-def column(text: str) -> list[float]:
-    """Characters since the newline, which is at 0."""
-    found, place = [], 0
-    for c in text:
-        place = 0 if c == "\n" else place + 1
-        found.append(place)
-    return found
-
-
-def indentation(text: str) -> list[float]:
-    """Spaces that the line begins with, as far as it is read."""
-    found, width, leading = [], 0, True
-    for c in text:
-        if c == "\n":
-            width, leading = 0, True
-        elif leading and c == " ":
-            width += 1
-        else:
-            leading = False
-        found.append(width)
-    return found
-
-
-def inside(text: str, pairs: dict[str, str]) -> list[float]:
-    """How many opened ones are not closed yet; all are by the end of a paragraph.
-
-    A mark that both opens and closes opens only where no letter comes before: an apostrophe does
-    not.
-    """
-    found, opened = [], []
-    for i, c in enumerate(text):
-        if opened and c == opened[-1]:
-            opened.pop()
-        elif c in pairs and not (pairs[c] == c and (opened or text[i - 1 : i].isalnum())):
-            opened.append(pairs[c])
-        elif text[i - 1 : i + 1] == "\n\n":
-            opened.clear()
-        found.append(len(opened))
-    return found
-
-
-FEATURES: dict[str, Callable[[str], list[float]]] = {
-    "position in the line": column,
-    "log distance since newline": lambda text: [math.log1p(n) for n in column(text)],
-    "indentation": indentation,
-    "inside quotes": lambda text: inside(text, {"`": "`", "'": "'", '"': '"'}),
-    "inside brackets": lambda text: inside(text, {"(": ")", "[": "]", "{": "}"}),
-    "word start": lambda text: [
-        c.isalnum() and not before.isalnum() for before, c in pairwise(f" {text}")
-    ],
-    "space": lambda text: [c == " " for c in text],
-    "upper case": lambda text: [c.isupper() for c in text],
-    "sentence end": lambda text: [c in ".!?" for c in text],
-}
 
 
 # %% The analysis

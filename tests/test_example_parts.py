@@ -46,6 +46,11 @@ def char_lm(load: Callable[[str], ModuleType]) -> ModuleType:
 
 
 @pytest.fixture
+def features(load: Callable[[str], ModuleType]) -> ModuleType:
+    return load("features")
+
+
+@pytest.fixture
 def sentiment(load: Callable[[str], ModuleType]) -> ModuleType:
     return load("sentiment")
 
@@ -176,24 +181,24 @@ def test_the_users_own_are_not_judged(
 LINE = "  f('a [b]') don't\n\nEnd"
 
 
-def test_column(char_lm: ModuleType) -> None:
-    assert char_lm.column("ab\nc\n\nd") == [1, 2, 0, 1, 0, 0, 1]
+def test_column(features: ModuleType) -> None:
+    assert features.column("ab\nc\n\nd") == [1, 2, 0, 1, 0, 0, 1]
 
 
-def test_indentation(char_lm: ModuleType) -> None:
-    assert char_lm.indentation("a b\n  c d\n e") == [0, 0, 0, 0, 1, 2, 2, 2, 2, 0, 1, 1]
+def test_indentation(features: ModuleType) -> None:
+    assert features.indentation("a b\n  c d\n e") == [0, 0, 0, 0, 1, 2, 2, 2, 2, 0, 1, 1]
 
 
-def test_inside(char_lm: ModuleType) -> None:
+def test_inside(features: ModuleType) -> None:
     """An apostrophe opens nothing, and an empty line closes all."""
     marks = {"quotes": {"'": "'"}, "brackets": {"(": ")", "[": "]"}}
-    found = {name: char_lm.inside(LINE, pairs) for name, pairs in marks.items()}
+    found = {name: features.inside(LINE, pairs) for name, pairs in marks.items()}
     text = LINE.replace("\n", "$")
     shown = {name: "".join(map(str, depths)) for name, depths in found.items()}
     assert text == "  f('a [b]') don't$$End"
     assert shown["quotes"] == "00001111110000000000000"
     assert shown["brackets"] == "00011112211000000000000"
-    assert char_lm.inside("'a\n\nb", {"'": "'"}) == [1, 1, 1, 0, 0]
+    assert features.inside("'a\n\nb", {"'": "'"}) == [1, 1, 1, 0, 0]
 
 
 def test_correlations(char_lm: ModuleType) -> None:
@@ -293,7 +298,11 @@ def test_naive_bayes(sentiment: ModuleType) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem not in ("common", "idx")),
+    sorted(
+        path.stem
+        for path in EXAMPLES.glob("*.py")
+        if path.stem not in ("common", "idx", "features")
+    ),
 )
 def test_cells_run_where_there_is_no_file(
     load: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, name: str

@@ -64,7 +64,7 @@ def test_a_fast_run(name: str, tmp_path: Path) -> None:
 
 def test_every_script_is_tested() -> None:
     scripts = {path.stem for path in EXAMPLES.glob("*.py")}
-    assert scripts - {"common", "idx", "distributed"} == set(SCRIPTS)
+    assert scripts - {"common", "idx", "features", "distributed"} == set(SCRIPTS)
 
 
 def idx(place: Path, part: str, count: int, size: int = 8, lacking: int = 0) -> None:
