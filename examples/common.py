@@ -6,12 +6,13 @@ import argparse
 import gc
 import math
 import os
+import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
@@ -25,54 +26,122 @@ from tqdm.auto import tqdm
 import rnnkern
 from rnnkern.plot import require_matplotlib
 
+EXAMPLES = Path(__file__).parent
+# What neither the data nor the hyperparameters of an experiment depend on.
+NEUTRAL = {"fast", "torch", "seed", "threads", "repeats", "out", "model"}
+MOST_THREADS = 1024
+
 
 def parser(description: str, picture: str | None = None) -> argparse.ArgumentParser:
-    """With the arguments that all examples know; ``picture`` is the name of their PNG."""
-    made = argparse.ArgumentParser(
-        description=description.splitlines()[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    made.add_argument("--fast", action="store_true", help="a small run, for tests")
+    """With the arguments that all experiments know; ``picture`` is the name of their PNG."""
+    made = plain_parser(description)
     made.add_argument("--torch", action="store_true", help="the same on torch.nn, and both times")
+    made.add_argument("--repeats", type=int, default=1, help="of the experiment, for its time")
     made.add_argument("--seed", type=int, default=0)
-    made.add_argument("--threads", type=int, help="of torch; as it is set unless given")
     if picture is not None:
         made.add_argument("--out", type=Path, default=Path(picture), help="the picture")
     return made
 
 
+def plain_parser(description: str) -> argparse.ArgumentParser:
+    """With the arguments that every script knows."""
+    made = argparse.ArgumentParser(
+        description=description.splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    made.add_argument("--fast", action="store_true", help="a small run, for tests")
+    made.add_argument("--threads", type=int, help="of torch; as it is set unless given")
+    return made
+
+
+def training_parser(description: str, picture: str | None = None) -> argparse.ArgumentParser:
+    """The same for an experiment that trains."""
+    made = parser(description, picture)
+    made.add_argument(
+        "--model", type=Path, metavar="FILE", help="where to keep rnnkern's best; nowhere otherwise"
+    )
+    return made
+
+
 def arguments(
-    made: argparse.ArgumentParser, fast: Mapping[str, Any] | None = None
+    made: argparse.ArgumentParser,
+    fast: Mapping[str, Any] | None = None,
+    judged_with: Sequence[str] = (),
 ) -> argparse.Namespace:
     """Of the command line; defaults where a notebook runs the script cell by cell.
 
-    ``fast`` holds other defaults, for ``--fast``. Where there is to be a picture, it can be made.
+    ``fast`` holds other defaults, for ``--fast``. Where there is to be a picture, matplotlib can
+    make it.
+
+    The rule for results: one of the project's own data and hyperparameters is judged, and ends the
+    script where it is wrong. One of the user's own is reported and no more. ``judged`` says which
+    it is; ``judged_with`` are the options that may be given all the same.
     """
     given = [] if "ipykernel" in sys.modules else None
     options = made.parse_args(given)
     if options.fast and fast:
         made.set_defaults(**fast)
         options = made.parse_args(given)
+    if not 0 <= getattr(options, "seed", 0) < 2**64:
+        fail(f"--seed must be from 0 to 2**64 - 1, got {options.seed}")
+    if "repeats" in options:
+        above_zero(options, "repeats")
     if options.threads is not None:
+        if not 1 <= options.threads <= MOST_THREADS:
+            fail(f"--threads must be from 1 to {MOST_THREADS}, got {options.threads}")
         torch.set_num_threads(options.threads)
     if "out" in options:
-        _expect_picture(options.out)
+        try:
+            require_matplotlib(options.out)
+        except (ModuleNotFoundError, ValueError) as error:
+            fail(str(error))
+    own = vars(options).keys() - NEUTRAL - set(judged_with)
+    options.judged = all(getattr(options, name) == made.get_default(name) for name in own)
     return options
 
 
-def _expect_picture(path: Path) -> None:
-    """Ends the script where no picture can be drawn into ``path``, before the work for it."""
+def above_zero(options: argparse.Namespace, *names: str) -> None:
+    """Ends the script where one of the options is not."""
+    for name in names:
+        if not 0 < getattr(options, name) < math.inf:
+            fail(f"--{name} must be above 0 and finite, got {getattr(options, name)}")
+
+
+def named(path: Path, part: object) -> Path:
+    """``x.png`` and a part of it: ``x_part.png``."""
+    return path.with_stem(f"{path.stem}_{part}")
+
+
+def expect_files(*paths: Path | None) -> None:
+    """Ends the script where one of the files cannot be written, before the work for it."""
+    for path in filter(None, paths):
+        if not path.parent.is_dir():
+            fail(f"{path.parent} is no directory")
+        if path.is_dir():
+            fail(f"{path} is a directory, no file can be written there")
+        if not os.access(path if path.exists() else path.parent, os.W_OK):
+            fail(f"{path} cannot be written")
+
+
+def read_text(path: Path) -> str:
+    """Of a file in UTF-8, with or without a byte order mark."""
     try:
-        require_matplotlib(path)
-    except (ModuleNotFoundError, ValueError) as error:
-        fail(str(error))
-    if not path.parent.is_dir():
-        fail(f"{path.parent} is no directory")
+        return path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        fail(f"{path}: {error.strerror}")
+    except UnicodeDecodeError as error:
+        fail(f"{path} is not UTF-8: {error.reason} at byte {error.start}")
 
 
 def fail(message: str) -> NoReturn:
     """Ends the script with a message and no traceback."""
     sys.exit(f"{Path(sys.argv[0]).name}: error: {message}")
+
+
+def expect(ok: bool, message: str) -> None:
+    """Ends the script where its result is wrong: as assert, but under ``python -O`` too."""
+    if not ok:
+        fail(message)
 
 
 @dataclass(frozen=True)
@@ -82,10 +151,15 @@ class Workers:
     rank: int
     world: int
     device: torch.device
+    silent: bool = False
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
 
     @property
     def speaks(self) -> bool:
-        return self.rank == 0
+        return self.is_first and not self.silent
 
     def say(self, *words: object) -> None:
         if self.speaks:
@@ -110,6 +184,19 @@ class Workers:
                 dist.broadcast_object_list(shared, device=self.device)
             yield Path(shared[0])
             self.meet()  # nobody needs it any longer
+
+    @contextmanager
+    def best_file(
+        self, library: ModuleType, options: argparse.Namespace, part: str = ""
+    ) -> Iterator[Path]:
+        """Where to keep the best model of a training: ``--model`` is for rnnkern's, without it and
+        for torch.nn's there is a temporary file. ``part`` names one of several models.
+        """
+        with self.folder() as folder:
+            if library is rnnkern and options.model is not None:
+                yield named(options.model, part) if part else options.model
+            else:
+                yield folder / "best.pt"
 
     def own(self, rows: Sequence[Any] | Tensor) -> Any:
         """This process's part of a batch: as many rows as every other has."""
@@ -142,43 +229,72 @@ def workers() -> Iterator[Workers]:
         dist.destroy_process_group()
 
 
+Experiment = Callable[[ModuleType, argparse.Namespace, Workers], Any]
+
+
 @dataclass
 class Run:
-    """What an experiment gave on one library, and the seconds it took."""
+    """What an experiment gave on one library, the seconds it took, and what measuring found."""
 
     library: str
     result: Any
     seconds: float
+    measured: Any = None
 
 
 def run_in_turn(
-    experiment: Callable[[ModuleType, argparse.Namespace, Workers], Any],
+    experiment: Experiment,
     options: argparse.Namespace,
     crew: Workers,
+    measure: Callable[[Any], Any] | None = None,
 ) -> list[Run]:
-    """An experiment on rnnkern and, with ``--torch``, then on torch.nn; prints the times.
+    """An experiment on rnnkern and, with ``--torch``, on torch.nn; as often as ``--repeats`` says,
+    in turn. Prints the medians of the times and of their ratios.
 
-    The experiment computes and draws nothing. Both begin from the same seed.
+    The experiment computes and draws nothing; all begin from the same seed. ``measure`` is called
+    with what it has given, when the clock has stopped. The first repeat alone is measured, prints
+    and writes, and is what comes back.
     """
+    if not options.judged:
+        crew.say("own data or hyperparameters: the result is reported, not judged")
     torch.optim.SGD([torch.zeros(1)])  # the first one of a process takes a second to be made
+    libraries = (("rnnkern", rnnkern), ("torch.nn", nn))[: 1 + options.torch]
     runs: list[Run] = []
-    for name, library in (("rnnkern", rnnkern), ("torch.nn", nn))[: 1 + options.torch]:
-        torch.manual_seed(options.seed)
-        start = time.perf_counter()
-        result = experiment(library, options, crew)
-        runs.append(Run(name, result, time.perf_counter() - start))
-    spent = ", ".join(f"{run.library} {run.seconds:.1f} s" for run in runs)
-    ratio = f": {runs[1].seconds / runs[0].seconds:.2f}x" if options.torch else ""
-    crew.say(f"time: {spent}{ratio}")
+    seconds: list[list[float]] = [[] for _ in libraries]
+    for repeat in range(options.repeats):
+        if repeat == 1:
+            crew = replace(crew, silent=True)
+            options = argparse.Namespace(**vars(options) | {"model": None})
+        for (name, library), spent in zip(libraries, seconds, strict=True):
+            torch.manual_seed(options.seed)
+            start = time.perf_counter()
+            result = experiment(library, options, crew)
+            spent.append(time.perf_counter() - start)
+            if repeat == 0:
+                runs.append(Run(name, result, spent[0], measure(result) if measure else None))
+    for run, spent in zip(runs, seconds, strict=True):
+        run.seconds = statistics.median(spent)
+    times = ", ".join(f"{run.library} {shown_seconds(run.seconds)}" for run in runs)
+    ratios = [theirs / ours for ours, theirs in zip(*seconds, strict=True)] if options.torch else []
+    ratio = f": {statistics.median(ratios):.2f}x" if ratios else ""
+    of = f", medians of {options.repeats} runs" if options.repeats > 1 else ""
+    replace(crew, silent=False).say(f"time: {times}{ratio}{of}")
     return runs
+
+
+def shown_seconds(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds >= 10 else f"{seconds:.2f} s"
 
 
 @dataclass
 class History:
-    """Of a training: losses as logged, ``(step, loss)``, and scores, ``(epoch, score)``."""
+    """Of a training: losses as logged, ``(step, loss)``, and scores, ``(epoch, score)``; the best
+    epoch, of equal ones the last.
+    """
 
     losses: list[tuple[int, float]] = field(default_factory=list)
     scores: list[tuple[int, float]] = field(default_factory=list)
+    best: int = 0
 
 
 class Trainer:
@@ -188,7 +304,7 @@ class Trainer:
         model: to train.
         optimizer: of its parameters.
         loss: of the model and a batch.
-        score: of the model, higher is better; None keeps the last model.
+        score: of the model, higher is better, and what to say of it; None keeps the last model.
         best: where the best model is saved.
         clip: largest norm of all gradients together.
         log_every: steps between two lines.
@@ -200,7 +316,7 @@ class Trainer:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         loss: Callable[[nn.Module, Any], Tensor],
-        score: Callable[[nn.Module], float] | None,
+        score: Callable[[nn.Module], tuple[float, str]] | None,
         best: Path,
         *,
         clip: float | None = None,
@@ -223,14 +339,14 @@ class Trainer:
                 continue
             self.plain.eval()
             with torch.no_grad():
-                score = self.score(self.plain)
+                score, words = self.score(self.plain)
             self.history.scores.append((epoch + 1, score))
-            self.crew.say(f"epoch {epoch + 1}  score {score:.4g}")
-            if math.isnan(score):
-                fail(f"the score of epoch {epoch + 1} is not a number")
+            self.crew.say(f"epoch {epoch + 1}  {words}")
+            if not math.isfinite(score):
+                fail(f"the score of epoch {epoch + 1} is {score}: the training has diverged")
             if score >= top:
-                top = score
-                if self.crew.speaks:
+                top, self.history.best = score, epoch + 1
+                if self.crew.is_first:
                     torch.save(self.plain.state_dict(), self.best)
         if self.score is not None:
             self.crew.meet()  # the file is written

@@ -14,7 +14,7 @@ import argparse
 
 import torch
 import torch.distributed as dist
-from common import Workers, fail, workers
+from common import Workers, above_zero, fail, workers
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
@@ -74,6 +74,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--hidden", type=int, default=32)
     options = parser.parse_args()
+    above_zero(options, "iterations", "rows", "steps", "hidden")
     with workers() as crew:
         if options.rows % crew.world:
             fail(f"--rows {options.rows} do not divide among {crew.world} processes")

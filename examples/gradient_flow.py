@@ -13,12 +13,24 @@ from __future__ import annotations
 
 import argparse
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
 import torch
-from common import Run, Workers, arguments, fail, parser, run_in_turn, workers
+from common import (
+    Run,
+    Workers,
+    arguments,
+    expect,
+    expect_files,
+    fail,
+    named,
+    parser,
+    run_in_turn,
+    workers,
+)
 from torch import Tensor, nn
 
 import rnnkern
@@ -128,32 +140,33 @@ def by_formula(v: Tensor, w: Tensor, x: Tensor) -> dict[str, Tensor]:
 
 
 # %%
+Case = tuple[nn.RNNBase, Tensor]  # a network, and what it reads
+
+
 class Result(NamedTuple):
-    """What one library gives: flows and milliseconds by number of steps and network, and the
+    """What one library gives: by number of steps and network, cases and their flows; and the
     largest errors of derivatives.
     """
 
+    flow_of: Callable[[nn.RNNBase, Tensor], Flow]
+    cases: dict[int, dict[str, Case]]
     flows: dict[int, dict[str, Flow]]
-    ms: dict[int, dict[str, float]]
     errors: dict[str, float]
 
 
 def experiment(library: ModuleType, options: argparse.Namespace, crew: Workers) -> Result:
     flow_of = at_once if library is rnnkern else step_by_step
-    clock = clock_of(crew.device)
+    cases: dict[int, dict[str, Case]] = {}
     flows: dict[int, dict[str, Flow]] = {}
-    ms: dict[int, dict[str, float]] = {}
     for steps in options.steps:
         generator = torch.Generator().manual_seed(options.seed)
         x = torch.randn(steps, 1, INPUTS, generator=generator, dtype=torch.float64)
         x = x.to(crew.device)
-        flows[steps], ms[steps] = {}, {}
+        cases[steps], flows[steps] = {}, {}
         for name, network in networks(library, options.seed).items():
-            network.to(crew.device)
+            cases[steps][name] = (network.to(crew.device), x)
             h, c = flow_of(network, x)
             flows[steps][name] = Flow(h.cpu(), None if c is None else c.cpu())
-            seconds = [clock(lambda n=network, x=x: flow_of(n, x), 1) for _ in range(REPEATS)]
-            ms[steps][name] = statistics.median(seconds) * 1e3
 
     torch.manual_seed(options.seed)
     rnn = library.RNN(2, HIDDEN, bias=False).double().to(crew.device)
@@ -162,7 +175,21 @@ def experiment(library: ModuleType, options: argparse.Namespace, crew: Workers) 
     with torch.no_grad():
         wanted = by_formula(rnn.weight_hh_l0, rnn.weight_ih_l0, x)
     errors = {name: float((found[name] - wanted[name]).abs().max()) for name in wanted}
-    return Result(flows, ms, errors)
+    return Result(flow_of, cases, flows, errors)
+
+
+def milliseconds(result: Result) -> dict[int, dict[str, float]]:
+    """Of finding each flow once more."""
+
+    def median(network: nn.RNNBase, x: Tensor) -> float:
+        clock = clock_of(x.device)
+        seconds = [clock(lambda: result.flow_of(network, x), 1) for _ in range(REPEATS)]
+        return statistics.median(seconds) * 1e3
+
+    return {
+        steps: {name: median(*case) for name, case in cases.items()}
+        for steps, cases in result.cases.items()
+    }
 
 
 # %%
@@ -178,7 +205,7 @@ def report(runs: list[Run], options: argparse.Namespace, crew: Workers) -> None:
         crew.say(f"{f'{steps} steps':24}{'hidden state':>14}{'cell state':>12}{libraries}")
         for name, (h, c) in runs[0].result.flows[steps].items():
             cell = "" if c is None else f"{first_over_last(c):.1e}"
-            times = "".join(f"{run.result.ms[steps][name]:10.2f} ms" for run in runs)
+            times = "".join(f"{run.measured[steps][name]:10.2f} ms" for run in runs)
             crew.say(f"  {name:22}{first_over_last(h):14.1e}{cell:>12}{times}")
     crew.say(f"h_{LAST} of an RNN, autograd beside the formulas, largest error")
     for run in runs:
@@ -186,36 +213,43 @@ def report(runs: list[Run], options: argparse.Namespace, crew: Workers) -> None:
         crew.say(f"  {run.library}: {errors}")
 
 
-def judge(runs: list[Run]) -> None:
+def judge(runs: list[Run], options: argparse.Namespace) -> None:
+    for run in runs:
+        expect(max(run.result.errors.values()) < LARGEST_ERROR, "the formulas do not hold")
     for steps, flows in runs[0].result.flows.items():
-        h = {name: first_over_last(flow.h) for name, flow in flows.items()}
-        # The cell carries what the forget gate keeps; hidden states reach it by way of all gates.
-        cells = [first_over_last(flows[lstm(bias)].c) for bias in FORGET_BIASES]
-        assert cells == sorted(cells), "a larger forget bias must keep more of the gradient"
-        if steps >= LONG:
-            best = h[lstm(max(FORGET_BIASES))]
-            for name in (lstm(min(FORGET_BIASES)), "RNN tanh"):
-                assert best > FACTOR * h[name], f"the LSTM must keep far more than {name}"
         for run in runs[1:]:
             for name, flow in run.result.flows[steps].items():
-                torch.testing.assert_close(flow.h, flows[name].h, rtol=SAME, atol=1e-300)
-    for run in runs:
-        assert max(run.result.errors.values()) < LARGEST_ERROR, "the formulas do not hold"
+                same = torch.allclose(flow.h, flows[name].h, rtol=SAME, atol=1e-300)
+                expect(same, f"{name}, {steps} steps: rnnkern and {run.library} differ")
+        if options.judged:
+            judge_memory(steps, flows)
 
 
-def draw(result: Result, options: argparse.Namespace) -> list[Path]:
-    """A picture for each length: further ones have it in their names."""
-    paths: list[Path] = []
-    for steps, flows in result.flows.items():
-        stem = options.out.stem if not paths else f"{options.out.stem}_{steps}"
-        paths.append(options.out.with_stem(stem))
-        plot.gradient_flow(
-            {name: flow.h for name, flow in flows.items()},
-            paths[-1],
-            title=f"Gradient of the last hidden state over {steps} steps, untrained:\n"
-            "it vanishes unless an LSTM's forget gates are open from the start",
-        )
-    return paths
+def judge_memory(steps: int, flows: dict[str, Flow]) -> None:
+    h = {name: first_over_last(flow.h) for name, flow in flows.items()}
+    # The cell carries what the forget gate keeps; hidden states reach it by way of all gates.
+    cells = [first_over_last(flows[lstm(bias)].c) for bias in FORGET_BIASES]
+    expect(cells == sorted(cells), "a larger forget bias must keep more of the gradient")
+    if steps >= LONG:
+        best = h[lstm(max(FORGET_BIASES))]
+        for name in (lstm(min(FORGET_BIASES)), "RNN tanh"):
+            expect(best > FACTOR * h[name], f"the LSTM must keep far more than {name}")
+
+
+def pictures(options: argparse.Namespace) -> dict[int, Path]:
+    """By number of steps: the first is ``--out``, further ones have theirs in the name."""
+    first, *others = dict.fromkeys(options.steps)
+    return {first: options.out} | {steps: named(options.out, steps) for steps in others}
+
+
+def draw(flows: dict[str, Flow], steps: int, path: Path) -> None:
+    plot.gradient_flow(
+        {name: flow.h for name, flow in flows.items()},
+        path,
+        title=f"Gradient of the last hidden state over {steps} steps, untrained:\n"
+        "it vanishes unless an LSTM's forget gates are open from the start.\n"
+        "All LSTMs begin steeply: hidden states act through the gates alone.",
+    )
 
 
 # %%
@@ -225,13 +259,17 @@ def main() -> None:
     options = arguments(made, FAST)
     if min(options.steps) < 2:
         fail(f"--steps must be at least 2, got {min(options.steps)}")
+    paths = pictures(options)
+    expect_files(*paths.values())
 
     with workers() as crew:
-        runs = run_in_turn(experiment, options, crew)
+        runs = run_in_turn(experiment, options, crew, milliseconds)
         report(runs, options, crew)
         if crew.speaks:
-            crew.say("pictures:", *draw(runs[0].result, options))
-        judge(runs)
+            for steps, path in paths.items():
+                draw(runs[0].result.flows[steps], steps, path)
+            crew.say("pictures:", *paths.values())
+        judge(runs, options)
 
 
 # %%

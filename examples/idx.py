@@ -67,10 +67,14 @@ def read_mnist(folder: Path, part: str) -> tuple[NDArray[np.uint8], NDArray[np.u
         part: what their names begin with, ``train`` or ``t10k``.
 
     Raises:
-        FileNotFoundError, ValueError: as of :func:`read_idx`, or the two files do not go together.
+        FileNotFoundError, ValueError: as of :func:`read_idx`, the two files do not go together,
+            or the images have no pixels.
     """
     images = read_idx(folder / f"{part}-images-idx3-ubyte", 3)
     labels = read_idx(folder / f"{part}-labels-idx1-ubyte", 1)
     if len(images) != len(labels):
         raise ValueError(f"{folder}: {part} has {len(images)} images, but {len(labels)} labels")
+    if images.size == 0 and len(images):
+        size = " x ".join(map(str, images.shape[1:]))
+        raise ValueError(f"{folder}: the images of {part} have {size} pixels")
     return images, labels

@@ -7,7 +7,7 @@
 
 import torch  # noqa: F401  first: its OpenMP runtime is the one that the kernels share
 
-from rnnkern import inspect
+from rnnkern import inspect, plot
 from rnnkern.build import build_info, explain
 from rnnkern.checkpoint import checkpointed
 from rnnkern.closed_loop import generate
@@ -35,5 +35,6 @@ __all__ = [
     "explain",
     "generate",
     "inspect",
+    "plot",
     "revert",
 ]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from rnnkern.page import Page, outlines, places
 from rnnkern.workloads import CELLS, PASSES
 
 if TYPE_CHECKING:
@@ -28,10 +29,6 @@ SIGMOIDS = {
     "r": "reset gate r",
     "z": "update gate z",
 }
-
-#: Characters in a line of `string_heatmap`.
-COLUMNS = 80
-MARKS = {"\n": "↵", "\t": "→"}
 
 
 def require_matplotlib(path: Path | str) -> None:
@@ -175,7 +172,10 @@ def gradient_flow(
     panel.set_xlabel("steps before the last one")
     is_outside = any(((norms == 0) | norms.isinf()).any() for norms in drawn.values())
     note = "\n(triangles: 0, at the top infinite)" if is_outside else ""
-    panel.set_ylabel(f"norm of the gradient of the last state{note}")
+    panel.set_ylabel(
+        "norm of the gradient of the last state\n"
+        f"with respect to the state so many steps before{note}"
+    )
     panel.set_title(title, loc="left", fontsize=11)
     figure.legend(loc="outside right upper", frameon=False)
     figure.savefig(path, dpi=150)
@@ -238,7 +238,9 @@ def gate_saturation(trace: Trace, path: Path | str, *, low: float = 0.1, high: f
     names = list(layers[0][0])
     if not names:
         raise ValueError("the trace must be of an LSTM or a GRU: an RNN has no gates")
-    figure = Figure(figsize=(1.2 + 3.2 * len(names), 4.8), layout="constrained")
+    is_alone = len(layers) == len(layers[0]) == 1
+    height = 4.6 if is_alone else 4.8
+    figure = Figure(figsize=(1.2 + 3.2 * len(names), height), layout="constrained")
     panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
     for panel, name in zip(panels, names, strict=True):
         for i, layer in enumerate(layers):
@@ -262,23 +264,10 @@ def gate_saturation(trace: Trace, path: Path | str, *, low: float = 0.1, high: f
         "always shut is at the lower right, always open at the upper left",
         fontsize=11,
     )
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    if not is_alone:
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(path, dpi=150)
-
-
-def places(text: str) -> Tensor:
-    """Row and column of each character, ``[len(text), 2]``: a row ends after a newline, and after
-    `COLUMNS` characters.
-    """
-    found: list[tuple[int, int]] = []
-    row, column = 0, 0
-    for character in text:
-        if column == COLUMNS:
-            row, column = row + 1, 0
-        found.append((row, column))
-        row, column = (row + 1, 0) if character == "\n" else (row, column + 1)
-    return torch.tensor(found)
 
 
 def string_heatmap(
@@ -287,37 +276,35 @@ def string_heatmap(
     path: Path | str,
     *,
     names: Sequence[str] | None = None,
+    gates: Sequence[bool] | None = None,
     label: str = "activation",
     title: str = "What a neuron reacts to: its value at each character",
 ) -> None:
     """Draws a text on cells coloured by the value at each character.
 
-    Lines break after a newline, which is shown as a mark, and after `COLUMNS` characters. Colours
-    are symmetric about 0 where a value is negative; else they go from 0 to 1, or to the largest
-    value beyond it. All neurons share them.
+    Lines break after a newline, which is shown as a mark, and after 80 characters; a character that
+    the font lacks is a dot. Colours are symmetric about 0 where a value is negative; else they go
+    from 0 to 1, or to the largest value beyond it. All neurons share them but those that are gates,
+    which have colours of their own, from 0 to 1.
 
     Args:
         text: at least one character.
         values: ``[len(text)]``, or ``[K, len(text)]``, a block of lines for each of K neurons.
         path: the file to write; its ending says the format.
         names: of the K neurons; their numbers unless given.
+        gates: whether each of the K is a gate, which holds a sigmoid; none is unless given.
         label: of the colour bar.
         title: of the picture.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
         TypeError: ``values`` is no Tensor.
-        ValueError: the text is empty; ``values`` or ``names`` do not fit, or values are not finite;
-            the ending of ``path``.
+        ValueError: the text is empty; ``values``, ``names`` or ``gates`` do not fit, values are not
+            finite, or those of a gate not from 0 to 1; the ending of ``path``.
     """
     require_matplotlib(path)
-    from matplotlib import colormaps
     from matplotlib.collections import PathCollection
-    from matplotlib.colors import Normalize
-    from matplotlib.figure import Figure
-    from matplotlib.font_manager import FontProperties
-    from matplotlib.path import Path as Outline
-    from matplotlib.textpath import text_to_path
+    from matplotlib.ticker import MaxNLocator
 
     if not text:
         raise ValueError("text is empty: give at least one character")
@@ -330,49 +317,50 @@ def string_heatmap(
     if names is None:
         names = [f"neuron {k}" for k in range(len(blocks))] if blocks.dim() == 2 else [""]
     blocks = blocks.reshape(-1, len(text))
-    if len(names) != len(blocks):
-        raise ValueError(f"names must have one name for each of {len(blocks)}, got {len(names)}")
+    gates = [False] * len(blocks) if gates is None else gates
+    for what, given in (("names", names), ("gates", gates)):
+        if len(given) != len(blocks):
+            raise ValueError(f"{what} must have one for each of {len(blocks)}, got {len(given)}")
+    is_gate = torch.tensor(gates)
+    if is_gate.any() and (blocks[is_gate] != blocks[is_gate].clamp(0, 1)).any():
+        raise ValueError("values of a gate must be from 0 to 1")
 
-    largest = float(blocks.abs().max())
-    if blocks.min() < 0:
-        colours, scale = colormaps["RdBu_r"], Normalize(-largest, largest)
-    else:
-        colours, scale = colormaps["YlGnBu"], Normalize(0, max(1.0, largest))
+    scales = {kind: _colours(blocks[is_gate == kind], label, kind) for kind in sorted(set(gates))}
     cells = places(text)
-    lines, width = (cells.amax(0) + 1).tolist()
-    size = (max(5.0, 1 + 0.11 * width), 1.6 + len(blocks) * (0.3 + 0.22 * lines))
-    figure = Figure(figsize=size, layout="compressed")
-    panels = figure.subplots(len(blocks), 1, squeeze=False)[:, 0]
-
-    # Characters as outlines and not as text: a few thousand are drawn at once.
-    font = FontProperties(family=["DejaVu Sans Mono", "DejaVu Sans"])
-    outlines = {
-        character: text_to_path.get_text_path(
-            font, MARKS.get(character, character if character.isprintable() else " ")
-        )
-        for character in set(text)
-    }
-    em = torch.tensor([1.5, -0.75]).numpy() / text_to_path.FONT_SCALE  # in cells
-    inked = [at for at, character in enumerate(text) if len(outlines[character][0])]
-    glyphs = []
-    for at in inked:
-        vertices, codes = outlines[text[at]]
-        row, column = cells[at].tolist()
-        glyphs.append(Outline(vertices * em + (column - 0.45, row + 0.2), codes))
-    for panel, name, block in zip(panels, names, blocks, strict=True):
-        grid = torch.full((lines, width), torch.nan, dtype=torch.float64)
+    page = Page(names, title, *(cells.amax(0) + 1).tolist())
+    glyphs, inked = outlines(text, cells)
+    images = {}
+    for k, block in enumerate(blocks):
+        panel = page.panel(k)
+        grid = torch.full((page.lines, page.columns), torch.nan, dtype=torch.float64)
         grid[cells[:, 0], cells[:, 1]] = block
-        # Cells are twice as high as wide.
-        image = panel.imshow(grid.numpy(), cmap=colours, norm=scale, aspect=2)
+        colours, scale, _ = scales[gates[k]]
+        images[gates[k]] = panel.imshow(grid.numpy(), cmap=colours, norm=scale, aspect="auto")
         brightness = colours(scale(block[inked].numpy()))[:, :3] @ (0.299, 0.587, 0.114)
         inks = ["white" if b < 0.5 else "black" for b in brightness]
         panel.add_collection(PathCollection(glyphs, facecolors=inks, linewidths=0), autolim=False)
         panel.set(xticks=[], yticks=[])
-        panel.set_title(name, loc="left", fontsize=10)
+        panel.set_title(names[k], loc="left", fontsize=10)
         panel.spines[:].set_visible(False)
-    figure.colorbar(image, ax=panels, label=label, location="bottom", aspect=40, shrink=0.6)
-    figure.suptitle(title, fontsize=11)
-    figure.savefig(path, dpi=150)
+    for i, (kind, (_, _, named)) in enumerate(scales.items()):
+        bar = page.bar(i, len(scales))
+        page.figure.colorbar(
+            images[kind], cax=bar, label=named, orientation="horizontal", ticks=MaxNLocator(4)
+        )
+    page.figure.savefig(path, dpi=150)
+
+
+def _colours(values: Tensor, label: str, is_gate: bool) -> tuple[Any, Any, str]:
+    """The colours of some neurons, from which to which value they go, and what they mean."""
+    from matplotlib import colormaps
+    from matplotlib.colors import Normalize
+
+    if is_gate:
+        return colormaps["YlGnBu"], Normalize(0, 1), "gate: shut at 0, open at 1"
+    largest = float(values.abs().max())
+    if values.min() < 0:
+        return colormaps["RdBu_r"], Normalize(-largest, largest), label
+    return colormaps["YlGnBu"], Normalize(0, max(1.0, largest)), label
 
 
 def principal_components(states: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import gzip
 import os
+import re
+import struct
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 pytestmark = pytest.mark.cpu_only
@@ -24,10 +27,18 @@ SCRIPTS: dict[str, Sequence[str]] = {
 }
 
 
-def run_example(name: str, *arguments: str, place: Path) -> subprocess.CompletedProcess[str]:
+@pytest.fixture(autouse=True)
+def needs_the_extra() -> None:
+    for module in ("matplotlib", "tqdm", "sklearn"):
+        pytest.importorskip(module, reason="pip install 'rnnkern[examples]'")
+
+
+def run_example(
+    name: str, *arguments: str, place: Path, launcher: Sequence[str] = ()
+) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
     return subprocess.run(
-        [sys.executable, str(EXAMPLES / f"{name}.py"), *arguments],
+        [sys.executable, *launcher, str(EXAMPLES / f"{name}.py"), *arguments],
         capture_output=True,
         text=True,
         timeout=300,
@@ -39,47 +50,141 @@ def run_example(name: str, *arguments: str, place: Path) -> subprocess.Completed
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_fast_run(name: str, tmp_path: Path) -> None:
-    for module in ("matplotlib", "tqdm", "sklearn"):
-        pytest.importorskip(module, reason="pip install 'rnnkern[examples]'")
-    done = run_example(name, "--fast", "--torch", place=tmp_path)
+    both = [] if name == "compare_notebook" else ["--torch"]  # it always runs both
+    done = run_example(name, "--fast", *both, place=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "torch.nn" in done.stdout  # both times
+    assert "not judged" not in done.stdout
     for picture in SCRIPTS[name]:
         content = (tmp_path / picture).read_bytes()
         assert content.startswith(b"\x89PNG")
         assert len(content) > 10_000
+    assert {path.name for path in tmp_path.iterdir()} == set(SCRIPTS[name])
 
 
 def test_every_script_is_tested() -> None:
     scripts = {path.stem for path in EXAMPLES.glob("*.py")}
-    assert scripts - {"common", "idx", "distributed"} == set(SCRIPTS)
+    assert scripts - {"common", "idx", "features", "distributed"} == set(SCRIPTS)
 
 
-def truncated(place: Path) -> None:
+def idx(place: Path, part: str, count: int, size: int = 8, lacking: int = 0) -> None:
+    """Files as those of MNIST: an image has as many bright rows as its digit says."""
+    digits = np.arange(count) % 4
+    rows = np.arange(size) < 2 * digits[:, None]
+    images = np.where(rows[:, :, None], 200, 0).repeat(size, 2).astype(np.uint8)
+    header = struct.pack(">4B3I", 0, 0, 8, 3, *images.shape)
+    content = (header + images.tobytes())[: -lacking or None]
+    (place / f"{part}-images-idx3-ubyte.gz").write_bytes(gzip.compress(content))
+    labels = struct.pack(">4BI", 0, 0, 8, 1, count) + digits.astype(np.uint8).tobytes()
+    (place / f"{part}-labels-idx1-ubyte").write_bytes(labels)
+
+
+def test_digits_of_ones_own(tmp_path: Path) -> None:
+    """Reported, and judged by no limit that is meant for others."""
+    idx(tmp_path, "train", 120)
+    idx(tmp_path, "t10k", 40)
+    line = ["--data", ".", "--fast", "--recipes", "lstm64", "--model", "best.pt"]
+    done = run_example("digits_rows", *line, place=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"lstm64: \d+\.\d+% of 40 test digits right", done.stdout)
+    assert "not judged" in done.stdout
+    assert (tmp_path / "best_lstm64.pt").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("sine", ["--own-samples", "--cell", "GRU", "--epochs", "2"]),
+        ("sentiment", ["--phi-y", "tanh", "--phi-h", "relu", "--epochs", "2"]),
+    ],
+)
+def test_other_hyperparameters(name: str, line: list[str], tmp_path: Path) -> None:
+    done = run_example(name, "--fast", *line, place=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "not judged" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["sine", "sentiment"])
+def test_two_processes(name: str, tmp_path: Path) -> None:
+    """They train one model, and one of them speaks."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    line = ["--fast", "--repeats", "2", "--model", "best.pt"]
+    done = run_example(name, *line, place=tmp_path, launcher=launcher)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("time: rnnkern") == 1
+    assert done.stdout.count("epoch 2 ") == 1
+    assert "medians of 2 runs" in done.stdout
+    assert (tmp_path / "best.pt").exists()
+
+
+def text(content: str) -> Callable[[Path], object]:
+    return lambda place: (place / "text").write_text(content, encoding="utf-8")
+
+
+def cut_header(place: Path) -> None:
     (place / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(b"\x00\x00\x08\x03\x00"))
 
 
-def empty(place: Path) -> None:
-    (place / "text").write_text("")
+def cut_pixels(place: Path) -> None:
+    idx(place, "train", 120, lacking=1)
 
 
-def damaged(place: Path) -> None:
-    (place / "text").write_text("negative\tgood line\nno label here\n")
+def without_pixels(place: Path) -> None:
+    idx(place, "train", 120, size=0)
+
+
+def folder(name: str) -> Callable[[Path], None]:
+    return lambda place: (place / name).mkdir()
 
 
 NOTHING = lambda place: None  # noqa: E731
+DATA = ["--data", "."]
+ROWS = "negative\tbad\n" * 10
 WRONG = {
     "unknown cell": ("compare_notebook", ["--cells", "XX"], NOTHING, "XX"),
     "no such folder": ("digits_rows", ["--data", "nowhere"], NOTHING, "nowhere"),
-    "truncated IDX": ("digits_rows", ["--data", "."], truncated, "train-images-idx3-ubyte"),
+    "IDX cut in its header": ("digits_rows", DATA, cut_header, "the header alone has 16"),
+    "IDX cut in its data": ("digits_rows", DATA, cut_pixels, "truncated: 7695 bytes, 7696"),
+    "IDX without pixels": ("digits_rows", DATA, without_pixels, "train have 0 x 0 pixels"),
     "too few steps": ("gradient_flow", ["--steps", "1"], NOTHING, "steps"),
+    "a later picture": (
+        "gradient_flow",
+        ["--steps", "3", "4"],
+        folder("gradient_flow_4.png"),
+        "gradient_flow_4.png is a directory",
+    ),
     "unknown cell of sine": ("sine", ["--cell", "XX"], NOTHING, "XX"),
-    "no such sentences": ("sentiment", ["--data", "nowhere"], NOTHING, "nowhere"),
-    "damaged sentences": ("sentiment", ["--data", "text"], damaged, "text"),
-    "no such text": ("char_lm", ["--text", "nowhere"], NOTHING, "nowhere"),
-    "empty text": ("char_lm", ["--text", "text"], empty, "text"),
-    "unknown cell of char_lm": ("char_lm", ["--cell", "XX"], NOTHING, "XX"),
+    "a rate that is no number": ("sine", ["--rate", "nan"], NOTHING, "--rate must be above 0"),
+    "no threads": ("sine", ["--threads", "0"], NOTHING, "--threads must be from 1"),
+    "less than no threads": ("compare_notebook", ["--threads", "-1"], NOTHING, "got -1"),
+    "a large seed": ("sine", ["--seed", str(2**64)], NOTHING, "--seed must be from 0"),
+    "no repeats": ("sine", ["--repeats", "0"], NOTHING, "--repeats must be above 0"),
+    "a directory as picture": ("sine", ["--out", "d.png"], folder("d.png"), "d.png is a directory"),
+    "a picture nowhere": ("sine", ["--out", "nowhere/x.png"], NOTHING, "nowhere is no directory"),
     "no picture": ("sine", ["--out", "sine.xyz"], NOTHING, "sine.xyz"),
+    "a directory as model": ("sine", ["--model", "d"], folder("d"), "d is a directory"),
+    "a directory as one of several models": (
+        "digits_rows",
+        ["--model", "x.pt"],
+        folder("x_relu100.pt"),
+        "x_relu100.pt is a directory",
+    ),
+    "unknown cell of sentiment": ("sentiment", ["--cell", "XX"], NOTHING, "XX"),
+    "no rate": ("sentiment", ["--rate", "nan"], NOTHING, "--rate must be above 0"),
+    "no such sentences": ("sentiment", ["--data", "nowhere"], NOTHING, "nowhere"),
+    "few sentences": ("sentiment", ["--data", "text"], text(ROWS[:13]), "1 sentences"),
+    "damaged sentences": ("sentiment", ["--data", "text"], text(ROWS + "no label"), "line 11"),
+    "three columns": ("sentiment", ["--data", "text"], text(ROWS + "negative\ta\tb"), "3 columns"),
+    "no such text": ("char_lm", ["--text", "nowhere"], NOTHING, "nowhere"),
+    "empty text": ("char_lm", ["--text", "text"], text(""), "text is too short"),
+    "text of one letter": ("char_lm", ["--text", "text"], text("a" * 20_000), "one character only"),
+    "unknown cell of char_lm": ("char_lm", ["--cell", "XX"], NOTHING, "XX"),
+    "a directory as one of several pictures": (
+        "char_lm",
+        ["--out", "x.png"],
+        folder("x_states.png"),
+        "x_states.png is a directory",
+    ),
 }
 
 
@@ -92,4 +197,20 @@ def test_a_clear_message(fault: str, tmp_path: Path) -> None:
     assert done.returncode != 0
     assert named in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
-    assert not list(tmp_path.glob("*.png"))
+    assert not [path for path in tmp_path.glob("*.png") if path.is_file()]
+
+
+def test_a_wrong_result_is_seen_without_assertions(tmp_path: Path) -> None:
+    """python -O leaves no assert: what an example expects is none."""
+    code = "import common; common.expect(False, 'wrong')"
+    done = subprocess.run(
+        [sys.executable, "-O", "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=EXAMPLES,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr.strip().endswith("error: wrong")
+    for path in EXAMPLES.glob("*.py"):
+        assert not re.search(r"^\s*assert ", path.read_text(encoding="utf-8"), re.MULTILINE)

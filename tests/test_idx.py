@@ -118,3 +118,11 @@ def test_images_and_labels_together(idx: ModuleType, tmp_path: Path) -> None:
     labels.write_bytes(encoded(np.array([7], np.uint8)))
     with pytest.raises(ValueError, match="t10k has 2 images, but 1 labels"):
         idx.read_mnist(tmp_path, "t10k")
+
+
+@pytest.mark.parametrize("shape", [(2, 0, 0), (2, 0, 3)])
+def test_images_without_pixels(idx: ModuleType, tmp_path: Path, shape: tuple[int, ...]) -> None:
+    (tmp_path / "train-images-idx3-ubyte").write_bytes(encoded(np.zeros(shape, np.uint8)))
+    (tmp_path / "train-labels-idx1-ubyte").write_bytes(encoded(np.array([7, 2], np.uint8)))
+    with pytest.raises(ValueError, match=f"train have 0 x {shape[2]} pixels"):
+        idx.read_mnist(tmp_path, "train")

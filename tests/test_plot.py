@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import rnnkern
-from rnnkern import inspect, plot
+from rnnkern import inspect, page, plot
 
 pytest.importorskip("matplotlib", reason="pip install 'rnnkern[plot]'")
 pytestmark = pytest.mark.cpu_only
@@ -127,16 +130,27 @@ def test_gate_saturation(path: Path, figures: list[Any]) -> None:
             torch.testing.assert_close(torch.tensor(drawn.get_xydata()).T, wanted)
         colours = [drawn.get_color() for drawn in points]
         assert colours[0] == colours[1] != colours[2] == colours[3]
+    assert len(figures[0].legends[0].get_texts()) == 4
+
+
+def test_gate_saturation_of_one_layer_needs_no_legend(path: Path, figures: list[Any]) -> None:
+    plot.gate_saturation(traced("GRU"), path)
+    assert not figures[0].legends
+
+
+def test_plot_is_there_without_another_import() -> None:
+    code = "import rnnkern, sys; rnnkern.plot.gradient_flow; assert 'matplotlib' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
 # string_heatmap
 
 
 def test_places(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plot, "COLUMNS", 3)
+    monkeypatch.setattr(page, "COLUMNS", 3)
     wanted = [[0, 0], [0, 1], [1, 0], [1, 1], [1, 2], [2, 0], [2, 1], [3, 0]]
-    assert plot.places("a\nbcde\nf").tolist() == wanted
-    assert plot.places("\n\na").tolist() == [[0, 0], [1, 0], [2, 0]]
+    assert page.places("a\nbcde\nf").tolist() == wanted
+    assert page.places("\n\na").tolist() == [[0, 0], [1, 0], [2, 0]]
 
 
 @pytest.mark.parametrize(
@@ -187,10 +201,48 @@ def test_string_heatmap_of_several_neurons(path: Path, figures: list[Any]) -> No
         assert panel.get_title("left") == name
         (image,) = panel.get_images()
         drawn = torch.tensor(image.get_array().filled(math.nan))
-        assert drawn.shape == (19, plot.COLUMNS)
+        assert drawn.shape == (19, page.COLUMNS)
         torch.testing.assert_close(drawn.flatten()[: len(text)], row.double())
         assert drawn.flatten()[len(text) :].isnan().all()
         assert image.get_clim() == (-values.abs().max().item(), values.abs().max().item())
+
+
+def test_string_heatmap_of_gates(path: Path, figures: list[Any]) -> None:
+    """They have a scale and a colour bar of their own."""
+    values = torch.tensor([[-2.0, 1.0], [0.25, 0.5], [0.5, 3.0]])
+    plot.string_heatmap("ab", values, path, gates=[False, True, False], label="state")
+    *panels, signed, gate = figures[0].axes
+    limits = [panel.get_images()[0].get_clim() for panel in panels]
+    assert limits == [(-3, 3), (0, 1), (-3, 3)]
+    assert signed.get_xlabel() == "state"
+    assert "0" in gate.get_xlabel()
+    assert "1" in gate.get_xlabel()
+
+
+def test_string_heatmap_is_as_wide_as_its_names(path: Path, figures: list[Any]) -> None:
+    """And nothing of it overlaps: bars below the panels, all within the figure."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    name = "a name that is a good deal longer than the lines of the text that it stands above"
+    plot.string_heatmap("ab", torch.zeros(3, 2), path, names=[name] * 3)
+    figure = figures[0]
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    boxes = [panel.get_tightbbox(renderer) for panel in figure.axes]
+    assert all(box.x0 > 0 and box.x1 < figure.bbox.width for box in boxes)
+    assert boxes[-1].y0 > 0
+    for above, below in pairwise(boxes):
+        assert 0 < above.y0 - below.y1 < 0.3 * figure.dpi
+
+
+@pytest.mark.filterwarnings("error")
+def test_string_heatmap_of_what_the_font_lacks(path: Path, figures: list[Any]) -> None:
+    """A dot; what it has fits its cell."""
+    plot.string_heatmap("\u4e2d\U0001f600", torch.zeros(2), path)
+    (glyphs,) = figures[0].axes[0].collections
+    dot, face = (outline.get_extents() for outline in glyphs.get_paths())
+    assert dot.width < 0.3
+    assert dot.height < 0.3
+    assert 0.5 < face.x0 < face.x1 < 1.5
 
 
 def test_string_heatmap_of_blanks(path: Path) -> None:
@@ -279,6 +331,8 @@ WRONG: dict[str, tuple[Draw, str]] = {
     "no neurons": (heat("abc", torch.ones(0, 3)), r"got \[0, 3\]"),
     "values of NaN": (heat("ab", NAN), "values must be finite"),
     "values of a list": (heat("ab", [0, 1]), "values must be a Tensor, got list"),
+    "too few gates": (heat("ab", torch.ones(2, 2), gates=[True]), "gates .* each of 2, got 1"),
+    "a gate above 1": (heat("ab", torch.tensor([0.0, 1.5]), gates=[True]), "from 0 to 1"),
     "too few names": (heat("ab", torch.ones(2, 2), names=["a"]), "each of 2, got 1"),
     "states of one axis": (trajectory(torch.ones(3), torch.ones(3)), r"\[T, H\].*got \[3\]"),
     "one state": (trajectory(torch.ones(1, 3), torch.ones(1)), r"at least 2, got \[1, 3\]"),
