@@ -77,7 +77,7 @@ Outputs forward_of(const Layer& layer, py::handle x, py::handle h0, py::handle c
   if (o.steps.T == 0) throw Refused("the sequence has no steps");
   f.x = o.input();
   f.h0 = o.template state<const T>(h0, "h_0", z.O);
-  f.c0 = o.template state<const T>(c0, "c_0", z.H);
+  f.c0 = o.initial_cell(c0);
   Outputs made;
   made.y = o.make_rows(z.D * z.O, &f.y);
   made.hn = o.make_state(z.O, &f.hn);
@@ -187,13 +187,12 @@ py::object plain_call(py::handle module, py::handle x, py::handle hx, py::handle
   return py::make_tuple(outputs[0], py::make_tuple(outputs[1], outputs[2]));
 }
 
-// The steps of a layer that is fed what the readout makes of its output: h_n, c_n. `inputs` has one
-// step more than are taken: the first is given, the others are written.
-py::tuple closed_loop(const Layer& layer, py::handle inputs, py::handle h0, py::handle c0,
+// The steps of a layer that is fed what the readout makes of its output: h_n, c_n. `inputs`, time
+// first, has one step more than are taken: the first is given, the others are written.
+py::tuple closed_loop(Layer layer, py::handle inputs, py::handle h0, py::handle c0,
                       const py::sequence& weights, const py::object& w, const py::object& b) {
-  if (layer.directions != 1 || layer.batch_first) {
-    throw Refused("a closed loop is of one direction, time first");
-  }
+  if (layer.directions != 1) throw Refused("a closed loop is of one direction");
+  layer.batch_first = false;
   const py::object slice = py::reinterpret_borrow<py::object>(inputs);
   const py::object x = slice[py::slice(0, -1, 1)],
                    made = slice[py::slice(py::int_(1), py::none(), py::none())];
@@ -221,7 +220,7 @@ py::tuple backward_of(const Layer& layer, py::handle x, py::handle h0, py::handl
   }
   b.x = o.input();
   b.h0 = o.template state<const T>(h0, "h_0", z.O);
-  b.c0 = o.template state<const T>(c0, "c_0", z.H);
+  b.c0 = o.initial_cell(c0);
   b.y = o.template rows<const T>(y, "output", z.D * z.O);
   b.dy = o.incoming_rows(dy, "gradient of the output", z.D * z.O, &b.dy_uniform);
   b.dhn = o.template state<const T>(dhn, "gradient of h_n", z.O);
@@ -307,16 +306,7 @@ PYBIND11_MODULE(_C, m) {
                                                      dhn, dcn, wanted, overwrite);
              });
            })
-      .def("second_order", [](const Layer& layer, py::handle x, py::handle h0, py::handle c0,
-                              const py::sequence& weights, py::handle steps, py::handle y,
-                              py::handle saved, py::handle slots, const py::sequence& incoming,
-                              py::handle tangent_x, py::handle tangent_h0, py::handle tangent_c0,
-                              const py::sequence& tangent_weights, py::handle tangent_slots,
-                              const py::sequence& tangent_incoming) {
-        return second_order(
-            layer, {x, h0, c0, weights, steps, y, saved, slots, incoming},
-            {tangent_x, tangent_h0, tangent_c0, tangent_weights, tangent_slots, tangent_incoming});
-      });
+      .def("second_order", &second_order);
   m.def(
       "layer",
       [](const std::string& mode, int directions, int64_t hidden, int64_t proj, bool bias,

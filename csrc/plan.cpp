@@ -96,9 +96,9 @@ Plan plan_forward(const Problem& problem, const Machine& machine) {
   return plan;
 }
 
-Plan plan_backward(const Problem& problem, const Machine& machine) {
+Plan plan_backward(const Problem& problem, const Machine& machine, double work) {
   Plan plan;
-  split_work(problem, machine, 2.0 * flops_per_row(problem.sizes), &plan);
+  split_work(problem, machine, work * flops_per_row(problem.sizes), &plan);
   const auto packs = [&](int64_t columns) {
     const bool same_place = columns * machine.element_bytes % kBytesOfSamePlace == 0;
     return problem.deterministic || !machine.multiplies_in_place ||

@@ -44,7 +44,8 @@ double flops_per_row(const Sizes& sizes);
 bool worth_bfloat16(int64_t total, bool deterministic);
 
 Plan plan_forward(const Problem& problem, const Machine& machine);
-Plan plan_backward(const Problem& problem, const Machine& machine);
+// `work`: its operations, in those of the forward pass.
+Plan plan_backward(const Problem& problem, const Machine& machine, double work = 2.0);
 
 // The choice and its reason, for people.
 std::string describe(const Plan& plan, const Problem& problem, const Machine& machine);

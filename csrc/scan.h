@@ -173,7 +173,7 @@ struct SecondOrder {
   // Results.
   Rows<T> tangent_y;
   State<T> tangent_hn, tangent_cn;
-  T* tangent_dslots = nullptr;  // [D, total, S*H]
+  T* tangent_dslots = nullptr;  // [D, total, S*H], of the activated slots meanwhile
   Rows<T> tangent_dx;           // or null, as all that follows
   State<T> tangent_dh0, tangent_dc0;
   WeightGradients<T> tangent_gradients[kMaxDirections];

@@ -64,26 +64,8 @@ class Layer:
         overwrite: bool,
     ) -> tuple[list[Tensor | None], Tensor]: ...
     def second_order(
-        self,
-        x: Tensor,
-        h0: Tensor | None,
-        c0: Tensor | None,
-        weights: Sequence[Tensor],
-        steps: tuple[Any, ...] | None,
-        y: Tensor,
-        saved: Tensor,
-        slots: Tensor,
-        incoming: Sequence[Tensor | None],
-        tangent_x: Tensor | None,
-        tangent_h0: Tensor | None,
-        tangent_c0: Tensor | None,
-        tangent_weights: Sequence[Tensor | None],
-        tangent_slots: Tensor | None,
-        tangent_incoming: Sequence[Tensor | None],
-    ) -> tuple[
-        tuple[Tensor, Tensor, Tensor | None],
-        tuple[Tensor, Tensor | None, Tensor | None, list[Tensor], Tensor],
-    ]: ...
+        self, point: tuple[Any, ...], direction: tuple[Any, ...], wanted: Sequence[bool]
+    ) -> tuple[tuple[Tensor, Tensor, Tensor | None], list[Tensor | None], Tensor]: ...
 
 def layer(
     mode: str,

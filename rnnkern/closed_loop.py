@@ -13,8 +13,10 @@ from rnnkern.functional import (
     autocast_dtype,
     current_weights,
     expect_layer,
+    forward,
     initial_states,
     is_compiling,
+    layer_of,
 )
 
 
@@ -30,7 +32,8 @@ def generate(
 
     Nothing of it is recorded for autograd. Where ``feedback`` is an `torch.nn.Linear` behind a
     module of rnnkern of one layer, on a CPU, all steps are one call of the kernels, the readout
-    among them; else they are taken one by one.
+    among them, and the cell state of 16 bits is carried in float32 from the first to the last; else
+    they are taken one by one.
 
     Args:
         module: an RNN, LSTM or GRU of rnnkern or of ``torch.nn``, in one direction.
@@ -86,10 +89,11 @@ def _in_one_call(
     """None where somebody looks on, or no kernel covers it."""
     if (
         is_compiling()
+        or input.device.type != "cpu"
+        or kernels.IS_STAND_IN
         or module.num_layers > 1
-        or not hasattr(module, "_torch_forward")
         or type(feedback) is not nn.Linear
-        or any(_is_hooked(part) for part in (module, feedback))
+        or not (_runs_as(forward, module) and _runs_as(nn.Linear.forward, feedback))
         or autocast_dtype(input) is not None
         or kernels.mode_refusal() is not None
     ):
@@ -97,14 +101,7 @@ def _in_one_call(
     h0, c0, fits = initial_states(module, hx, input.shape[0])
     if not fits:
         return None
-    layer = kernels.layer(
-        module.mode,
-        directions=1,
-        hidden=module.hidden_size,
-        proj=module.proj_size,
-        bias=module.bias,
-        batch_first=False,
-    )
+    layer = layer_of(module)
     inputs = input.new_empty(steps + 1, *input.shape)
     inputs[0] = input
     run: Any = kernels.profiled(layer.closed_loop, layer.mode, " closed loop")
@@ -115,7 +112,13 @@ def _in_one_call(
     return inputs[1:], hn if cn is None else (hn, cn)
 
 
-def _is_hooked(module: Any) -> bool:
-    """Calls of the module are seen by others."""
+def _runs_as(forward: Any, module: Any) -> bool:
+    """A call of the module is a call of that function, and nobody else sees it."""
     own = (module._forward_hooks, module._forward_pre_hooks)
-    return any(own) or torch.nn.modules.module._has_any_global_hook()  # type: ignore[no-untyped-call]
+    return (
+        type(module).forward is forward
+        and type(module).__call__ is nn.Module.__call__
+        and "forward" not in vars(module)
+        and not any(own)
+        and not torch.nn.modules.module._has_any_global_hook()  # type: ignore[no-untyped-call]
+    )

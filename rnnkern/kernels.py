@@ -45,12 +45,12 @@ gradients of ``x, *weights`` and the initial states that are not None, None wher
 in a flat tensor. None for ``dy``, ``dhn`` or ``dcn`` stands for zeros. With ``overwrite``,
 gradients of the slots take the place of what was saved, where the cell saves slots.
 
-``second_order(x, h0, c0, weights, steps, y, saved, slots, incoming, tangent_x, tangent_h0,
-tangent_c0, tangent_weights, tangent_slots, tangent_incoming)`` returns the derivatives of both
-passes in a direction: ``(y, h_n, c_n)`` and ``(x, h_0, c_0, weights, slots)``, the latter of the
-gradients. Of the point: operands, outputs, what forward saved, gradients of the slots, and incoming
-ones of ``(y, h_n, c_n)``; of the direction likewise, slots being their sums there. None stands for
-zeros. On the CPU, in float32 and float64, not where ``IS_STAND_IN``.
+``second_order(point, direction, wanted)`` returns the derivatives of both passes in a direction: a
+tuple of ``(y, h_n, c_n)``; a list of those of the gradients, as backward's; and those of the
+gradients of the slots. The point: ``(x, h0, c0, weights, steps, y, saved, slots, incoming)``, with
+the gradients of the slots and incoming ones of ``(y, h_n, c_n)``. The direction: ``(x, h0, c0,
+weights, slots, incoming)``, slots being their sums. None stands for zeros. On the CPU, in float32
+and float64, not where ``IS_STAND_IN``.
 
 All raise `RefusedError` before anything is written.
 """

@@ -386,16 +386,25 @@ def _backward_of_scan(
 
 
 def _derivative_of_backward(
-    ctx: Any, change: Sequence[Maybe], of_weights: Sequence[Maybe], changes: Gradients
+    ctx: Any,
+    change: Sequence[Maybe],
+    of_weights: Sequence[Maybe],
+    changes: Gradients,
+    wanted: Sequence[bool] | None = None,
 ) -> tuple[Any, Any]:
     (x, h0, c0, y, saved), incoming, steps, weights = _kept(ctx)
     at, gradients = Point(x, h0, c0, weights, y), Gradients(*incoming)
     direction = Point(change[0], change[1], change[2], of_weights)
-    may_run = x.device.type == "cpu" and not kernels.IS_STAND_IN
-    is_seen = torch.is_grad_enabled() or transformed() or has_modes()
-    if may_run and not is_seen and x.numel() and not _refusal(x):
-        return second_order(ctx.layer, steps, at, saved, gradients, direction, changes)
+    if has_second_order(x):
+        return second_order(ctx.layer, steps, at, saved, gradients, direction, changes, wanted)
     return derivatives.of_backward(ctx.layer, steps, at, gradients, direction, changes)
+
+
+def has_second_order(x: Tensor) -> bool:
+    """A kernel has second derivatives here, and nobody looks on or differentiates further."""
+    is_covered = x.device.type == "cpu" and not kernels.IS_STAND_IN and x.numel() > 0
+    is_seen = torch.is_grad_enabled() or transformed() or has_modes()
+    return is_covered and not is_seen and not _refusal(x)
 
 
 def second_order(
@@ -406,8 +415,13 @@ def second_order(
     gradients: Gradients,
     change: Point,
     changes: Gradients,
+    wanted: Sequence[bool] | None = None,
 ) -> tuple[Any, Any]:
-    """As `derivatives.of_backward`, by a kernel, from what forward has saved."""
+    """As `derivatives.of_backward`, by a kernel, from what forward has saved.
+
+    ``wanted``: derivatives of the gradients of ``x, h_0, c_0, *weights``, else None; all by
+    default.
+    """
     x = at.x
     assert x is not None
     dtype, computed = x.dtype, torch.promote_types(x.dtype, torch.float32)
@@ -415,37 +429,36 @@ def second_order(
     def own(z: Maybe) -> Maybe:
         return None if z is None else dense(z.to(computed))
 
-    def point(given: Point) -> list[Any]:
-        return [own(given.x), own(given.h0), own(given.c0), [own(w) for w in given.weights]]
+    def operands(given: Point) -> tuple[Any, ...]:
+        return own(given.x), own(given.h0), own(given.c0), [own(w) for w in given.weights]
 
     def result(z: Any) -> Any:
         return None if z is None else z.to(dtype)
 
+    point = (*operands(at), steps, own(at.y), own(saved))
+    point += (own(gradients.slots), [own(z) for z in gradients[:3]])
+    direction = (*operands(change), own(changes.slots), [own(z) for z in changes[:3]])
+    of_x, of_h0, of_c0, *of_weights = wanted or [True] * (3 + len(at.weights))
+    flags = [of_x, *of_weights]
+    flags += [flag for s, flag in ((at.h0, of_h0), (at.c0, of_c0)) if s is not None]
     kernel = _kernel(layer, at.weights)  # type: ignore[arg-type]
-    run: Any = kernels.profiled(kernel.second_order, layer.mode, " second order")
-    outputs, (of_x, of_h0, of_c0, of_weights, slots) = run(
-        *point(at),
-        steps,
-        own(at.y),
-        own(saved),
-        own(gradients.slots),
-        [own(z) for z in gradients[:3]],
-        *point(change),
-        own(changes.slots),
-        [own(z) for z in changes[:3]],
-    )
+    run = kernels.profiled(kernel.second_order, layer.mode, " second order")
+    outputs, made, slots = run(point, direction, flags)
     ended = _ended(steps)
     if ended is not None:
         slots.masked_fill_(ended, 0)
+    made = [result(z) for z in made]
+    count = 1 + len(at.weights)
+    states = iter(made[count:])
+    h0, c0 = (None if s is None else next(states) for s in (at.h0, at.c0))
     y, hn, cn = map(result, outputs)
-    states = result(of_h0), result(of_c0)
-    return (y, hn, cn), (result(of_x), *states, [result(w) for w in of_weights], result(slots))
+    return (y, hn, cn), (made[0], h0, c0, made[1:count], result(slots))
 
 
 def _backward_of_backward(
-    ctx: Any, incoming: Sequence[Maybe]
+    ctx: Any, incoming: Sequence[Maybe], wanted: Sequence[bool]
 ) -> tuple[list[Maybe], tuple[Any, ...]]:
-    """Of what the gradients were made of: dy, dhn, dcn; x, h0, c0, weights."""
+    """Of what the gradients were made of: dy, dhn, dcn; x, h0, c0, weights, as far as wanted."""
     (_, h0, c0, _, _), made_of, _, weights = _kept(ctx)
     count = 1 + len(weights)
     flags = [*ctx.wanted, True]
@@ -457,6 +470,7 @@ def _backward_of_backward(
         (parts[0], of_h0, of_c0),
         parts[1:count],
         Gradients(None, None, None, parts[-1]),
+        wanted,
     )
     return (
         [None if own is None else z for own, z in zip(made_of[:3], outputs, strict=True)],
@@ -499,7 +513,9 @@ def _setup_scan_backward(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _scan_backward_op_backward(ctx: Any, incoming: Sequence[Maybe]) -> tuple[Any, ...]:
-    (y, hn, cn), (x, h0, c0, weights) = _backward_of_backward(ctx, incoming)
+    needs = ctx.needs_input_grad
+    wanted = [*needs[3:6], *_each(needs[6], ctx)]
+    (y, hn, cn), (x, h0, c0, weights) = _backward_of_backward(ctx, incoming, wanted)
     return (y, hn, cn, x, h0, c0, weights, None, None, *[None] * (STEPS + SPEC + 1))
 
 
@@ -586,8 +602,11 @@ class _ScanBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *incoming: Maybe) -> tuple[Any, ...]:
+        needs = ctx.needs_input_grad
+        wanted = [*needs[5:8], *needs[10 + STEPS :]]
+
         def run(*given: Maybe) -> list[Maybe]:
-            outputs, (x, h0, c0, weights) = _backward_of_backward(ctx, given)
+            outputs, (x, h0, c0, weights) = _backward_of_backward(ctx, given, wanted)
             return [*outputs, x, h0, c0, *weights]
 
         made = in_batches(run, *incoming)

@@ -344,6 +344,20 @@ def test_grad_modes(form: str, mode: Callable[[], Any]) -> None:
     check(module, {name: leaf.detach() for name, leaf in leaves.items()}, backward=False)
 
 
+@pytest.mark.kernel
+@pytest.mark.usefixtures("deterministic")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("form", FORMS)
+def test_gradients_of_an_empty_batch(form: str, dtype: torch.dtype) -> None:
+    """Zero; new memory is NaN under deterministic algorithms."""
+    kind, own = FORMS[form]
+    module = build(kind, 3, 6, dtype=dtype, num_layers=2, bidirectional=True, **own)
+    x = torch.zeros(5, 0, 3, dtype=dtype, requires_grad=True)
+    module(x)[0].sum().backward()
+    assert x.grad is not None
+    assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in module.parameters())
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_backward_twice(form: str) -> None:
     """With retain_graph the second backward gives the bits of the first; without it torch's usual

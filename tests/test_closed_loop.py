@@ -121,12 +121,31 @@ def test_who_looks_on_sees_every_step(one_call: list[bool]) -> None:
         made, _ = rnnkern.generate(module, readout, x, 3)
         hook.remove()
         torch.testing.assert_close(made, expected)
+    for part, name in ((module, "module"), (readout, "readout")):
+        run = part.forward
+        part.forward = lambda *given, n=name, f=run: seen.append(n) or f(*given)
+        made, _ = rnnkern.generate(module, readout, x, 3)
+        del part.forward
+        torch.testing.assert_close(made, expected)
+    own = Own(3, 6)
+    own.load_state_dict(module.state_dict())
+    made, _ = rnnkern.generate(own, readout, x, 3)
+    doubled, _ = rnnkern.generate(module, lambda h: readout(2 * h), x, 3)
+    torch.testing.assert_close(made, doubled)
     made, _ = rnnkern.generate(module, lambda h: readout(h), x, 3)
     torch.testing.assert_close(made, expected)
     with torch.autocast("cpu"):
         rnnkern.generate(module, readout, x, 3)
-    assert seen == 3 * ["module"] + 3 * ["readout"]
-    assert one_call == [True] + 4 * [False]
+    assert seen == 2 * (3 * ["module"] + 3 * ["readout"])
+    assert one_call == [True] + 8 * [False]
+
+
+class Own(rnnkern.LSTM):
+    """With a forward of its own."""
+
+    def forward(self, *given: Any) -> Any:
+        y, state = super().forward(*given)
+        return 2 * y, state
 
 
 @on_the_cpu
@@ -142,8 +161,8 @@ def test_operands_that_do_not_fit_end_in_the_usual_errors() -> None:
         rnnkern.generate(module, lambda h: None, x, 2)
     with pytest.raises(TypeError, match=r"input must be a torch\.Tensor, got list"):
         rnnkern.generate(module, readout, [1.0], 2)
-    kernel = kernels.layer("GRU", directions=1, hidden=6, proj=0, bias=True, batch_first=True)
-    with pytest.raises(kernels.RefusedError, match="one direction, time first"):
+    kernel = kernels.layer("GRU", directions=2, hidden=6, proj=0, bias=True, batch_first=False)
+    with pytest.raises(kernels.RefusedError, match="one direction"):
         kernel.closed_loop(torch.zeros(3, 4, 3), None, None, [], readout.weight, None)
 
 

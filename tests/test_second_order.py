@@ -109,7 +109,7 @@ def test_as_the_operators_of_torch(
         evaluate(module, leaves, on_threads(penalized(CALLS[call]), threads)) for threads in (1, 3)
     ]
     assert calls == 2 * [module.mode]
-    monkeypatch.setattr(kernels, "IS_STAND_IN", True)
+    monkeypatch.setattr(ops, "has_second_order", lambda _: False)
     expected = evaluate(module, leaves, penalized(CALLS[call]))
     assert len(calls) == 2
     for found in results:
@@ -120,7 +120,7 @@ def test_as_the_operators_of_torch(
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("form", FORMS)
 def test_gradients_of_the_incoming_gradients(
-    form: str, call: str, monkeypatch: pytest.MonkeyPatch
+    form: str, call: str, calls: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Zero past the end of a row, whatever the gradients of the gradients are there."""
     kind, own = FORMS[form]
@@ -137,9 +137,37 @@ def test_gradients_of_the_incoming_gradients(
         return torch.autograd.grad(gradients, incoming, vectors)
 
     found = product()
-    monkeypatch.setattr(kernels, "IS_STAND_IN", True)
+    assert calls == [module.mode]
+    monkeypatch.setattr(ops, "has_second_order", lambda _: False)
     for ours, expected in zip(found, product(), strict=True):
         torch.testing.assert_close(ours, expected)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("wanted", ["x", "h0", "weight_hh_l0", "bias_ih_l0"])
+@pytest.mark.parametrize("form", FORMS)
+def test_only_some_gradients_of_the_gradients(form: str, wanted: str, calls: list[str]) -> None:
+    """Those that nobody wants are not made, and the others are the same."""
+    kind, own = FORMS[form]
+    module = build(kind, 3, 40, dtype=torch.float64, bidirectional=True, **own)
+    leaves = leaves_for(module, 4, 5, hx=True)
+    leaves = {name: leaf.double().requires_grad_() for name, leaf in leaves.items()}
+    tensors = leaves | dict(module.named_parameters())
+    outputs = list(flatten(plain(module, leaves)).values())
+    incoming = [seeded(i, z).detach() for i, z in enumerate(outputs)]
+
+    def product(by: list[Tensor]) -> list[Tensor]:
+        for z in tensors.values():
+            z.requires_grad_(any(z is own for own in by))
+        y = list(flatten(plain(module, leaves)).values())
+        first = torch.autograd.grad(y, by, incoming, create_graph=True)
+        loss = sum((g * seeded(7, g).detach()).sum() + g.square().sum() for g in first[:1])
+        return list(torch.autograd.grad(loss, by))
+
+    (found,) = product([tensors[wanted]])
+    every = product([tensors[wanted], *(z for name, z in tensors.items() if name != wanted)])
+    torch.testing.assert_close(found, every[0])
+    assert calls == 2 * [module.mode]
 
 
 def seeded(seed: int, like: Tensor) -> Tensor:
@@ -226,7 +254,7 @@ def test_a_pass_for_nothing_is_not_made() -> None:
     assert counts["rnnkern::GRU second order"] == 1
 
 
-class Own(Tensor):
+class Narrow(Tensor):
     pass
 
 
@@ -234,15 +262,14 @@ def narrower(z: Tensor) -> Tensor:
     return z[..., 1:]
 
 
-OPERANDS = [
-    *("x", "h0", "c0", "weights", "steps", "y", "saved", "slots", "incoming"),
-    *("tangent_x", "tangent_h0", "tangent_c0", "tangent_weights", "tangent_slots"),
-    "tangent_incoming",
-]
+POINT = ("x", "h0", "c0", "weights", "steps", "y", "saved", "slots", "incoming")
+DIRECTION = ("tangent_x", "tangent_h0", "tangent_c0", "tangent_weights", "tangent_slots")
+OPERANDS = (*POINT, *DIRECTION, "tangent_incoming")
 WRONG: dict[str, tuple[str, Callable[[Any], Any], str]] = {
     "shape": ("y", narrower, r"output has shape \[4, 2, 4\]"),
     "dtype": ("y", Tensor.float, "output has another dtype"),
     "dtype of all": ("x", Tensor.half, "input is not covered: its dtype"),
+    "device": ("x", lambda z: z.to("meta"), "input has no plain memory"),
     "rows": ("slots", lambda z: z[:, 1:], r"gradients of the slots has shape \[1, 7, 20\]"),
     "gaps": ("slots", lambda z: z.mT.contiguous().mT, "gradients of the slots is not"),
     "rows apart": ("slots", lambda z: torch.cat((z, z), -1)[..., :20], "slots is not dense"),
@@ -252,19 +279,46 @@ WRONG: dict[str, tuple[str, Callable[[Any], Any], str]] = {
     "tangents": ("tangent_weights", lambda z: z[1:], "expected 4 weights, got 3"),
     "tangent": ("tangent_x", narrower, r"tangent of the input has shape \[4, 2, 2\]"),
     "incoming": ("incoming", lambda z: z[1:], "one of y, h_n, c_n each"),
-    "subclass": ("y", lambda z: z.as_subclass(Own), "output is not covered: tensor subclass"),
+    "subclass": ("y", lambda z: z.as_subclass(Narrow), "output is not covered: tensor subclass"),
 }
+
+
+def run_second_order(given: dict[str, Any], count: int = len(POINT), flags: int = 5) -> Any:
+    kernel = kernels.layer("LSTM", directions=1, hidden=5, proj=0, bias=True, batch_first=False)
+    values = tuple(given.values())
+    return kernel.second_order(values[:count], values[count:], [True] * flags)
 
 
 @pytest.mark.parametrize("fault", WRONG)
 def test_wrong_operands(fault: str) -> None:
-    _, steps, at, saved, gradients = at_a_point()
-    kernel = kernels.layer("LSTM", directions=1, hidden=5, proj=0, bias=True, batch_first=False)
-    values = (*at[:3], at.weights, steps, at.y, saved, gradients.slots, gradients[:3])
-    values += (at.x, None, None, [None, at.weights[1], None, None], None, [None] * 3)
-    given = dict(zip(OPERANDS, values, strict=True))
-    kernel.second_order(*given.values())
+    given = operands()
+    run_second_order(given)
     name, change, message = WRONG[fault]
     given[name] = change(given[name])
     with pytest.raises(kernels.RefusedError, match=message):
-        kernel.second_order(*given.values())
+        run_second_order(given)
+
+
+def test_wrong_numbers_of_operands() -> None:
+    given = operands()
+    with pytest.raises(kernels.RefusedError, match="a point has 9 operands, got 8"):
+        run_second_order(given, len(POINT) - 1)
+    with pytest.raises(kernels.RefusedError, match="a direction has 6 operands, got 7"):
+        run_second_order(given | {"more": None})
+    with pytest.raises(kernels.RefusedError, match="one flag per input, weight and initial state"):
+        run_second_order(given, flags=6)
+
+
+def test_a_cell_state_of_a_cell_without_one() -> None:
+    module, x = build("GRU", 3, 5), torch.randn(4, 2, 3)
+    kernel = kernels.layer("GRU", directions=1, hidden=5, proj=0, bias=True, batch_first=False)
+    weights = list(module.parameters())
+    with pytest.raises(kernels.RefusedError, match="c_0 is of LSTMs alone"):
+        kernel.forward(x, None, torch.zeros(1, 2, 5), weights, None, False)
+
+
+def operands() -> dict[str, Any]:
+    _, steps, at, saved, gradients = at_a_point()
+    values = (*at[:3], at.weights, steps, at.y, saved, gradients.slots, gradients[:3])
+    values += (at.x, None, None, [None, at.weights[1], None, None], None, [None] * 3)
+    return dict(zip(OPERANDS, values, strict=True))

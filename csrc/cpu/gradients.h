@@ -52,7 +52,7 @@ class ActiveRows {
 };
 
 // What is multiplied: gradients of slots, and operands of the layer. With two terms, dW is the sum
-// of both products, dx likewise; db is of the first term alone. Null stands for zeros.
+// of both products, dx likewise; db is of the first term alone. In the second one null is zeros.
 template <typename T>
 struct GradientTerm {
   const T* dslots;  // [D, total, S*H]
@@ -220,7 +220,7 @@ class Gradients {
         Target input = target(d, kInput), recurrent = target(d, kRecurrent);
         const Target projection = target(d, kProjection);
         if (k) input.bias = recurrent.bias = nullptr;
-        if (input && term.x.data) {
+        if (input && (k == 0 || term.x.data)) {
           gather(s.left_rows, of(dslots, kShape.input_slot * z.H));
           gather(s.right_rows, of(term.x, 0));
           accumulate(input, count, thread, threads, s, add || k);

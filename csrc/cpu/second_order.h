@@ -444,12 +444,18 @@ class SecondOrderScan {
     for (int64_t t = 0; w.w && t < s_.steps.T; ++t) {
       const int64_t end = min_of(part.rows.end, active_rows(s_.steps, t));
       for (int64_t slot = part.rows.begin; slot < end; ++slot) {
+        if (is_last(part, t, slot)) continue;
         left[count] = row_at(s_.steps, part.dslots, t, slot);
         to[count] = row_at(s_.steps, part.crossing, t, slot);
         if (++count == kGroupRows) make();
       }
     }
     make();
+  }
+
+  // Nobody wants what this step of the row hands on.
+  bool is_last(const Part& part, int64_t t, int64_t slot) const {
+    return !s_.tangent_dh0.data && enters(s_.steps, part.direction, t, slot);
   }
 
   T* dh_row(int d, int64_t slot) const { return dh_ + 2 * (d * s_.steps.N + slot) * h_row_; }
@@ -469,13 +475,15 @@ class SecondOrderScan {
     if (s_.sizes.projected) unproject(part, v, count);
     for (int64_t k = 0; k < count; ++k) cell(part, part.scratch.pointers[k]);
     part.barrier.wait(part.members);
-    for (int64_t p = part.columns.begin / kWidth; p * kWidth < part.columns.end; ++p) {
+    const bool wanted = v.leaving > part.rows.begin || s_.tangent_dh0.data;
+    for (int64_t p = part.columns.begin / kWidth; wanted && p * kWidth < part.columns.end; ++p) {
       T* dh = dh_row(d, part.rows.begin) + p * kWidth;
       for (int64_t k = 0; !kShape.reads_h && k < 2 * count; ++k)
         zero_row(dh + k * h_row_, 0, kWidth);
       back_[kValue][d].add(p, 2 * count, part.scratch.left, dh, h_row_);
     }
     for (int64_t k = 0; crossing_[d] && k < count; ++k) {
+      if (is_last(part, v.t, part.rows.begin + k)) continue;
       const RowPointers& row = part.scratch.pointers[k];
       for (int64_t i = part.columns.begin; i < part.columns.end; ++i) {
         row.dh[h_row_ + i] += row.crossing[i];

@@ -204,6 +204,11 @@ class Operands {
     return {v.data<U>(), v.stride(0), v.stride(1)};
   }
 
+  State<const T> initial_cell(py::handle c0) {
+    if (!c0.is_none() && !layer_.has_cell_state()) throw Refused("c_0 is of LSTMs alone");
+    return state<const T>(c0, "c_0", sizes.H);
+  }
+
   // New tensors like the input, and where to write.
   template <typename U = T>
   py::object make(const Shape& shape, U** data) const {

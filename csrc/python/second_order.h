@@ -7,28 +7,30 @@
 
 namespace rnnkern {
 
-// What Python knows of a point and of a direction, None standing for zeros: operands as the layer
-// has them, weights flat; (y, h_n, c_n); and slots [D, rows, S*H].
+// Operands of a layer as Python has them, None standing for zeros: at a point (x, h_0, c_0,
+// weights, steps, y, saved, slots, incoming) with the gradients of the slots and incoming ones of
+// (y, h_n, c_n); in a direction (x, h_0, c_0, weights, slots, incoming) with the sums of the slots.
 struct SecondOrderOperands {
-  py::handle x, h0, c0;
-  py::sequence weights;
-  py::handle steps, y, saved, slots;
-  py::sequence incoming;  // gradients of y, h_n, c_n
-};
-struct SecondOrderDirection {
-  py::handle x, h0, c0;
-  py::sequence weights;
-  py::handle slots;  // their sums
-  py::sequence incoming;
+  py::object x, h0, c0, weights, steps, y, saved, slots, incoming;
+
+  static SecondOrderOperands point(const py::tuple& t) {
+    if (t.size() != 9) throw Refused("a point has 9 operands, got " + std::to_string(t.size()));
+    return {t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7], t[8]};
+  }
+  static SecondOrderOperands direction(const py::tuple& t) {
+    if (t.size() != 6) throw Refused("a direction has 6 operands, got " + std::to_string(t.size()));
+    return {t[0], t[1], t[2], t[3], py::none(), py::none(), py::none(), t[4], t[5]};
+  }
 };
 
 template <typename T>
 py::tuple second_order_of(const Layer& layer, const SecondOrderOperands& at,
-                          const SecondOrderDirection& direction) {
+                          const SecondOrderOperands& direction, const py::sequence& wanted) {
   Operands<T> o(layer, at.x, at.steps);
   SecondOrder<T> s;
-  o.read_weights(at.weights, s.weights);
-  o.read_weights(direction.weights, s.tangent_weights, true);
+  const py::sequence weights = at.weights, tangent_weights = direction.weights;
+  o.read_weights(weights, s.weights);
+  o.read_weights(tangent_weights, s.tangent_weights, true);
   const Sizes& z = o.sizes;
   const auto read_incoming = [&](const py::sequence& from, Rows<const T>* dy, State<const T>* dhn,
                                  State<const T>* dcn) {
@@ -39,15 +41,20 @@ py::tuple second_order_of(const Layer& layer, const SecondOrderOperands& at,
   };
   s.x = o.input();
   s.h0 = o.template state<const T>(at.h0, "h_0", z.O);
-  s.c0 = o.template state<const T>(at.c0, "c_0", z.H);
+  s.c0 = o.initial_cell(at.c0);
   s.y = o.template rows<const T>(at.y, "output", z.D * z.O);
   const auto parts = o.saved();
   const T* saved = parts.elements() ? o.saved_data(at.saved, parts.elements()) : nullptr;
   if (parts.slots) s.slots = saved;
   if (parts.cells) s.cells = saved + parts.slots;
   if (parts.unprojected) s.unprojected = saved + parts.slots + parts.cells;
+  if (at.y.is_none() || at.slots.is_none()) {
+    throw Refused("the output or the gradients of the slots are None");
+  }
   s.dslots = o.slots_data(at.slots, "gradients of the slots");
-  if (!s.dslots || !s.y.data) throw Refused("the output or the gradients of the slots are None");
+  if (wanted.size() != 1 + weights.size() + !at.h0.is_none() + !at.c0.is_none()) {
+    throw Refused("wanted: one flag per input, weight and initial state");
+  }
   read_incoming(at.incoming, &s.dy, &s.dhn, &s.dcn);
   s.tangent_x = o.template rows<const T>(direction.x, "tangent of the input", z.I);
   s.tangent_h0 = o.template state<const T>(direction.h0, "tangent of h_0", z.O);
@@ -57,28 +64,35 @@ py::tuple second_order_of(const Layer& layer, const SecondOrderOperands& at,
 
   py::object y = o.make_rows(z.D * z.O, &s.tangent_y), hn = o.make_state(z.O, &s.tangent_hn);
   py::object cn = layer.has_cell_state() ? o.make_state(z.H, &s.tangent_cn) : py::none();
-  py::object x = o.make_rows(z.I, &s.tangent_dx);
-  py::object h0 = at.h0.is_none() ? py::none() : o.make_state(z.O, &s.tangent_dh0);
-  py::object c0 = at.c0.is_none() ? py::none() : o.make_state(z.H, &s.tangent_dc0);
-  py::list weights;
-  o.make_gradients([](size_t) { return true; }, &weights, s.tangent_gradients);
+  const auto is_wanted = [&](size_t i) { return wanted[i].template cast<bool>(); };
+  py::list made;
+  made.append(is_wanted(0) ? o.make_rows(z.I, &s.tangent_dx) : py::none());
+  o.make_gradients(is_wanted, &made, s.tangent_gradients);
+  if (!at.h0.is_none()) {
+    made.append(is_wanted(made.size()) ? o.make_state(z.O, &s.tangent_dh0) : py::none());
+  }
+  if (!at.c0.is_none()) {
+    made.append(is_wanted(made.size()) ? o.make_state(z.H, &s.tangent_dc0) : py::none());
+  }
   py::object slots = o.make_slots(&s.tangent_dslots);
   s.sizes = z;
   s.steps = o.steps;
   const int threads = num_threads();
   with_interpreter_released(z, o.steps, [&] { run(s, threads, o.deterministic); });
-  return py::make_tuple(py::make_tuple(y, hn, cn), py::make_tuple(x, h0, c0, weights, slots));
+  return py::make_tuple(py::make_tuple(y, hn, cn), made, slots);
 }
 
-inline py::tuple second_order(const Layer& layer, const SecondOrderOperands& at,
-                              const SecondOrderDirection& direction) {
+inline py::tuple second_order(const Layer& layer, const py::tuple& point,
+                              const py::tuple& direction, const py::sequence& wanted) {
+  const auto at = SecondOrderOperands::point(point);
+  const auto to = SecondOrderOperands::direction(direction);
   const TensorView view = view_of(at.x, "input");
   if (view.tensor.device.type != dlpack::kCpu || cuda::kIsStandIn) {
     view.fail("is not covered: second derivatives on a GPU");
   }
   const dlpack::DataType dtype = view.tensor.dtype;
-  if (dtype == dlpack::kDataType<float>) return second_order_of<float>(layer, at, direction);
-  if (dtype == dlpack::kDataType<double>) return second_order_of<double>(layer, at, direction);
+  if (dtype == dlpack::kDataType<float>) return second_order_of<float>(layer, at, to, wanted);
+  if (dtype == dlpack::kDataType<double>) return second_order_of<double>(layer, at, to, wanted);
   view.fail("is not covered: its dtype");
 }
 
