@@ -1,7 +1,8 @@
 // Backward pass of one layer, in reverse scan order:
 //
-//   dh(t) = dy(t) + dh          dslots(t), dc, dh' = cell_backward(slots(t), c(t), c(t-1), h(t-1),
-//   dh(t), dc) dh    = dh' + dslots(t) x W_hh
+//   dh(t) = dy(t) + dh
+//   dslots(t), dc, dh' = cell_backward(slots(t), c(t), c(t-1), h(t-1), dh(t), dc)
+//   dh = dh' + dslots(t) x W_hh
 //
 // and after the loop, as products over all rows at once (gradients.h): dW_ih, dW_hh, dW_hr, biases
 // and dx.

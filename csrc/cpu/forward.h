@@ -1,5 +1,7 @@
-// Forward pass of one layer:  slots(t) = W_ih x(t) + W_hh h(t-1) + biases,  (h, c)(t) = cell(slots,
-// c(t-1), h(t-1)).
+// Forward pass of one layer:
+//
+//   slots(t) = W_ih x(t) + W_hh h(t-1) + biases
+//   (h, c)(t) = cell(slots(t), c(t-1), h(t-1))
 //
 //   x [T, N, I]   y [T, N, D*O]   saved: slots [D, total, S*H], cells [D, total, H]
 //
@@ -10,8 +12,9 @@
 //
 // The input product of block_steps steps is made at once, into the accumulators where the recurrent
 // product of each step then adds: weights of the input are read once per block instead of once per
-// step. Of one step and row that costs 2 G H (I + O) operations and, per block of rows, G H O
-// weights from the cache.
+// step. In a closed loop (Readout of scan.h) each step makes the input of the next, with one more
+// barrier behind it. Of one step and row the products cost 2 G H (I + O) operations and, per block
+// of rows, G H O weights from the cache.
 #pragma once
 
 #include "cells/cells.h"

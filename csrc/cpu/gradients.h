@@ -1,8 +1,9 @@
 // After the backward loop: products over all active rows (t, n) at once, R of them.
 //
-//   dW_ih[G*H, I] = dslots^T x x        db_ih = sum of dslots        (slots of the input product)
-//   dW_hh[G*H, O] = dslots^T x h(t-1)   db_hh = sum of dslots        (slots of the recurrent
-//   product) dW_hr[P, H]   = dprojected^T x h before the projection dx[R, I]      = dslots x W_ih
+//   dW_ih[G*H, I] = dslots^T x x        db_ih = sum of dslots    (slots of the input product)
+//   dW_hh[G*H, O] = dslots^T x h(t-1)   db_hh = sum of dslots    (of the recurrent product)
+//   dW_hr[P, H]   = dprojected^T x h before the projection
+//   dx[R, I]      = dslots x W_ih
 //
 // The operands are found through row pointers like everywhere else, so packed, ragged, reset and
 // batch-first sequences need no copy, and a call of a few microseconds needs no further library

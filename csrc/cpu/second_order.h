@@ -12,7 +12,8 @@
 // The cell's backward needs dh and dc themselves, which backward has not kept: the values are
 // carried along with their tangents. What no tangent of a state enters is known before the loops:
 // ascending it is made for block_steps steps at once, descending for all of them. Tasks and teams
-// as in forward.h and backward.h.
+// as in forward.h and backward.h. All in all 13 products where forward has 2 and backward 4: of one
+// step and row 2 G H times 6 I + 7 O operations.
 #pragma once
 
 #include "cells/cells.h"
