@@ -367,7 +367,7 @@ PYBIND11_MODULE(_C, m) {
   py::class_<cuda::Device>(m, "CudaDevice")
       .def(py::init([](std::pair<int, int> capability, int multiprocessors, int64_t shared_bytes) {
              cuda::Device device = cuda::device_of_kind(capability.first, capability.second);
-             device.multiprocessors = multiprocessors;
+             device.multiprocessors = device.blocks_at_once = multiprocessors;
              device.shared_bytes = shared_bytes;
              return device;
            }),

@@ -122,7 +122,17 @@ TABLE: list[tuple[str, str, str, Kind, bool, Row]] = [
 
 
 @pytest.mark.parametrize(("gpu", "mode", "name", "kind", "backward", "expected"), TABLE)
-def test_table(gpu: str, mode: str, name: str, kind: Kind, backward: bool, expected: Row) -> None:
+def test_table(
+    gpu: str,
+    mode: str,
+    name: str,
+    kind: Kind,
+    backward: bool,
+    expected: Row,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """How the resident tier is laid out, wherever it is chosen."""
+    monkeypatch.setenv("RNNKERN_CUDA_TIER", "resident")
     p, _ = plan(gpu, mode, SIZES[name], kind, backward=backward)
     assert p.resident
     assert (
@@ -136,13 +146,43 @@ def test_table(gpu: str, mode: str, name: str, kind: Kind, backward: bool, expec
     ) == expected
 
 
+# Where every step is a product of the library and a kernel, for the weights do not fit.
+STEPWISE: dict[tuple[str, str, Kind], dict[str, str]] = {
+    ("H100", "LSTM", BF16): {"h1024": "backward", "h2048": "both"},
+    ("H100", "LSTM", TF32): {"h1024": "both", "h2048": "both", "rl": "backward"},
+    ("H100", "LSTM", FP32): {
+        "flash768": "backward",
+        "h1024": "both",
+        "h2048": "both",
+        "rl": "both",
+    },
+    ("H100", "GRU", BF16): {"h1024": "backward", "h2048": "both"},
+    ("H100", "RNN_TANH", BF16): {"h2048": "both"},
+}
+
+
+@pytest.mark.parametrize("case", STEPWISE, ids=str)
+def test_tiers(case: tuple[str, str, Kind]) -> None:
+    gpu, mode, kind = case
+    for name, sizes in SIZES.items():
+        stepwise = STEPWISE[case].get(name, "")
+        for backward in (False, True):
+            p, text = plan(gpu, mode, sizes, kind, backward=backward)
+            expected = stepwise == "both" or (backward and stepwise == "backward")
+            assert p.resident != expected, (name, text)
+            assert text.startswith("stepwise tier" if expected else "resident tier")
+
+
 MORE_SIZES = [(1, 1, 1, 1), (3, 7, 5, 31), (9, 1, 2, 4096), (2, 3000, 8, 20), (2, 5, 3, 20000)]
 
 
 @pytest.mark.parametrize("gpu", GPUS)
 @pytest.mark.parametrize("mode", ["RNN_TANH", "LSTM", "GRU"])
 @pytest.mark.parametrize("directions", [1, 2])
-def test_every_plan_covers_all_and_fits(gpu: str, mode: str, directions: int) -> None:
+def test_every_plan_covers_all_and_fits(
+    gpu: str, mode: str, directions: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RNNKERN_CUDA_TIER", "resident")
     _, multiprocessors, kib = GPUS[gpu]
     gates = {"RNN_TANH": 1, "LSTM": 4, "GRU": 3}[mode]
     for sizes in [*SIZES.values(), *MORE_SIZES]:
@@ -165,7 +205,7 @@ def test_every_plan_covers_all_and_fits(gpu: str, mode: str, directions: int) ->
                 assert p.bytes_per_step > 0, text
 
 
-def test_what_the_plain_tier_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_only_the_stepwise_tier_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = (10, 4, 8, 64)
     p, text = plan("H100", "LSTM", sizes, BF16, proj=16)
     assert not p.resident
@@ -173,19 +213,30 @@ def test_what_the_plain_tier_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     p, text = plan("H100", "LSTM", sizes, BF16)
     assert p.resident
     assert "us expected" in text
-    monkeypatch.setenv("RNNKERN_CUDA_TIER", "plain")
+    monkeypatch.setenv("RNNKERN_CUDA_TIER", "stepwise")
     p, text = plan("H100", "LSTM", sizes, BF16)
     assert not p.resident
     assert "RNNKERN_CUDA_TIER" in text
 
 
-def test_the_text_names_bytes_and_time() -> None:
-    p, text = plan("H100", "LSTM", SIZES["flash768"], BF16)
-    for words in (
-        "resident tier",
-        f"{p.unit_blocks * p.row_teams} blocks of 132",
-        "100 % of the weights in shared memory",
-        f"{p.bytes_per_step / 1e3:.0f} KB a step",
-        f"{p.us_per_step:.1f} us",
-    ):
-        assert words in text
+def test_more_rows_than_blocks_can_keep() -> None:
+    """The resident tier keeps the states of all its rows in shared memory."""
+    p, text = plan("H100", "LSTM", (2, 100_000, 8, 1024), BF16)
+    assert not p.resident
+    assert "memory" in text
+
+
+@pytest.mark.parametrize("name", ["flash768", "h2048"])
+def test_the_text_names_bytes_and_time(name: str) -> None:
+    p, text = plan("H100", "LSTM", SIZES[name], BF16)
+    words = [f"{p.bytes_per_step / 1e3:.0f} KB", f"{p.us_per_step:.1f} us expected"]
+    if name == "flash768":
+        words += [
+            "resident tier",
+            f"{p.unit_blocks * p.row_teams} blocks of 132",
+            "100 % of the weights in shared memory",
+        ]
+    else:
+        words += ["stepwise tier", "slower"]
+    for word in words:
+        assert word in text

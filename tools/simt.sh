@@ -23,7 +23,7 @@ run_tests() {
 }
 run_tests tests/simt/check_tiers.py
 run_tests "$@"
-RNNKERN_CUDA_TIER=plain run_tests "$@" -k 'float32 or LSTM'
+RNNKERN_CUDA_TIER=stepwise run_tests "$@" -k 'float32 or LSTM'
 
 # Every barrier and every wait is needed: without any one of them a test fails.
 places() {
@@ -40,10 +40,9 @@ fails_without() {  # fails_without PLACE [pytest arguments]
   grep -q '^FAILED' build/simt/without.log || { cat build/simt/without.log >&2; exit 1; }
   echo "simt: without the wait at csrc/cuda/$place a test fails, as it should"
 }
-for place in $(places plain_forward.cuh plain_backward.cuh teams.cuh); do
-  RNNKERN_CUDA_TIER=plain fails_without "$place" tests/test_sequences.py \
-    -k 'float32 and (test_reset or test_packed_lengths)'
-done
 for place in $(places resident.cuh resident_forward.cuh resident_backward.cuh gradients.cuh); do
   fails_without "$place" tests/simt/check_tiers.py -k 'float32 or bfloat16'
+done
+for place in $(places product.cuh); do
+  fails_without "$place" tests/simt/check_tiers.py -k 'without_a_library'
 done

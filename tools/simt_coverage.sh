@@ -17,7 +17,7 @@ run_tests() {
 }
 run_tests tests/simt/check_tiers.py
 run_tests tests/test_cells.py tests/test_sequences.py
-RNNKERN_CUDA_TIER=plain run_tests tests/test_cells.py tests/test_sequences.py -k 'float32 or LSTM'
+RNNKERN_CUDA_TIER=stepwise run_tests tests/test_cells.py tests/test_sequences.py -k 'float32 or LSTM'
 find "$base" -path '*CompilerId*' -name '*.gcno' -delete
 "$(dirname "$python")/gcovr" --root . "$base" --filter 'csrc/cuda/.*\.(cuh|cu)$' \
   --filter 'csrc/cells/(elman|gru|lstm|narrow).h' --merge-lines --gcov-ignore-parse-errors=all \

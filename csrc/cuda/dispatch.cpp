@@ -1,5 +1,4 @@
 // From a scan to the source that was compiled for its cell and its element type.
-#include <stdexcept>
 #include <string>
 
 #include "cuda/start.h"
@@ -22,20 +21,17 @@ std::string name_of(const Scan& scan) {
 }
 
 // Laid out twice, first without memory. Where the process has only a share of the device (MPS),
-// fewer blocks run at once than its properties say: then a smaller plan.
+// fewer blocks run at once than its properties say: then a smaller plan, and at last one whose
+// blocks need not run at once.
 template <typename Scan>
 void run_any(const Scan& scan, const cuda::Call& call, const cuda::Allocate& allocate) {
   const cuda::Current current(call.device);
   cuda::Device device = cuda::device(call.device);
-  for (;; device.multiprocessors /= 2) {
+  for (bool started = false; !started; device.blocks_at_once /= 2) {
     Queue counts(call, device, nullptr, "");
     start_any(scan, counts);
     Queue runs(call, device, allocate(counts.bytes()), name_of(scan));
-    if (start_any(scan, runs)) return;
-    if (device.multiprocessors <= 1) {
-      throw std::runtime_error(runs.name_of("every kernel") +
-                               ": the device runs fewer blocks at once than it needs");
-    }
+    started = start_any(scan, runs);
   }
 }
 
@@ -61,8 +57,8 @@ std::string describe(const Sizes& sizes, int64_t steps, int64_t rows, bool backw
   const Device& on = device(call.device);
   const Problem problem = {
       sizes, steps, rows, numbers_of<T>(call.tf32), backward, call.deterministic};
-  return has_library() ? describe(plan_for(problem, on), problem, on)
-                       : "plain tier: torch has loaded no cuBLAS";
+  const std::string text = describe(plan_for(problem, on), problem, on);
+  return has_library() ? text : text + "; products by own kernels, for torch has loaded no cuBLAS";
 }
 
 #define RNNKERN_INSTANTIATE(T)                                         \

@@ -17,7 +17,8 @@ namespace rnnkern {
 namespace RNNKERN_NAMESPACE {
 
 struct Grid {
-  int blocks, threads;
+  int64_t blocks;
+  int threads;
   int64_t shared_bytes;
 };
 
@@ -25,7 +26,9 @@ struct Grid {
 
 // A new interleaving for each launch, the same ones in each process.
 template <typename Kernel>
-bool launch(const std::string&, Grid grid, void*, const typename Kernel::Arguments& arguments) {
+bool launch(const std::string& what, Grid grid, void*,
+            const typename Kernel::Arguments& arguments) {
+  if (simt::fails(what)) throw std::runtime_error(what + ": a launch that fails");
   if (Kernel::kBlocksWait && grid.blocks > simt::most_blocks()) return false;
   static uint32_t seed = 0;
   simt::Launch(
@@ -43,8 +46,10 @@ inline void check(cudaError_t error, const std::string& what) {
   throw std::runtime_error(what + ": " + cudaGetErrorString(error));
 }
 
+// Blocks that wait for each other have all registers of a multiprocessor; of others it has two at
+// once, for while one waits for memory the other goes on.
 template <typename Kernel>
-__global__ void __launch_bounds__(Kernel::kMostThreads, 1)
+__global__ void __launch_bounds__(Kernel::kMostThreads, Kernel::kBlocksWait ? 1 : 2)
     run_kernel(const __grid_constant__ typename Kernel::Arguments arguments) {
   Kernel::run(arguments);
 }
@@ -82,11 +87,21 @@ bool launch(const std::string& what, Grid grid, void* stream,
 #endif
 
 // False where the kernel's blocks wait for each other and the device does not run that many at
-// once.
+// once. A grid of nothing has nothing to do.
 template <typename Kernel>
 bool start_kernel(const Queue& queue, const char* kernel, Grid grid,
                   const typename Kernel::Arguments& arguments) {
-  return !queue.runs() || launch<Kernel>(queue.name_of(kernel), grid, queue.stream(), arguments);
+  return !queue.runs() || grid.blocks == 0 ||
+         launch<Kernel>(queue.name_of(kernel), grid, queue.stream(), arguments);
+}
+
+// f of what float32 is multiplied as, and all else as it is.
+template <typename T, typename F>
+auto with_operand(const Queue& queue, F f) {
+  if constexpr (std::is_same_v<T, float>) {
+    if (queue.tf32()) return f(Tf32{});
+  }
+  return f(T{});
 }
 
 }  // namespace RNNKERN_NAMESPACE

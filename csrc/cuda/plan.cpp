@@ -12,14 +12,14 @@ namespace {
 // Costs by kind of GPU. Published and estimated, none measured by benchmarks/gpu yet.
 struct Kind {
   int major, minor;
-  double clock_ghz, l2_tb_per_s, hand_off_us;
+  double clock_ghz, l2_tb_per_s, l2_mb, memory_tb_per_s, hand_off_us;
 };
 constexpr Kind kKinds[] = {
-    {8, 0, 1.41, 4.0, 1.6},   // A100
-    {8, 9, 2.52, 5.0, 1.3},   // RTX 4090
-    {9, 0, 1.83, 5.5, 1.3},   // H100, H200
-    {10, 0, 1.85, 9.0, 1.3},  // B200
-    {12, 0, 2.40, 7.0, 1.3},  // RTX 50
+    {8, 0, 1.41, 4.0, 40, 2.0, 1.6},    // A100
+    {8, 9, 2.52, 5.0, 72, 1.0, 1.3},    // RTX 4090
+    {9, 0, 1.83, 5.5, 50, 4.0, 1.3},    // H100, H200
+    {10, 0, 1.85, 9.0, 126, 7.0, 1.3},  // B200
+    {12, 0, 2.40, 7.0, 96, 1.6, 1.3},   // RTX 50
 };
 
 // Of one multiprocessor and clock.
@@ -27,8 +27,39 @@ constexpr double kSharedBytesPerClock = 128, kL2BytesPerClock = 64;
 constexpr double kTensorFlops = 2048;  // of 16-bit operands; half of TF32
 constexpr double kPlainFlops = 256;    // of float; 1/2 to 1/64 of double
 constexpr double kItemUs = 0.35;       // barriers, sums and the cell of one pass and group
+// Of the stepwise tier: the host's time for a launch, a kernel's from its start to the next one's
+// beside what it moves and multiplies, and the share of the cache where weights stay from step to
+// step.
+constexpr double kProductLaunchUs = 3, kCellLaunchUs = 2.2, kKernelUs = 2, kShareOfL2 = 0.8;
 
 int64_t quotient_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Operations of one multiprocessor and clock.
+double flops_per_clock(const Numbers& numbers) {
+  return (numbers.tensor_cores ? kTensorFlops * 2 : kPlainFlops * 4) / numbers.operand_bytes;
+}
+
+Plan stepwise(const Problem& p, const Device& device) {
+  const CellShape cell = cell_shape(p.sizes.cell);
+  const double D = p.sizes.D, N = double(p.N), H = double(p.sizes.H), O = double(p.sizes.O);
+  const double weights = D * H * O * (cell.gates + (p.sizes.projected ? 1 : 0));
+  const double cells = D * N * H;
+  Plan plan;
+  plan.bytes_per_step = int64_t(weights * p.numbers.operand_bytes);
+  const bool stay = double(plan.bytes_per_step) <= kShareOfL2 * device.l2_mb * 1e6;
+  const double bytes_per_us = (stay ? device.l2_tb_per_s : device.memory_tb_per_s) * 1e6;
+  const double rate = flops_per_clock(p.numbers) * device.multiprocessors * device.clock_ghz * 1e3;
+  const double products = p.sizes.projected ? 2 : 1;
+  // Sums, inputs, slots and cell states of each cell, read or written once.
+  const double cell_bytes = cells * p.numbers.computed_bytes * (3 * cell.slots + 4);
+  const double on_device =
+      2 * products * kKernelUs +
+      std::max(double(plan.bytes_per_step) / bytes_per_us, 2 * N * weights / rate) +
+      cell_bytes / (device.l2_tb_per_s * 1e6);
+  const double on_host = products * (D * kProductLaunchUs + kCellLaunchUs);
+  plan.us_per_step = std::max(on_device, on_host);
+  return plan;
+}
 
 Plan laid_out(const Problem& p, const Device& device, TileShape shape, int row_teams) {
   const CellShape cell = cell_shape(p.sizes.cell);
@@ -39,7 +70,7 @@ Plan laid_out(const Problem& p, const Device& device, TileShape shape, int row_t
   plan.column_tiles = shape.column_tiles;
   plan.row_teams = row_teams;
   plan.passes = int(quotient_up(quotient_up(p.N, plan.columns()), row_teams));
-  const int64_t blocks = std::max<int64_t>(1, device.multiprocessors / (D * row_teams));
+  const int64_t blocks = std::max<int64_t>(1, device.blocks_at_once / (D * row_teams));
   const int64_t most_units = plan.rows() / (p.backward ? 1 : cell.gates);
   plan.groups = int(quotient_up(H, blocks * most_units));
   plan.units = int(quotient_up(H, blocks * plan.groups));
@@ -63,8 +94,7 @@ Plan laid_out(const Problem& p, const Device& device, TileShape shape, int row_t
   const double streamed = double(plan.chunks - plan.resident_chunks) * kChunkBytes * plan.rows();
   const double resident = double(plan.resident_chunks) * kChunkBytes * plan.rows();
   const double flops = 2.0 * plan.rows() * plan.columns() * double(K);
-  const double rate =
-      (p.numbers.tensor_cores ? kTensorFlops * 2 : kPlainFlops * 4) / p.numbers.operand_bytes;
+  const double rate = flops_per_clock(p.numbers);
   const double blocks_used = double(plan.blocks(int(D)));
   const double l2_bytes_per_us =
       std::min(kL2BytesPerClock * device.clock_ghz * 1e3, device.l2_tb_per_s * 1e6 / blocks_used);
@@ -86,30 +116,38 @@ Device device_of_kind(int major, int minor) {
   Device device;
   device.clock_ghz = found->clock_ghz;
   device.l2_tb_per_s = found->l2_tb_per_s;
+  device.l2_mb = found->l2_mb;
+  device.memory_tb_per_s = found->memory_tb_per_s;
   device.hand_off_us = found->hand_off_us;
   return device;
 }
 
 namespace {
 
-// Why the plain tier has to take it, or null.
-const char* why_plain(const Problem& p) {
+// RNNKERN_CUDA_TIER names one, for tests and comparisons.
+bool is_forced(const char* tier) {
+  const char* const forced = std::getenv("RNNKERN_CUDA_TIER");
+  return forced && std::string_view(forced) == tier;
+}
+
+// Why only the stepwise tier can take it, or null.
+const char* why_stepwise(const Problem& p) {
   if (p.sizes.projected) return "the layer has a projection";
-  // The resident tier's input product is the library's, whose order depends on the number of rows.
+  // Which layout the resident tier has depends on the number of rows, and whether it has any.
   if (p.deterministic && !p.backward) return "deterministic algorithms";
-  const char* const forced = std::getenv("RNNKERN_CUDA_TIER");  // for tests and comparisons
-  return forced && std::string_view(forced) == "plain" ? "RNNKERN_CUDA_TIER" : nullptr;
+  return is_forced("stepwise") ? "RNNKERN_CUDA_TIER" : nullptr;
 }
 
 }  // namespace
 
 Plan plan_for(const Problem& p, const Device& device) {
+  const Plan in_steps = stepwise(p, device);
   Plan best;
-  if (why_plain(p) || p.N <= 0) return best;
+  if (why_stepwise(p) || p.N <= 0 || device.blocks_at_once < p.sizes.D) return in_steps;
   const auto try_all = [&](const auto& shapes) {
     for (const TileShape& shape : shapes) {
       const int64_t parts = quotient_up(p.N, shape.column_tiles * kTileColumns);
-      const int64_t most = std::max(1, device.multiprocessors / p.sizes.D);
+      const int64_t most = device.blocks_at_once / p.sizes.D;
       for (int64_t passes = quotient_up(parts, most);; passes *= 2) {
         const int64_t teams = quotient_up(parts, passes);
         const Plan plan = laid_out(p, device, shape, int(teams));
@@ -133,29 +171,32 @@ Plan plan_for(const Problem& p, const Device& device) {
         try_all(kForwardTiles<4>);
     }
   } else {
-    p.backward ? try_all(kPlainBackwardTiles) : try_all(kPlainForwardTiles);
+    p.backward ? try_all(kOneByOneBackwardTiles) : try_all(kOneByOneForwardTiles);
   }
-  return best;
+  if (!best.resident) return in_steps;
+  return is_forced("resident") || best.us_per_step <= in_steps.us_per_step ? best : in_steps;
 }
 
 std::string describe(const Plan& plan, const Problem& p, const Device& device) {
   char text[512];
   if (!plan.resident) {
-    const char* const reason = why_plain(p);
-    std::snprintf(text, sizeof text, "plain tier: %s",
-                  reason ? reason : "too little shared memory");
+    const char* const reason = why_stepwise(p);
+    std::snprintf(text, sizeof text,
+                  "stepwise tier: a product and a kernel of cells in each step; %.0f KB of weights "
+                  "a step, %.1f us expected; because %s",
+                  double(plan.bytes_per_step) / 1e3, plan.us_per_step,
+                  reason ? reason : "the resident tier would be slower, or asks for more memory");
     return text;
   }
   const double share = plan.chunks ? 100.0 * plan.resident_chunks / plan.chunks : 100;
-  std::snprintf(
-      text, sizeof text,
-      "resident tier: %lld blocks of %d multiprocessors, %d team(s) of %d in a direction, "
-      "%d units each in %d group(s), %d rows in %d pass(es); %.0f %% of the weights in "
-      "shared memory (%lld KiB a block); %.0f KB a step through the L2, %.1f us expected",
-      static_cast<long long>(plan.blocks(p.sizes.D)), device.multiprocessors, plan.row_teams,
-      plan.unit_blocks, plan.units * plan.groups, plan.groups, plan.columns(), plan.passes, share,
-      static_cast<long long>(plan.shared_bytes >> 10), double(plan.bytes_per_step) / 1e3,
-      plan.us_per_step);
+  std::snprintf(text, sizeof text,
+                "resident tier: %lld blocks of %d at once, %d team(s) of %d in a direction, "
+                "%d units each in %d group(s), %d rows in %d pass(es); %.0f %% of the weights in "
+                "shared memory (%lld KiB a block); %.0f KB a step through the L2, %.1f us expected",
+                static_cast<long long>(plan.blocks(p.sizes.D)), device.blocks_at_once,
+                plan.row_teams, plan.unit_blocks, plan.units * plan.groups, plan.groups,
+                plan.columns(), plan.passes, share, static_cast<long long>(plan.shared_bytes >> 10),
+                double(plan.bytes_per_step) / 1e3, plan.us_per_step);
   return text;
 }
 

@@ -1,5 +1,5 @@
-// Which kernel runs on a GPU, from sizes alone: the plain tier, or the resident one and how it is
-// laid out.
+// Which kernels run on a GPU, from sizes alone: the stepwise tier, or the resident one and how it
+// is laid out.
 #pragma once
 
 #include <cstdint>
@@ -25,10 +25,13 @@ constexpr int kResidentWarps = kResidentThreads / 32;
 // plan.cpp has them.
 struct Device {
   int multiprocessors = 1;
+  int blocks_at_once = 1;  // for certain: one a multiprocessor, where the device is the process's
   int64_t shared_bytes = 48 << 10;  // that a block may have
   double clock_ghz = 1;
-  double l2_tb_per_s = 2;  // read by all multiprocessors together
-  double hand_off_us = 1;  // from a block's write to the others' having read it
+  double l2_tb_per_s = 2;      // read by all multiprocessors together
+  double l2_mb = 40;           //
+  double memory_tb_per_s = 1;  //
+  double hand_off_us = 1;      // from a block's write to the others' having read it
 };
 
 // The kind of GPU by compute capability: costs filled in.
@@ -56,9 +59,9 @@ struct Problem {
   bool deterministic = false;  // one order of summation for every N and T, forward
 };
 
-// How the resident tier is laid out: D * row_teams * unit_blocks blocks.
+// What a step costs, and how the resident tier is laid out: D * row_teams * unit_blocks blocks.
 struct Plan {
-  bool resident = false;
+  bool resident = false;                // else stepwise, and the layout means nothing
   int row_tiles = 2, column_tiles = 1;  // of a block's product
   int row_teams = 1, unit_blocks = 1;
   int passes = 1;           // row_teams * passes parts of the batch, of as many rows as columns
@@ -67,7 +70,7 @@ struct Plan {
   int chunks = 1;           // along k
   int resident_chunks = 0;  // of each group, in shared memory; the rest comes through the L2
   int64_t shared_bytes = 0;
-  int64_t bytes_per_step = 0;  // through the L2, by all blocks
+  int64_t bytes_per_step = 0;  // through the L2, by all blocks; stepwise, of weights
   double us_per_step = 0;      // as expected
 
   constexpr int rows() const { return row_tiles * kTileRows; }
@@ -99,8 +102,8 @@ template <int kGates>
 constexpr TileShape kForwardTiles[] = {{2, 1}, {2, 2}, {kGates == 1 ? 2 : kGates, 4}};
 constexpr TileShape kBackwardTiles[] = {{1, 1}, {1, 2}, {2, 4}};
 // Without tensor cores, where a lane has sums of all rows.
-constexpr TileShape kPlainForwardTiles[] = {{2, 1}, {2, 2}};
-constexpr TileShape kPlainBackwardTiles[] = {{1, 1}, {1, 2}, {1, 4}};
+constexpr TileShape kOneByOneForwardTiles[] = {{2, 1}, {2, 2}};
+constexpr TileShape kOneByOneBackwardTiles[] = {{1, 1}, {1, 2}, {1, 4}};
 
 Plan plan_for(const Problem& problem, const Device& device);
 

@@ -134,13 +134,10 @@ class ResidentForward {
     pairs_.for_each(rows, units, [&](int p, int64_t slot, int64_t unit) {
       if (slot >= v.active_end) return;
       Step<A>& s = steps[p];
-#pragma unroll
-      for (int g = 0; g < kShape.slots; ++g) {
-        A sum = bias(turn.group, g, pairs_.unit());
-        if (g >= kShape.input_slot) sum += ahead_[p][g - kShape.input_slot];
-        if (g < kShape.gates) sum += block_.sum(g * r_.units + pairs_.unit(), pairs_.column(p));
-        s.slot[g] = sum;
-      }
+      assemble<Cell>(
+          s, [&](int slot) { return bias(turn.group, slot, pairs_.unit()); },
+          [&](int gate) { return ahead_[p][gate]; },
+          [&](int slot) { return block_.sum(slot * r_.units + pairs_.unit(), pairs_.column(p)); });
       s.h_prev = carried_h(turn, p);
       if constexpr (kShape.cell_state) s.c_prev = carried_c(turn, p);
       Cell::forward(s);

@@ -62,7 +62,9 @@ Found find(int id) {
   }
   found.device = device_of_kind(properties.major, properties.minor);
   found.device.multiprocessors = properties.multiProcessorCount;
+  found.device.blocks_at_once = properties.multiProcessorCount;
   found.device.shared_bytes = int64_t(properties.sharedMemPerBlockOptin);
+  found.device.l2_mb = double(properties.l2CacheSize) / 1e6;
   return found;
 }
 

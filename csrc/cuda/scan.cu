@@ -1,6 +1,7 @@
 // Lays out a scan of tensors of RNNKERN_ELEMENT on the GPU and queues its kernels. With
 // RNNKERN_SIMT plain C++, for the stand-in.
 #include <algorithm>
+#include <array>
 #include <iterator>
 #include <string>
 #include <utility>
@@ -8,94 +9,23 @@
 #include "cuda/gradients.cuh"
 #include "cuda/kernels.h"
 #include "cuda/launch.cuh"
-#include "cuda/plain_backward.cuh"
-#include "cuda/plain_forward.cuh"
+#include "cuda/product.h"
 #include "cuda/resident_backward.cuh"
 #include "cuda/resident_forward.cuh"
 #include "cuda/start.h"
+#include "cuda/stepwise.cuh"
 
 namespace rnnkern {
 namespace RNNKERN_NAMESPACE {
 namespace {
-
-#ifdef RNNKERN_SIMT
-constexpr int kThreads = 64;  // fibers are dear
-#else
-constexpr int kThreads = kPlainThreads;
-#endif
-
-// The plain tier. Batch rows first, for their teams need not wait for each other; then units, as
-// many blocks as run at once, one a multiprocessor.
-Teams teams_for(const Sizes& z, int64_t N, const cuda::Device& device) {
-  const int64_t most = device.multiprocessors / z.D > 1 ? device.multiprocessors / z.D : 1;
-  const int64_t tiles = (N + kRowTile - 1) / kRowTile;
-  const int64_t groups = (z.H + kThreads / kWarp - 1) / (kThreads / kWarp);
-  Teams teams;
-  teams.row_blocks = int(tiles < most ? (tiles > 1 ? tiles : 1) : most);
-  const int64_t left = most / teams.row_blocks;
-  teams.unit_blocks = int(groups < left ? groups : left);
-  return teams;
-}
-
-int blocks_of(const Sizes& z, const Teams& teams) {
-  return z.D * teams.row_blocks * teams.unit_blocks;
-}
 
 template <typename T>
 T* take_zeros(const Sizes& z, Queue& queue) {
   return queue.take<T>(std::max({z.I, z.H, z.O}));
 }
 
-template <typename T, typename Cell>
-bool plain(const Forward<T>& f, Queue& queue) {
-  using Kernel = PlainForward<T, Cell>;
-  const Sizes& z = f.sizes;
-  Teams teams = teams_for(z, f.steps.N, queue.device);
-  teams.flags = queue.take<int>(blocks_of(z, teams));
-  typename Kernel::Arguments arguments = {f, teams, take_zeros<T>(z, queue), nullptr, nullptr};
-  queue.clear_taken();
-  const int64_t rows = z.D * f.steps.N;
-  if (z.projected && !f.unprojected) arguments.unprojected = queue.take<T>(rows * z.H);
-  if (kCarriesCells<T, Cell>) arguments.carried = queue.take<Compute<T>>(rows * z.H);
-  return start_kernel<Kernel>(queue, "plain forward",
-                              {blocks_of(z, teams), kThreads, Kernel::kSharedBytes}, arguments);
-}
-
-template <typename T, typename Cell>
-bool plain(const Backward<T>& b, const T** zeros, Queue& queue) {
-  using Kernel = PlainBackward<T, Cell>;
-  using A = Compute<T>;
-  const Sizes& z = b.sizes;
-  Teams teams = teams_for(z, b.steps.N, queue.device);
-  teams.flags = queue.take<int>(blocks_of(z, teams));
-  *zeros = take_zeros<T>(z, queue);
-  typename Kernel::Arguments arguments = {b, teams, *zeros, nullptr, nullptr, nullptr};
-  queue.clear_taken();
-  const int64_t rows = z.D * b.steps.N;
-  arguments.dh = queue.take<A>(rows * z.O);
-  if (Cell::kShape.cell_state) arguments.dc = queue.take<A>(rows * z.H);
-  if (z.projected) arguments.dm = queue.take<A>(rows * z.H);
-  return start_kernel<Kernel>(queue, "plain backward",
-                              {blocks_of(z, teams), kThreads, Kernel::kSharedBytes}, arguments);
-}
-
-// As which float32 is multiplied, and all else as it is.
-template <typename T, typename F>
-bool with_operand(const Queue& queue, F f) {
-  if constexpr (std::is_same_v<T, float>) {
-    if (queue.tf32()) return f(Tf32{});
-  }
-  return f(T{});
-}
-
-// The library takes the products of whole matrices; not those of nothing.
-bool has_products(const Sizes& z, const Steps& s) {
-  return cuda::has_library() && s.total > 0 && z.I > 0;
-}
-
 template <typename T>
 cuda::Plan plan_of(const Sizes& z, const Steps& s, bool backward, const Queue& queue) {
-  if (!has_products(z, s)) return {};
   return cuda::plan_for(
       {z, s.T, s.N, cuda::numbers_of<T>(queue.tf32()), backward, queue.deterministic()},
       queue.device);
@@ -126,9 +56,9 @@ bool with_tile_of(const cuda::Plan& plan, F f) {
       return with_tile<cuda::kForwardTiles<Cell::kShape.gates>>(plan, f);
     }
   } else if constexpr (kBackward) {
-    return with_tile<cuda::kPlainBackwardTiles>(plan, f);
+    return with_tile<cuda::kOneByOneBackwardTiles>(plan, f);
   } else {
-    return with_tile<cuda::kPlainForwardTiles>(plan, f);
+    return with_tile<cuda::kOneByOneForwardTiles>(plan, f);
   }
 }
 
@@ -164,45 +94,55 @@ cuda::Matrix input_matrix(const Rows<const T>& x, const Sizes& z, const Steps& s
   return {to, z.I};
 }
 
+// x W_ih^T of all steps: [D, total, width], from column `first` on.
+template <typename T>
+struct Inputs {
+  Compute<T>* data = nullptr;
+  int64_t width = 0, first = 0;
+};
 template <typename T, typename Cell>
-bool resident(const Forward<T>& f, const cuda::Plan& plan, Queue& queue) {
+Inputs<T> make_inputs(const Forward<T>& f, const T* zeros, Queue& queue) {
   using A = Compute<T>;
   constexpr CellShape kShape = Cell::kShape;
   const Sizes& z = f.sizes;
   const Steps& s = f.steps;
-  const T* zeros = nullptr;
-  const Residency r = take_residency(plan, z, &zeros, queue);
-
-  // Where what is saved is what is computed with, the products are made where the slots will stand.
   const int64_t gates = kShape.gates * z.H;
-  A* inputs = nullptr;
-  int64_t width = gates, first = 0;
+  Inputs<T> inputs = {nullptr, gates, 0};
+  // Where what is saved is what is computed with, they are made where the slots will stand.
   if constexpr (!kNarrow<T>) {
-    inputs = f.slots;
-    if (inputs) width = kShape.slots * z.H, first = kShape.input_slot * z.H;
+    if (f.slots) inputs = {f.slots, kShape.slots * z.H, kShape.input_slot * z.H};
   }
-  if (!inputs) inputs = queue.take<A>(z.D * s.total * width);
+  if (!inputs.data) inputs.data = queue.take<A>(z.D * s.total * inputs.width);
   const cuda::Matrix x = input_matrix(f.x, z, s, zeros, false, queue);
   for (int d = 0; d < z.D; ++d) {
     const Weights<T>& w = f.weights[d];
-    queue.multiply({s.total,
-                    gates,
-                    z.I,
-                    x,
-                    {w.w_ih, w.w_ih_row, true},
-                    cuda::kNumber<T>,
-                    inputs + d * s.total * width + first,
-                    width,
-                    cuda::kNumber<A>});
+    multiply<T>({s.total,
+                 gates,
+                 z.I,
+                 x,
+                 {w.w_ih, w.w_ih_row, true},
+                 cuda::kNumber<T>,
+                 inputs.data + d * s.total * inputs.width + inputs.first,
+                 inputs.width,
+                 cuda::kNumber<A>},
+                queue.deterministic(), queue);
   }
+  return inputs;
+}
+
+template <typename T, typename Cell>
+bool resident(const Forward<T>& f, const cuda::Plan& plan, Queue& queue) {
+  const Sizes& z = f.sizes;
+  const T* zeros = nullptr;
+  const Residency r = take_residency(plan, z, &zeros, queue);
+  const Inputs<T> inputs = make_inputs<T, Cell>(f, zeros, queue);
   return with_operand<T>(queue, [&](auto operand) {
     using E = decltype(operand);
     return with_tile_of<E, Cell, false>(plan, [&](auto tile) {
       using Kernel = ResidentForward<T, E, Cell, decltype(tile)::kRow, decltype(tile)::kColumn>;
-      return start_kernel<Kernel>(
-          queue, "resident forward",
-          {int(plan.blocks(z.D)), cuda::kResidentThreads, plan.shared_bytes},
-          {f, r, inputs, width, first});
+      return start_kernel<Kernel>(queue, "resident forward",
+                                  {plan.blocks(z.D), cuda::kResidentThreads, plan.shared_bytes},
+                                  {f, r, inputs.data, inputs.width, inputs.first});
     });
   });
 }
@@ -215,11 +155,111 @@ bool resident(const Backward<T>& b, const cuda::Plan& plan, const T** zeros, Que
     using E = decltype(operand);
     return with_tile_of<E, Cell, true>(plan, [&](auto tile) {
       using Kernel = ResidentBackward<T, E, Cell, decltype(tile)::kRow, decltype(tile)::kColumn>;
-      return start_kernel<Kernel>(
-          queue, "resident backward",
-          {int(plan.blocks(z.D)), cuda::kResidentThreads, plan.shared_bytes}, {b, r, *zeros});
+      return start_kernel<Kernel>(queue, "resident backward",
+                                  {plan.blocks(z.D), cuda::kResidentThreads, plan.shared_bytes},
+                                  {b, r, *zeros});
     });
   });
+}
+
+// A product of each direction: of rows of [D, N, k] with its weights, to [D, N, n].
+template <typename T>
+void multiply_rows(const Sizes& z, const Steps& s, int64_t k, int64_t n, const T* rows,
+                   const std::array<cuda::Matrix, kMaxDirections>& weights, Compute<T>* to,
+                   bool fixed_order, Queue& queue) {
+  for (int d = 0; d < z.D; ++d) {
+    multiply<T>({s.N,
+                 n,
+                 k,
+                 {rows + d * s.N * k, k},
+                 weights[size_t(d)],
+                 cuda::kNumber<T>,
+                 to + d * s.N * n,
+                 n,
+                 cuda::kNumber<Compute<T>>},
+                fixed_order, queue);
+  }
+}
+template <typename T, typename F>
+std::array<cuda::Matrix, kMaxDirections> matrices(const Weights<T> (&weights)[kMaxDirections],
+                                                  F matrix) {
+  return {matrix(weights[0]), matrix(weights[1])};
+}
+
+template <typename Kernel>
+void start_elements(const char* name, const Sizes& z, const Steps& s, int64_t columns,
+                    const typename Kernel::Arguments& arguments, Queue& queue) {
+  start_kernel<Kernel>(queue, name, {element_blocks(z, s, columns), kStepThreads, 0}, arguments);
+}
+
+template <typename T, typename Cell>
+bool stepwise(const Forward<T>& f, Queue& queue) {
+  using Kernel = StepwiseForward<T, Cell>;
+  using A = Compute<T>;
+  const Sizes& z = f.sizes;
+  const Steps& s = f.steps;
+  const int64_t rows = z.D * s.N, gates = Cell::kShape.gates * z.H;
+  const T* const zeros = take_zeros<T>(z, queue);
+  queue.clear_taken();
+  const Inputs<T> inputs = make_inputs<T, Cell>(f, zeros, queue);
+  typename Kernel::Arguments a = {.f = f,
+                                  .inputs = inputs.data,
+                                  .width = inputs.width,
+                                  .first_input = inputs.first,
+                                  .sums = queue.take<A>(rows * gates),
+                                  .h = queue.take<T>(rows * z.O)};
+  if (Cell::kShape.cell_state) a.c = queue.take<A>(rows * z.H);
+  if (z.projected) a.m = queue.take<T>(rows * z.H), a.y = queue.take<A>(rows * z.O);
+  const bool fixed_order = queue.deterministic();
+  const auto recurrent =
+      matrices(f.weights, [](const auto& w) { return cuda::Matrix{w.w_hh, w.w_hh_row, true}; });
+  const auto projection =
+      matrices(f.weights, [](const auto& w) { return cuda::Matrix{w.w_hr, w.w_hr_row, true}; });
+
+  start_elements<typename Kernel::Begin>("stepwise forward's begin", z, s, z.H, a, queue);
+  for (a.i = 0; a.i < s.T; ++a.i) {
+    multiply_rows<T>(z, s, z.O, gates, a.h, recurrent, a.sums, fixed_order, queue);
+    start_elements<Kernel>("stepwise forward", z, s, z.H, a, queue);
+    if (!z.projected) continue;
+    multiply_rows<T>(z, s, z.H, z.O, a.m, projection, a.y, fixed_order, queue);
+    start_elements<typename Kernel::Projected>("stepwise forward's projection", z, s, z.O, a,
+                                               queue);
+  }
+  return true;
+}
+
+template <typename T, typename Cell>
+bool stepwise(const Backward<T>& b, const T** zeros, Queue& queue) {
+  using Kernel = StepwiseBackward<T, Cell>;
+  using A = Compute<T>;
+  const Sizes& z = b.sizes;
+  const Steps& s = b.steps;
+  const int64_t rows = z.D * s.N, gates = Cell::kShape.gates * z.H;
+  *zeros = take_zeros<T>(z, queue);
+  queue.clear_taken();
+  typename Kernel::Arguments a = {.b = b,
+                                  .zeros = *zeros,
+                                  .dh = queue.take<A>(rows * z.O),
+                                  .dgates = queue.take<T>(rows * gates)};
+  if (Cell::kShape.reads_h) a.dh_direct = queue.take<A>(rows * z.H);
+  if (Cell::kShape.cell_state) a.dc = queue.take<A>(rows * z.H);
+  if (z.projected) a.dy = queue.take<T>(rows * z.O), a.dm = queue.take<A>(rows * z.H);
+  const auto recurrent =
+      matrices(b.weights, [](const auto& w) { return cuda::Matrix{w.w_hh, w.w_hh_row}; });
+  const auto projection =
+      matrices(b.weights, [](const auto& w) { return cuda::Matrix{w.w_hr, w.w_hr_row}; });
+
+  for (a.i = 0; a.i < s.T + (b.dh0.data ? 1 : 0); ++a.i) {
+    if (a.i > 0) multiply_rows<T>(z, s, gates, z.O, a.dgates, recurrent, a.dh, false, queue);
+    if (z.projected) {
+      start_elements<typename Kernel::Projected>("stepwise backward's projection", z, s, z.O, a,
+                                                 queue);
+      if (a.i == s.T) break;
+      multiply_rows<T>(z, s, z.O, z.H, a.dy, projection, a.dm, false, queue);
+    }
+    start_elements<Kernel>("stepwise backward", z, s, z.H, a, queue);
+  }
+  return true;
 }
 
 // f(first slot, first gate, count) for runs of slots that the recurrent product owns and whose
@@ -245,11 +285,11 @@ void bias_gradients(const T* dslots, int64_t rows, int64_t H, const WeightGradie
   const int64_t row_blocks = std::min(most, (rows + kFewestRows - 1) / kFewestRows);
   auto* const sums = queue.take<Compute<T>>(row_blocks * width);
   start_kernel<Sums>(queue, "sums of gradients",
-                     {int(column_blocks * row_blocks), kRowThreads, Sums::kSharedBytes},
+                     {column_blocks * row_blocks, kRowThreads, Sums::kSharedBytes},
                      {dslots, rows, width, column_blocks, row_blocks, sums});
-  start_kernel<BiasGradients<T, Cell>>(
-      queue, "gradients of biases", {int((width + kRowThreads - 1) / kRowThreads), kRowThreads, 0},
-      {sums, row_blocks, H, g.b_ih, g.b_hh});
+  start_kernel<BiasGradients<T, Cell>>(queue, "gradients of biases",
+                                       {(width + kRowThreads - 1) / kRowThreads, kRowThreads, 0},
+                                       {sums, row_blocks, H, g.b_ih, g.b_hh});
 }
 
 // After the loop, one product each over all rows: dW_ih, dW_hh, dW_hr, biases and dx.
@@ -271,7 +311,8 @@ void gradients(const Backward<T>& b, const T* zeros, Queue& queue) {
     const T* const dslots = b.dslots + d * s.total * width;
     const T* const dinputs = dslots + kShape.input_slot * H;
     if (g.w_ih) {
-      queue.multiply({gates, z.I, s.total, {dinputs, width, true}, x, kT, g.w_ih, z.I, kT});
+      multiply<T>({gates, z.I, s.total, {dinputs, width, true}, x, kT, g.w_ih, z.I, kT}, false,
+                  queue);
     }
     if (g.w_hh) {
       using Kernel = GatherRows<T>;
@@ -280,41 +321,44 @@ void gradients(const Backward<T>& b, const T* zeros, Queue& queue) {
                            {kRowBlocks * queue.device.multiprocessors, kRowThreads, 0},
                            {s, columns(b.y, d * z.O), b.h0, zeros, true, d, z.O, previous});
       for_each_run<Cell>([&](int slot, int gate, int count) {
-        queue.multiply({count * H,
-                        z.O,
-                        s.total,
-                        {dslots + slot * H, width, true},
-                        {previous, z.O},
-                        kT,
-                        g.w_hh + gate * H * z.O,
-                        z.O,
-                        kT});
+        multiply<T>({count * H,
+                     z.O,
+                     s.total,
+                     {dslots + slot * H, width, true},
+                     {previous, z.O},
+                     kT,
+                     g.w_hh + gate * H * z.O,
+                     z.O,
+                     kT},
+                    false, queue);
       });
     }
     if (g.w_hr) {
-      queue.multiply({z.O,
-                      H,
-                      s.total,
-                      {b.dprojected + d * s.total * z.O, z.O, true},
-                      {b.unprojected + d * s.total * H, H},
-                      kT,
-                      g.w_hr,
-                      H,
-                      kT});
+      multiply<T>({z.O,
+                   H,
+                   s.total,
+                   {b.dprojected + d * s.total * z.O, z.O, true},
+                   {b.unprojected + d * s.total * H, H},
+                   kT,
+                   g.w_hr,
+                   H,
+                   kT},
+                  false, queue);
     }
     if (g.b_ih || g.b_hh) bias_gradients<T, Cell>(dslots, s.total, H, g, queue);
     if (b.dx.data) {
       // Dense, time first: as made for the call.
-      queue.multiply({s.total,
-                      z.I,
-                      gates,
-                      {dinputs, width},
-                      {w.w_ih, w.w_ih_row},
-                      kT,
-                      b.dx.data,
-                      z.I,
-                      kT,
-                      d > 0});
+      multiply<T>({s.total,
+                   z.I,
+                   gates,
+                   {dinputs, width},
+                   {w.w_ih, w.w_ih_row},
+                   kT,
+                   b.dx.data,
+                   z.I,
+                   kT,
+                   d > 0},
+                  false, queue);
     }
   }
 }
@@ -326,7 +370,7 @@ bool start<RNNKERN_CELL>(const Forward<RNNKERN_ELEMENT>& f, Queue& queue) {
   using T = RNNKERN_ELEMENT;
   using Cell = RNNKERN_CELL;
   const cuda::Plan plan = plan_of<T>(f.sizes, f.steps, false, queue);
-  return plan.resident ? resident<T, Cell>(f, plan, queue) : plain<T, Cell>(f, queue);
+  return plan.resident ? resident<T, Cell>(f, plan, queue) : stepwise<T, Cell>(f, queue);
 }
 
 template <>
@@ -335,15 +379,11 @@ bool start<RNNKERN_CELL>(const Backward<RNNKERN_ELEMENT>& b, Queue& queue) {
   using Cell = RNNKERN_CELL;
   const cuda::Plan plan = plan_of<T>(b.sizes, b.steps, true, queue);
   const T* zeros = nullptr;
-  const bool started =
-      plan.resident ? resident<T, Cell>(b, plan, &zeros, queue) : plain<T, Cell>(b, &zeros, queue);
-  if (!started) return false;
-  if (has_products(b.sizes, b.steps)) {
-    gradients<T, Cell>(b, zeros, queue);
-  } else {
-    start_kernel<PlainGradients<T, Cell>>(queue, "plain gradients",
-                                          {queue.device.multiprocessors, kThreads, 0}, {b, zeros});
+  if (!(plan.resident ? resident<T, Cell>(b, plan, &zeros, queue)
+                      : stepwise<T, Cell>(b, &zeros, queue))) {
+    return false;
   }
+  gradients<T, Cell>(b, zeros, queue);
   return true;
 }
 

@@ -47,6 +47,20 @@ RNNKERN_DEVICE Compute<T> bias_of(const Weights<T>& w, int64_t H, int slot, int6
   return sum;
 }
 
+// The slots before their activation: bias(slot), and input(gate), recurrent(slot) as far as the
+// slot has them.
+template <typename Cell, typename A, typename Bias, typename Input, typename Recurrent>
+RNNKERN_DEVICE void assemble(Step<A>& s, Bias bias, Input input, Recurrent recurrent) {
+  constexpr CellShape kShape = Cell::kShape;
+#pragma unroll
+  for (int i = 0; i < kShape.slots; ++i) {
+    A sum = bias(i);
+    if (i >= kShape.input_slot) sum += input(i - kShape.input_slot);
+    if (i < kShape.gates) sum += recurrent(i);
+    s.slot[i] = sum;
+  }
+}
+
 // An element of a state; zero where there is none.
 template <typename T>
 RNNKERN_DEVICE Compute<T> element_of(const Steps& s, const State<const T>& state, int direction,

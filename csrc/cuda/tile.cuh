@@ -81,6 +81,18 @@ class Tile<E, kRowTiles, kColumnTiles, true> {
     }
   }
 
+  // Adds the sums of another one.
+  RNNKERN_DEVICE void add(const Tile& other) {
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+      for (int n = 0; n < kColumnTiles; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sums_[m][n][i] += other.sums_[m][n][i];
+      }
+    }
+  }
+
   RNNKERN_DEVICE void store(const Partials<A, kColumns>& to, int warp) const {
     const int g = thread_index() % kWarp / 4, q = thread_index() % 4;
 #pragma unroll
@@ -124,6 +136,14 @@ class Tile<E, kRowTiles, kColumnTiles, false> {
 #pragma unroll
         for (int j = 0; j < kPerQuad; ++j) sums_[m][n] += left.of[j] * right[n].of[j];
       }
+    }
+  }
+
+  RNNKERN_DEVICE void add(const Tile& other) {
+#pragma unroll
+    for (int m = 0; m < kRows; ++m) {
+#pragma unroll
+      for (int n = 0; n < kColumnTiles; ++n) sums_[m][n] += other.sums_[m][n];
     }
   }
 

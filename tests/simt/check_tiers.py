@@ -1,4 +1,4 @@
-"""The resident tier on the stand-in for a GPU, in every way in which a plan may lay it out.
+"""Both tiers on the stand-in for a GPU, the resident one in every way in which a plan may lay it out.
 
 Run by tools/simt.sh, with the package that has the CUDA kernels in place of the CPU's.
 """
@@ -37,6 +37,7 @@ def layout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     name: str = request.param
     multiprocessors, kib = LAYOUTS[name][0]
     monkeypatch.setenv("RNNKERN_SIMT_DEVICE", f"{multiprocessors},{kib << 10}")
+    monkeypatch.setenv("RNNKERN_CUDA_TIER", "resident")
     return name
 
 
@@ -81,32 +82,47 @@ def test_integers_are_exact_as_tf32(
         assert torch.equal(exact, rounded)
 
 
-@pytest.mark.parametrize("tier", ["resident", "plain"])
-@pytest.mark.parametrize("blocks", [5, 2])
-def test_a_share_of_the_device_is_enough(
-    tier: str, blocks: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("RNNKERN_CUDA_TIER", tier)
+TIERS = ("resident", "stepwise")
+
+
+@pytest.mark.parametrize("blocks", [5, 2, 1, 0])
+def test_a_share_of_the_device_is_enough(blocks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Down to none: then nothing may ask for several blocks at once."""
+    monkeypatch.setenv("RNNKERN_CUDA_TIER", "resident")
     monkeypatch.setenv("RNNKERN_SIMT_BLOCKS", str(blocks))
     module = rnnkern.LSTM(3, 40, bidirectional=True)
     check(module, leaves_for(module, 3, 10))
 
 
-@pytest.mark.parametrize("tier", ["resident", "plain"])
-def test_a_launch_that_is_refused_is_an_error(tier: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("tier", "kernel"),
+    [
+        ("resident", "resident forward"),
+        ("stepwise", "stepwise forward"),
+        ("resident", "resident backward"),
+        ("stepwise", "stepwise backward"),
+        ("stepwise", "sums of gradients"),
+    ],
+)
+def test_a_launch_that_fails_is_an_error(
+    tier: str, kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("RNNKERN_CUDA_TIER", tier)
-    monkeypatch.setenv("RNNKERN_SIMT_BLOCKS", "0")
-    with pytest.raises(RuntimeError, match=r"LSTM \(T=3 N=10 I=3 H=40\): .*fewer blocks at once"):
-        rnnkern.LSTM(3, 40)(torch.randn(3, 10, 3))
+    monkeypatch.setenv("RNNKERN_SIMT_FAILS", kernel)
+    module = rnnkern.LSTM(3, 40)
+    with pytest.raises(RuntimeError, match=kernel + r" of LSTM \(T=3 N=10 I=3 H=40\): "):
+        module(torch.randn(3, 10, 3))[0].sum().backward()
 
 
 @pytest.mark.parametrize("directions", [1, 2])
 @pytest.mark.parametrize("cell", ["RNN", "LSTM", "LSTM-proj", "GRU"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tier", TIERS)
 def test_without_a_library_of_products(
-    cell: str, directions: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    tier: str, cell: str, directions: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where cuBLAS is missing the kernels make all products themselves; rows end and begin."""
+    """Where cuBLAS is missing all products are made by our own kernel; rows end and begin."""
+    monkeypatch.setenv("RNNKERN_CUDA_TIER", tier)
     monkeypatch.setenv("RNNKERN_SIMT_NO_LIBRARY", "1")
     kind, _, proj = cell.partition("-")
     own = {"proj_size": 3} if proj else {}
@@ -121,23 +137,62 @@ def test_without_a_library_of_products(
     )
 
 
-def test_sums_of_many_rows_without_a_library(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("sizes", [(90, 4, 2, 3), (2, 40, 300, 30), (1, 70, 20, 270)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_products_of_several_tiles_without_a_library(
+    sizes: tuple[int, int, int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And of more numbers than one sum may have."""
     monkeypatch.setenv("RNNKERN_SIMT_NO_LIBRARY", "1")
-    module = rnnkern.GRU(2, 3)
-    check(module, leaves_for(module, 90, 4))
+    T, N, I, H = sizes
+    module = rnnkern.GRU(I, H).to(dtype)
+    check(module, leaves_for(module, T, N))
+
+
+def test_integers_are_exact_as_tf32_without_a_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RNNKERN_SIMT_NO_LIBRARY", "1")
+    module = rnnkern.RNN(20, 30, nonlinearity="relu")
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_((torch.rand(parameter.shape) < 0.1).float())
+    x = torch.randint(-1, 2, (3, 9, 20)).float()
+    exact = module(x)[0]
+    monkeypatch.setenv("RNNKERN_SIMT_TF32", "1")
+    assert torch.equal(module(x)[0], exact)
 
 
 @pytest.mark.parametrize("cell", ["RNN", "LSTM", "LSTM-proj", "GRU"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_inference_of_the_plain_tier(
+def test_inference_of_the_stepwise_tier(
     cell: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing is kept for backward: states pass from step to step elsewhere."""
-    monkeypatch.setenv("RNNKERN_CUDA_TIER", "plain")
+    monkeypatch.setenv("RNNKERN_CUDA_TIER", "stepwise")
     kind, _, proj = cell.partition("-")
     own = {"proj_size": 3} if proj else {}
     module = getattr(rnnkern, kind)(3, 5, bidirectional=True, **own).to(dtype)
     check(module, leaves_for(module, 4, 3), backward=False)
+
+
+@pytest.mark.parametrize("cell", ["RNN", "LSTM", "LSTM-proj", "GRU"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_deterministic_rows_stand_alone(cell: str, dtype: torch.dtype) -> None:
+    """Neither the other rows nor where a sequence is cut show in the bits."""
+    kind, _, proj = cell.partition("-")
+    own = {"proj_size": 9} if proj else {}
+    module = getattr(rnnkern, kind)(20, 40, **own).to(dtype)
+    x = torch.randn(5, 70, 20, dtype=dtype)
+    torch.use_deterministic_algorithms(True)
+    try:
+        with torch.no_grad():
+            whole = module(x)[0]
+            row, _ = module(x[:, 65:66])
+            first, state = module(x[:2, 3:9])
+            last, _ = module(x[2:, 3:9], state)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(row, whole[:, 65:66])
+    assert torch.equal(torch.cat([first, last]), whole[:, 3:9])
 
 
 def test_tf32_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,8 +205,9 @@ def test_tf32_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 0 < error < 2**-10
 
 
-def test_the_layouts_are_all_there_are() -> None:
+def test_the_layouts_are_all_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every tile that there are kernels for; and all that a plan may do."""
+    monkeypatch.setenv("RNNKERN_CUDA_TIER", "resident")
     tiles: dict[tuple[bool, bool], set[tuple[int, int]]] = {}
     seen = set()
     for name, ((multiprocessors, kib), (T, N, I, H)) in LAYOUTS.items():

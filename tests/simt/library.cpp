@@ -47,6 +47,21 @@ double at(Number number, const Matrix& m, int64_t i, int64_t j) {
   return read(number, m.data, m.transposed ? j * m.row + i : i * m.row + j);
 }
 
+// In an order that depends on the number of rows, as cuBLAS' does.
+template <typename A>
+void sum_up(const Product& p) {
+  for (int64_t i = 0; i < p.m; ++i) {
+    for (int64_t j = 0; j < p.n; ++j) {
+      A sum = p.adds ? A(read(p.results, p.to, i * p.row + j)) : A(0);
+      for (int64_t step = 0; step < p.k; ++step) {
+        const int64_t k = p.m % 2 ? step : p.k - 1 - step;
+        sum += A(at(p.operands, p.a, i, k)) * A(at(p.operands, p.b, k, j));
+      }
+      write(p.results, p.to, i * p.row + j, sum);
+    }
+  }
+}
+
 }  // namespace
 
 bool has_library() { return !std::getenv("RNNKERN_SIMT_NO_LIBRARY"); }
@@ -62,14 +77,7 @@ void multiply(const Call&, const Product& p, char* workspace) {
   check(p.b.row >= (p.b.transposed ? p.k : p.n), "rows of b that overlap");
   check(p.row >= p.n, "rows of the result that overlap");
   check(reinterpret_cast<uintptr_t>(workspace) % kLibraryAlignment == 0, "this workspace");
-  for (int64_t i = 0; i < p.m; ++i) {
-    for (int64_t j = 0; j < p.n; ++j) {
-      double sum = p.adds ? read(p.results, p.to, i * p.row + j) : 0;
-      for (int64_t k = 0; k < p.k; ++k)
-        sum += at(p.operands, p.a, i, k) * at(p.operands, p.b, k, j);
-      write(p.results, p.to, i * p.row + j, sum);
-    }
-  }
+  p.operands == Number::kDouble ? sum_up<double>(p) : sum_up<float>(p);
 }
 
 }  // namespace rnnkern::cuda

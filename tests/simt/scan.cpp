@@ -40,6 +40,7 @@ const Device& device(int) {
   long long bytes = 20 << 10;
   stand_in.multiprocessors = 13;
   if (named) std::sscanf(named, "%d,%lld", &stand_in.multiprocessors, &bytes);
+  stand_in.blocks_at_once = stand_in.multiprocessors;
   stand_in.shared_bytes = bytes;
   return stand_in;
 }

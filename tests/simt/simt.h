@@ -259,6 +259,12 @@ inline int most_blocks() {
   return named ? std::atoi(named) : 1 << 30;
 }
 
+// RNNKERN_SIMT_FAILS=NAME: launches of the kernel of that name fail.
+inline bool fails(const std::string& kernel) {
+  const char* const named = std::getenv("RNNKERN_SIMT_FAILS");
+  return named && kernel.rfind(std::string(named) + " of ", 0) == 0;
+}
+
 // A place in a kernel where threads wait. RNNKERN_SIMT_WITHOUT=FILE:LINE leaves that one out:
 // results must then go wrong, or nobody needs it.
 using Where = std::source_location;
