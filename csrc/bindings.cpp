@@ -375,15 +375,18 @@ PYBIND11_MODULE(_C, m) {
            py::arg("shared_bytes"));
   py::class_<cuda::Plan>(m, "CudaPlan")
       .def_readonly("resident", &cuda::Plan::resident)
-      .def_readonly("row_tiles", &cuda::Plan::row_tiles)
-      .def_readonly("column_tiles", &cuda::Plan::column_tiles)
+      .def_property_readonly("row_tiles", [](const cuda::Plan& p) { return p.tile.row_tiles; })
+      .def_property_readonly("column_tiles",
+                             [](const cuda::Plan& p) { return p.tile.column_tiles; })
       .def_readonly("row_teams", &cuda::Plan::row_teams)
       .def_readonly("unit_blocks", &cuda::Plan::unit_blocks)
       .def_readonly("passes", &cuda::Plan::passes)
       .def_readonly("groups", &cuda::Plan::groups)
       .def_readonly("units", &cuda::Plan::units)
       .def_readonly("chunks", &cuda::Plan::chunks)
-      .def_readonly("resident_chunks", &cuda::Plan::resident_chunks)
+      .def_readonly("warp_chunks", &cuda::Plan::warp_chunks)
+      .def_readonly("held_chunks", &cuda::Plan::held_chunks)
+      .def_readonly("shared_chunks", &cuda::Plan::shared_chunks)
       .def_readonly("shared_bytes", &cuda::Plan::shared_bytes)
       .def_readonly("bytes_per_step", &cuda::Plan::bytes_per_step)
       .def_readonly("us_per_step", &cuda::Plan::us_per_step);

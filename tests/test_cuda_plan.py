@@ -58,66 +58,66 @@ SIZES = {
 }
 
 # Tile of 16 rows by 8 columns, teams of rows, blocks of a team, passes over rows, groups of units,
-# units of a group, chunks of weights in shared memory of all chunks.
-Row = tuple[tuple[int, int], int, int, int, int, int, tuple[int, int]]
+# units of a group; chunks of weights of a warp in registers, in shared memory, and all.
+Row = tuple[tuple[int, int], int, int, int, int, int, tuple[int, int, int]]
 TABLE: list[tuple[str, str, str, Kind, bool, Row]] = [
-    ("H100", "LSTM", "notebook", BF16, False, ((2, 1), 1, 1, 1, 1, 4, (1, 1))),
-    ("H100", "LSTM", "notebook", BF16, True, ((1, 1), 1, 1, 1, 1, 16, (1, 1))),
-    ("H100", "LSTM", "mnist_lstm", BF16, False, ((2, 1), 8, 16, 1, 1, 4, (2, 2))),
-    ("H100", "LSTM", "mnist_lstm", BF16, True, ((1, 1), 8, 4, 1, 1, 16, (8, 8))),
-    ("H100", "LSTM", "h128", BF16, False, ((2, 1), 2, 32, 1, 1, 4, (4, 4))),
-    ("H100", "LSTM", "h128", BF16, True, ((1, 1), 2, 8, 1, 1, 16, (16, 16))),
-    ("H100", "LSTM", "h129", BF16, False, ((2, 1), 2, 33, 1, 1, 4, (5, 5))),
-    ("H100", "LSTM", "h129", BF16, True, ((1, 1), 2, 9, 1, 1, 16, (17, 17))),
-    ("H100", "LSTM", "h256", BF16, False, ((2, 1), 2, 64, 1, 1, 4, (8, 8))),
-    ("H100", "LSTM", "h256", BF16, True, ((1, 1), 2, 16, 1, 1, 16, (32, 32))),
-    ("H100", "LSTM", "h512", BF16, False, ((2, 2), 2, 64, 1, 1, 8, (16, 16))),
-    ("H100", "LSTM", "h512", BF16, True, ((1, 1), 4, 32, 1, 1, 16, (64, 64))),
-    ("H100", "LSTM", "flash768", BF16, False, ((2, 2), 1, 96, 1, 1, 8, (24, 24))),
-    ("H100", "LSTM", "flash768", BF16, True, ((1, 1), 2, 48, 1, 1, 16, (96, 96))),
-    ("H100", "LSTM", "h1024", BF16, False, ((4, 4), 2, 64, 1, 1, 16, (32, 32))),
-    ("H100", "LSTM", "h1024", BF16, True, ((1, 2), 2, 64, 2, 1, 16, (128, 128))),
-    ("H100", "LSTM", "h2048", BF16, False, ((4, 4), 1, 128, 2, 1, 16, (34, 64))),
-    ("H100", "LSTM", "h2048", BF16, True, ((2, 4), 2, 64, 1, 1, 32, (89, 256))),
-    ("H100", "LSTM", "rl", BF16, False, ((4, 4), 8, 16, 1, 1, 16, (8, 8))),
-    ("H100", "LSTM", "rl", BF16, True, ((2, 4), 8, 16, 1, 1, 16, (32, 32))),
-    ("H100", "LSTM", "long", BF16, False, ((2, 1), 2, 64, 1, 1, 4, (8, 8))),
-    ("H100", "LSTM", "long", BF16, True, ((1, 1), 2, 16, 1, 1, 16, (32, 32))),
-    ("H100", "LSTM", "h512", FP32, False, ((2, 2), 2, 64, 1, 1, 8, (32, 32))),
-    ("H100", "LSTM", "h512", FP32, True, ((1, 1), 4, 32, 1, 1, 16, (128, 128))),
-    ("H100", "LSTM", "h1024", FP32, False, ((2, 2), 1, 128, 4, 1, 8, (64, 64))),
-    ("H100", "LSTM", "h1024", FP32, True, ((1, 4), 2, 64, 1, 1, 16, (203, 256))),
-    ("H100", "LSTM", "rl", FP32, False, ((2, 2), 16, 8, 1, 4, 8, (16, 16))),
-    ("H100", "LSTM", "rl", FP32, True, ((1, 4), 8, 16, 1, 1, 16, (64, 64))),
-    ("H100", "LSTM", "h1024", TF32, False, ((4, 4), 2, 64, 1, 1, 16, (35, 64))),
-    ("A100", "LSTM", "mnist_lstm", BF16, False, ((2, 1), 8, 8, 1, 1, 8, (2, 2))),
-    ("A100", "LSTM", "mnist_lstm", BF16, True, ((1, 1), 8, 4, 1, 1, 16, (8, 8))),
-    ("A100", "LSTM", "h512", BF16, False, ((2, 2), 2, 32, 1, 2, 8, (16, 16))),
-    ("A100", "LSTM", "h512", BF16, True, ((1, 2), 2, 32, 1, 1, 16, (64, 64))),
-    ("A100", "LSTM", "flash768", BF16, False, ((2, 2), 1, 96, 1, 1, 8, (24, 24))),
-    ("A100", "LSTM", "flash768", BF16, True, ((1, 1), 2, 48, 1, 1, 16, (96, 96))),
-    ("A100", "LSTM", "h2048", BF16, False, ((4, 4), 2, 43, 1, 3, 16, (5, 64))),
-    ("A100", "LSTM", "h2048", BF16, True, ((2, 4), 1, 64, 2, 1, 32, (53, 256))),
-    ("RTX 4090", "LSTM", "mnist_lstm", BF16, False, ((2, 1), 8, 16, 1, 1, 4, (2, 2))),
-    ("RTX 4090", "LSTM", "mnist_lstm", BF16, True, ((1, 1), 8, 4, 1, 1, 16, (8, 8))),
-    ("RTX 4090", "LSTM", "h512", BF16, False, ((2, 2), 2, 64, 1, 1, 8, (16, 16))),
-    ("RTX 4090", "LSTM", "h512", BF16, True, ((1, 1), 4, 32, 1, 1, 16, (64, 64))),
-    ("RTX 4090", "LSTM", "flash768", BF16, False, ((2, 2), 1, 96, 1, 1, 8, (24, 24))),
-    ("RTX 4090", "LSTM", "flash768", BF16, True, ((1, 1), 2, 48, 1, 1, 16, (94, 96))),
-    ("RTX 4090", "LSTM", "h2048", BF16, False, ((4, 4), 1, 128, 2, 1, 16, (2, 64))),
-    ("RTX 4090", "LSTM", "h2048", BF16, True, ((2, 4), 2, 64, 1, 1, 32, (25, 256))),
-    ("B200", "LSTM", "mnist_lstm", BF16, False, ((2, 1), 8, 16, 1, 1, 4, (2, 2))),
-    ("B200", "LSTM", "mnist_lstm", BF16, True, ((1, 1), 8, 4, 1, 1, 16, (8, 8))),
-    ("B200", "LSTM", "h512", BF16, False, ((2, 2), 2, 64, 1, 1, 8, (16, 16))),
-    ("B200", "LSTM", "h512", BF16, True, ((1, 1), 4, 32, 1, 1, 16, (64, 64))),
-    ("B200", "LSTM", "flash768", BF16, False, ((2, 2), 1, 96, 1, 1, 8, (24, 24))),
-    ("B200", "LSTM", "flash768", BF16, True, ((1, 1), 2, 48, 1, 1, 16, (96, 96))),
-    ("B200", "LSTM", "h2048", BF16, False, ((4, 4), 1, 128, 2, 1, 16, (34, 64))),
-    ("B200", "LSTM", "h2048", BF16, True, ((2, 4), 2, 64, 1, 1, 32, (89, 256))),
-    ("H100", "GRU", "h512", BF16, False, ((2, 2), 2, 52, 1, 1, 10, (16, 16))),
-    ("H100", "GRU", "h512", BF16, True, ((1, 1), 4, 32, 1, 1, 16, (48, 48))),
-    ("H100", "RNN_TANH", "h512", BF16, False, ((2, 1), 4, 32, 1, 1, 16, (16, 16))),
-    ("H100", "RNN_TANH", "h512", FP64, True, ((1, 1), 4, 32, 1, 1, 16, (64, 64))),
+    ("H100", "LSTM", "notebook", BF16, False, ((2, 1), 1, 1, 1, 1, 4, (1, 0, 1))),
+    ("H100", "LSTM", "notebook", BF16, True, ((1, 1), 1, 1, 1, 1, 16, (1, 0, 1))),
+    ("H100", "LSTM", "mnist_lstm", BF16, False, ((2, 1), 8, 16, 1, 1, 4, (1, 0, 1))),
+    ("H100", "LSTM", "mnist_lstm", BF16, True, ((1, 1), 8, 4, 1, 1, 16, (1, 0, 1))),
+    ("H100", "LSTM", "h128", BF16, False, ((2, 1), 2, 32, 1, 1, 4, (1, 0, 1))),
+    ("H100", "LSTM", "h128", BF16, True, ((1, 1), 2, 8, 1, 1, 16, (2, 0, 2))),
+    ("H100", "LSTM", "h129", BF16, False, ((2, 1), 2, 33, 1, 1, 4, (1, 0, 1))),
+    ("H100", "LSTM", "h129", BF16, True, ((1, 1), 2, 9, 1, 1, 16, (3, 0, 3))),
+    ("H100", "LSTM", "h256", BF16, False, ((2, 1), 2, 64, 1, 1, 4, (1, 0, 1))),
+    ("H100", "LSTM", "h256", BF16, True, ((1, 1), 2, 16, 1, 1, 16, (4, 0, 4))),
+    ("H100", "LSTM", "h512", BF16, False, ((2, 2), 2, 64, 1, 1, 8, (2, 0, 2))),
+    ("H100", "LSTM", "h512", BF16, True, ((1, 1), 4, 32, 1, 1, 16, (8, 0, 8))),
+    ("H100", "LSTM", "flash768", BF16, False, ((2, 2), 1, 96, 1, 1, 8, (3, 0, 3))),
+    ("H100", "LSTM", "flash768", BF16, True, ((1, 1), 2, 48, 1, 1, 16, (12, 0, 12))),
+    ("H100", "LSTM", "h1024", BF16, False, ((4, 4), 2, 64, 1, 1, 16, (0, 4, 4))),
+    ("H100", "LSTM", "h1024", BF16, True, ((1, 2), 2, 64, 2, 1, 16, (9, 7, 16))),
+    ("H100", "LSTM", "h2048", BF16, False, ((4, 4), 1, 128, 2, 1, 16, (0, 4, 8))),
+    ("H100", "LSTM", "h2048", BF16, True, ((2, 4), 2, 64, 1, 1, 32, (2, 11, 32))),
+    ("H100", "LSTM", "rl", BF16, False, ((4, 4), 8, 16, 1, 1, 16, (0, 1, 1))),
+    ("H100", "LSTM", "rl", BF16, True, ((1, 2), 8, 16, 2, 1, 16, (4, 0, 4))),
+    ("H100", "LSTM", "long", BF16, False, ((2, 1), 2, 64, 1, 1, 4, (1, 0, 1))),
+    ("H100", "LSTM", "long", BF16, True, ((1, 1), 2, 16, 1, 1, 16, (4, 0, 4))),
+    ("H100", "LSTM", "h512", FP32, False, ((2, 2), 2, 64, 1, 1, 8, (0, 4, 4))),
+    ("H100", "LSTM", "h512", FP32, True, ((1, 1), 4, 32, 1, 1, 16, (0, 16, 16))),
+    ("H100", "LSTM", "h1024", FP32, False, ((2, 2), 1, 128, 4, 1, 8, (0, 8, 8))),
+    ("H100", "LSTM", "h1024", FP32, True, ((1, 4), 2, 64, 1, 1, 16, (0, 25, 32))),
+    ("H100", "LSTM", "rl", FP32, False, ((2, 2), 16, 8, 1, 4, 8, (0, 2, 2))),
+    ("H100", "LSTM", "rl", FP32, True, ((1, 4), 8, 16, 1, 1, 16, (0, 8, 8))),
+    ("H100", "LSTM", "h1024", TF32, False, ((4, 4), 2, 64, 1, 1, 16, (0, 4, 8))),
+    ("A100", "LSTM", "mnist_lstm", BF16, False, ((2, 1), 8, 8, 1, 1, 8, (1, 0, 1))),
+    ("A100", "LSTM", "mnist_lstm", BF16, True, ((1, 1), 8, 4, 1, 1, 16, (1, 0, 1))),
+    ("A100", "LSTM", "h512", BF16, False, ((2, 2), 1, 64, 2, 1, 8, (2, 0, 2))),
+    ("A100", "LSTM", "h512", BF16, True, ((1, 2), 2, 32, 1, 1, 16, (8, 0, 8))),
+    ("A100", "LSTM", "flash768", BF16, False, ((2, 2), 1, 96, 1, 1, 8, (3, 0, 3))),
+    ("A100", "LSTM", "flash768", BF16, True, ((1, 1), 2, 48, 1, 1, 16, (12, 0, 12))),
+    ("A100", "LSTM", "h2048", BF16, False, ((4, 4), 2, 43, 1, 3, 16, (0, 0, 8))),
+    ("A100", "LSTM", "h2048", BF16, True, ((2, 4), 1, 64, 2, 1, 32, (2, 6, 32))),
+    ("RTX 4090", "LSTM", "mnist_lstm", BF16, False, ((2, 1), 8, 16, 1, 1, 4, (1, 0, 1))),
+    ("RTX 4090", "LSTM", "mnist_lstm", BF16, True, ((1, 1), 8, 4, 1, 1, 16, (1, 0, 1))),
+    ("RTX 4090", "LSTM", "h512", BF16, False, ((2, 2), 2, 64, 1, 1, 8, (2, 0, 2))),
+    ("RTX 4090", "LSTM", "h512", BF16, True, ((1, 1), 4, 32, 1, 1, 16, (8, 0, 8))),
+    ("RTX 4090", "LSTM", "flash768", BF16, False, ((2, 2), 1, 96, 1, 1, 8, (3, 0, 3))),
+    ("RTX 4090", "LSTM", "flash768", BF16, True, ((1, 1), 2, 48, 1, 1, 16, (12, 0, 12))),
+    ("RTX 4090", "LSTM", "h2048", BF16, False, ((4, 4), 2, 64, 1, 2, 16, (0, 0, 8))),
+    ("RTX 4090", "LSTM", "h2048", BF16, True, ((2, 4), 2, 64, 1, 1, 32, (2, 3, 32))),
+    ("B200", "LSTM", "mnist_lstm", BF16, False, ((2, 1), 8, 16, 1, 1, 4, (1, 0, 1))),
+    ("B200", "LSTM", "mnist_lstm", BF16, True, ((1, 1), 8, 4, 1, 1, 16, (1, 0, 1))),
+    ("B200", "LSTM", "h512", BF16, False, ((2, 2), 2, 64, 1, 1, 8, (2, 0, 2))),
+    ("B200", "LSTM", "h512", BF16, True, ((1, 1), 4, 32, 1, 1, 16, (8, 0, 8))),
+    ("B200", "LSTM", "flash768", BF16, False, ((2, 2), 1, 96, 1, 1, 8, (3, 0, 3))),
+    ("B200", "LSTM", "flash768", BF16, True, ((1, 1), 2, 48, 1, 1, 16, (12, 0, 12))),
+    ("B200", "LSTM", "h2048", BF16, False, ((4, 4), 1, 128, 2, 1, 16, (0, 4, 8))),
+    ("B200", "LSTM", "h2048", BF16, True, ((2, 4), 2, 64, 1, 1, 32, (2, 11, 32))),
+    ("H100", "GRU", "h512", BF16, False, ((2, 2), 2, 52, 1, 1, 10, (2, 0, 2))),
+    ("H100", "GRU", "h512", BF16, True, ((1, 1), 4, 32, 1, 1, 16, (6, 0, 6))),
+    ("H100", "RNN_TANH", "h512", BF16, False, ((2, 1), 4, 32, 1, 1, 16, (2, 0, 2))),
+    ("H100", "RNN_TANH", "h512", FP64, True, ((1, 1), 4, 32, 1, 1, 16, (0, 8, 8))),
 ]
 
 
@@ -142,7 +142,7 @@ def test_table(
         p.passes,
         p.groups,
         p.units,
-        (p.resident_chunks, p.chunks),
+        (p.held_chunks, p.shared_chunks, p.warp_chunks),
     ) == expected
 
 
@@ -200,7 +200,9 @@ def test_every_plan_covers_all_and_fits(
                 assert p.units * (1 if backward else gates) <= p.row_tiles * 16, text
                 k_bytes = kind[0].itemsize * H * (gates if backward else 1)
                 assert (p.chunks - 1) * 64 < k_bytes <= p.chunks * 64, text
-                assert 0 <= p.resident_chunks <= p.chunks, text
+                assert (p.warp_chunks - 1) * 8 < p.chunks <= p.warp_chunks * 8, text
+                assert 0 <= p.held_chunks + p.shared_chunks <= p.warp_chunks, text
+                assert p.held_chunks == 0 or p.groups == 1, text
                 assert p.us_per_step > 0, text
                 assert p.bytes_per_step > 0, text
 
@@ -234,7 +236,7 @@ def test_the_text_names_bytes_and_time(name: str) -> None:
         words += [
             "resident tier",
             f"{p.unit_blocks * p.row_teams} blocks of 132",
-            "100 % of the weights in shared memory",
+            "100 % of the weights in registers, 0 % in shared memory",
         ]
     else:
         words += ["stepwise tier", "slower"]

@@ -66,8 +66,7 @@ Plan laid_out(const Problem& p, const Device& device, TileShape shape, int row_t
   const int64_t H = p.sizes.H, D = p.sizes.D;
   Plan plan;
   plan.resident = true;
-  plan.row_tiles = shape.row_tiles;
-  plan.column_tiles = shape.column_tiles;
+  plan.tile = shape;
   plan.row_teams = row_teams;
   plan.passes = int(quotient_up(quotient_up(p.N, plan.columns()), row_teams));
   const int64_t blocks = std::max<int64_t>(1, device.blocks_at_once / (D * row_teams));
@@ -80,19 +79,26 @@ Plan laid_out(const Problem& p, const Device& device, TileShape shape, int row_t
   plan.unit_blocks = int(quotient_up(H, int64_t(plan.units) * plan.groups));
   const int64_t K = p.backward ? cell.gates * H : H;
   plan.chunks = int(quotient_up(K * p.numbers.operand_bytes, kChunkBytes));
+  plan.warp_chunks = int(quotient_up(plan.chunks, kResidentWarps));
+  // Registers have no index: they hold the weights of one group.
+  plan.held_chunks = plan.groups == 1 ? std::min(shape.held_chunks, plan.warp_chunks) : 0;
 
   const int64_t other = p.numbers.computed_bytes * (sum_count(plan.rows(), plan.columns()) +
                                                     kept_count(plan, p.backward ? 0 : cell.slots));
-  const int64_t chunk_bytes = int64_t(plan.rows()) * kChunkBytes * plan.groups;
+  // One chunk of every warp.
+  const int64_t chunk_bytes =
+      int64_t(plan.rows()) * kChunkBytes * plan.working_warps() * plan.groups;
   const int64_t room = device.shared_bytes - other;
   plan.resident = room >= 0;
-  plan.resident_chunks = int(std::clamp<int64_t>(room / chunk_bytes, 0, plan.chunks));
-  plan.shared_bytes = other + plan.resident_chunks * chunk_bytes;
+  plan.shared_chunks =
+      int(std::clamp<int64_t>(room / chunk_bytes, 0, plan.warp_chunks - plan.held_chunks));
+  plan.shared_bytes = other + plan.shared_chunks * chunk_bytes;
 
   const double items = double(plan.passes) * plan.groups;
   const double state_bytes = double(plan.chunks) * kChunkBytes * plan.columns();
-  const double streamed = double(plan.chunks - plan.resident_chunks) * kChunkBytes * plan.rows();
-  const double resident = double(plan.resident_chunks) * kChunkBytes * plan.rows();
+  const double warp_bytes = double(kChunkBytes) * plan.rows() * plan.working_warps();
+  const double in_shared = plan.shared_chunks * warp_bytes;
+  const double streamed = (plan.warp_chunks - plan.held_chunks - plan.shared_chunks) * warp_bytes;
   const double flops = 2.0 * plan.rows() * plan.columns() * double(K);
   const double rate = flops_per_clock(p.numbers);
   const double blocks_used = double(plan.blocks(int(D)));
@@ -102,7 +108,7 @@ Plan laid_out(const Problem& p, const Device& device, TileShape shape, int row_t
   plan.us_per_step =
       device.hand_off_us +
       items * (kItemUs + (state_bytes + streamed) / l2_bytes_per_us +
-               (resident / kSharedBytesPerClock + flops / rate) / (device.clock_ghz * 1e3));
+               (in_shared / kSharedBytesPerClock + flops / rate) / (device.clock_ghz * 1e3));
   return plan;
 }
 
@@ -188,15 +194,17 @@ std::string describe(const Plan& plan, const Problem& p, const Device& device) {
                   reason ? reason : "the resident tier would be slower, or asks for more memory");
     return text;
   }
-  const double share = plan.chunks ? 100.0 * plan.resident_chunks / plan.chunks : 100;
+  const double share = 100.0 / plan.warp_chunks;
   std::snprintf(text, sizeof text,
                 "resident tier: %lld blocks of %d at once, %d team(s) of %d in a direction, "
                 "%d units each in %d group(s), %d rows in %d pass(es); %.0f %% of the weights in "
-                "shared memory (%lld KiB a block); %.0f KB a step through the L2, %.1f us expected",
+                "registers, %.0f %% in shared memory (%lld KiB a block); %.0f KB a step through "
+                "the L2, %.1f us expected",
                 static_cast<long long>(plan.blocks(p.sizes.D)), device.blocks_at_once,
                 plan.row_teams, plan.unit_blocks, plan.units * plan.groups, plan.groups,
-                plan.columns(), plan.passes, share, static_cast<long long>(plan.shared_bytes >> 10),
-                double(plan.bytes_per_step) / 1e3, plan.us_per_step);
+                plan.columns(), plan.passes, share * plan.held_chunks, share * plan.shared_chunks,
+                static_cast<long long>(plan.shared_bytes >> 10), double(plan.bytes_per_step) / 1e3,
+                plan.us_per_step);
   return text;
 }
 

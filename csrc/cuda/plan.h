@@ -59,22 +59,34 @@ struct Problem {
   bool deterministic = false;  // one order of summation for every N and T, forward
 };
 
+// A product's sums: tiles of so many rows and columns; and how many chunks of weights a warp has
+// room for beside them.
+struct TileShape {
+  int row_tiles = 2, column_tiles = 1, held_chunks = 0;
+
+  friend constexpr bool operator==(const TileShape&, const TileShape&) = default;
+};
+
 // What a step costs, and how the resident tier is laid out: D * row_teams * unit_blocks blocks.
 struct Plan {
-  bool resident = false;                // else stepwise, and the layout means nothing
-  int row_tiles = 2, column_tiles = 1;  // of a block's product
+  bool resident = false;  // else stepwise, and the layout means nothing
+  TileShape tile;         // of a block's product
   int row_teams = 1, unit_blocks = 1;
-  int passes = 1;           // row_teams * passes parts of the batch, of as many rows as columns
-  int groups = 1;           // unit_blocks * groups parts of the hidden units
-  int units = 1;            // of a group
-  int chunks = 1;           // along k
-  int resident_chunks = 0;  // of each group, in shared memory; the rest comes through the L2
+  int passes = 1;         // row_teams * passes parts of the batch, of as many rows as columns
+  int groups = 1;         // unit_blocks * groups parts of the hidden units
+  int units = 1;          // of a group
+  int chunks = 1;         // along k
+  int warp_chunks = 1;    // of them a warp takes so many, the last one maybe fewer:
+  int held_chunks = 0;    // the first ones stay in registers,
+  int shared_chunks = 0;  // the next ones in shared memory, the rest comes through the L2
   int64_t shared_bytes = 0;
   int64_t bytes_per_step = 0;  // through the L2, by all blocks; stepwise, of weights
   double us_per_step = 0;      // as expected
 
-  constexpr int rows() const { return row_tiles * kTileRows; }
-  constexpr int columns() const { return column_tiles * kTileColumns; }
+  constexpr int rows() const { return tile.row_tiles * kTileRows; }
+  constexpr int columns() const { return tile.column_tiles * kTileColumns; }
+  // Warps that have chunks.
+  constexpr int working_warps() const { return (chunks + warp_chunks - 1) / warp_chunks; }
   constexpr int64_t blocks(int directions) const {
     return int64_t(directions) * row_teams * unit_blocks;
   }
@@ -93,17 +105,23 @@ constexpr int64_t kept_count(const Plan& plan, int slots) {
   return 2 * units * plan.passes * plan.columns() + slots * units;
 }
 
-// Register tiles that there are kernels for.
-struct TileShape {
-  int row_tiles, column_tiles;
-};
-// Forward, the largest has 16 units of a cell with several gates, 32 of one with one.
+// Fewer chunks on the stand-in, where warps are few and layers small.
+#ifdef RNNKERN_SIMT
+constexpr int room_for(int chunks) { return chunks < 3 ? chunks : 3; }
+#else
+constexpr int room_for(int chunks) { return chunks; }
+#endif
+
+// Register tiles that there are kernels for. Forward, the largest has 16 units of a cell with
+// several gates, 32 of one with one.
 template <int kGates>
-constexpr TileShape kForwardTiles[] = {{2, 1}, {2, 2}, {kGates == 1 ? 2 : kGates, 4}};
-constexpr TileShape kBackwardTiles[] = {{1, 1}, {1, 2}, {2, 4}};
-// Without tensor cores, where a lane has sums of all rows.
-constexpr TileShape kOneByOneForwardTiles[] = {{2, 1}, {2, 2}};
-constexpr TileShape kOneByOneBackwardTiles[] = {{1, 1}, {1, 2}, {1, 4}};
+constexpr TileShape kForwardTiles[] = {
+    {2, 1, room_for(6)}, {2, 2, room_for(3)}, {kGates == 1 ? 2 : kGates, 4, 0}};
+constexpr TileShape kBackwardTiles[] = {
+    {1, 1, room_for(12)}, {1, 2, room_for(9)}, {2, 4, room_for(2)}};
+// Without tensor cores, where a lane has sums of all rows and no registers to spare.
+constexpr TileShape kOneByOneForwardTiles[] = {{2, 1, 0}, {2, 2, 0}};
+constexpr TileShape kOneByOneBackwardTiles[] = {{1, 1, 0}, {1, 2, 0}, {1, 4, 0}};
 
 Plan plan_for(const Problem& problem, const Device& device);
 

@@ -3,10 +3,10 @@
 //
 //            k (h, or gradients of slots) ────────────►
 //   block 0  ┌────────────────────────────────────────┐  its units' weights: chunks of 64 bytes
-//            │ warp 0 │ warp 1 │ warp 2 │ ...          │  along k, each warp its own; in shared
-//   block 1  ├────────────────────────────────────────┤  memory as far as it goes, the rest from
-//            │                                        │  scratch memory through the L2
-//    ...     └────────────────────────────────────────┘
+//            │ warp 0 │ warp 1 │ warp 2 │ ...          │  along k, each warp its own; in registers,
+//   block 1  ├────────────────────────────────────────┤  then in shared memory as far as it goes,
+//            │                                        │  the rest from scratch memory through the
+//    ...     └────────────────────────────────────────┘  L2
 //
 // A team of blocks takes one direction of some batch rows through all steps. One step of a block:
 //   1. Each warp waits for the flags of the blocks that make its part of k, not for the team; reads
@@ -38,7 +38,8 @@ static_assert(kResidentThreads % kWarp == 0, "a block is whole warps");
 struct Residency : cuda::Plan {
   int* flags = nullptr;      // [D][parts][unit_blocks], zero at the start
   Quad* exchange = nullptr;  // [2][D][parts * columns][chunks], zero at the start
-  Quad* streamed = nullptr;  // [blocks][groups][chunks - resident_chunks] chunks of weights
+  // [blocks][groups][chunks] of weights, used for what is not in shared memory; null where all is.
+  Quad* scratch = nullptr;
 };
 
 // Pass and group within a step, and what comes after them: the next group, pass or step.
@@ -55,8 +56,10 @@ struct Turn {
   }
 };
 
-template <typename E, int kRowTiles, int kColumnTiles>
+template <typename E, cuda::TileShape kTile>
 class ResidentBlock {
+  static constexpr int kRowTiles = kTile.row_tiles, kColumnTiles = kTile.column_tiles;
+
  public:
   using Product = Tile<E, kRowTiles, kColumnTiles>;
   using A = typename Product::A;
@@ -77,18 +80,15 @@ class ResidentBlock {
         team_(block_index() / r.unit_blocks % r.row_teams),
         direction_(block_index() / (r.unit_blocks * r.row_teams)),
         directions_(directions),
-        working_(r.chunks < kResidentWarps ? r.chunks : kResidentWarps),
-        sums_{reinterpret_cast<A*>(resident_chunks() +
-                                   int64_t(r.groups) * r.resident_chunks * kQuadsOfChunk),
-              kRows} {
-    const int warp = thread_index() / kWarp;
-    if (warp >= working_) return;
-    const Range chunks = split(r.chunks, working_, warp);
-    first_chunk_ = int(chunks.begin);
-    end_chunk_ = int(chunks.end);
+        working_(r.working_warps()),
+        first_chunk_(thread_index() / kWarp * r.warp_chunks),
+        sums_{reinterpret_cast<A*>(shared_chunk(r.groups, 0, 0)), kRows} {
+    if (thread_index() / kWarp >= working_) return;
+    chunks_ = int(least(r.warp_chunks, r.chunks - first_chunk_));
     const int64_t per_block = int64_t(r.units) * r.groups * per_unit;
-    const int64_t last = least(H * per_unit, chunks.end * kChunkElements<E>) - 1;
-    first_maker_ = int(chunks.begin * kChunkElements<E> / per_block);
+    const int64_t first = int64_t(first_chunk_) * kChunkElements<E>;
+    const int64_t last = least(H * per_unit, first + chunks_ * kChunkElements<E>) - 1;
+    first_maker_ = int(first / per_block);
     last_maker_ = int(last / per_block);
   }
 
@@ -117,7 +117,7 @@ class ResidentBlock {
 
   // Reads the weights: weight(group, m, k) for k < K. Rows m are neighbours in memory where
   // m_first, else numbers k are; neighbouring threads take neighbours, each several that are on
-  // their way at once. The weights are there once the block has met.
+  // their way at once. The weights are there once the block has met, and hold() takes some.
   template <bool m_first, typename Weight>
   RNNKERN_DEVICE void pack(int K, int rows, Weight weight) const {
     constexpr int kAtOnce = 16;
@@ -153,6 +153,20 @@ class ResidentBlock {
     }
   }
 
+  // Into registers, of what has been packed: before the first product.
+  RNNKERN_DEVICE void hold() {
+    if (r_.held_chunks == 0) return;
+    sync_block();
+    const int lane = thread_index() % kWarp;
+#pragma unroll
+    for (int j = 0; j < kTile.held_chunks; ++j) {
+      if (j >= r_.held_chunks || j >= chunks_) break;
+      const Quad* const chunk = scratch_chunk(0, first_chunk_ + j);
+#pragma unroll
+      for (int i = 0; i < kRowTiles * 2; ++i) held_[j][i] = chunk[i * kWarp + lane];
+    }
+  }
+
   // Where number k of a row stands in the exchange buffer of an epoch.
   RNNKERN_DEVICE E* exchanged(int64_t epoch, int64_t slot, int64_t k) const {
     return reinterpret_cast<E*>(row_of(epoch, slot)) + k;
@@ -167,15 +181,20 @@ class ResidentBlock {
 #pragma unroll
       for (int n = 0; n < kColumnTiles; ++n) {
         const int column = n * kTileColumns + thread_index() % kWarp / 4;
-        states[n] =
-            row_of(epoch, int64_t(part(turn.pass)) * kColumns + column) + thread_index() % 4;
+        states[n] = row_of(epoch, int64_t(part(turn.pass)) * kColumns + column) +
+                    first_chunk_ * kQuadsOfRow + thread_index() % 4;
       }
+      const int warp = thread_index() / kWarp;
+      const int stay = int(least(chunks_, r_.held_chunks + r_.shared_chunks));
       Product product;
-      const int resident = end_chunk_ < r_.resident_chunks ? end_chunk_ : r_.resident_chunks;
-      add_chunks(first_chunk_, resident, resident_chunk(turn.group, 0), states, &product);
-      add_chunks(first_chunk_ > resident ? first_chunk_ : resident, end_chunk_,
-                 streamed_chunk(turn.group, 0), states, &product);
-      product.store(sums_, thread_index() / kWarp);
+      if (r_.held_chunks) {
+        add_chunks<kTile.held_chunks>(0, stay, shared_chunk(turn.group, warp, 0), states, &product);
+      } else {
+        add_chunks<0>(0, stay, shared_chunk(turn.group, warp, 0), states, &product);
+      }
+      add_chunks<0>(stay, chunks_, scratch_chunk(turn.group, first_chunk_ + stay), states,
+                    &product);
+      product.store(sums_, warp);
     }
     sync_block();
   }
@@ -217,12 +236,15 @@ class ResidentBlock {
     sync_warp();
   }
 
-  // Adds chunks [begin, end); `weights` are those of chunk 0, wherever they begin.
+  // Adds the warp's chunks [begin, end), the first kHeld from registers, the next ones from
+  // `weights`.
+  template <int kHeld>
   RNNKERN_DEVICE void add_chunks(int begin, int end, const Quad* weights,
                                  const Quad* const (&states)[kColumnTiles],
                                  Product* product) const {
     // Chunks on their way while one is multiplied, as registers allow.
     constexpr int kAhead = !kOnTensorCores<E> || kColumnTiles > 2 ? 1 : 3;
+    static_assert(kHeld % kAhead == 0, "places of chunks ahead are known to the compiler");
     Quad ahead[kAhead][kColumnTiles];
     const auto load = [&](int chunk, Quad(&to)[kColumnTiles]) {
       if (chunk >= end) return;
@@ -231,17 +253,28 @@ class ResidentBlock {
         to[n] = load_from_l2(states[n] + int64_t(chunk) * kQuadsOfRow);
       }
     };
+    Quad now[kColumnTiles];
+    const auto take = [&](int chunk, Quad(&from)[kColumnTiles]) {
+#pragma unroll
+      for (int n = 0; n < kColumnTiles; ++n) now[n] = from[n];
+      load(chunk + kAhead, from);
+    };
 #pragma unroll
     for (int j = 0; j < kAhead; ++j) load(begin + j, ahead[j]);
-    for (int c = begin; c < end; c += kAhead) {
+    if constexpr (kHeld > 0) {
+#pragma unroll
+      for (int j = 0; j < kHeld; ++j) {
+        if (begin + j >= end) return;
+        take(begin + j, ahead[j % kAhead]);
+        product->add_held(held_[j], now);
+      }
+    }
+    for (int c = kHeld; begin + c < end; c += kAhead) {
 #pragma unroll
       for (int j = 0; j < kAhead; ++j) {
-        if (c + j >= end) break;
-        Quad b[kColumnTiles];
-#pragma unroll
-        for (int n = 0; n < kColumnTiles; ++n) b[n] = ahead[j][n];
-        load(c + j + kAhead, ahead[j]);
-        product->add(weights + int64_t(c + j) * kQuadsOfChunk, b);
+        if (begin + c + j >= end) break;
+        take(begin + c + j, ahead[j]);
+        product->add(weights + int64_t(c - kHeld + j) * kQuadsOfChunk, now);
       }
     }
   }
@@ -252,21 +285,23 @@ class ResidentBlock {
            ((epoch % 2 * directions_ + direction_) * rows + slot) * r_.chunks * kQuadsOfRow;
   }
 
-  RNNKERN_DEVICE static Quad* resident_chunks() { return reinterpret_cast<Quad*>(shared_memory()); }
-  RNNKERN_DEVICE Quad* resident_chunk(int group, int chunk) const {
-    return resident_chunks() + (int64_t(group) * r_.resident_chunks + chunk) * kQuadsOfChunk;
+  // Of a warp's chunks in shared memory the one of that index.
+  RNNKERN_DEVICE Quad* shared_chunk(int group, int warp, int index) const {
+    const int64_t warps = int64_t(group) * r_.working_warps() + warp;
+    return reinterpret_cast<Quad*>(shared_memory()) +
+           (warps * r_.shared_chunks + index) * kQuadsOfChunk;
   }
-  RNNKERN_DEVICE Quad* streamed_chunk(int group, int chunk) const {
-    const int64_t streamed = r_.chunks - r_.resident_chunks;
-    return r_.streamed +
-           ((int64_t(block_index()) * r_.groups + group) * streamed + chunk - r_.resident_chunks) *
-               kQuadsOfChunk;
+  RNNKERN_DEVICE Quad* scratch_chunk(int group, int chunk) const {
+    return r_.scratch +
+           ((int64_t(block_index()) * r_.groups + group) * r_.chunks + chunk) * kQuadsOfChunk;
   }
   // Where a number of the weights stands, packed.
   RNNKERN_DEVICE E* packed(int group, int m, int k) const {
     const int chunk = k / kChunkElements<E>, byte = k % kChunkElements<E> * int(sizeof(E));
-    Quad* const at =
-        chunk < r_.resident_chunks ? resident_chunk(group, chunk) : streamed_chunk(group, chunk);
+    const int warp = chunk / r_.warp_chunks;
+    const int index = chunk - warp * r_.warp_chunks - r_.held_chunks;
+    Quad* const at = index >= 0 && index < r_.shared_chunks ? shared_chunk(group, warp, index)
+                                                            : scratch_chunk(group, chunk);
     return reinterpret_cast<E*>(reinterpret_cast<char*>(at) + Product::place(m, byte / 4) * 4 +
                                 byte % 4);
   }
@@ -274,10 +309,13 @@ class ResidentBlock {
   const Residency& r_;
   const int64_t N_, H_;
   const int member_, team_, direction_, directions_;
-  const int working_;  // warps that have chunks
-  // The warp's chunks, and the blocks that make what is multiplied with them.
-  int first_chunk_ = 0, end_chunk_ = 0, first_maker_ = 0, last_maker_ = -1;
+  const int working_;      // warps that have chunks
+  const int first_chunk_;  // of the warp
+  // How many it has, and the blocks that make what is multiplied with them.
+  int chunks_ = 0, first_maker_ = 0, last_maker_ = -1;
   const Sums sums_;
+  // Weights of the first chunks of the warp, [chunk][row tile, half].
+  Quad held_[kTile.held_chunks > 0 ? kTile.held_chunks : 1][kRowTiles * 2];
 };
 
 // Visits of a step and of its neighbours, with one load a step, well ahead of its use.

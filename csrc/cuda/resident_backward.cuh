@@ -16,10 +16,10 @@
 namespace rnnkern {
 namespace RNNKERN_NAMESPACE {
 
-template <typename T, typename E, typename Cell, int kRowTiles, int kColumnTiles>
+template <typename T, typename E, typename Cell, cuda::TileShape kTile>
 class ResidentBackward {
   using A = Compute<T>;
-  using Block = ResidentBlock<E, kRowTiles, kColumnTiles>;
+  using Block = ResidentBlock<E, kTile>;
   static constexpr CellShape kShape = Cell::kShape;
 
  public:
@@ -61,6 +61,7 @@ class ResidentBackward {
       return value(
           w.w_hh[(recurrent_gate<Cell>(k % kGates) * z_.H + k / kGates) * w.w_hh_row + unit]);
     });
+    block_.hold();
     block_.for_each_turn([&](const Turn& turn) { pass_idle_rows(turn); });
     load(visits_.now(block_.rows(0)), {});
     for (int64_t i = 0; i < s_.T + (b_.dh0.data ? 1 : 0); ++i, visits_.advance()) {
@@ -153,7 +154,7 @@ class ResidentBackward {
   const Residency& r_;
   const Sizes& z_;
   const Steps& s_;
-  const Block block_;
+  Block block_;
   const int d_;
   const OwnPairs pairs_;
   Visits visits_;

@@ -12,10 +12,10 @@
 namespace rnnkern {
 namespace RNNKERN_NAMESPACE {
 
-template <typename T, typename E, typename Cell, int kRowTiles, int kColumnTiles>
+template <typename T, typename E, typename Cell, cuda::TileShape kTile>
 class ResidentForward {
   using A = Compute<T>;
-  using Block = ResidentBlock<E, kRowTiles, kColumnTiles>;
+  using Block = ResidentBlock<E, kTile>;
   static constexpr CellShape kShape = Cell::kShape;
 
  public:
@@ -59,6 +59,7 @@ class ResidentForward {
           if (unit >= block_.units(group).end) return 0;
           return value(w.w_hh[(recurrent_gate<Cell>(m / r_.units) * z_.H + unit) * w.w_hh_row + k]);
         });
+    block_.hold();
     read_biases();
     block_.for_each_turn([&](const Turn& turn) {
       begin(turn);
@@ -165,7 +166,7 @@ class ResidentForward {
   const Residency& r_;
   const Sizes& z_;
   const Steps& s_;
-  const Block block_;
+  Block block_;
   const int d_;
   const OwnPairs pairs_;
   const ForwardStores<T, Cell> stores_;

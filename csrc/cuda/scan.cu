@@ -32,17 +32,15 @@ cuda::Plan plan_of(const Sizes& z, const Steps& s, bool backward, const Queue& q
 }
 
 // Calls f with the register tile of the plan, as a type.
-template <int kRowTiles, int kColumnTiles>
+template <cuda::TileShape kShape>
 struct TileOf {
-  static constexpr int kRow = kRowTiles, kColumn = kColumnTiles;
+  static constexpr cuda::TileShape kTile = kShape;
 };
 template <const auto& kShapes, typename F>
 bool with_tile(const cuda::Plan& plan, F f) {
   const auto pick = [&]<size_t... i>(std::index_sequence<i...>) {
     bool result = false;
-    ((plan.row_tiles == kShapes[i].row_tiles && plan.column_tiles == kShapes[i].column_tiles &&
-      (result = f(TileOf<kShapes[i].row_tiles, kShapes[i].column_tiles>{}), true)) ||
-     ...);
+    ((plan.tile == kShapes[i] && (result = f(TileOf<kShapes[i]>{}), true)) || ...);
     return result;
   };
   return pick(std::make_index_sequence<std::size(kShapes)>{});
@@ -72,8 +70,9 @@ Residency take_residency(const cuda::Plan& plan, const Sizes& z, const T** zeros
   r.exchange = queue.take<Quad>(2 * z.D * parts * plan.columns() * plan.chunks * kQuads);
   *zeros = take_zeros<T>(z, queue);
   queue.clear_taken();
-  r.streamed = queue.take<Quad>(r.blocks(z.D) * r.groups * (r.chunks - r.resident_chunks) *
-                                r.rows() * kQuads);
+  if (r.shared_chunks < r.warp_chunks) {
+    r.scratch = queue.take<Quad>(r.blocks(z.D) * r.groups * r.chunks * r.rows() * kQuads);
+  }
   return r;
 }
 
@@ -139,7 +138,7 @@ bool resident(const Forward<T>& f, const cuda::Plan& plan, Queue& queue) {
   return with_operand<T>(queue, [&](auto operand) {
     using E = decltype(operand);
     return with_tile_of<E, Cell, false>(plan, [&](auto tile) {
-      using Kernel = ResidentForward<T, E, Cell, decltype(tile)::kRow, decltype(tile)::kColumn>;
+      using Kernel = ResidentForward<T, E, Cell, decltype(tile)::kTile>;
       return start_kernel<Kernel>(queue, "resident forward",
                                   {plan.blocks(z.D), cuda::kResidentThreads, plan.shared_bytes},
                                   {f, r, inputs.data, inputs.width, inputs.first});
@@ -154,7 +153,7 @@ bool resident(const Backward<T>& b, const cuda::Plan& plan, const T** zeros, Que
   return with_operand<T>(queue, [&](auto operand) {
     using E = decltype(operand);
     return with_tile_of<E, Cell, true>(plan, [&](auto tile) {
-      using Kernel = ResidentBackward<T, E, Cell, decltype(tile)::kRow, decltype(tile)::kColumn>;
+      using Kernel = ResidentBackward<T, E, Cell, decltype(tile)::kTile>;
       return start_kernel<Kernel>(queue, "resident backward",
                                   {plan.blocks(z.D), cuda::kResidentThreads, plan.shared_bytes},
                                   {b, r, *zeros});

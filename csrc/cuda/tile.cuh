@@ -69,16 +69,12 @@ class Tile<E, kRowTiles, kColumnTiles, true> {
   RNNKERN_DEVICE void add(const Quad* a, const Quad (&b)[kColumnTiles]) {
     const int lane = thread_index() % kWarp;
 #pragma unroll
-    for (int m = 0; m < kRowTiles; ++m) {
+    for (int i = 0; i < kRowTiles * 2; ++i) add_half(i, a[i * kWarp + lane], b);
+  }
+  // With the lane's own quads of a.
+  RNNKERN_DEVICE void add_held(const Quad (&a)[kRowTiles * 2], const Quad (&b)[kColumnTiles]) {
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const Quad left = a[(m * 2 + half) * kWarp + lane];
-#pragma unroll
-        for (int n = 0; n < kColumnTiles; ++n) {
-          multiply_tiles<E>(left, b[n].words[2 * half], b[n].words[2 * half + 1], sums_[m][n]);
-        }
-      }
-    }
+    for (int i = 0; i < kRowTiles * 2; ++i) add_half(i, a[i], b);
   }
 
   // Adds the sums of another one.
@@ -109,6 +105,15 @@ class Tile<E, kRowTiles, kColumnTiles, true> {
   }
 
  private:
+  // Of a row tile and a half of the chunk.
+  RNNKERN_DEVICE void add_half(int i, const Quad& left, const Quad (&b)[kColumnTiles]) {
+    const int m = i / 2, half = i % 2;
+#pragma unroll
+    for (int n = 0; n < kColumnTiles; ++n) {
+      multiply_tiles<E>(left, b[n].words[2 * half], b[n].words[2 * half + 1], sums_[m][n]);
+    }
+  }
+
   A sums_[kRowTiles][kColumnTiles][4] = {};
 };
 

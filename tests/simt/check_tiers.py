@@ -28,6 +28,7 @@ LAYOUTS = {
     "passes and groups": ((2, 90), (3, 35, 2, 70)),
     "little shared memory": ((3, 5), (3, 2, 2, 40)),
     "large tiles": ((4, 90), (2, 31, 2, 40)),
+    "registers, shared memory and more": ((30, 17), (2, 3, 2, 240)),
 }
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -223,14 +224,17 @@ def test_the_layouts_are_all_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
                         T=T, N=N, I=I, tf32=False, backward=backward,
                     )  # fmt: skip
                     assert plan.resident, name
+                    stay = plan.held_chunks + plan.shared_chunks
                     tile = (plan.row_tiles, plan.column_tiles)
                     tiles.setdefault((dtype == torch.bfloat16, backward), set()).add(tile)
                     seen |= {
                         ("teams", plan.row_teams > 1),
                         ("passes", plan.passes > 1),
                         ("groups", plan.groups > 1),
-                        ("resident", plan.resident_chunks / plan.chunks in (0, 1)),
-                        ("streamed", plan.resident_chunks == 0),
+                        ("held", plan.held_chunks > 0),
+                        ("shared", plan.shared_chunks > 0),
+                        ("streamed", stay < plan.warp_chunks),
+                        ("all three", 0 < plan.held_chunks < stay < plan.warp_chunks),
                     }
     assert tiles == {
         (True, False): {(2, 1), (2, 2), (2, 4), (3, 4), (4, 4)},
@@ -238,5 +242,5 @@ def test_the_layouts_are_all_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
         (False, False): {(2, 1), (2, 2)},
         (False, True): {(1, 1), (1, 2), (1, 4)},
     }
-    names = ("teams", "passes", "groups", "resident", "streamed")
+    names = ("teams", "passes", "groups", "held", "shared", "streamed", "all three")
     assert seen == {(name, value) for name in names for value in (False, True)}
