@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from benchmarks import peers
+from benchmarks.gpu.page import HEADING as GPU_HEADING
 from rnnkern import compare, timing
 from rnnkern.workloads import (
     CELLS,
@@ -359,7 +360,11 @@ def main() -> None:
     arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     pictures = draw(report, arguments.docs / "benchmarks")
     page = arguments.docs / "benchmarks.md"
-    page.write_text(markdown(report, pictures), encoding="utf-8")
+    text = markdown(report, pictures)
+    if page.exists():  # what has been measured on a GPU stays
+        _, heading, rest = page.read_text(encoding="utf-8").partition(GPU_HEADING)
+        text += "\n" * bool(heading) + heading + rest
+    page.write_text(text, encoding="utf-8")
     print(f"written: {page}")
 
 

@@ -10,6 +10,8 @@
 #   PYTHON   the interpreter that has torch (python3)
 #   ARCH     the architecture to build for (the device's: 90a)
 #   SANITIZE pytest's -k for the sanitizers; COMPARE the options of rnnkern compare (--quick)
+#   BUDGET   seconds of timing for the workloads (50), SWEEPS for those over H and T (12); both may
+#            take twice as long. BUDGET=200 SWEEPS=80 LIMIT_speed=580 is a good measurement
 #   JOBS     processes of the tests, where pytest-xdist is there (8)
 #   LIMIT_tests and so on: seconds of a part
 # No -e: a part that fails is recorded, and the next one runs.
@@ -29,10 +31,10 @@ source=$WORK/source   # a copy of the sources, in which to build and from which 
 wheels=$WORK/wheels
 export PATH=$wheels/bin:$PATH PYTHONPATH=$site:$source/tools:$wheels
 
-parts=(env constants build tests sanitizer peers compare)
+parts=(env constants build tests sanitizer speed peers compare)
 # Seconds: below nine minutes together. What a part does not need, those after it may use.
-declare -A limits=([env]=20 [constants]=80 [build]=120 [tests]=90 [sanitizer]=50 [peers]=100
-                   [compare]=60)
+declare -A limits=([env]=20 [constants]=70 [build]=110 [tests]=90 [sanitizer]=40 [speed]=125
+                   [peers]=40 [compare]=40)
 
 # "90a" for compute capability 9.0: only with the letter are there wgmma and the like.
 architecture() {
@@ -124,6 +126,10 @@ part_tests() {
   fi
   run_tests "$PYTHON" -m pytest tests -m cuda -p loaded_from "${jobs[@]}" --maxfail=50 --tb=short \
     -q --durations=10 --junit-xml="$OUT/tests.xml"
+  local status=$?
+  RNNKERN_CUDA_TIER=stepwise run_tests "$PYTHON" -m pytest tests/test_cells.py \
+    tests/test_sequences.py -m cuda -k 'float32 or LSTM' -p loaded_from "${jobs[@]}" \
+    --maxfail=50 --tb=short -q --junit-xml="$OUT/tests-stepwise.xml" && return "$status"
 }
 
 part_sanitizer() {
@@ -133,8 +139,15 @@ part_sanitizer() {
   return "$status"
 }
 
+part_speed() {
+  cd "$WORK" && "$PYTHON" "$here/speed.py" "$OUT/speed.jsonl" --budget "${BUDGET:-50}" \
+    --sweeps "${SWEEPS:-12}"
+}
+
+# Those whose wheels are in WHEELS. They compile at their first call.
 part_peers() {
-  "$PYTHON" "$here/peers.py" "$OUT/peers.jsonl" --budget "${BUDGET:-80}"
+  cd "$WORK" && "$PYTHON" "$here/speed.py" "$OUT/peers.jsonl" --peers --workload flash768 \
+    --dtype bfloat16 --dtype float32 --budget 15
 }
 
 part_compare() {

@@ -1,4 +1,4 @@
-"""Both tiers on the stand-in for a GPU, the resident one in every way in which a plan may lay it out.
+"""Both tiers on the stand-in for a GPU, the resident one in every layout that a plan may choose.
 
 Run by tools/simt.sh, with the package that has the CUDA kernels in place of the CPU's.
 """

@@ -1,0 +1,348 @@
+"""Times rnnkern on a GPU: torch.nn, each tier of ours, and peers, all in turn in one process.
+
+    python benchmarks/gpu/speed.py speed.jsonl [--budget 200] [--sweeps 60]
+    python benchmarks/gpu/speed.py peers.jsonl --peers --workload flash768 --dtype bfloat16
+
+All cells, workloads and dtypes for GPUs of rnnkern/workloads.json, forward without grad and with
+backward; then one cell after the other while H or T grows. One line of JSON a result, written as it
+comes, after one line on the machine. ``--peers`` times FlashRNN (its CUDA and its Triton kernels)
+and haste as well, where they can be imported: whoever measures brings them along. They compile for
+each shape at its first call, which takes minutes, so that is for few rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import statistics
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import linear
+
+import rnnkern
+from rnnkern import timing
+from rnnkern.workloads import (
+    CELLS,
+    FORWARD,
+    FORWARD_BACKWARD,
+    GATES,
+    PRECISIONS,
+    Case,
+    Workload,
+    default_precisions,
+    draw_case,
+    grad_mode,
+    load_workloads,
+    tf32_allowed,
+)
+
+OURS, THEIRS = "rnnkern", "torch.nn"
+TIERS = ("resident", "stepwise")
+PASSES = (FORWARD, FORWARD_BACKWARD)
+
+#: What a sweep keeps: its other sizes; and over what it goes.
+BASE = {"steps": 256, "batch": 16, "input_size": 256, "hidden_size": 256}
+SWEEPS: dict[str, tuple[int, ...]] = {
+    "hidden_size": (
+        *(100, 112, 120, 127, 128, 129, 136, 144, 160, 176, 191, 192, 193),
+        *(208, 224, 240, 255, 256, 257, 272, 288, 300),
+    ),
+    "steps": (1, 4, 16, 64, 256, 1024, 4096),
+}
+SWEPT_DTYPES = ("tf32", "bfloat16")
+FEWEST_ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement to make; ``swept`` names the size that grows where it is part of a sweep."""
+
+    workload: Workload
+    cell: str
+    dtype: str
+    pass_name: str
+    swept: str | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """What is measured, to be joined by the result."""
+        w = self.workload
+        return {
+            "workload": w.name,
+            "T": w.steps,
+            "N": w.batch,
+            "I": w.input_size,
+            "H": w.hidden_size,
+            "dtype": self.dtype,
+            "cell": self.cell,
+            "pass": self.pass_name,
+        } | ({"sweep": self.swept} if self.swept else {})
+
+
+def rows(names: list[str], dtypes: list[str], cells: list[str]) -> list[Row]:
+    """Of all workloads or those named; those of one case stand together."""
+    chosen = [w for w in load_workloads("cuda").values() if not names or w.name in names]
+    wanted = dtypes or [precision.name for precision in default_precisions("cuda")]
+    return [
+        Row(workload, cell, dtype, pass_name)
+        for workload in chosen
+        for cell in cells or CELLS
+        for dtype in wanted
+        for pass_name in PASSES
+    ]
+
+
+def swept_rows() -> Iterator[Row]:
+    """One size grows; with H grows I."""
+    for swept, values in SWEEPS.items():
+        for value in values:
+            sizes = BASE | {swept: value}
+            if swept == "hidden_size":
+                sizes["input_size"] = value
+            for cell in CELLS:
+                for dtype in SWEPT_DTYPES:
+                    for pass_name in PASSES:
+                        workload = Workload(f"{swept}={value}", **sizes)
+                        yield Row(workload, cell, dtype, pass_name, swept)
+
+
+def in_tier(tier: str, call: timing.Call) -> timing.Call:
+    """The call with the other tier than the plan's."""
+
+    def forced() -> None:
+        os.environ["RNNKERN_CUDA_TIER"] = tier
+        try:
+            call()
+        finally:
+            del os.environ["RNNKERN_CUDA_TIER"]
+
+    return forced
+
+
+def plan_of(row: Row, module: nn.RNNBase, x: torch.Tensor) -> dict[str, Any]:
+    """The tier of the pass and what its plan expects of a step, from `rnnkern.explain`."""
+    text = rnnkern.explain(module, x)
+    lines = dict(re.findall(r"^layer 0 (forward|backward): (.*)$", text, re.MULTILINE))
+    names = ("forward",) if row.pass_name == FORWARD else ("forward", "backward")
+    found = [re.match(r"(\w+) tier.* ([\d.]+) us expected", lines.get(name, "")) for name in names]
+    if not all(found):
+        return {}  # not on a GPU
+    return {
+        "tiers": [match[1] for match in found if match],
+        "expected_us_per_step": sum(float(match[2]) for match in found if match),
+    }
+
+
+def flashrnn_call(row: Row, case: Case, device: torch.device, backend: str) -> timing.Call:
+    """FlashRNN makes the recurrence; the product with the inputs is torch's."""
+    from flashrnn import flashrnn
+
+    w, dtype = row.workload, PRECISIONS[row.dtype].dtype
+    gates = GATES[row.cell]
+    shape = (gates, 1, w.hidden_size)
+    state = {name: tensor.to(device, dtype) for name, tensor in case.state.items()}
+    weight = state["weight_ih_l0"].requires_grad_()
+    recurrent = state["weight_hh_l0"].view(*shape, w.hidden_size).requires_grad_()
+    bias = (state["bias_ih_l0"] + state["bias_hh_l0"]).view(shape).requires_grad_()
+    x = case.x.to(device, dtype).transpose(0, 1).contiguous().requires_grad_()  # [N, T, I]
+    dy = case.dy.to(device, dtype).transpose(0, 1).unsqueeze(2)  # [N, T, 1, H]
+    leaves = (x, weight, recurrent, bias)
+    function = {"RNN": "elman", "LSTM": "lstm", "GRU": "gru"}[row.cell]
+
+    def call() -> None:
+        for leaf in leaves:
+            leaf.grad = None
+        inputs = linear(x, weight).view(w.batch, w.steps, *shape)
+        states, _ = flashrnn(
+            inputs,
+            recurrent,
+            bias,
+            function=function,
+            backend=backend,
+            dtype=str(dtype).removeprefix("torch."),
+        )
+        if row.pass_name == FORWARD_BACKWARD:
+            states[0].backward(dy)
+
+    return call
+
+
+def haste_call(row: Row, case: Case, device: torch.device) -> timing.Call:
+    """haste has LSTM and GRU in float32."""
+    import haste_pytorch
+
+    w = row.workload
+    module = getattr(haste_pytorch, row.cell)(w.input_size, w.hidden_size).to(device)
+    x = case.x.to(device).requires_grad_()
+    dy = case.dy.to(device)
+    leaves = [x, *module.parameters()]
+
+    def call() -> None:
+        for leaf in leaves:
+            leaf.grad = None
+        y, _ = module(x)
+        if row.pass_name == FORWARD_BACKWARD:
+            y.backward(dy)
+
+    return call
+
+
+PEERS: dict[str, Callable[[Row, Case, torch.device], timing.Call]] = {
+    "FlashRNN cuda_fused": lambda *a: flashrnn_call(*a, "cuda_fused"),
+    "FlashRNN cuda": lambda *a: flashrnn_call(*a, "cuda"),
+    "FlashRNN triton_fused": lambda *a: flashrnn_call(*a, "triton_fused"),
+    "haste": haste_call,
+}
+
+
+def peer_call(name: str, row: Row, case: Case, device: torch.device) -> timing.Call | str:
+    """The peer's call, which has run once, or why there is none."""
+    try:
+        call = PEERS[name](row, case, device)
+        call()
+    except Exception as error:  # whatever their compilers and checks may raise
+        return f"{type(error).__name__}: {error}".splitlines()[0][:300]
+    return call
+
+
+def calls_for(row: Row, case: Case, device: torch.device) -> dict[str, timing.Call]:
+    """Ours, torch.nn's, and where the plan has chosen a tier the other one."""
+    dtype = PRECISIONS[row.dtype].dtype
+    ours = case.side(rnnkern, dtype, device)
+    calls = {
+        OURS: ours.call(row.pass_name),
+        THEIRS: case.side(nn, dtype, device).call(row.pass_name),
+    }
+    tiers = plan_of(row, ours.module, ours.x).get("tiers")
+    if tiers:
+        for tier in TIERS:
+            if any(chosen != tier for chosen in tiers):
+                calls[f"{OURS} {tier}"] = in_tier(tier, ours.call(row.pass_name))
+    return calls
+
+
+def measure(
+    row: Row, case: Case, device: torch.device, share_s: float, peers: Iterable[str] = ()
+) -> dict[str, Any]:
+    """Median times of a call in microseconds, and of the ratios within a round."""
+    with tf32_allowed(PRECISIONS[row.dtype].tf32), grad_mode(row.pass_name):
+        calls = calls_for(row, case, device)
+        failed = {}
+        for name in peers:
+            made = peer_call(name, row, case, device)
+            if isinstance(made, str):
+                failed[name] = made
+            else:
+                calls[name] = made
+        seconds = dict(
+            zip(
+                calls,
+                timing.time_in_turn(
+                    list(calls.values()),
+                    budget_s=share_s,
+                    min_rounds=FEWEST_ROUNDS,
+                    clock=timing.clock_of(device),
+                ),
+                strict=True,
+            )
+        )
+        module = case.side(rnnkern, PRECISIONS[row.dtype].dtype, device)
+        plan = plan_of(row, module.module, module.x)
+    us = {name: statistics.median(samples) * 1e6 for name, samples in seconds.items()}
+    ratios = {
+        name: statistics.median(t / o for o, t in zip(seconds[OURS], samples, strict=True))
+        for name, samples in seconds.items()
+        if name != OURS
+    }
+    per_step = us[OURS] / row.workload.steps
+    result = {
+        "us": us[OURS],
+        "torch_us": us[THEIRS],
+        "speedup": ratios[THEIRS],
+        "us_per_step": per_step,
+        "rounds": len(seconds[OURS]),
+        "others": {n: {"us": us[n], "speedup": ratios[n]} for n in us if n not in (OURS, THEIRS)},
+    }
+    if failed:
+        result["failed_peers"] = failed
+    if plan:
+        result |= plan | {"of_expected": plan["expected_us_per_step"] / per_step}
+    return result
+
+
+def header(device: torch.device) -> dict[str, Any]:
+    """The machine and the versions."""
+    on_gpu = device.type == "cuda"
+    cudnn: Any = torch.backends.cudnn
+    return {
+        "device": torch.cuda.get_device_name(device) if on_gpu else timing.cpu_name(),
+        "driver": timing.gpu_driver() if on_gpu else None,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "cudnn": cudnn.version() if on_gpu else None,
+        "rnnkern": rnnkern.__version__,
+        "built_for_cuda": rnnkern.build_info()["cuda"],
+        "commit": os.environ.get("COMMIT") or timing.commit(),
+    }
+
+
+def run(
+    wanted: list[Row], device: torch.device, budget_s: float, peers: Iterable[str] = ()
+) -> Iterator[dict[str, Any]]:
+    """Results as they come; what is left when twice the budget is spent is counted only."""
+    start = perf_counter()
+    share_s = budget_s / max(1, len(wanted)) / 2  # the other half goes into warming up
+    case: Case | None = None
+    for done, row in enumerate(wanted):
+        if perf_counter() - start > 2 * budget_s:
+            yield {"not_measured": len(wanted) - done}
+            return
+        if case is None or (case.cell, case.workload) != (row.cell, row.workload):
+            case = draw_case(row.cell, row.workload)
+        try:
+            result = measure(row, case, device, share_s, peers)
+        except RuntimeError as error:  # out of memory, or a case that cuDNN refuses
+            result = {"failed": str(error).splitlines()[0]}
+        yield {"device": device.type} | row.as_json() | result
+
+
+def main() -> None:
+    """Reads the command line and writes the file."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("file", type=Path, help="JSON lines are written there")
+    parser.add_argument(
+        "--budget", type=float, default=150.0, metavar="S", help="for the workloads"
+    )
+    parser.add_argument("--sweeps", type=float, default=0.0, metavar="S", help="and for sweeps")
+    parser.add_argument("--peers", action="store_true", help="time FlashRNN and haste too")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
+    for option in ("workload", "dtype", "cell"):
+        parser.add_argument(f"--{option}", action="append", default=[], help="only; repeatable")
+    arguments = parser.parse_args()
+    device: torch.device = arguments.device
+    with arguments.file.open("w", encoding="utf-8") as file:
+
+        def write(result: dict[str, Any]) -> None:
+            line = json.dumps(result)
+            print(line, flush=True)
+            file.write(line + "\n")
+            file.flush()
+
+        write(header(device))
+        chosen = rows(arguments.workload, arguments.dtype, arguments.cell)
+        for result in run(chosen, device, arguments.budget, PEERS if arguments.peers else ()):
+            write(result)
+        if arguments.sweeps:
+            for result in run(list(swept_rows()), device, arguments.sweeps):
+                write(result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""benchmarks/gpu: what would be measured on a GPU, tried on the CPU, and the page made of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import rnnkern
+from benchmarks import report
+from benchmarks.gpu import page, speed
+from rnnkern.workloads import CELLS, FORWARD, FORWARD_BACKWARD, default_precisions, load_workloads
+
+pytestmark = pytest.mark.cpu_only
+
+CPU = torch.device("cpu")
+
+
+def test_rows_are_all_workloads_dtypes_cells_and_passes() -> None:
+    rows = speed.rows([], [], [])
+    count = len(load_workloads("cuda")) * len(default_precisions("cuda")) * len(CELLS) * 2
+    assert len(rows) == len(set(rows)) == count
+    chosen = speed.rows(["h512"], ["bfloat16"], ["GRU"])
+    assert [row.pass_name for row in chosen] == [FORWARD, FORWARD_BACKWARD]
+
+
+def test_sweeps_change_one_size() -> None:
+    rows = list(speed.swept_rows())
+    for row in rows:
+        w = row.workload
+        if row.swept == "hidden_size":
+            assert w.input_size == w.hidden_size
+            assert 100 <= w.hidden_size <= 300
+            assert w.steps == speed.BASE["steps"]
+        else:
+            assert w.hidden_size == speed.BASE["hidden_size"]
+    assert {row.workload.steps for row in rows} >= {1, 4096}
+
+
+def measured(folder: Path, monkeypatch: pytest.MonkeyPatch, *options: str) -> list[dict[str, Any]]:
+    file = folder / "speed.jsonl"
+    command = ["speed.py", str(file), "--device", "cpu", "--workload", "notebook", *options]
+    monkeypatch.setattr(sys, "argv", command)
+    speed.main()
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def test_the_page_has_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = {"hidden_size": (3, 4), "steps": (1, 2)}
+    monkeypatch.setattr(speed, "SWEEPS", small)
+    monkeypatch.setattr(speed, "BASE", dict.fromkeys(speed.BASE, 2))
+    options = ("--dtype", "float32", "--budget", "1", "--sweeps", "4")
+    header, *rows = measured(tmp_path, monkeypatch, *options)
+    assert header["torch"] == torch.__version__
+    assert sum("sweep" in row for row in rows) == 4 * len(CELLS) * 2 * 2
+    for row in rows:
+        assert row["us"] > 0
+        assert row["us_per_step"] == row["us"] / row["T"]
+        assert row["speedup"] == pytest.approx(row["torch_us"] / row["us"], rel=0.9)
+    (tmp_path / "benchmarks.md").write_text("# Benchmarks\n\n## Here\n\n## On a GPU\n\nold\n")
+    command = ["page.py", str(tmp_path / "speed.jsonl"), "--docs", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", command)
+    page.main()
+    text = (tmp_path / "benchmarks.md").read_text(encoding="utf-8")
+    assert text.startswith("# Benchmarks\n\n## Here\n\n## On a GPU\n")
+    assert "old" not in text
+    line = next(line for line in text.splitlines() if line.startswith("| notebook |"))
+    assert len(line.split("|")) == 2 + 5 + 4 * len(CELLS)
+    for swept in small:
+        assert (tmp_path / "benchmarks" / f"gpu-{swept}.png").stat().st_size > 10_000
+        assert f"benchmarks/gpu-{swept}.png" in text
+
+
+def test_a_peer_that_fails_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """None of them is installed here."""
+    options = ("--dtype", "float32", "--cell", "LSTM", "--budget", "0.2", "--peers")
+    _, *rows = measured(tmp_path, monkeypatch, *options)
+    for row in rows:
+        assert set(row["failed_peers"]) == set(speed.PEERS)
+        assert all("ModuleNotFoundError" in reason for reason in row["failed_peers"].values())
+
+
+def test_a_row_that_fails_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("out of memory\nat length")
+
+    monkeypatch.setattr(speed, "measure", fail)
+    _, *rows = measured(tmp_path, monkeypatch, "--dtype", "bfloat16")
+    assert [row["failed"] for row in rows] == ["out of memory"] * len(CELLS) * 2
+
+
+def test_what_time_is_left_for_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, *rows = measured(tmp_path, monkeypatch, "--dtype", "float32", "--budget", "0")
+    assert rows == [{"not_measured": 2 * len(CELLS)}]
+
+
+def test_tiers_and_what_is_expected(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = speed.rows(["h512"], ["bfloat16"], ["LSTM"])[1]
+    texts = {
+        "forward": "resident tier: 128 blocks; 3 KB a step, 2.5 us expected",
+        "backward": "stepwise tier: 4 KB a step, 6.0 us expected; because",
+    }
+    text = "LSTM\n" + "\n".join(f"layer 0 {name}: {t}" for name, t in texts.items())
+    monkeypatch.setattr(rnnkern, "explain", lambda *_: text)
+    module, x = torch.nn.LSTM(1, 1), torch.zeros(1, 1, 1)
+    assert speed.plan_of(row, module, x) == {
+        "tiers": ["resident", "stepwise"],
+        "expected_us_per_step": 8.5,
+    }
+    seen = []
+    speed.in_tier("stepwise", lambda: seen.append(os.environ["RNNKERN_CUDA_TIER"]))()
+    assert seen == ["stepwise"]
+    assert "RNNKERN_CUDA_TIER" not in os.environ
+
+
+def test_the_report_of_the_cpu_keeps_the_section(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "benchmarks.md").write_text("# Old\n\n## On a GPU\n\nfigures\n")
+    monkeypatch.setattr(report, "run", lambda *_: {})
+    monkeypatch.setattr(report, "draw", lambda *_: [])
+    monkeypatch.setattr(report, "markdown", lambda *_: "# New\n")
+    monkeypatch.setattr(
+        sys, "argv", ["report", "--docs", str(tmp_path), "--json", str(tmp_path / "r.json")]
+    )
+    report.main()
+    text = (tmp_path / "benchmarks.md").read_text(encoding="utf-8")
+    assert text == "# New\n\n## On a GPU\n\nfigures\n"
