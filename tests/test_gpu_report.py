@@ -13,7 +13,7 @@ import torch
 
 import rnnkern
 from benchmarks import report
-from benchmarks.gpu import page, speed
+from benchmarks.gpu import kinds, page, speed
 from rnnkern.workloads import CELLS, FORWARD, FORWARD_BACKWARD, default_precisions, load_workloads
 
 pytestmark = pytest.mark.cpu_only
@@ -131,3 +131,40 @@ def test_the_report_of_the_cpu_keeps_the_section(
     report.main()
     text = (tmp_path / "benchmarks.md").read_text(encoding="utf-8")
     assert text == "# New\n\n## On a GPU\n\nfigures\n"
+
+
+MEASURED = {
+    "device": {
+        "name": "NVIDIA H200",
+        "major": 9,
+        "minor": 0,
+        "multiprocessors": 132,
+        "l2_bytes": 62914560,
+        "clock_khz": 1980000,
+    },
+    "constants": [
+        {"name": "l2_read_by_all_16_mib", "value": 5432.1},
+        {"name": "memory_read", "value": 4321.0},
+        {"name": "flags_threads_132_128_bytes_apart", "value": 1.25},
+        {"name": "launch_kernel_132_blocks", "value": 2.125},
+    ],
+}
+
+
+def test_measured_constants_take_the_place_of_published_ones() -> None:
+    before = kinds.TABLE.read_text(encoding="utf-8")
+    after = kinds.replaced(before, MEASURED)
+    changed = set(after.splitlines()) - set(before.splitlines())
+    row = "    {9, 0, 1.98, 5.43, 62.9, 4.32, 1.25, 2.12},  // NVIDIA H200, measured"
+    assert changed == {row}
+    assert kinds.replaced(after, MEASURED) == after
+
+
+def test_a_constant_or_a_kind_that_is_missing_is_named() -> None:
+    table = kinds.TABLE.read_text(encoding="utf-8")
+    some = MEASURED | {"constants": MEASURED["constants"][1:]}
+    with pytest.raises(KeyError, match="l2_read_by_all_16_mib"):
+        kinds.replaced(table, some)
+    unknown = MEASURED | {"device": MEASURED["device"] | {"major": 7}}
+    with pytest.raises(ValueError, match=r"0 rows of compute capability 7\.0"):
+        kinds.replaced(table, unknown)

@@ -6,31 +6,19 @@
 #include <iterator>
 #include <string_view>
 
+#include "cuda/kinds.h"
+
 namespace rnnkern::cuda {
 namespace {
-
-// Costs by kind of GPU. Published and estimated, none measured by benchmarks/gpu yet.
-struct Kind {
-  int major, minor;
-  double clock_ghz, l2_tb_per_s, l2_mb, memory_tb_per_s, hand_off_us;
-};
-constexpr Kind kKinds[] = {
-    {8, 0, 1.41, 4.0, 40, 2.0, 1.6},    // A100
-    {8, 9, 2.52, 5.0, 72, 1.0, 1.3},    // RTX 4090
-    {9, 0, 1.83, 5.5, 50, 4.0, 1.3},    // H100, H200
-    {10, 0, 1.85, 9.0, 126, 7.0, 1.3},  // B200
-    {12, 0, 2.40, 7.0, 96, 1.6, 1.3},   // RTX 50
-};
 
 // Of one multiprocessor and clock.
 constexpr double kSharedBytesPerClock = 128, kL2BytesPerClock = 64;
 constexpr double kTensorFlops = 2048;  // of 16-bit operands; half of TF32
 constexpr double kPlainFlops = 256;    // of float; 1/2 to 1/64 of double
 constexpr double kItemUs = 0.35;       // barriers, sums and the cell of one pass and group
-// Of the stepwise tier: the host's time for a launch, a kernel's from its start to the next one's
-// beside what it moves and multiplies, and the share of the cache where weights stay from step to
-// step.
-constexpr double kProductLaunchUs = 3, kCellLaunchUs = 2.2, kKernelUs = 2, kShareOfL2 = 0.8;
+// Of the stepwise tier: what cuBLAS adds to a launch, a kernel's time beside what it moves and
+// multiplies, and the share of the cache where weights stay from step to step. Estimates.
+constexpr double kLibraryUs = 0.8, kKernelUs = 2, kShareOfL2 = 0.8;
 
 int64_t quotient_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -56,7 +44,7 @@ Plan stepwise(const Problem& p, const Device& device) {
       2 * products * kKernelUs +
       std::max(double(plan.bytes_per_step) / bytes_per_us, 2 * N * weights / rate) +
       cell_bytes / (device.l2_tb_per_s * 1e6);
-  const double on_host = products * (D * kProductLaunchUs + kCellLaunchUs);
+  const double on_host = products * (D * (device.launch_us + kLibraryUs) + device.launch_us);
   plan.us_per_step = std::max(on_device, on_host);
   return plan;
 }
@@ -125,6 +113,7 @@ Device device_of_kind(int major, int minor) {
   device.l2_mb = found->l2_mb;
   device.memory_tb_per_s = found->memory_tb_per_s;
   device.hand_off_us = found->hand_off_us;
+  device.launch_us = found->launch_us;
   return device;
 }
 

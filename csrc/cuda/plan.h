@@ -21,8 +21,7 @@ constexpr int kResidentThreads = 256;
 #endif
 constexpr int kResidentWarps = kResidentThreads / 32;
 
-// What a GPU can do. The properties are its own; the costs are of its kind, as the table in
-// plan.cpp has them.
+// What a GPU can do. The properties are its own; the costs are of its kind, as kinds.h has them.
 struct Device {
   int multiprocessors = 1;
   int blocks_at_once = 1;  // for certain: one a multiprocessor, where the device is the process's
@@ -32,6 +31,7 @@ struct Device {
   double l2_mb = 40;           //
   double memory_tb_per_s = 1;  //
   double hand_off_us = 1;      // from a block's write to the others' having read it
+  double launch_us = 2;        // of one kernel after the other
 };
 
 // The kind of GPU by compute capability: costs filled in.
