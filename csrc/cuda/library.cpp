@@ -92,11 +92,15 @@ int data_type(Number number) {
 bool has_library() { return library().complete; }
 size_t library_bytes() { return size_t(32) << 20; }
 
-void multiply(const Call& call, const Product& p, char* workspace) {
+void prepare_products(const Call& call, char* workspace) {
   const Handle handle = handle_of(call.device);
   // The stream first: it resets the workspace.
   check(library().set_stream(handle, call.stream), "stream");
   check(library().set_workspace(handle, workspace, library_bytes()), "workspace");
+}
+
+void multiply(const Call& call, const Product& p) {
+  const Handle handle = handle_of(call.device);
   const bool is_double = p.operands == Number::kDouble;
   const int compute = is_double                                   ? kCompute64F
                       : p.operands == Number::kFloat && call.tf32 ? kCompute32FFastTf32

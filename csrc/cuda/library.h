@@ -42,8 +42,10 @@ bool has_library();
 size_t library_bytes();
 constexpr size_t kLibraryAlignment = 256;
 
-// Queues the product on the call's stream. 16-bit operands are summed in float, float32 as it is,
-// or as TF32 where the call allows. Throws std::runtime_error.
-void multiply(const Call& call, const Product& product, char* workspace);
+// Before the products of a call: they are queued on its stream and use that memory.
+void prepare_products(const Call& call, char* workspace);
+// Queues the product. 16-bit operands are summed in float, float32 as it is, or as TF32 where the
+// call allows. Both throw std::runtime_error.
+void multiply(const Call& call, const Product& product);
 
 }  // namespace rnnkern::cuda

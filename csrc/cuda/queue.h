@@ -41,10 +41,10 @@ class Queue {
     if (!multiplies_) {
       multiplies_ = true;
       char* const memory = take<char>(int64_t(cuda::library_bytes() + cuda::kLibraryAlignment));
-      const auto address = reinterpret_cast<uintptr_t>(memory);
-      library_memory_ = memory + (cuda::kLibraryAlignment - address % cuda::kLibraryAlignment);
+      const size_t beyond = reinterpret_cast<uintptr_t>(memory) % cuda::kLibraryAlignment;
+      if (runs()) cuda::prepare_products(call_, memory + (cuda::kLibraryAlignment - beyond));
     }
-    if (runs()) cuda::multiply(call_, product, library_memory_);
+    if (runs()) cuda::multiply(call_, product);
   }
 
  private:
@@ -53,7 +53,6 @@ class Queue {
   Carver carver_;
   const std::string what_;
   bool multiplies_ = false;
-  char* library_memory_ = nullptr;
 };
 
 }  // namespace RNNKERN_NAMESPACE

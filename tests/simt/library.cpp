@@ -71,12 +71,15 @@ void check(bool fits, const char* what) {
   if (!fits) throw std::invalid_argument(std::string("cuBLAS would refuse ") + what);
 }
 
-void multiply(const Call&, const Product& p, char* workspace) {
+void prepare_products(const Call&, char* workspace) {
+  check(reinterpret_cast<uintptr_t>(workspace) % kLibraryAlignment == 0, "this workspace");
+}
+
+void multiply(const Call&, const Product& p) {
   check(p.m >= 1 && p.n >= 1 && p.k >= 1, "a product of nothing");
   check(p.a.row >= (p.a.transposed ? p.m : p.k), "rows of a that overlap");
   check(p.b.row >= (p.b.transposed ? p.k : p.n), "rows of b that overlap");
   check(p.row >= p.n, "rows of the result that overlap");
-  check(reinterpret_cast<uintptr_t>(workspace) % kLibraryAlignment == 0, "this workspace");
   p.operands == Number::kDouble ? sum_up<double>(p) : sum_up<float>(p);
 }
 
