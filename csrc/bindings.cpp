@@ -393,16 +393,22 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "cuda_plan",
       [](const Layer& layer, const cuda::Device& device, py::handle x, int64_t T, int64_t N,
-         int64_t I, bool tf32, bool backward) {
+         int64_t I, bool tf32, bool backward, bool deterministic, bool has_library) {
         return with_element(view_of(x, "input").tensor.dtype, [&](auto element) {
-          const cuda::Problem problem = {sizes_of(layer, I), T, N,
-                                         cuda::numbers_of<decltype(element)>(tf32), backward};
+          const cuda::Problem problem = {sizes_of(layer, I),
+                                         T,
+                                         N,
+                                         cuda::numbers_of<decltype(element)>(tf32),
+                                         backward,
+                                         deterministic,
+                                         has_library};
           const cuda::Plan plan = cuda::plan_for(problem, device);
           return py::make_tuple(plan, cuda::describe(plan, problem, device));
         });
       },
       py::arg("layer"), py::arg("device"), py::arg("x"), py::kw_only(), py::arg("T"), py::arg("N"),
-      py::arg("I"), py::arg("tf32"), py::arg("backward"));
+      py::arg("I"), py::arg("tf32"), py::arg("backward"), py::arg("deterministic") = false,
+      py::arg("has_library") = true);
   m.def(
       "cuda_describe",
       [](const Layer& layer, py::handle x, int64_t T, int64_t N, int64_t I, bool backward) {

@@ -135,7 +135,8 @@ CudaDevice = _C.CudaDevice
 """``CudaDevice(*, capability, multiprocessors, shared_bytes)``: a GPU as its plan sees it."""
 
 cuda_plan = _C.cuda_plan
-"""``cuda_plan(layer, device, x, *, T, N, I, tf32, backward)``: the plan there and its text.
+"""``cuda_plan(layer, device, x, *, T, N, I, tf32, backward, deterministic=False,
+has_library=True)``: the plan there and its text.
 
 Of x only the dtype counts.
 """

@@ -35,6 +35,7 @@ def plan(
     backward: bool = False,
     directions: int = 1,
     proj: int = 0,
+    **options: bool,
 ) -> tuple[Any, str]:
     capability, multiprocessors, kib = GPUS[gpu]
     T, N, I, H = sizes
@@ -49,6 +50,7 @@ def plan(
         I=I,
         tf32=kind[1],
         backward=backward,
+        **options,
     )
 
 
@@ -219,6 +221,36 @@ def test_what_only_the_stepwise_tier_takes(monkeypatch: pytest.MonkeyPatch) -> N
     p, text = plan("H100", "LSTM", sizes, BF16)
     assert not p.resident
     assert "RNNKERN_CUDA_TIER" in text
+
+
+def test_products_of_our_own_are_slower() -> None:
+    """Forward under deterministic algorithms, and where there is no library."""
+    sizes = SIZES["h2048"]
+    library, text = plan("H100", "LSTM", sizes, BF16)
+    assert "of our own" not in text
+    own, text = plan("H100", "LSTM", sizes, BF16, deterministic=True)
+    assert not own.resident
+    assert "products by a kernel of our own; because deterministic algorithms" in text
+    assert own.us_per_step > 1.5 * library.us_per_step
+    backward, text = plan("H100", "LSTM", sizes, BF16, backward=True, deterministic=True)
+    assert "of our own" not in text
+    assert backward.us_per_step < own.us_per_step
+    without, text = plan("H100", "LSTM", sizes, BF16, has_library=False)
+    assert without.resident
+    assert "products by a kernel of our own" in text
+
+
+def test_one_step_is_not_worth_packing() -> None:
+    for T, resident in ((1, False), (10, True)):
+        p, text = plan("H100", "LSTM", (T, 1, 64, 256), FP32)
+        assert p.resident == resident, text
+
+
+def test_two_directions_are_two_products_in_turn() -> None:
+    one, two = (
+        plan("H100", "LSTM", SIZES["h1024"], TF32, directions=d)[0].us_per_step for d in (1, 2)
+    )
+    assert one + 2 < two < 2 * one
 
 
 def test_more_rows_than_blocks_can_keep() -> None:

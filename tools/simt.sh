@@ -22,12 +22,12 @@ run_tests() {
     "$(dirname "$python")/pytest" -m kernel -p loaded_from "$@"
 }
 run_tests tests/simt/check_tiers.py
-run_tests "$@"
+RNNKERN_CUDA_TIER=resident run_tests "$@"
 RNNKERN_CUDA_TIER=stepwise run_tests "$@" -k 'float32 or LSTM'
 
 # Every barrier and every wait is needed: without any one of them a test fails.
 places() {
-  (cd csrc/cuda && grep -nE '^ +(sync_block|sync_warp|wait_until)\(' "$@" |
+  (cd csrc/cuda && grep -HnE '^ +(sync_block|sync_warp|wait_until)\(' "$@" |
     sed -E 's/^([^:]+:[0-9]+):.*/\1/')
 }
 fails_without() {  # fails_without PLACE [pytest arguments]

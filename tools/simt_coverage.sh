@@ -16,7 +16,7 @@ run_tests() {
     "$(dirname "$python")/pytest" -q -m kernel -p loaded_from "$@"
 }
 run_tests tests/simt/check_tiers.py
-run_tests tests/test_cells.py tests/test_sequences.py
+RNNKERN_CUDA_TIER=resident run_tests tests/test_cells.py tests/test_sequences.py
 RNNKERN_CUDA_TIER=stepwise run_tests tests/test_cells.py tests/test_sequences.py -k 'float32 or LSTM'
 find "$base" -path '*CompilerId*' -name '*.gcno' -delete
 "$(dirname "$python")/gcovr" --root . "$base" --filter 'csrc/cuda/.*\.(cuh|cu)$' \

@@ -33,8 +33,8 @@ export PATH=$wheels/bin:$PATH PYTHONPATH=$site:$source/tools:$wheels
 
 parts=(env constants build tests sanitizer speed peers compare)
 # Seconds: below nine minutes together. What a part does not need, those after it may use.
-declare -A limits=([env]=20 [constants]=70 [build]=110 [tests]=90 [sanitizer]=40 [speed]=125
-                   [peers]=40 [compare]=40)
+declare -A limits=([env]=20 [constants]=65 [build]=105 [tests]=100 [sanitizer]=60 [speed]=115
+                   [peers]=40 [compare]=30)
 
 # "90a" for compute capability 9.0: only with the letter are there wgmma and the like.
 architecture() {
@@ -128,8 +128,13 @@ part_tests() {
     -q --durations=10 --junit-xml="$OUT/tests.xml"
   local status=$?
   RNNKERN_CUDA_TIER=stepwise run_tests "$PYTHON" -m pytest tests/test_cells.py \
-    tests/test_sequences.py -m cuda -k 'float32 or LSTM' -p loaded_from "${jobs[@]}" \
-    --maxfail=50 --tb=short -q --junit-xml="$OUT/tests-stepwise.xml" && return "$status"
+    tests/test_sequences.py tests/test_cuda.py -m cuda -k 'float32 or LSTM' -p loaded_from \
+    "${jobs[@]}" --maxfail=50 --tb=short -q --junit-xml="$OUT/tests-stepwise.xml" || status=1
+  # And with products of our own.
+  RNNKERN_CUBLAS=0 run_tests "$PYTHON" -m pytest tests/test_cells.py tests/test_sequences.py \
+    -m cuda -k 'random or mixed or Cell' -p loaded_from "${jobs[@]}" --maxfail=50 --tb=short -q \
+    --junit-xml="$OUT/tests-own-products.xml" || status=1
+  return "$status"
 }
 
 part_sanitizer() {

@@ -129,26 +129,6 @@ RNNKERN_DEVICE void multiply_tiles(const Quad& a, uint32_t b0, uint32_t b1, floa
   });
 }
 
-// Every value of every lane becomes the sum over the lanes of the warp, halves first.
-template <int kCount, typename A>
-RNNKERN_DEVICE void sum_over_warp(A (&values)[kCount]) {
-  simt::Warp& warp = simt::warp();
-  const int lane = thread_index() % kWarp;
-  warp.values[lane] = reinterpret_cast<uintptr_t>(values);
-  simt::launch().meet(warp.meeting);
-  A sums[kCount];
-  for (int i = 0; i < kCount; ++i) {
-    A lanes[kWarp];
-    for (int l = 0; l < kWarp; ++l) lanes[l] = reinterpret_cast<const A*>(warp.values[l])[i];
-    for (int half = kWarp / 2; half > 0; half /= 2) {
-      for (int l = 0; l < half; ++l) lanes[l] += lanes[l + half];
-    }
-    sums[i] = lanes[0];
-  }
-  simt::launch().meet(warp.meeting);
-  for (int i = 0; i < kCount; ++i) values[i] = sums[i];
-}
-
 #else
 
 RNNKERN_DEVICE int thread_index() { return int(threadIdx.x); }
@@ -216,15 +196,6 @@ RNNKERN_MULTIPLY_TILES(Tf32, "m16n8k8.row.col.f32.tf32.tf32.f32")
 template <typename E>
 RNNKERN_DEVICE void multiply_tiles(const Quad& a, uint32_t b0, uint32_t b1, float (&sums)[4]) {
   multiply_tiles_of(E{}, a, b0, b1, sums);
-}
-
-template <int kCount, typename A>
-RNNKERN_DEVICE void sum_over_warp(A (&values)[kCount]) {
-#pragma unroll
-  for (int half = kWarp / 2; half > 0; half /= 2) {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) values[i] += __shfl_xor_sync(~0u, values[i], half);
-  }
 }
 
 #endif

@@ -56,9 +56,8 @@ std::string describe(const Sizes& sizes, int64_t steps, int64_t rows, bool backw
                      const Call& call) {
   const Device& on = device(call.device);
   const Problem problem = {
-      sizes, steps, rows, numbers_of<T>(call.tf32), backward, call.deterministic};
-  const std::string text = describe(plan_for(problem, on), problem, on);
-  return has_library() ? text : text + "; products by own kernels, for torch has loaded no cuBLAS";
+      sizes, steps, rows, numbers_of<T>(call.tf32), backward, call.deterministic, has_library()};
+  return describe(plan_for(problem, on), problem, on);
 }
 
 #define RNNKERN_INSTANTIATE(T)                                         \

@@ -2,15 +2,17 @@
 // gathered first, and biases are sums of columns.
 #pragma once
 
+#include "cuda/plan.h"
 #include "cuda/stores.cuh"
 
 namespace rnnkern {
 namespace RNNKERN_NAMESPACE {
 
+constexpr int kRowThreads = cuda::kBlockThreads;
 #ifdef RNNKERN_SIMT
-constexpr int kRowThreads = 64, kRowBlocks = 1;  // fibers are dear
+constexpr int kRowBlocks = 1;  // fibers are dear
 #else
-constexpr int kRowThreads = 256, kRowBlocks = 4;  // of a multiprocessor
+constexpr int kRowBlocks = 4;  // of a multiprocessor
 #endif
 
 // to[row] for every row with storage: row of x at that step, or the state that entered it; zero

@@ -2,9 +2,9 @@
 // wait for each other. It starts here, checked.
 #pragma once
 
-#include <cstring>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "cuda/device.cuh"
 #include "cuda/queue.h"
@@ -26,9 +26,9 @@ struct Grid {
 
 // A new interleaving for each launch, the same ones in each process.
 template <typename Kernel>
-bool launch(const std::string& what, Grid grid, void*,
+bool launch(const Queue& queue, const char* kernel, Grid grid,
             const typename Kernel::Arguments& arguments) {
-  if (simt::fails(what)) throw std::runtime_error(what + ": a launch that fails");
+  if (simt::fails(kernel)) throw std::runtime_error(queue.name_of(kernel) + ": as a test wants it");
   if (Kernel::kBlocksWait && grid.blocks > simt::most_blocks()) return false;
   static uint32_t seed = 0;
   simt::Launch(
@@ -40,10 +40,10 @@ bool launch(const std::string& what, Grid grid, void*,
 
 #else
 
-inline void check(cudaError_t error, const std::string& what) {
+inline void check(cudaError_t error, const Queue& queue, const char* kernel) {
   if (error == cudaSuccess) return;
   cudaGetLastError();  // so that nobody else finds it
-  throw std::runtime_error(what + ": " + cudaGetErrorString(error));
+  throw std::runtime_error(queue.name_of(kernel) + ": " + cudaGetErrorString(error));
 }
 
 // Blocks that wait for each other have all registers of a multiprocessor; of others it has two at
@@ -55,15 +55,15 @@ __global__ void __launch_bounds__(Kernel::kMostThreads, Kernel::kBlocksWait ? 1 
 }
 
 // False where the blocks wait for each other and the device does not run that many at once; then
-// nothing has been started. `what` names kernel and shape in errors.
+// nothing has been started. Errors name kernel and shape.
 template <typename Kernel>
-bool launch(const std::string& what, Grid grid, void* stream,
+bool launch(const Queue& queue, const char* kernel, Grid grid,
             const typename Kernel::Arguments& arguments) {
   constexpr int64_t kSharedWithoutAsking = 48 << 10;
   if (grid.shared_bytes > kSharedWithoutAsking) {
     check(cudaFuncSetAttribute(run_kernel<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                int(grid.shared_bytes)),
-          what);
+          queue, kernel);
   }
   cudaLaunchAttribute cooperative;
   cooperative.id = cudaLaunchAttributeCooperative;
@@ -72,7 +72,7 @@ bool launch(const std::string& what, Grid grid, void* stream,
   config.gridDim = dim3(unsigned(grid.blocks));
   config.blockDim = dim3(unsigned(grid.threads));
   config.dynamicSmemBytes = size_t(grid.shared_bytes);
-  config.stream = static_cast<cudaStream_t>(stream);
+  config.stream = static_cast<cudaStream_t>(queue.stream());
   config.attrs = &cooperative;
   config.numAttrs = Kernel::kBlocksWait;
   const cudaError_t error = cudaLaunchKernelEx(&config, run_kernel<Kernel>, arguments);
@@ -80,7 +80,7 @@ bool launch(const std::string& what, Grid grid, void* stream,
     cudaGetLastError();
     return false;
   }
-  check(error, what);
+  check(error, queue, kernel);
   return true;
 }
 
@@ -91,8 +91,7 @@ bool launch(const std::string& what, Grid grid, void* stream,
 template <typename Kernel>
 bool start_kernel(const Queue& queue, const char* kernel, Grid grid,
                   const typename Kernel::Arguments& arguments) {
-  return !queue.runs() || grid.blocks == 0 ||
-         launch<Kernel>(queue.name_of(kernel), grid, queue.stream(), arguments);
+  return !queue.runs() || grid.blocks == 0 || launch<Kernel>(queue, kernel, grid, arguments);
 }
 
 // f of what float32 is multiplied as, and all else as it is.

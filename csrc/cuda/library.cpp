@@ -4,9 +4,11 @@
 
 #include <dlfcn.h>
 
+#include <cstdlib>
 #include <map>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 
 namespace rnnkern::cuda {
 namespace {
@@ -62,15 +64,16 @@ void check(Status status, const char* what) {
   }
 }
 
-// One for each device, for good. Calls come one at a time: they hold the interpreter.
-Handle handle_of(int device) {
-  static auto& handles = *new std::map<int, Handle>();
-  const auto found = handles.find(device);
-  if (found != handles.end()) return found->second;
+// One for each device, for good.
+struct OfDevice {
+  std::mutex mutex;
   Handle handle = nullptr;
-  check(library().create(&handle), "create");
-  check(library().set_math_mode(handle, kNoReducedPrecisionReduction), "math mode");
-  return handles[device] = handle;
+};
+OfDevice& of_device(int device) {
+  static std::mutex mutex;
+  static auto& all = *new std::map<int, OfDevice>();
+  const std::lock_guard lock(mutex);
+  return all[device];
 }
 
 int data_type(Number number) {
@@ -89,29 +92,39 @@ int data_type(Number number) {
 
 }  // namespace
 
-bool has_library() { return library().complete; }
+bool has_library() {
+  const char* const wanted = std::getenv("RNNKERN_CUBLAS");
+  return library().complete && !(wanted && std::string_view(wanted) == "0");
+}
 size_t library_bytes() { return size_t(32) << 20; }
 
-void prepare_products(const Call& call, char* workspace) {
-  const Handle handle = handle_of(call.device);
+Products::Products(const Call& call, char* workspace)
+    : lock_(of_device(call.device).mutex), tf32_(call.tf32) {
+  Handle& handle = of_device(call.device).handle;
+  if (!handle) {
+    Handle created = nullptr;
+    check(library().create(&created), "create");
+    check(library().set_math_mode(created, kNoReducedPrecisionReduction), "math mode");
+    handle = created;
+  }
+  handle_ = handle;
   // The stream first: it resets the workspace.
-  check(library().set_stream(handle, call.stream), "stream");
-  check(library().set_workspace(handle, workspace, library_bytes()), "workspace");
+  check(library().set_stream(handle_, call.stream), "stream");
+  check(library().set_workspace(handle_, workspace, library_bytes()), "workspace");
 }
 
-void multiply(const Call& call, const Product& p) {
-  const Handle handle = handle_of(call.device);
+void Products::multiply(const Product& p) {
   const bool is_double = p.operands == Number::kDouble;
-  const int compute = is_double                                   ? kCompute64F
-                      : p.operands == Number::kFloat && call.tf32 ? kCompute32FFastTf32
-                                                                  : kCompute32F;
+  const int compute = is_double                               ? kCompute64F
+                      : p.operands == Number::kFloat && tf32_ ? kCompute32FFastTf32
+                                                              : kCompute32F;
   const float one = 1, beta = p.adds;
   const double double_one = 1, double_beta = p.adds;
   const void* const factors[] = {is_double ? static_cast<const void*>(&double_one) : &one,
                                  is_double ? static_cast<const void*>(&double_beta) : &beta};
   const int operands = data_type(p.operands);
   // cuBLAS has matrices by columns: rows of ours are columns of its, so the product is b^T a^T.
-  check(library().multiply(handle, p.b.transposed ? kTransposed : kAsItIs,
+  check(library().multiply(handle_, p.b.transposed ? kTransposed : kAsItIs,
                            p.a.transposed ? kTransposed : kAsItIs, p.n, p.m, p.k, factors[0],
                            p.b.data, operands, p.b.row, p.a.data, operands, p.a.row, factors[1],
                            p.to, data_type(p.results), p.row, compute, kDefaultAlgorithm),

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <mutex>
 
 #include "cuda/kernels.h"
 #include "elements.h"
@@ -26,7 +27,7 @@ struct Matrix {
 };
 
 struct Product {
-  int64_t m, n, k;    // at least 1
+  int64_t m, n, k;    // at least 1 for the library
   Matrix a, b;        // [m, k], [k, n]
   Number operands;    // of a and b
   void* to;           // [m, n], by rows
@@ -35,17 +36,27 @@ struct Product {
   bool adds = false;  // to what stands there
 };
 
-// Where there is no cuBLAS in the process, scans go without it.
+// Where there is no cuBLAS in the process, scans go without it; where RNNKERN_CUBLAS=0 too, for
+// tests and comparisons.
 bool has_library();
 
 // Scratch memory that a product may use, and where it has to begin.
 size_t library_bytes();
 constexpr size_t kLibraryAlignment = 256;
 
-// Before the products of a call: they are queued on its stream and use that memory.
-void prepare_products(const Call& call, char* workspace);
-// Queues the product. 16-bit operands are summed in float, float32 as it is, or as TF32 where the
-// call allows. Both throw std::runtime_error.
-void multiply(const Call& call, const Product& product);
+// The products of a call: they are queued on its stream and use that memory. One call at a time has
+// them on a device, others wait.
+class Products {
+ public:
+  Products(const Call& call, char* workspace);
+  // 16-bit operands are summed in float, float32 as it is, or as TF32 where the call allows. Both
+  // throw std::runtime_error.
+  void multiply(const Product& product);
+
+ private:
+  std::unique_lock<std::mutex> lock_;
+  void* handle_ = nullptr;
+  const bool tf32_;
+};
 
 }  // namespace rnnkern::cuda

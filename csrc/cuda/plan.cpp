@@ -19,8 +19,10 @@ constexpr double kItemUs = 0.35;       // barriers, sums and the cell of one pas
 // Of the stepwise tier: what cuBLAS adds to a launch, a kernel's time beside what it moves and
 // multiplies, and the share of the cache where weights stay from step to step. Estimates.
 constexpr double kLibraryUs = 0.8, kKernelUs = 2, kShareOfL2 = 0.8;
-
-int64_t quotient_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr double kOwnProductSpeed = 0.2;  // of the library's
+// Before the first step of the resident tier: memory is cleared, weights are packed, and a
+// cooperative launch waits until the device is empty.
+constexpr double kSetUpUs = 8;
 
 // Operations of one multiprocessor and clock.
 double flops_per_clock(const Numbers& numbers) {
@@ -37,15 +39,16 @@ Plan stepwise(const Problem& p, const Device& device) {
   const bool stay = double(plan.bytes_per_step) <= kShareOfL2 * device.l2_mb * 1e6;
   const double bytes_per_us = (stay ? device.l2_tb_per_s : device.memory_tb_per_s) * 1e6;
   const double rate = flops_per_clock(p.numbers) * device.multiprocessors * device.clock_ghz * 1e3;
-  const double products = p.sizes.projected ? 2 : 1;
+  const double speed = p.own_products() ? kOwnProductSpeed : 1;
+  const double rounds = p.sizes.projected ? 2 : 1;  // of products and a kernel
   // Sums, inputs, slots and cell states of each cell, read or written once.
   const double cell_bytes = cells * p.numbers.computed_bytes * (3 * cell.slots + 4);
   const double on_device =
-      2 * products * kKernelUs +
-      std::max(double(plan.bytes_per_step) / bytes_per_us, 2 * N * weights / rate) +
+      rounds * (D + 1) * kKernelUs +
+      std::max(double(plan.bytes_per_step) / bytes_per_us, 2 * N * weights / rate) / speed +
       cell_bytes / (device.l2_tb_per_s * 1e6);
-  const double on_host = products * (D * (device.launch_us + kLibraryUs) + device.launch_us);
-  plan.us_per_step = std::max(on_device, on_host);
+  const double on_host = rounds * (D * (device.launch_us + kLibraryUs) + device.launch_us);
+  plan.us_per_step = std::max(on_device, on_host) + device.launch_us / double(p.T);
   return plan;
 }
 
@@ -94,7 +97,7 @@ Plan laid_out(const Problem& p, const Device& device, TileShape shape, int row_t
       std::min(kL2BytesPerClock * device.clock_ghz * 1e3, device.l2_tb_per_s * 1e6 / blocks_used);
   plan.bytes_per_step = int64_t(items * (state_bytes + streamed) * blocks_used);
   plan.us_per_step =
-      device.hand_off_us +
+      kSetUpUs / double(p.T) + device.hand_off_us +
       items * (kItemUs + (state_bytes + streamed) / l2_bytes_per_us +
                (in_shared / kSharedBytesPerClock + flops / rate) / (device.clock_ghz * 1e3));
   return plan;
@@ -129,7 +132,7 @@ bool is_forced(const char* tier) {
 const char* why_stepwise(const Problem& p) {
   if (p.sizes.projected) return "the layer has a projection";
   // Which layout the resident tier has depends on the number of rows, and whether it has any.
-  if (p.deterministic && !p.backward) return "deterministic algorithms";
+  if (p.has_fixed_order()) return "deterministic algorithms";
   return is_forced("stepwise") ? "RNNKERN_CUDA_TIER" : nullptr;
 }
 
@@ -138,7 +141,7 @@ const char* why_stepwise(const Problem& p) {
 Plan plan_for(const Problem& p, const Device& device) {
   const Plan in_steps = stepwise(p, device);
   Plan best;
-  if (why_stepwise(p) || p.N <= 0 || device.blocks_at_once < p.sizes.D) return in_steps;
+  if (why_stepwise(p) || p.N <= 0 || p.T <= 0 || device.blocks_at_once < p.sizes.D) return in_steps;
   const auto try_all = [&](const auto& shapes) {
     for (const TileShape& shape : shapes) {
       const int64_t parts = quotient_up(p.N, shape.column_tiles * kTileColumns);
@@ -174,12 +177,13 @@ Plan plan_for(const Problem& p, const Device& device) {
 
 std::string describe(const Plan& plan, const Problem& p, const Device& device) {
   char text[512];
+  const char* const own = p.own_products() ? ", products by a kernel of our own" : "";
   if (!plan.resident) {
     const char* const reason = why_stepwise(p);
     std::snprintf(text, sizeof text,
                   "stepwise tier: a product and a kernel of cells in each step; %.0f KB of weights "
-                  "a step, %.1f us expected; because %s",
-                  double(plan.bytes_per_step) / 1e3, plan.us_per_step,
+                  "a step, %.1f us expected%s; because %s",
+                  double(plan.bytes_per_step) / 1e3, plan.us_per_step, own,
                   reason ? reason : "the resident tier would be slower, or asks for more memory");
     return text;
   }
@@ -188,12 +192,12 @@ std::string describe(const Plan& plan, const Problem& p, const Device& device) {
                 "resident tier: %lld blocks of %d at once, %d team(s) of %d in a direction, "
                 "%d units each in %d group(s), %d rows in %d pass(es); %.0f %% of the weights in "
                 "registers, %.0f %% in shared memory (%lld KiB a block); %.0f KB a step through "
-                "the L2, %.1f us expected",
+                "the L2, %.1f us expected%s",
                 static_cast<long long>(plan.blocks(p.sizes.D)), device.blocks_at_once,
                 plan.row_teams, plan.unit_blocks, plan.units * plan.groups, plan.groups,
                 plan.columns(), plan.passes, share * plan.held_chunks, share * plan.shared_chunks,
                 static_cast<long long>(plan.shared_bytes >> 10), double(plan.bytes_per_step) / 1e3,
-                plan.us_per_step);
+                plan.us_per_step, own);
   return text;
 }
 

@@ -15,11 +15,13 @@ namespace rnnkern::cuda {
 constexpr int kTileRows = 16, kTileColumns = 8, kChunkBytes = 64;
 
 #ifdef RNNKERN_SIMT
-constexpr int kResidentThreads = 64;  // fibers are dear
+constexpr int kBlockThreads = 64;  // fibers are dear
 #else
-constexpr int kResidentThreads = 256;
+constexpr int kBlockThreads = 256;  // of most kernels
 #endif
-constexpr int kResidentWarps = kResidentThreads / 32;
+constexpr int kResidentThreads = kBlockThreads, kResidentWarps = kResidentThreads / 32;
+
+constexpr int64_t quotient_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // What a GPU can do. The properties are its own; the costs are of its kind, as kinds.h has them.
 struct Device {
@@ -57,6 +59,10 @@ struct Problem {
   Numbers numbers;
   bool backward = false;
   bool deterministic = false;  // one order of summation for every N and T, forward
+  bool has_library = true;     // for products of whole matrices
+
+  bool has_fixed_order() const { return deterministic && !backward; }
+  bool own_products() const { return has_fixed_order() || !has_library; }
 };
 
 // A product's sums: tiles of so many rows and columns; and how many chunks of weights a warp has
@@ -81,7 +87,7 @@ struct Plan {
   int shared_chunks = 0;  // the next ones in shared memory, the rest comes through the L2
   int64_t shared_bytes = 0;
   int64_t bytes_per_step = 0;  // through the L2, by all blocks; stepwise, of weights
-  double us_per_step = 0;      // as expected
+  double us_per_step = 0;      // as expected, with the step's share of what comes before the first
 
   constexpr int rows() const { return tile.row_tiles * kTileRows; }
   constexpr int columns() const { return tile.column_tiles * kTileColumns; }
@@ -105,7 +111,7 @@ constexpr int64_t kept_count(const Plan& plan, int slots) {
   return 2 * units * plan.passes * plan.columns() + slots * units;
 }
 
-// Fewer chunks on the stand-in, where warps are few and layers small.
+// Fewer chunks in most kernels of the stand-in, where warps are few and layers small.
 #ifdef RNNKERN_SIMT
 constexpr int room_for(int chunks) { return chunks < 3 ? chunks : 3; }
 #else
@@ -116,7 +122,7 @@ constexpr int room_for(int chunks) { return chunks; }
 // several gates, 32 of one with one.
 template <int kGates>
 constexpr TileShape kForwardTiles[] = {
-    {2, 1, room_for(6)}, {2, 2, room_for(3)}, {kGates == 1 ? 2 : kGates, 4, 0}};
+    {2, 1, 6}, {2, 2, room_for(3)}, {kGates == 1 ? 2 : kGates, 4, 0}};
 constexpr TileShape kBackwardTiles[] = {
     {1, 1, room_for(12)}, {1, 2, room_for(9)}, {2, 4, room_for(2)}};
 // Without tensor cores, where a lane has sums of all rows and no registers to spare.

@@ -7,13 +7,11 @@ namespace rnnkern {
 namespace RNNKERN_NAMESPACE {
 namespace {
 
-int64_t quotient_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 template <typename T, typename E, typename R>
 void start_product(const cuda::Product& p, Queue& queue) {
   using Kernel = MatrixProduct<T, E, R>;
-  const int64_t row_blocks = quotient_up(p.m, Kernel::kRows);
-  const int64_t blocks = row_blocks * quotient_up(p.n, Kernel::kColumns);
+  const int64_t row_blocks = cuda::quotient_up(p.m, Kernel::kRows);
+  const int64_t blocks = row_blocks * cuda::quotient_up(p.n, Kernel::kColumns);
   start_kernel<Kernel>(queue, "a product", {blocks, Kernel::kThreads, Kernel::kSharedBytes},
                        {p, row_blocks});
 }

@@ -2,8 +2,8 @@
 //
 // A block makes a tile of kRows x kColumns numbers, each of its warps all rows of kTileColumns
 // columns. Both operands go through shared memory, as tile.cuh wants them, a chunk along k at once;
-// the next one is on its way while it is multiplied. Sums of sums over at most
-// kSumWidth k: the order depends on k alone, and rounding does not grow with it.
+// the next one is on its way while it is multiplied. Sums of sums over at most kSumWidth k: the
+// order depends on k alone, and rounding does not grow with it.
 #pragma once
 
 #include "cuda/library.h"
@@ -21,11 +21,7 @@ class MatrixProduct {
   using Sums = Partials<A, cuda::kTileColumns>;
 
  public:
-#ifdef RNNKERN_SIMT
-  static constexpr int kThreads = 64;  // fibers are dear
-#else
-  static constexpr int kThreads = 256;
-#endif
+  static constexpr int kThreads = cuda::kBlockThreads;
   static constexpr int kWarps = kThreads / kWarp;
   static constexpr int kRows = Product::kRows, kColumns = kWarps * cuda::kTileColumns;
 
@@ -44,7 +40,6 @@ class MatrixProduct {
 
  private:
   static constexpr int kWidth = kChunkElements<E>, kSumWidth = 256;
-  static constexpr int kQuadsOfRow = kChunkBytes / int(sizeof(Quad));
   // Numbers that a thread moves at once.
   static constexpr int kOfA = kRows * kWidth / kThreads, kOfB = kColumns * kWidth / kThreads;
   static_assert(kRows * kWidth % kThreads == 0 && kColumns * kWidth % kThreads == 0 &&
@@ -133,10 +128,7 @@ class MatrixProduct {
     for (int j = 0; j < kOfA; ++j) {
       const int m = walk_a_.across + j * walk_a_.across_step;
       const int k = walk_a_.k + j * walk_a_.k_step;
-      const int byte = k * int(sizeof(E));
-      put_operand(reinterpret_cast<E*>(reinterpret_cast<char*>(staged_a()) +
-                                       Product::place(m, byte / 4) * 4 + byte % 4),
-                  numbers.a[j]);
+      put_operand(Product::number(staged_a(), m, k), numbers.a[j]);
     }
 #pragma unroll
     for (int j = 0; j < kOfB; ++j) {

@@ -2,7 +2,9 @@
 // running are the same code: without memory it only counts.
 #pragma once
 
+#include <optional>
 #include <string>
+#include <utility>
 
 #include "cuda/device.h"
 #include "cuda/library.h"
@@ -42,9 +44,9 @@ class Queue {
       multiplies_ = true;
       char* const memory = take<char>(int64_t(cuda::library_bytes() + cuda::kLibraryAlignment));
       const size_t beyond = reinterpret_cast<uintptr_t>(memory) % cuda::kLibraryAlignment;
-      if (runs()) cuda::prepare_products(call_, memory + (cuda::kLibraryAlignment - beyond));
+      if (runs()) products_.emplace(call_, memory + (cuda::kLibraryAlignment - beyond));
     }
-    if (runs()) cuda::multiply(call_, product);
+    if (runs()) products_->multiply(product);
   }
 
  private:
@@ -53,6 +55,7 @@ class Queue {
   Carver carver_;
   const std::string what_;
   bool multiplies_ = false;
+  std::optional<cuda::Products> products_;
 };
 
 }  // namespace RNNKERN_NAMESPACE

@@ -25,6 +25,7 @@
 
 #include "cells/cells.h"
 #include "cuda/plan.h"
+#include "cuda/stores.cuh"
 #include "cuda/tile.cuh"
 #include "steps.h"
 
@@ -66,8 +67,7 @@ class ResidentBlock {
   static constexpr int kRows = Product::kRows, kColumns = Product::kColumns;
   using Sums = Partials<A, kColumns>;
 
-  // Quads of a row of the exchange buffer, and of a chunk of packed weights.
-  static constexpr int kQuadsOfRow = kChunkBytes / int(sizeof(Quad));
+  // Quads of a chunk of packed weights.
   static constexpr int kQuadsOfChunk = kRows * kQuadsOfRow;
 
   // `per_unit` numbers along k are of one unit.
@@ -187,10 +187,15 @@ class ResidentBlock {
       const int warp = thread_index() / kWarp;
       const int stay = int(least(chunks_, r_.held_chunks + r_.shared_chunks));
       Product product;
-      if (r_.held_chunks) {
-        add_chunks<kTile.held_chunks>(0, stay, shared_chunk(turn.group, warp, 0), states, &product);
+      const Quad* const shared = shared_chunk(turn.group, warp, 0);
+      if constexpr (kTile.held_chunks > 0) {
+        if (r_.held_chunks) {
+          add_chunks<kTile.held_chunks>(0, stay, shared, states, &product);
+        } else {
+          add_chunks<0>(0, stay, shared, states, &product);
+        }
       } else {
-        add_chunks<0>(0, stay, shared_chunk(turn.group, warp, 0), states, &product);
+        add_chunks<0>(0, stay, shared, states, &product);
       }
       add_chunks<0>(stay, chunks_, scratch_chunk(turn.group, first_chunk_ + stay), states,
                     &product);
@@ -287,7 +292,7 @@ class ResidentBlock {
 
   // Of a warp's chunks in shared memory the one of that index.
   RNNKERN_DEVICE Quad* shared_chunk(int group, int warp, int index) const {
-    const int64_t warps = int64_t(group) * r_.working_warps() + warp;
+    const int64_t warps = int64_t(group) * working_ + warp;
     return reinterpret_cast<Quad*>(shared_memory()) +
            (warps * r_.shared_chunks + index) * kQuadsOfChunk;
   }
@@ -297,13 +302,11 @@ class ResidentBlock {
   }
   // Where a number of the weights stands, packed.
   RNNKERN_DEVICE E* packed(int group, int m, int k) const {
-    const int chunk = k / kChunkElements<E>, byte = k % kChunkElements<E> * int(sizeof(E));
-    const int warp = chunk / r_.warp_chunks;
+    const int chunk = k / kChunkElements<E>, warp = chunk / r_.warp_chunks;
     const int index = chunk - warp * r_.warp_chunks - r_.held_chunks;
     Quad* const at = index >= 0 && index < r_.shared_chunks ? shared_chunk(group, warp, index)
                                                             : scratch_chunk(group, chunk);
-    return reinterpret_cast<E*>(reinterpret_cast<char*>(at) + Product::place(m, byte / 4) * 4 +
-                                byte % 4);
+    return Product::number(at, m, k % kChunkElements<E>);
   }
 
   const Residency& r_;

@@ -1,7 +1,8 @@
 // Backward pass, resident tier, in reverse scan order:
 //
-//   dh(t) = dy(t) + dh          dslots(t), dc, dh' = cell_backward(slots(t), c(t), c(t-1), h(t-1),
-//   dh(t), dc) dh    = dh' + dslots(t) x W_hh
+//   dh(t) = dy(t) + dh
+//   dslots(t), dc, dh' = cell_backward(slots(t), c(t), c(t-1), h(t-1), dh(t), dc)
+//   dh = dh' + dslots(t) x W_hh
 //
 // A block's rows m of the product are its units; k is a gate's slot of dslots(t), those of a unit
 // side by side, so that what a block writes is one piece and few blocks make what a warp reads. Per

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <array>
 #include <iterator>
-#include <string>
 #include <utility>
 
 #include "cuda/gradients.cuh"
@@ -26,9 +25,9 @@ T* take_zeros(const Sizes& z, Queue& queue) {
 
 template <typename T>
 cuda::Plan plan_of(const Sizes& z, const Steps& s, bool backward, const Queue& queue) {
-  return cuda::plan_for(
-      {z, s.T, s.N, cuda::numbers_of<T>(queue.tf32()), backward, queue.deterministic()},
-      queue.device);
+  return cuda::plan_for({z, s.T, s.N, cuda::numbers_of<T>(queue.tf32()), backward,
+                         queue.deterministic(), cuda::has_library()},
+                        queue.device);
 }
 
 // Calls f with the register tile of the plan, as a type.
@@ -63,15 +62,14 @@ bool with_tile_of(const cuda::Plan& plan, F f) {
 // The memory that a plan asks for, and zeros.
 template <typename T>
 Residency take_residency(const cuda::Plan& plan, const Sizes& z, const T** zeros, Queue& queue) {
-  constexpr int kQuads = cuda::kChunkBytes / int(sizeof(Quad));
   Residency r = {plan};
   const int64_t parts = int64_t(plan.row_teams) * plan.passes;
   r.flags = queue.take<int>(z.D * parts * plan.unit_blocks);
-  r.exchange = queue.take<Quad>(2 * z.D * parts * plan.columns() * plan.chunks * kQuads);
+  r.exchange = queue.take<Quad>(2 * z.D * parts * plan.columns() * plan.chunks * kQuadsOfRow);
   *zeros = take_zeros<T>(z, queue);
   queue.clear_taken();
   if (r.shared_chunks < r.warp_chunks) {
-    r.scratch = queue.take<Quad>(r.blocks(z.D) * r.groups * r.chunks * r.rows() * kQuads);
+    r.scratch = queue.take<Quad>(r.blocks(z.D) * r.groups * r.chunks * r.rows() * kQuadsOfRow);
   }
   return r;
 }
@@ -279,15 +277,15 @@ void bias_gradients(const T* dslots, int64_t rows, int64_t H, const WeightGradie
   using Sums = SlotSums<T>;
   constexpr int64_t kFewestRows = 256;  // of a block
   const int64_t width = Cell::kShape.slots * H;
-  const int64_t column_blocks = (width + Sums::kColumns - 1) / Sums::kColumns;
+  const int64_t column_blocks = cuda::quotient_up(width, Sums::kColumns);
   const int64_t most = kRowBlocks * queue.device.multiprocessors / column_blocks + 1;
-  const int64_t row_blocks = std::min(most, (rows + kFewestRows - 1) / kFewestRows);
+  const int64_t row_blocks = std::min(most, cuda::quotient_up(rows, kFewestRows));
   auto* const sums = queue.take<Compute<T>>(row_blocks * width);
   start_kernel<Sums>(queue, "sums of gradients",
                      {column_blocks * row_blocks, kRowThreads, Sums::kSharedBytes},
                      {dslots, rows, width, column_blocks, row_blocks, sums});
   start_kernel<BiasGradients<T, Cell>>(queue, "gradients of biases",
-                                       {(width + kRowThreads - 1) / kRowThreads, kRowThreads, 0},
+                                       {cuda::quotient_up(width, kRowThreads), kRowThreads, 0},
                                        {sums, row_blocks, H, g.b_ih, g.b_hh});
 }
 

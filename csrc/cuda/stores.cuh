@@ -95,8 +95,6 @@ class ForwardStores {
         slots_(saved_rows(s_, f.slots, d_, kShape.slots * f.sizes.H)),
         cells_(saved_rows(s_, f.cells, d_, f.sizes.H)) {}
 
-  RNNKERN_DEVICE const Rows<T>& cells() const { return cells_; }
-
   RNNKERN_DEVICE void put_step(const Visit& v, int64_t slot, int64_t unit, const Step<A>& s) const {
     const bool leaves = slot >= v.leaving;
     if (leaves && !f_.sizes.projected) put(state_at(s_, f_.hn, d_, slot) + unit, s.h);

@@ -28,6 +28,9 @@ using cuda::kChunkBytes, cuda::kTileColumns, cuda::kTileRows;
 template <typename E>
 constexpr int kChunkElements = kChunkBytes / int(sizeof(E));
 
+// Quads of a row of a chunk.
+constexpr int kQuadsOfRow = kChunkBytes / int(sizeof(Quad));
+
 template <typename E>
 constexpr bool kOnTensorCores = sizeof(E) == 2 || std::is_same_v<E, Tf32>;
 
@@ -64,6 +67,12 @@ class Tile<E, kRowTiles, kColumnTiles, true> {
     const int q = word / 4, half = word % 4 / 2, lane = m % 8 * 4 + q;
     const int in_quad = m % kTileRows / 8 + 2 * (word % 2);
     return ((m / kTileRows * 2 + half) * kWarp + lane) * 4 + in_quad;
+  }
+
+  // Number k of row m of a packed chunk.
+  RNNKERN_DEVICE static E* number(Quad* chunk, int m, int k) {
+    const int byte = k * int(sizeof(E));
+    return reinterpret_cast<E*>(reinterpret_cast<char*>(chunk) + place(m, byte / 4) * 4 + byte % 4);
   }
 
   RNNKERN_DEVICE void add(const Quad* a, const Quad (&b)[kColumnTiles]) {
@@ -125,6 +134,12 @@ class Tile<E, kRowTiles, kColumnTiles, false> {
   static constexpr int kRows = kRowTiles * kTileRows, kColumns = kColumnTiles * kTileColumns;
 
   RNNKERN_DEVICE static int place(int m, int word) { return m * (kChunkBytes / 4) + word; }
+
+  // Number k of row m of a packed chunk.
+  RNNKERN_DEVICE static E* number(Quad* chunk, int m, int k) {
+    const int byte = k * int(sizeof(E));
+    return reinterpret_cast<E*>(reinterpret_cast<char*>(chunk) + place(m, byte / 4) * 4 + byte % 4);
+  }
 
   RNNKERN_DEVICE void add(const Quad* a, const Quad (&b)[kColumnTiles]) {
     const int q = thread_index() % 4;

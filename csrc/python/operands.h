@@ -144,7 +144,7 @@ class Operands {
       const TensorView v = view(weight, name);
       v.expect_shape(shape);
       *data = v.template data<const T>();
-      if (row) *row = v.stride(0);
+      if (row) *row = v.size(0) > 1 ? v.stride(0) : v.size(1);
     };
     const int64_t rows = gates * sizes.H;
     for (int d = 0; d < layer_.directions; ++d) {

@@ -38,11 +38,14 @@ void run(const Operands<T>& operands, const Scan& scan) {
     const cuda::Call call = {device.id, current_stream(device), tf32_for(operands.layer()),
                              operands.deterministic};
     py::object kept;
-    cuda::run(scan, call, [&](size_t bytes) {
+    const cuda::Allocate allocate = [&](size_t bytes) {
+      const py::gil_scoped_acquire acquired;
       T* memory = nullptr;
       kept = operands.make(dense({int64_t((bytes + sizeof(T) - 1) / sizeof(T))}), &memory);
       return reinterpret_cast<char*>(memory);
-    });
+    };
+    // Launches wait where the device's queue is full.
+    with_interpreter_released(scan.sizes, scan.steps, [&] { cuda::run(scan, call, allocate); });
   }
 }
 

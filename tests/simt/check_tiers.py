@@ -57,6 +57,24 @@ def test_every_layout(layout: str, directions: int, cell: str, dtype: torch.dtyp
     check(module, leaves_for(module, T, N))
 
 
+RAGGED = ("passes", "groups", "passes and groups", "registers, shared memory and more")
+
+
+@pytest.mark.parametrize("layout", RAGGED, indirect=True)
+@pytest.mark.parametrize("cell", ["RNN", "LSTM", "GRU"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_that_end_and_begin(layout: str, cell: str, dtype: torch.dtype) -> None:
+    T, N, _, _ = LAYOUTS[layout][1]
+    module = module_for(cell, layout, 2).to(dtype)
+    lengths, reset = torch.randint(0, T + 1, (N,)), torch.rand(T, N) < 0.3
+    check(
+        module,
+        leaves_for(module, T, N),
+        lambda m, leaves: m(leaves["x"], states_of(leaves), lengths=lengths, reset=reset),
+        oracle_call=lambda m, leaves: oracle.run(m, leaves["x"], states_of(leaves), lengths, reset),
+    )
+
+
 @pytest.mark.parametrize("layout", LAYOUTS, indirect=True)
 @pytest.mark.parametrize("directions", [1, 2])
 def test_integers_are_exact_as_tf32(
@@ -124,7 +142,7 @@ def test_without_a_library_of_products(
 ) -> None:
     """Where cuBLAS is missing all products are made by our own kernel; rows end and begin."""
     monkeypatch.setenv("RNNKERN_CUDA_TIER", tier)
-    monkeypatch.setenv("RNNKERN_SIMT_NO_LIBRARY", "1")
+    monkeypatch.setenv("RNNKERN_CUBLAS", "0")
     kind, _, proj = cell.partition("-")
     own = {"proj_size": 3} if proj else {}
     module = getattr(rnnkern, kind)(3, 5, bidirectional=directions == 2, **own).to(dtype)
@@ -144,14 +162,14 @@ def test_products_of_several_tiles_without_a_library(
     sizes: tuple[int, int, int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And of more numbers than one sum may have."""
-    monkeypatch.setenv("RNNKERN_SIMT_NO_LIBRARY", "1")
+    monkeypatch.setenv("RNNKERN_CUBLAS", "0")
     T, N, I, H = sizes
     module = rnnkern.GRU(I, H).to(dtype)
     check(module, leaves_for(module, T, N))
 
 
 def test_integers_are_exact_as_tf32_without_a_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RNNKERN_SIMT_NO_LIBRARY", "1")
+    monkeypatch.setenv("RNNKERN_CUBLAS", "0")
     module = rnnkern.RNN(20, 30, nonlinearity="relu")
     with torch.no_grad():
         for parameter in module.parameters():
@@ -176,24 +194,43 @@ def test_inference_of_the_stepwise_tier(
 
 
 @pytest.mark.parametrize("cell", ["RNN", "LSTM", "LSTM-proj", "GRU"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_deterministic_rows_stand_alone(cell: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("dtype", [*DTYPES, "tf32"], ids=str)
+def test_deterministic_rows_stand_alone(
+    cell: str, dtype: torch.dtype | str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Neither the other rows nor where a sequence is cut show in the bits."""
+    if isinstance(dtype, str):
+        monkeypatch.setenv("RNNKERN_SIMT_TF32", "1")
+        dtype = torch.float32
     kind, _, proj = cell.partition("-")
     own = {"proj_size": 9} if proj else {}
     module = getattr(rnnkern, kind)(20, 40, **own).to(dtype)
     x = torch.randn(5, 70, 20, dtype=dtype)
+    lengths, reset = torch.randint(0, 6, (70,)), torch.rand(5, 70) < 0.3
+    lengths[3:9] = lengths[65] = 5
     torch.use_deterministic_algorithms(True)
     try:
         with torch.no_grad():
-            whole = module(x)[0]
-            row, _ = module(x[:, 65:66])
-            first, state = module(x[:2, 3:9])
-            last, _ = module(x[2:, 3:9], state)
+            whole = module(x, lengths=lengths, reset=reset)[0]
+            row, _ = module(x[:, 65:66], reset=reset[:, 65:66])
+            first, state = module(x[:2, 3:9], reset=reset[:2, 3:9])
+            last, _ = module(x[2:, 3:9], state, reset=reset[2:, 3:9])
     finally:
         torch.use_deterministic_algorithms(False)
     assert torch.equal(row, whole[:, 65:66])
     assert torch.equal(torch.cat([first, last]), whole[:, 3:9])
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_weights_of_one_row_may_have_any_stride(tier: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RNNKERN_CUDA_TIER", tier)
+    for module in (rnnkern.LSTM(3, 5, proj_size=1), rnnkern.RNN(4, 1)):
+        for name, parameter in module.named_parameters():
+            if parameter.dim() == 2 and parameter.size(0) == 1:
+                column = parameter.detach().clone().view(-1, 1)
+                setattr(module, name, torch.nn.Parameter(column.t()))
+                assert getattr(module, name).stride() == (1, 1)
+        check(module, leaves_for(module, 3, 4))
 
 
 def test_tf32_rounds(monkeypatch: pytest.MonkeyPatch) -> None:

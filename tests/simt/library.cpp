@@ -64,18 +64,21 @@ void sum_up(const Product& p) {
 
 }  // namespace
 
-bool has_library() { return !std::getenv("RNNKERN_SIMT_NO_LIBRARY"); }
+bool has_library() {
+  const char* const wanted = std::getenv("RNNKERN_CUBLAS");
+  return !(wanted && std::string(wanted) == "0");
+}
 size_t library_bytes() { return 100; }
 
 void check(bool fits, const char* what) {
   if (!fits) throw std::invalid_argument(std::string("cuBLAS would refuse ") + what);
 }
 
-void prepare_products(const Call&, char* workspace) {
+Products::Products(const Call& call, char* workspace) : tf32_(call.tf32) {
   check(reinterpret_cast<uintptr_t>(workspace) % kLibraryAlignment == 0, "this workspace");
 }
 
-void multiply(const Call&, const Product& p) {
+void Products::multiply(const Product& p) {
   check(p.m >= 1 && p.n >= 1 && p.k >= 1, "a product of nothing");
   check(p.a.row >= (p.a.transposed ? p.m : p.k), "rows of a that overlap");
   check(p.b.row >= (p.b.transposed ? p.k : p.n), "rows of b that overlap");
