@@ -10,6 +10,7 @@ import copy
 import gc
 import json
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,30 @@ def test_two_runs_are_bitwise_equal(form: str, dtype: torch.dtype) -> None:
     first = evaluate(module, leaves)
     for _ in range(3):
         assert_bitwise(evaluate(module, leaves), first)
+
+
+# Threads
+
+
+@pytest.mark.parametrize("tier", ["resident", "stepwise"])
+def test_several_threads_at_once(tier: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels are queued without the interpreter, and cuBLAS is called by one at a time."""
+    monkeypatch.setenv("RNNKERN_CUDA_TIER", tier)
+    modules = [build(kind, 40, 129) for kind in (*LAYERS, "LSTM")]
+    cases = [(module, leaves_for(module, 200, 9)) for module in modules]
+    expected = [evaluate(module, leaves) for module, leaves in cases]
+    torch.cuda.synchronize()
+
+    def on_a_stream(case: tuple[Any, Leaves]) -> dict[str, Tensor]:
+        stream: Any = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            results = evaluate(*case)
+        stream.synchronize()
+        return results
+
+    with ThreadPoolExecutor(len(cases)) as pool:
+        for results, wanted in zip(pool.map(on_a_stream, cases), expected, strict=True):
+            assert_bitwise(results, wanted)
 
 
 # Where tensors lie
