@@ -76,6 +76,18 @@ def test_the_page_has_what_was_measured(tmp_path: Path, monkeypatch: pytest.Monk
         assert f"benchmarks/gpu-{swept}.png" in text
 
 
+def test_a_page_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine that measures, where the rest of the page is not at hand."""
+    measured(tmp_path, monkeypatch, "--dtype", "float32", "--budget", "0.2")
+    file = str(tmp_path / "speed.jsonl")
+    monkeypatch.setattr(sys, "argv", ["page.py", file, file, "--docs", str(tmp_path)])
+    page.main()
+    text = (tmp_path / "benchmarks.md").read_text(encoding="utf-8")
+    assert text.startswith("# Benchmarks\n\n## On a GPU\n")
+    assert "### Peers" in text
+    assert "| LSTM notebook float32 forward |" in text
+
+
 def test_a_peer_that_fails_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """None of them is installed here."""
     options = ("--dtype", "float32", "--cell", "LSTM", "--budget", "0.2", "--peers")

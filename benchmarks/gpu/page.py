@@ -159,7 +159,8 @@ def main() -> None:
             pictures.append(arguments.docs / "benchmarks" / f"gpu-{swept}.png")
             draw(results, swept, pictures[-1])
     page = arguments.docs / "benchmarks.md"
-    before = page.read_text(encoding="utf-8").partition(HEADING)[0].rstrip()
+    old = page.read_text(encoding="utf-8") if page.exists() else "# Benchmarks\n"
+    before = old.partition(HEADING)[0].rstrip()
     text = "\n".join(section(header, results, peers, pictures))
     page.write_text(f"{before}\n\n{text}\n", encoding="utf-8")
     print(f"written: {page}")

@@ -31,10 +31,10 @@ source=$WORK/source   # a copy of the sources, in which to build and from which 
 wheels=$WORK/wheels
 export PATH=$wheels/bin:$PATH PYTHONPATH=$site:$source/tools:$wheels
 
-parts=(env constants build tests sanitizer speed peers compare)
+parts=(env constants build tests sanitizer speed peers compare plots)
 # Seconds: below nine minutes together. What a part does not need, those after it may use.
-declare -A limits=([env]=20 [constants]=65 [build]=105 [tests]=100 [sanitizer]=60 [speed]=115
-                   [peers]=40 [compare]=30)
+declare -A limits=([env]=20 [constants]=65 [build]=105 [tests]=100 [sanitizer]=60 [speed]=110
+                   [peers]=40 [compare]=30 [plots]=5)
 
 # "90a" for compute capability 9.0: only with the letter are there wgmma and the like.
 architecture() {
@@ -159,6 +159,14 @@ part_compare() {
   # shellcheck disable=SC2086
   cd "$WORK" && "$PYTHON" -m rnnkern compare --device cuda ${COMPARE---quick} \
     --json "$OUT/compare.json"
+}
+
+# Where this Python has matplotlib; page.py makes them anywhere of what has been measured.
+part_plots() {
+  "$PYTHON" -c 'import matplotlib' 2>/dev/null || { echo "no matplotlib here"; return 0; }
+  local measured=("$OUT/speed.jsonl")
+  [[ -s $OUT/peers.jsonl ]] && measured+=("$OUT/peers.jsonl")
+  "$PYTHON" "$here/page.py" "${measured[@]}" --docs "$OUT"
 }
 
 if [[ ${1:-} == --inside ]]; then # a part, in a process that can be ended
