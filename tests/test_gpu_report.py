@@ -85,6 +85,8 @@ def test_a_page_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     text = (tmp_path / "benchmarks.md").read_text(encoding="utf-8")
     assert text.startswith("# Benchmarks\n\n## On a GPU\n")
     assert "### Peers" in text
+    assert "### float32, forward\n" in text
+    assert "bfloat16" not in text
     assert "| LSTM notebook float32 forward |" in text
 
 

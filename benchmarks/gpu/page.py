@@ -134,8 +134,9 @@ def section(
         " speed-up is the median of the ratios within a round. Expected is what the plan says of a"
         " step (`rnnkern.explain`).",
     ]
-    for precision in default_precisions("cuda"):
-        for pass_name in PASSES:
+    measured = {r["dtype"] for r in results}
+    for precision, pass_name in product(default_precisions("cuda"), PASSES):
+        if precision.name in measured:
             lines += ["", f"### {precision.name}, {pass_name}", ""]
             lines += table(results, precision.name, pass_name)
     if peers:

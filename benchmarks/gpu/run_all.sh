@@ -33,8 +33,8 @@ export PATH=$wheels/bin:$PATH PYTHONPATH=$site:$source/tools:$wheels
 
 parts=(env constants build tests sanitizer speed peers compare plots)
 # Seconds: below nine minutes together. What a part does not need, those after it may use.
-declare -A limits=([env]=20 [constants]=65 [build]=105 [tests]=100 [sanitizer]=60 [speed]=110
-                   [peers]=40 [compare]=30 [plots]=5)
+declare -A limits=([env]=20 [constants]=65 [build]=105 [tests]=100 [sanitizer]=60 [speed]=105
+                   [peers]=40 [compare]=30 [plots]=10)
 
 # "90a" for compute capability 9.0: only with the letter are there wgmma and the like.
 architecture() {
