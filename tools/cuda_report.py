@@ -21,7 +21,7 @@ MEMORY = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) b
 REGISTERS = re.compile(r"Used (\d+) registers")
 
 HOT = ("Resident", "Stepwise", "MatrixProduct")
-FEW_BYTES = 48
+FEW_BYTES, FEW_BYTES_OF_PRODUCT = 48, 64
 
 
 class Kernel(NamedTuple):
@@ -37,8 +37,11 @@ class Kernel(NamedTuple):
 
     @property
     def is_wrong(self) -> bool:
-        keeps_some = "<float, float" in self.name or self.name.startswith("MatrixProduct")
-        allowed = FEW_BYTES if keeps_some else 0
+        allowed = 0
+        if self.name.startswith("MatrixProduct"):
+            allowed = FEW_BYTES_OF_PRODUCT
+        elif "<float, float" in self.name:
+            allowed = FEW_BYTES
         return self.is_hot and max(self.spilled, self.stack) > allowed
 
 

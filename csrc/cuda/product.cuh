@@ -17,7 +17,7 @@ namespace RNNKERN_NAMESPACE {
 template <typename T, typename E, typename R>
 class MatrixProduct {
   using A = Compute<T>;
-  using Product = Tile<E, kOnTensorCores<E> ? 4 : 2, 1>;
+  using Product = Tile<E, kOnTensorCores<E> ? 4 : 1, 1>;
   using Sums = Partials<A, cuda::kTileColumns>;
 
  public:

@@ -292,7 +292,8 @@ class ResidentBlock {
 
   // Of a warp's chunks in shared memory the one of that index.
   RNNKERN_DEVICE Quad* shared_chunk(int group, int warp, int index) const {
-    const int64_t warps = int64_t(group) * working_ + warp;
+    // Not the member: with it ptxas spills more, for true float32.
+    const int64_t warps = int64_t(group) * r_.working_warps() + warp;
     return reinterpret_cast<Quad*>(shared_memory()) +
            (warps * r_.shared_chunks + index) * kQuadsOfChunk;
   }
