@@ -17,7 +17,8 @@ namespace RNNKERN_NAMESPACE {
 template <typename T, typename E, typename R>
 class MatrixProduct {
   using A = Compute<T>;
-  using Product = Tile<E, kOnTensorCores<E> ? 4 : 1, 1>;
+  // Without tensor cores, as few rows as give every thread a number to move.
+  using Product = Tile<E, kOnTensorCores<E> ? 4 : int(sizeof(E)) / 4, 1>;
   using Sums = Partials<A, cuda::kTileColumns>;
 
  public:
