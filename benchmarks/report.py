@@ -25,6 +25,7 @@ import torch
 
 from benchmarks import peers
 from benchmarks.gpu.page import HEADING as GPU_HEADING
+from benchmarks.gpu.page import cells_of_table
 from rnnkern import compare, timing
 from rnnkern.workloads import (
     CELLS,
@@ -241,21 +242,19 @@ def _table(rows: list[dict[str, Any]]) -> Iterator[str]:
     others = [name for name in names if name != OURS]
     heads = ["cell", "workload", "T", "N", "I", "H", *(f"{name}, µs" for name in names)]
     heads += [*(f"over {name}" for name in others), "GFLOP/s", "of the limit"]
-    yield _cells(heads)
-    yield _cells(["---", "---", *["---:"] * (len(heads) - 2)])
+    yield cells_of_table(heads)
+    yield cells_of_table(["---", "---", *["---:"] * (len(heads) - 2)])
     for row in rows:
         cells = [row["cell"], row["workload"], *map(str, row["sizes"])]
         cells += [_time(row["us"][name]) for name in names]
         cells += [f"{row['speedup'][name]:.2f}" for name in others]
-        yield _cells([*cells, f"{row['gflops']:.3g}", f"{100 * row['of_limit']:.0f} %"])
+        yield cells_of_table([*cells, f"{row['gflops']:.3g}", f"{100 * row['of_limit']:.0f} %"])
     for cell in (*CELLS, None):
         of_cell = [row for row in rows if cell in (None, row["cell"])]
         means = [_mean(row["speedup"][name] for row in of_cell) for name in others]
-        yield _cells([cell or "all", "geometric mean", *[""] * (4 + len(names)), *means, "", ""])
-
-
-def _cells(texts: Iterable[str]) -> str:
-    return "| " + " | ".join(texts) + " |"
+        yield cells_of_table(
+            [cell or "all", "geometric mean", *[""] * (4 + len(names)), *means, "", ""]
+        )
 
 
 def markdown(report: dict[str, Any], pictures: list[Path]) -> str:

@@ -36,6 +36,7 @@ from rnnkern.workloads import (
     GATES,
     PRECISIONS,
     Case,
+    Side,
     Workload,
     default_precisions,
     draw_case,
@@ -212,19 +213,17 @@ def peer_call(name: str, row: Row, case: Case, device: torch.device) -> timing.C
     return call
 
 
-def calls_for(row: Row, case: Case, device: torch.device) -> dict[str, timing.Call]:
-    """Ours, torch.nn's, and where the plan has chosen a tier the other one."""
-    dtype = PRECISIONS[row.dtype].dtype
-    ours = case.side(rnnkern, dtype, device)
+def calls_for(
+    row: Row, case: Case, ours: Side, device: torch.device, tiers: Iterable[str]
+) -> dict[str, timing.Call]:
+    """Ours, torch.nn's, and where the plan has chosen tiers the others."""
     calls = {
         OURS: ours.call(row.pass_name),
-        THEIRS: case.side(nn, dtype, device).call(row.pass_name),
+        THEIRS: case.side(nn, PRECISIONS[row.dtype].dtype, device).call(row.pass_name),
     }
-    tiers = plan_of(row, ours.module, ours.x).get("tiers")
-    if tiers:
-        for tier in TIERS:
-            if any(chosen != tier for chosen in tiers):
-                calls[f"{OURS} {tier}"] = in_tier(tier, ours.call(row.pass_name))
+    for tier in TIERS:
+        if any(chosen != tier for chosen in tiers):
+            calls[f"{OURS} {tier}"] = in_tier(tier, ours.call(row.pass_name))
     return calls
 
 
@@ -233,7 +232,9 @@ def measure(
 ) -> dict[str, Any]:
     """Median times of a call in microseconds, and of the ratios within a round."""
     with tf32_allowed(PRECISIONS[row.dtype].tf32), grad_mode(row.pass_name):
-        calls = calls_for(row, case, device)
+        ours = case.side(rnnkern, PRECISIONS[row.dtype].dtype, device)
+        plan = plan_of(row, ours.module, ours.x)
+        calls = calls_for(row, case, ours, device, plan.get("tiers", ()))
         failed = {}
         for name in peers:
             made = peer_call(name, row, case, device)
@@ -253,8 +254,6 @@ def measure(
                 strict=True,
             )
         )
-        module = case.side(rnnkern, PRECISIONS[row.dtype].dtype, device)
-        plan = plan_of(row, module.module, module.x)
     us = {name: statistics.median(samples) * 1e6 for name, samples in seconds.items()}
     ratios = {
         name: statistics.median(t / o for o, t in zip(seconds[OURS], samples, strict=True))

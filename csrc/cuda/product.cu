@@ -22,7 +22,7 @@ template <>
 void multiply<RNNKERN_ELEMENT>(const cuda::Product& p, bool fixed_order, Queue& queue) {
   using T = RNNKERN_ELEMENT;
   if (p.m == 0 || p.n == 0) return;
-  if (cuda::has_library() && !fixed_order && p.k > 0) return queue.multiply(p);
+  if (queue.has_library && !fixed_order && p.k > 0) return queue.multiply(p);
   with_operand<T>(queue, [&](auto operand) {
     using E = decltype(operand);
     if constexpr (kNarrow<T>) {

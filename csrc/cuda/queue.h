@@ -17,9 +17,15 @@ class Queue {
  public:
   // `what` names the layer in errors.
   Queue(const cuda::Call& call, const cuda::Device& device, char* memory, std::string what)
-      : device(device), call_(call), memory_(memory), carver_(memory), what_(std::move(what)) {}
+      : device(device),
+        has_library(cuda::has_library()),
+        call_(call),
+        memory_(memory),
+        carver_(memory),
+        what_(std::move(what)) {}
 
   const cuda::Device& device;
+  const bool has_library;  // for products, through the whole call
 
   bool runs() const { return memory_; }
   void* stream() const { return call_.stream; }

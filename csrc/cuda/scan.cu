@@ -26,7 +26,7 @@ T* take_zeros(const Sizes& z, Queue& queue) {
 template <typename T>
 cuda::Plan plan_of(const Sizes& z, const Steps& s, bool backward, const Queue& queue) {
   return cuda::plan_for({z, s.T, s.N, cuda::numbers_of<T>(queue.tf32()), backward,
-                         queue.deterministic(), cuda::has_library()},
+                         queue.deterministic(), queue.has_library},
                         queue.device);
 }
 

@@ -47,6 +47,15 @@ def module_for(cell: str, layout: str, directions: int = 1, **options: Any) -> A
     return getattr(rnnkern, cell)(I, H, bidirectional=directions == 2, **options)
 
 
+def check_ragged(module: Any, lengths: torch.Tensor, reset: torch.Tensor) -> None:
+    check(
+        module,
+        leaves_for(module, *reset.shape),
+        lambda m, leaves: m(leaves["x"], states_of(leaves), lengths=lengths, reset=reset),
+        oracle_call=lambda m, leaves: oracle.run(m, leaves["x"], states_of(leaves), lengths, reset),
+    )
+
+
 @pytest.mark.parametrize("layout", LAYOUTS, indirect=True)
 @pytest.mark.parametrize("directions", [1, 2])
 @pytest.mark.parametrize("cell", ["RNN", "LSTM", "GRU"])
@@ -66,13 +75,7 @@ RAGGED = ("passes", "groups", "passes and groups", "registers, shared memory and
 def test_rows_that_end_and_begin(layout: str, cell: str, dtype: torch.dtype) -> None:
     T, N, _, _ = LAYOUTS[layout][1]
     module = module_for(cell, layout, 2).to(dtype)
-    lengths, reset = torch.randint(0, T + 1, (N,)), torch.rand(T, N) < 0.3
-    check(
-        module,
-        leaves_for(module, T, N),
-        lambda m, leaves: m(leaves["x"], states_of(leaves), lengths=lengths, reset=reset),
-        oracle_call=lambda m, leaves: oracle.run(m, leaves["x"], states_of(leaves), lengths, reset),
-    )
+    check_ragged(module, torch.randint(0, T + 1, (N,)), torch.rand(T, N) < 0.3)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, indirect=True)
@@ -147,13 +150,7 @@ def test_without_a_library_of_products(
     own = {"proj_size": 3} if proj else {}
     module = getattr(rnnkern, kind)(3, 5, bidirectional=directions == 2, **own).to(dtype)
     check(module, leaves_for(module, 4, 3))
-    lengths, reset = torch.tensor([4, 0, 2]), torch.rand(4, 3) < 0.3
-    check(
-        module,
-        leaves_for(module, 4, 3),
-        lambda m, leaves: m(leaves["x"], states_of(leaves), lengths=lengths, reset=reset),
-        oracle_call=lambda m, leaves: oracle.run(m, leaves["x"], states_of(leaves), lengths, reset),
-    )
+    check_ragged(module, torch.tensor([4, 0, 2]), torch.rand(4, 3) < 0.3)
 
 
 @pytest.mark.parametrize("sizes", [(90, 4, 2, 3), (2, 40, 300, 30), (1, 70, 20, 270)], ids=str)
