@@ -1,67 +1,81 @@
-# Every target sets up what it needs: a virtual environment in .venv, the versions pinned in
-# constraints.txt, and an editable build of the package. Stamp files keep the second run from doing
-# any of it again.
+# Every target sets up what it needs and no more: a virtual environment in .venv, the packages of
+# its dependency groups (pyproject.toml) in the versions that constraints.txt pins, and a build of
+# the extension beside its sources. Stamp files in .venv keep the second run from doing it again.
 
 PYTHON ?= python3
 VENV   ?= .venv
 ARGS   ?=
 
-BIN   := $(VENV)/bin
-PIP   := $(BIN)/python -m pip --disable-pip-version-check
-READY := $(VENV)/.tools-ready
-BUILT := $(VENV)/.package-built
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip
+PYTEST := $(BIN)/pytest
 
-# The same as in pyproject.toml's [build-system]. The editable build runs without build isolation:
-# an isolated one has its tools in a new place every time and would compile everything anew.
+# What setup.py builds with, as in pyproject.toml's [build-system].
 BUILD_REQUIRES := setuptools pybind11 cmake ninja
 export PATH := $(abspath $(BIN)):$(PATH)
 
-NATIVE_SOURCES := $(shell find csrc -type f 2>/dev/null) CMakeLists.txt setup.py pyproject.toml
+NATIVE_SOURCES := $(shell find csrc cmake -type f 2>/dev/null) CMakeLists.txt setup.py
 FORMATTED      := $(shell find csrc tests benchmarks -type f 2>/dev/null | grep -E '\.(cpp|h|cu|cuh)$$')
 
 # The pins hold for every pip below; an isolated build takes them as --build-constraint.
 export PIP_CONSTRAINT := constraints.txt
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Python compiles what it imports, and most of torch is never imported: half a minute saved.
+export PIP_NO_COMPILE := 1
+
+# What a target needs, as prerequisites.
+READY  := $(VENV)/.ready
+TORCH  := $(VENV)/.torch
+NATIVE := $(VENV)/.built-native
+BUILT  := $(VENV)/.built-all
+group   = $(VENV)/.group-$(1)
+TESTS  := $(BUILT) $(call group,test)
 
 define build_wheels
-$(PIP) install --quiet --group wheels
 $(BIN)/python tools/build_wheels.py --cuda $(1) $(ARGS)
+endef
+
+# The extension, with the lines of ninja as they come.
+define build
+@echo 'Compiling the kernels for $(1): some minutes the first time'
+@RNNKERN_INSTRUCTION_SETS=$(2) $(BIN)/python setup.py --quiet build_ext --inplace
 endef
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install compare test test-isa bench bench-smoke report lint format wheels wheels-cuda \
-  check-neon sanitize cuda-check cuda-sanitize simt simt-coverage clean distclean
+.PHONY: help install compare test test-ecosystem test-machines bench bench-smoke report lint format \
+  wheels wheels-cuda check-neon sanitize cuda-check cuda-sanitize simt simt-coverage clean distclean
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
 	@echo
 	@echo '  ARGS="..." is handed on to the program; PYTHON=... is the interpreter that makes .venv.'
 
 install: $(BUILT)  ## set up .venv and build the package in it, nothing more
 
-compare: $(BUILT)  ## check and time against torch.nn (ARGS=--quick: under 20 s)
+compare: $(NATIVE) $(call group,progress)  ## check and time against torch.nn (ARGS=--quick: under 20 s)
+compare: $(if $(findstring --plot,$(ARGS)),$(call group,plot))
 	$(BIN)/rnnkern compare $(ARGS)
 
-test: $(BUILT)  ## run the tests (ARGS="-k lstm": some of them)
-	$(BIN)/pytest tests $(ARGS)
+test: $(TESTS)  ## run the tests (ARGS="-k lstm": some of them)
+	$(PYTEST) tests $(ARGS)
 
-test-isa: $(BUILT)  ## run the tests once with each lower instruction set forced
-	@set -e; isas=$$($(BIN)/python tools/lower_isas.py); for isa in $$isas; do \
-	  echo "RNNKERN_ISA=$$isa $(BIN)/pytest tests $(ARGS)"; \
-	  RNNKERN_TEST_DEVICES=cpu RNNKERN_ISA=$$isa $(BIN)/pytest tests $(ARGS); \
-	done
+test-ecosystem: $(TESTS) $(call group,ecosystem)  ## run the tests in the models of other packages
+	$(PYTEST) tests/test_ecosystem.py $(ARGS)
 
-bench: $(BUILT)  ## run the benchmarks (ARGS="-k notebook": some of them)
-	$(BIN)/pytest benchmarks --benchmark-only $(ARGS)
+test-machines: $(TESTS)  ## run the tests as on machines of other caches, threads, instructions
+	$(BIN)/python tools/test_machines.py $(ARGS)
 
-report: $(BUILT)  ## measure beside ONNX Runtime and OpenVINO, write docs/benchmarks.md
-	$(PIP) install --quiet onnx onnxruntime openvino
+bench: $(BUILT) $(call group,test)  ## run the benchmarks (ARGS="-k notebook": some of them)
+	$(PYTEST) benchmarks --benchmark-only $(ARGS)
+
+report: $(BUILT) $(call group,peers)  ## measure beside ONNX Runtime and OpenVINO, write docs/benchmarks.md
 	$(BIN)/python -m benchmarks.report $(ARGS)
 
-bench-smoke: $(BUILT)  ## run every benchmark once, untimed: its check and its code
-	$(BIN)/pytest benchmarks --benchmark-disable $(ARGS)
+bench-smoke: $(TESTS)  ## run every benchmark once, untimed: its check and its code
+	$(PYTEST) benchmarks --benchmark-disable $(ARGS)
 
-lint: $(BUILT)  ## ruff, mypy, clang-format and the workflow's linters, changing nothing
+lint: $(TORCH) $(call group,lint)  ## ruff, mypy, clang-format and the workflow's linters, changing nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -69,15 +83,15 @@ lint: $(BUILT)  ## ruff, mypy, clang-format and the workflow's linters, changing
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	$(BIN)/zizmor --quiet --offline --strict-collection .github
 
-format: $(READY)  ## format Python and C++, and apply ruff's safe fixes
+format: $(call group,lint)  ## format Python and C++, and apply ruff's safe fixes
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
 	$(if $(FORMATTED),$(BIN)/clang-format -i $(FORMATTED))
 
-wheels: $(READY)  ## build the CPU's wheel, prove it without a compiler, index it in dist/
+wheels: $(call group,wheels)  ## build the CPU's wheel, prove it without a compiler, index it in dist/
 	$(call build_wheels,cpu)
 
-wheels-cuda: $(READY)  ## the same for CUDA, in an hour: needs no nvcc (ARGS="--torch 2.13.0 2.12.1")
+wheels-cuda: $(call group,wheels)  ## the same for CUDA, in an hour: needs no nvcc (ARGS="--torch 2.13.0 2.12.1")
 	$(call build_wheels,13.0 13.2)
 
 check-neon:  ## compile the kernels for AArch64 (needs Debian's g++-aarch64-linux-gnu)
@@ -85,42 +99,58 @@ check-neon:  ## compile the kernels for AArch64 (needs Debian's g++-aarch64-linu
 	  -Wextra -Werror -Icsrc -o /dev/null -c"; set -e; \
 	for element in float double Bf16 F16; do \
 	  $$compile -DRNNKERN_NAMESPACE=baseline -DRNNKERN_ELEMENT=$$element csrc/cpu/kernels.cpp; done; \
-	for source in csrc/cpu/scan.cpp csrc/plan.cpp; do $$compile $$source; done
+	for source in csrc/cpu/scan.cpp csrc/plan.cpp; do $$compile -DRNNKERN_HAS_BASELINE $$source; done
 
-sanitize: $(BUILT)  ## run the kernel tests under the address and undefined-behaviour sanitizers
+sanitize: $(TESTS)  ## run the kernel tests under the address and undefined-behaviour sanitizers
 	sh tools/sanitize.sh $(BIN)/python $(ARGS)
 
-cuda-check: $(BUILT)  ## compile the CUDA kernels for every architecture, look for spills, run `simt`
+cuda-check: $(TESTS)  ## compile the CUDA kernels (CUDAARCHS: for what), look for spills, run `simt`
 	sh tools/cuda_check.sh $(BIN)/python
 
-cuda-sanitize: $(BUILT)  ## tests on a GPU under compute-sanitizer's memcheck and racecheck
+cuda-sanitize: $(TESTS)  ## tests on a GPU under compute-sanitizer's memcheck and racecheck
 	sh tools/cuda_sanitize.sh $(BIN)/python $(ARGS)
 
-simt: $(BUILT)  ## run kernel tests on the CUDA kernels, on a stand-in for the GPU (ARGS: of pytest)
+simt: $(TESTS)  ## run kernel tests on the CUDA kernels, on a stand-in for the GPU (ARGS: of pytest)
 	sh tools/simt.sh $(BIN)/python $(ARGS)
 
-simt-coverage: $(BUILT)  ## which lines of the CUDA kernels the tests on the stand-in run
-	$(PIP) install --quiet gcovr
+simt-coverage: $(TESTS) $(call group,coverage)  ## which lines of the CUDA kernels the tests on the stand-in run
 	sh tools/simt_coverage.sh $(BIN)/python
 
 clean:  ## remove what was built, keep .venv
-	rm -rf build dist *.egg-info rnnkern/_C*.so $(BUILT)
+	rm -rf build dist *.egg-info rnnkern/_C*.so $(NATIVE) $(BUILT)
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find $(wildcard rnnkern tests benchmarks tools) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean  ## remove .venv too
 	rm -rf $(VENV)
 
-$(READY): constraints.txt pyproject.toml
+$(READY): constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo 'rnnkern needs Python 3.10 or later; name one with make PYTHON=...' >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' || \
 	  { echo 'this Python has no venv; on Debian: apt-get install python3-venv' >&2; exit 1; }
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet --upgrade pip
-	$(PIP) install torch $(BUILD_REQUIRES) ruff clang-format
+	@echo 'Setting up $(VENV)'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) install --quiet --upgrade pip
 	@touch $@
 
-$(BUILT): $(READY) $(NATIVE_SOURCES)
-	$(PIP) install --no-build-isolation --editable '.[test,plot,progress,dev,ecosystem,examples]'
+$(TORCH): $(READY) pyproject.toml
+	@echo 'Installing torch and the build tools'
+	@$(PIP) install --quiet torch numpy $(BUILD_REQUIRES)
+	@RNNKERN_WITHOUT_EXTENSION=1 $(PIP) install --quiet --no-build-isolation --no-deps --editable .
 	@touch $@
+
+$(VENV)/.group-%: $(READY) pyproject.toml
+	@echo 'Installing the packages of the group $*'
+	@$(PIP) install --quiet --group $*
+	@touch $@
+
+# The kernels for the CPU at hand take a third of the time of all, and they are all that timing
+# needs.
+$(NATIVE): $(TORCH) $(NATIVE_SOURCES)
+	$(call build,this CPU,native)
+	@touch $@
+
+$(BUILT): $(TORCH) $(NATIVE_SOURCES)
+	$(call build,every CPU,all)
+	@touch $(NATIVE) $@

@@ -1,7 +1,8 @@
 """Drives CMake with Ninja.
 
 CMakeLists.txt is the one build definition, pyproject.toml holds the metadata but for the version:
-RNNKERN_LOCAL_VERSION=cu130 makes 0.1.0 into 0.1.0+cu130.
+RNNKERN_LOCAL_VERSION=cu130 makes 0.1.0 into 0.1.0+cu130. RNNKERN_WITHOUT_EXTENSION=1 leaves the
+extension out: the Makefile installs the metadata that way, and builds the extension in view.
 """
 
 from __future__ import annotations
@@ -29,11 +30,13 @@ class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         # An editable build gets a new temporary folder each time; its own one keeps the objects.
-        place = ROOT / "build" / "editable" if self.editable_mode else Path(self.build_temp)
+        is_beside = self.editable_mode or self.inplace
+        place = ROOT / "build" / "editable" if is_beside else Path(self.build_temp)
         build = place.resolve() / ext.name
         build.mkdir(parents=True, exist_ok=True)
         configure = [
             "cmake",
+            "--log-level=NOTICE",
             "-S",
             str(ROOT),
             "-B",
@@ -48,6 +51,7 @@ class CMakeBuild(build_ext):
             f"-DRNNKERN_AMX_STAND_IN={os.environ.get('RNNKERN_AMX_STAND_IN', 'OFF')}",
             f"-DRNNKERN_SIMT={os.environ.get('RNNKERN_SIMT', 'OFF')}",
             f"-DRNNKERN_CUDA={os.environ.get('RNNKERN_CUDA', 'AUTO')}",
+            f"-DRNNKERN_INSTRUCTION_SETS={os.environ.get('RNNKERN_INSTRUCTION_SETS', 'all')}",
             f"-DRNNKERN_CUDA_REPORT={os.environ.get('RNNKERN_CUDA_REPORT', 'OFF')}",
         ]
         subprocess.run(configure, check=True)
@@ -55,8 +59,9 @@ class CMakeBuild(build_ext):
 
 
 local = os.environ.get("RNNKERN_LOCAL_VERSION")
+without_extension = os.environ.get("RNNKERN_WITHOUT_EXTENSION") == "1"
 setup(
     version=f"{VERSION}+{local}" if local else VERSION,
-    ext_modules=[Extension("rnnkern._C", sources=[])],
+    ext_modules=[] if without_extension else [Extension("rnnkern._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
 )

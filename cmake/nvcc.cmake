@@ -1,6 +1,7 @@
 # Finds nvcc and enables the language CUDA: the compiler that CUDACXX names, that of CUDA_HOME, the
 # one on the PATH, or one that pip installed (cuda-toolkit[nvcc,cudart,cccl]). Sets rnnkern_has_cuda
-# where one works; where none does it is an error, or with RNNKERN_CUDA=AUTO a message.
+# if one works. If none does, that is an error; with RNNKERN_CUDA=AUTO it is a message, and so is a
+# machine without a GPU, because the kernels take minutes to compile and nothing would run them.
 set(rnnkern_has_cuda OFF)
 set(rnnkern_oldest_nvcc 12.0)  # the first with C++20 and sm_90a
 
@@ -63,12 +64,40 @@ function(rnnkern_code_names result)
   set(${result} ${names} PARENT_SCOPE)
 endfunction()
 
-# Machine code for every generation from Ampere on, and PTX for what comes later. Set CUDAARCHS for
-# others.
+# The architectures of this machine's GPUs, as CMake names them; those that the kernels run on.
+function(rnnkern_architectures_here result)
+  set(found)
+  execute_process(COMMAND nvidia-smi --query-gpu=compute_cap --format=csv,noheader
+    OUTPUT_VARIABLE capabilities ERROR_VARIABLE ignored RESULT_VARIABLE failed)
+  if(NOT failed)
+    string(REGEX MATCHALL "[0-9]+\\.[0-9]" capabilities "${capabilities}")
+    foreach(capability IN LISTS capabilities)
+      if(capability VERSION_GREATER_EQUAL 8.0)
+        string(REPLACE . "" number ${capability})
+        list(APPEND found ${number}-real)
+      endif()
+    endforeach()
+    list(TRANSFORM found REPLACE "^90-real$" 90a-real)
+    list(REMOVE_DUPLICATES found)
+  endif()
+  set(${result} ${found} PARENT_SCOPE)
+endfunction()
+
+# CUDAARCHS names them, as the wheels do. By default AUTO takes those of the GPUs here; ON takes
+# every generation from Ampere on, and PTX for what comes later.
 if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES AND NOT DEFINED ENV{CUDAARCHS})
-  set(CMAKE_CUDA_ARCHITECTURES 80 90a-real)
-  if(version VERSION_GREATER_EQUAL 12.8)
-    list(APPEND CMAKE_CUDA_ARCHITECTURES 100-real 120-real)
+  if(RNNKERN_CUDA STREQUAL "AUTO")
+    rnnkern_architectures_here(CMAKE_CUDA_ARCHITECTURES)
+    if(NOT CMAKE_CUDA_ARCHITECTURES)
+      rnnkern_without_cuda("nvcc ${version} is here, but no NVIDIA GPU of compute capability 8.0 \
+or later that nvidia-smi knows (RNNKERN_CUDA=ON builds the CUDA kernels all the same)")
+      return()
+    endif()
+  else()
+    set(CMAKE_CUDA_ARCHITECTURES 80 90a-real)
+    if(version VERSION_GREATER_EQUAL 12.8)
+      list(APPEND CMAKE_CUDA_ARCHITECTURES 100-real 120-real)
+    endif()
   endif()
 endif()
 

@@ -266,7 +266,7 @@ PYBIND11_MODULE(_C, m) {
   using namespace rnnkern;
   bind_torch();
   try {
-    instruction_set();
+    check_environment();
   } catch (const std::runtime_error& error) {
     throw py::import_error(error.what());
   }

@@ -42,8 +42,12 @@ struct InstructionSet {
 const std::vector<InstructionSet>& instruction_sets();
 
 // The one in use: the best that the CPU has, or the one named by RNNKERN_ISA. Throws
-// std::runtime_error for a name that is unknown or that the CPU lacks.
+// std::runtime_error for a name that is unknown or that the CPU lacks, and if the CPU has none of
+// those compiled in.
 const InstructionSet& instruction_set();
+
+// Throws std::runtime_error if an environment variable has a value that no call can use.
+void check_environment();
 
 // One call: plans, allocates the workspace, runs.
 template <typename T>

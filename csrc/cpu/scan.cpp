@@ -17,12 +17,11 @@
 
 namespace rnnkern {
 
-// Of each instruction set, as far as it has its own.
+// Those that this build has of each instruction set, as far as it has its own: RNNKERN_HAS_...
 namespace baseline {
 template <typename T>
 Kernels<T> kernels();
 }
-#ifdef RNNKERN_X86_64
 namespace x86_64_v3 {
 template <typename T>
 Kernels<T> kernels();
@@ -46,17 +45,18 @@ constexpr const char* kAmx = "x86-64-v4-amx-stand-in";
 #else
 constexpr const char* kAmx = "x86-64-v4-amx";
 #endif
-#endif
 
 namespace {
 
-bool always() { return true; }
+[[maybe_unused]] bool always() { return true; }
 
-#ifdef RNNKERN_X86_64
-bool has_v3() { return __builtin_cpu_supports("x86-64-v3"); }
-bool has_v4() { return __builtin_cpu_supports("x86-64-v4"); }
-bool has_v4_bf16() { return has_v4() && __builtin_cpu_supports("avx512bf16"); }
+#ifdef __x86_64__
+[[maybe_unused]] bool has_v3() { return __builtin_cpu_supports("x86-64-v3"); }
+[[maybe_unused]] bool has_v4() { return __builtin_cpu_supports("x86-64-v4"); }
+[[maybe_unused]] bool has_v4_bf16() { return has_v4() && __builtin_cpu_supports("avx512bf16"); }
+#endif
 
+#ifdef RNNKERN_HAS_X86_64_V4_AMX
 // The system grants the tile registers to those who ask.
 bool has_v4_amx() {
 #if defined(RNNKERN_AMX_STAND_IN)
@@ -80,9 +80,15 @@ const InstructionSet& choose() {
     // Asked only where it matters: for AMX the question has an effect.
     if ((!named || set.name == std::string(wanted)) && set.supported()) return set;
   }
-  std::string known;
+  std::string known, compiled;
   for (const InstructionSet& set : instruction_sets()) {
-    if (set.supported()) known += known.empty() ? set.name : std::string(", ") + set.name;
+    compiled += std::string(compiled.empty() ? "" : ", ") + set.name;
+    if (set.supported()) known += std::string(known.empty() ? "" : ", ") + set.name;
+  }
+  if (!named) {
+    throw std::runtime_error("this build has kernels for " + compiled +
+                             " alone, which this CPU lacks; RNNKERN_INSTRUCTION_SETS=all builds "
+                             "those for every CPU");
   }
   throw std::runtime_error("RNNKERN_ISA is '" + std::string(wanted) +
                            "'; this CPU and this build have: " + known);
@@ -93,12 +99,24 @@ const InstructionSet& choose() {
 bool forked = false;
 [[maybe_unused]] const int fork_watch = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 
-int64_t l2_bytes() {
+// Of one core; RNNKERN_L2_BYTES describes another machine, for tests.
+int64_t find_l2_bytes() {
+  if (const char* const described = std::getenv("RNNKERN_L2_BYTES")) {
+    char* end = nullptr;
+    const long long bytes = std::strtoll(described, &end, 10);
+    if (bytes > 0 && !*end) return bytes;
+    throw std::runtime_error("RNNKERN_L2_BYTES is '" + std::string(described) +
+                             "', wanted a number of bytes above 0");
+  }
 #ifdef _SC_LEVEL2_CACHE_SIZE
-  static const long found = sysconf(_SC_LEVEL2_CACHE_SIZE);
-  if (found > 0) return found;
+  if (const long found = sysconf(_SC_LEVEL2_CACHE_SIZE); found > 0) return found;
 #endif
   return Machine().l2_bytes;
+}
+
+int64_t l2_bytes() {
+  static const int64_t bytes = find_l2_bytes();
+  return bytes;
 }
 
 // Scratch memory of a call, in huge pages where it is large and the system has them (packed weights
@@ -164,19 +182,23 @@ void with_workspace(Run run) {
 // them.
 const std::vector<InstructionSet>& instruction_sets() {
   static const std::vector<InstructionSet> sets = {
-#ifdef RNNKERN_X86_64
+#ifdef RNNKERN_HAS_X86_64_V4_AMX
       {kAmx, has_v4_amx,
        [] {
          return AllKernels{x86_64_v4::kernels<float>(), x86_64_v4::kernels<double>(),
                            x86_64_v4_amx::kernels<Bf16>(), x86_64_v4::kernels<F16>(),
                            x86_64_v4_amx::kernels<F32ByBf16>()};
        }},
+#endif
+#ifdef RNNKERN_HAS_X86_64_V4_BF16
       {"x86-64-v4-bf16", has_v4_bf16,
        [] {
          return AllKernels{x86_64_v4::kernels<float>(), x86_64_v4::kernels<double>(),
                            x86_64_v4_bf16::kernels<Bf16>(), x86_64_v4::kernels<F16>(),
                            x86_64_v4_bf16::kernels<F32ByBf16>()};
        }},
+#endif
+#ifdef RNNKERN_HAS_X86_64_V4
       {"x86-64-v4", has_v4,
        [] {
          return AllKernels{x86_64_v4::kernels<float>(),
@@ -185,6 +207,8 @@ const std::vector<InstructionSet>& instruction_sets() {
                            x86_64_v4::kernels<F16>(),
                            {}};
        }},
+#endif
+#ifdef RNNKERN_HAS_X86_64_V3
       {"x86-64-v3", has_v3,
        [] {
          return AllKernels{x86_64_v3::kernels<float>(),
@@ -194,6 +218,7 @@ const std::vector<InstructionSet>& instruction_sets() {
                            {}};
        }},
 #endif
+#ifdef RNNKERN_HAS_BASELINE
       {"baseline", always,
        [] {
          return AllKernels{baseline::kernels<float>(),
@@ -202,6 +227,7 @@ const std::vector<InstructionSet>& instruction_sets() {
                            baseline::kernels<F16>(),
                            {}};
        }},
+#endif
   };
   return sets;
 }
@@ -209,6 +235,11 @@ const std::vector<InstructionSet>& instruction_sets() {
 const InstructionSet& instruction_set() {
   static const InstructionSet& chosen = choose();
   return chosen;
+}
+
+void check_environment() {
+  instruction_set();
+  l2_bytes();
 }
 
 const AllKernels& kernels_in_use() {

@@ -1,0 +1,43 @@
+# Sets rnnkern_instruction_sets: the namespaces of the CPU kernels to compile. With
+# RNNKERN_INSTRUCTION_SETS=native these are the ones that this CPU uses, which takes a third of the
+# time of all.
+if(NOT RNNKERN_INSTRUCTION_SETS MATCHES "^(all|native)$")
+  message(FATAL_ERROR
+    "rnnkern: RNNKERN_INSTRUCTION_SETS is '${RNNKERN_INSTRUCTION_SETS}', wanted all or native")
+endif()
+
+set(rnnkern_instruction_sets baseline)
+if(NOT CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
+  return()
+endif()
+if(RNNKERN_INSTRUCTION_SETS STREQUAL "all")
+  list(APPEND rnnkern_instruction_sets x86_64_v3 x86_64_v4 x86_64_v4_bf16 x86_64_v4_amx)
+  return()
+endif()
+
+# The compiler knows what this CPU has.
+execute_process(COMMAND ${CMAKE_CXX_COMPILER} -march=native -dM -E -x c++ /dev/null
+  OUTPUT_VARIABLE macros COMMAND_ERROR_IS_FATAL ANY)
+function(rnnkern_has result)
+  set(${result} ON PARENT_SCOPE)
+  foreach(name IN LISTS ARGN)
+    if(NOT macros MATCHES "#define __${name}__ 1")
+      set(${result} OFF PARENT_SCOPE)
+    endif()
+  endforeach()
+endfunction()
+rnnkern_has(has_v3 AVX2 BMI BMI2 F16C FMA LZCNT MOVBE)
+rnnkern_has(has_v4 AVX512F AVX512BW AVX512CD AVX512DQ AVX512VL)
+rnnkern_has(has_bf16 AVX512BF16)
+rnnkern_has(has_amx AMX_TILE AMX_BF16)
+if(has_v3 AND has_v4)
+  set(rnnkern_instruction_sets x86_64_v4)
+  if(has_bf16 AND has_amx)
+    # The system may refuse the tiles to a process, and then it is the one without them.
+    list(APPEND rnnkern_instruction_sets x86_64_v4_bf16 x86_64_v4_amx)
+  elseif(has_bf16)
+    list(APPEND rnnkern_instruction_sets x86_64_v4_bf16)
+  endif()
+elseif(has_v3)
+  set(rnnkern_instruction_sets x86_64_v3)
+endif()
