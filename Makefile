@@ -137,7 +137,7 @@ $(READY): constraints.txt
 $(TORCH): $(READY) pyproject.toml
 	@echo 'Installing torch and the build tools'
 	@$(PIP) install --quiet torch numpy $(BUILD_REQUIRES)
-	@RNNKERN_WITHOUT_EXTENSION=1 $(PIP) install --quiet --no-build-isolation --no-deps --editable .
+	@RNNKERN_WITHOUT_EXTENSION=1 PYTHONWARNINGS=ignore $(PIP) install --quiet --no-build-isolation --no-deps --editable .
 	@touch $@
 
 $(VENV)/.group-%: $(READY) pyproject.toml

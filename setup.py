@@ -30,8 +30,7 @@ class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         # An editable build gets a new temporary folder each time; its own one keeps the objects.
-        is_beside = self.editable_mode or self.inplace
-        place = ROOT / "build" / "editable" if is_beside else Path(self.build_temp)
+        place = ROOT / "build" / "editable" if self.editable_mode else Path(self.build_temp)
         build = place.resolve() / ext.name
         build.mkdir(parents=True, exist_ok=True)
         configure = [

@@ -57,7 +57,16 @@ auto with_element_of(const Layer& layer, py::handle x, F f) {
 }
 
 struct Outputs {
-  py::object y, hn, cn, saved;  // cn and saved: None where there is none
+  py::object y, hn, cn;  // cn: None if the cell has none
+  // For backward: y as it is now, which the caller may change in place; and what forward saves,
+  // None if that is nothing.
+  py::object kept_y = py::none(), saved = py::none();
+};
+
+// What the caller of a forward pass wants of it.
+struct Wanted {
+  bool training = false;
+  bool keeps_y = false;  // the caller hands y on, and whoever gets it may change it
 };
 
 // A readout and what it makes, none of them for an open loop.
@@ -67,7 +76,7 @@ struct ReadoutOperands {
 
 template <typename T, typename Weights>
 Outputs forward_of(const Layer& layer, py::handle x, py::handle h0, py::handle c0,
-                   const Weights& weights, py::handle steps, bool training,
+                   const Weights& weights, py::handle steps, Wanted wanted,
                    const ReadoutOperands& readout = {}) {
   Operands<T> o(layer, x, steps);
   Forward<T> f;
@@ -83,27 +92,26 @@ Outputs forward_of(const Layer& layer, py::handle x, py::handle h0, py::handle c
   made.hn = o.make_state(z.O, &f.hn);
   made.cn = layer.has_cell_state() ? o.make_state(z.H, &f.cn) : py::none();
   const auto parts = o.saved();
-  if (training && parts.elements()) {
+  if (wanted.training && parts.elements()) {
     T* data = nullptr;
     made.saved = o.make(dense({parts.elements()}), &data);
     if (parts.slots) f.slots = data;
     if (parts.cells) f.cells = data + parts.slots;
     if (parts.unprojected) f.unprojected = data + parts.slots + parts.cells;
-  } else {
-    made.saved = py::none();
   }
   f.sizes = z;
   f.steps = o.steps;
   f.rounds_cells = o.deterministic;
   run(o, f);
+  if (wanted.training) made.kept_y = wanted.keeps_y ? o.keep_rows(made.y, f.y) : made.y;
   return made;
 }
 
 template <typename Weights>
 Outputs forward_any(const Layer& layer, py::handle x, py::handle h0, py::handle c0,
-                    const Weights& weights, py::handle steps, bool training) {
+                    const Weights& weights, py::handle steps, Wanted wanted) {
   return with_element_of(layer, x, [&](auto element) {
-    return forward_of<decltype(element)>(layer, x, h0, c0, weights, steps, training);
+    return forward_of<decltype(element)>(layer, x, h0, c0, weights, steps, wanted);
   });
 }
 
@@ -151,14 +159,15 @@ std::optional<PlainStates> plain_states(const Layer& layer, py::handle hx) {
   return states.count ? std::optional(states) : std::nullopt;
 }
 
-// record((layer, None, number of states), outputs, saved, x, *weights, *states)
+// record((layer, None, number of states), outputs, kept y, saved, x, *weights, *states)
 py::tuple recorded(py::handle record, const Layer& layer, py::handle x, const PlainWeights& weights,
                    const PlainStates& states, Outputs&& made) {
-  const py::object saved = std::move(made.saved), outputs = outputs_of(std::move(made)),
+  const py::object kept_y = std::move(made.kept_y), saved = std::move(made.saved),
+                   outputs = outputs_of(std::move(made)),
                    scanned = py::make_tuple(object_of(layer), py::none(), states.size());
-  PyObject* operands[4 + PlainWeights::kMax + 2] = {scanned.ptr(), outputs.ptr(), saved.ptr(),
-                                                    x.ptr()};
-  size_t count = 4;
+  PyObject* operands[5 + PlainWeights::kMax + 2] = {scanned.ptr(), outputs.ptr(), kept_y.ptr(),
+                                                    saved.ptr(), x.ptr()};
+  size_t count = 5;
   for (size_t i = 0; i < weights.size(); ++i) operands[count++] = weights[i].ptr();
   for (size_t i = 0; i < states.size(); ++i) operands[count++] = states[i].ptr();
   PyObject* result = PyObject_Vectorcall(record.ptr(), operands, count, nullptr);
@@ -180,7 +189,8 @@ py::object plain_call(py::handle module, py::handle x, py::handle hx, py::handle
   if (!states || mode_refusal() || is_autocast(input.device) || is_profiled()) return py::none();
   const bool training = wants_gradient(weights) || wants_gradient(std::array<py::handle, 1>{x}) ||
                         wants_gradient(*states);
-  Outputs made = forward_any(layer, x, (*states)[0], (*states)[1], weights, py::none(), training);
+  Outputs made =
+      forward_any(layer, x, (*states)[0], (*states)[1], weights, py::none(), {training, training});
   const py::tuple outputs = training ? recorded(record, layer, x, weights, *states, std::move(made))
                                      : outputs_of(std::move(made));
   if (!layer.has_cell_state()) return outputs;
@@ -197,8 +207,7 @@ py::tuple closed_loop(Layer layer, py::handle inputs, py::handle h0, py::handle 
   const py::object x = slice[py::slice(0, -1, 1)],
                    made = slice[py::slice(py::int_(1), py::none(), py::none())];
   Outputs outputs = with_element_of(layer, x, [&](auto element) {
-    return forward_of<decltype(element)>(layer, x, h0, c0, weights, py::none(), false,
-                                         {w, b, made});
+    return forward_of<decltype(element)>(layer, x, h0, c0, weights, py::none(), {}, {w, b, made});
   });
   return py::make_tuple(outputs.hn, outputs.cn);
 }
@@ -285,16 +294,18 @@ PYBIND11_MODULE(_C, m) {
       .def(
           "forward",
           [](const Layer& layer, py::handle x, py::handle h0, py::handle c0,
-             const py::sequence& weights, py::handle steps, std::optional<bool> asked) {
+             const py::sequence& weights, py::handle steps, std::optional<bool> asked,
+             bool keeps_y) {
             const bool training = asked ? *asked
                                         : wants_gradient(weights) ||
                                               wants_gradient(std::array<py::handle, 3>{x, h0, c0});
-            Outputs made = forward_any(layer, x, h0, c0, weights, steps, training);
-            py::object saved = std::move(made.saved);
-            return py::make_tuple(outputs_of(std::move(made)), training, std::move(saved));
+            Outputs made = forward_any(layer, x, h0, c0, weights, steps, {training, keeps_y});
+            py::object kept_y = std::move(made.kept_y), saved = std::move(made.saved);
+            return py::make_tuple(outputs_of(std::move(made)), training, std::move(kept_y),
+                                  std::move(saved));
           },
           py::arg("x"), py::arg("h0"), py::arg("c0"), py::arg("weights"), py::arg("steps"),
-          py::arg("training") = py::none())
+          py::arg("training") = py::none(), py::arg("keeps_y") = false)
       .def("closed_loop", &closed_loop)
       .def("backward",
            [](const Layer& layer, py::handle x, py::handle h0, py::handle c0,

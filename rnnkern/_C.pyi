@@ -38,7 +38,8 @@ class Layer:
         weights: Sequence[Tensor],
         steps: tuple[Any, ...] | None,
         training: bool | None = None,
-    ) -> tuple[tuple[Tensor, ...], bool, Tensor | None]: ...
+        keeps_y: bool = False,
+    ) -> tuple[tuple[Tensor, ...], bool, Tensor | None, Tensor | None]: ...
     def closed_loop(
         self,
         inputs: Tensor,

@@ -9,6 +9,7 @@ import torch  # noqa: F401  first: its OpenMP runtime is the one that the kernel
 
 from rnnkern import inspect, plot
 from rnnkern.build import build_info, explain
+from rnnkern.by_type import be_found_by_type
 from rnnkern.checkpoint import checkpointed
 from rnnkern.closed_loop import generate
 from rnnkern.convert import convert, revert
@@ -17,6 +18,7 @@ from rnnkern.functional import FallbackWarning
 from rnnkern.modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 
 open_to_rnnkern()
+be_found_by_type()
 
 __version__ = str(build_info()["version"])
 

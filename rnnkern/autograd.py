@@ -21,6 +21,15 @@ def _graph_is_kept() -> bool:
     return torch._C._autograd._get_current_graph_task_keep_graph()
 
 
+_saved_tensor_hooks = torch._C._autograd._top_saved_tensors_default_hooks
+
+
+def _saved(ctx: Any) -> tuple[Any, ...]:
+    """What forward saved, y, x, and the other operands."""
+    saved, *others = ctx.saved_tensors
+    return ctx.saved if saved is None else saved, *others
+
+
 class Scan(torch.autograd.Function):
     """Makes the outputs of a layer differentiable, any number of times.
 
@@ -37,14 +46,17 @@ class Scan(torch.autograd.Function):
         ctx: Any,
         scanned: Scanned,
         outputs: tuple[Tensor, ...],
+        y: Tensor,
         saved: Tensor | None,
         x: Tensor,
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
         ctx.scanned = scanned
-        ctx.is_shared = False
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(outputs[0], saved, x, *tensors)
+        # Backward may write over what forward saved, but not if a hook has been given it.
+        ctx.is_shared = _saved_tensor_hooks(True) is not None
+        ctx.saved = None if ctx.is_shared else saved
+        ctx.save_for_backward(saved if ctx.is_shared else None, y, x, *tensors)
         return outputs
 
     @staticmethod
@@ -55,11 +67,14 @@ class Scan(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         if torch.is_grad_enabled() or ops.transformed() or ops.has_modes():
             return _by_operators(ctx, dy, dhn, dcn)
-        y, saved, x, *tensors = ctx.saved_tensors
+        saved, y, x, *tensors = _saved(ctx)
         layer, steps, states = ctx.scanned
         h0, c0, weights = _initial_states(tensors, states)
-        wanted = ctx.needs_input_grad[3:]
-        overwrite = not (ctx.is_shared or _graph_is_kept())
+        wanted = ctx.needs_input_grad[4:]
+        is_kept = _graph_is_kept()
+        if not is_kept:
+            ctx.saved = None  # torch forgets the other tensors
+        overwrite = not (ctx.is_shared or is_kept)
         run = kernels.profiled(layer.backward, layer.mode, " backward")
         try:
             gradients, _ = run(x, h0, c0, weights, steps, y, saved, dy, dhn, dcn, wanted, overwrite)
@@ -75,11 +90,13 @@ class Scan(torch.autograd.Function):
             x, y, saved, dy, dhn, dcn, *tensors = dense
             h0, c0, weights = _initial_states(tensors, states)
             gradients, _ = run(x, h0, c0, weights, steps, y, saved, dy, dhn, dcn, wanted, overwrite)
-        return (None, None, None, *gradients)
+        return (None, None, None, None, *gradients)
 
 
 record: Callable[..., tuple[Tensor, ...]] = super(torch.autograd.Function, Scan).apply
-"""``record(scanned, outputs, saved, x, *weights, *initial_states)``: differentiable ``outputs``.
+"""``record(scanned, outputs, y, saved, x, *weights, *initial_states)``: differentiable ``outputs``.
+
+``y`` is the first of the outputs as backward will want it, whatever the caller does to that one.
 
 ``Scan.apply`` without its look for functorch transforms: the caller has looked already.
 """
@@ -88,7 +105,7 @@ record: Callable[..., tuple[Tensor, ...]] = super(torch.autograd.Function, Scan)
 def _by_operators(ctx: Any, *incoming: Tensor | None) -> tuple[Tensor | None, ...]:
     """Backward for all who look on, and for derivatives of it, which read what was saved later."""
     ctx.is_shared = True
-    y, saved, x, *tensors = ctx.saved_tensors
+    saved, y, x, *tensors = _saved(ctx)
     layer, steps, states = ctx.scanned
     dtype = next(g.dtype for g in incoming if g is not None)
     y, saved, x, *tensors = (  # as hooks of saved tensors have returned them
@@ -96,12 +113,12 @@ def _by_operators(ctx: Any, *incoming: Tensor | None) -> tuple[Tensor | None, ..
     )
     h0, c0, weights = _initial_states(tensors, states)
     kept = x.new_empty(0) if saved is None else saved
-    wanted, spec = ctx.needs_input_grad[3:], Spec.of(layer)
+    wanted, spec = ctx.needs_input_grad[4:], Spec.of(layer)
 
     def run(*gradients: Tensor | None) -> list[Tensor | None]:
         return ops.scan_backward(spec, steps, gradients, x, h0, c0, weights, y, kept, wanted)
 
-    return (None, None, None, *ops.in_batches(run, *incoming)[:-1])
+    return (None, None, None, None, *ops.in_batches(run, *incoming)[:-1])
 
 
 def _initial_states(

@@ -2,30 +2,60 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+import copyreg
+import warnings
+from collections.abc import Mapping
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
 from rnnkern import modules
 
 _M = TypeVar("_M", bound=nn.Module)
+_Class = type[nn.Module]
 
-_PAIRS: tuple[tuple[type[nn.Module], type[nn.Module]], ...] = (
-    (nn.RNN, modules.RNN),
-    (nn.LSTM, modules.LSTM),
-    (nn.GRU, modules.GRU),
-    (nn.RNNCell, modules.RNNCell),
-    (nn.LSTMCell, modules.LSTMCell),
-    (nn.GRUCell, modules.GRUCell),
+COUNTERPARTS: dict[_Class, _Class] = {
+    modules.RNN: nn.RNN,
+    modules.LSTM: nn.LSTM,
+    modules.GRU: nn.GRU,
+    modules.RNNCell: nn.RNNCell,
+    modules.LSTMCell: nn.LSTMCell,
+    modules.GRUCell: nn.GRUCell,
+}
+"""The class of torch.nn that each of rnnkern's takes the place of."""
+
+_OURS = {theirs: ours for ours, theirs in COUNTERPARTS.items()}
+
+_subclasses: WeakKeyDictionary[_Class, _Class] = WeakKeyDictionary()
+"""Subclasses of torch.nn's classes, and what `convert` makes of each."""
+
+_PART_OF_FORWARD = (
+    "forward",
+    "__call__",
+    "_call_impl",
+    "check_input",
+    "check_forward_args",
+    "check_hidden_size",
+    "get_expected_hidden_size",
+    "get_expected_cell_size",
+    "permute_hidden",
+    "_update_flat_weights",
+    "_weights_have_changed",
 )
+"""What ``forward`` of torch.nn's classes is made of: a class that overrides one has its own."""
+
+_named: set[str] = set()
 
 
 def convert(model: _M) -> _M:
     """Turns every ``torch.nn`` recurrent module and cell in ``model`` into rnnkern's, in place.
 
     The modules stay the very same objects, so parameters, optimizers, hooks, the training flag, and
-    references held elsewhere stay valid. Subclasses of the torch.nn classes are left alone: what
-    they override is unknown.
+    references held elsewhere stay valid. A module of a subclass that inherits ``forward`` unchanged
+    is converted too, and stays an instance of its class. One whose class overrides ``forward``, or
+    a method that ``forward`` calls, is left alone with one warning for each class, because what it
+    does is unknown: derive that class from rnnkern's instead.
 
     Args:
         model: any module, also a recurrent one itself.
@@ -33,36 +63,141 @@ def convert(model: _M) -> _M:
     Returns:
         ``model``.
 
+    Raises:
+        TypeError: ``model`` is no ``torch.nn.Module``.
+
     Example::
 
         >>> model = rnnkern.convert(model)
     """
-    return _swap(model, dict(_PAIRS))
+    _expect_module(model)
+    for name, module in model.named_modules():
+        kind = _own_class(module)
+        if issubclass(kind, tuple(_OURS)) and not issubclass(kind, tuple(COUNTERPARTS)):
+            overridden = _overridden(kind)
+            if overridden is None:
+                _change_class(module, _converted(kind))
+            else:
+                _tell(name, kind, overridden)
+    return model
 
 
 def revert(model: _M) -> _M:
     """Undoes `convert`, in place.
 
-    Every rnnkern module in ``model`` becomes its ``torch.nn`` class again.
+    Every rnnkern module in ``model`` becomes its ``torch.nn`` class again, or the subclass of it
+    that it was.
+
+    Args:
+        model: any module.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        TypeError: ``model`` is no ``torch.nn.Module``.
     """
-    return _swap(model, {ours: theirs for theirs, ours in _PAIRS})
-
-
-def _swap(model: _M, classes: dict[type[nn.Module], type[nn.Module]]) -> _M:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    _expect_module(model)
     for module in model.modules():
-        _swap_one(module, classes)
+        theirs = _reverted(_own_class(module))
+        if theirs is not None:
+            _change_class(module, theirs)
     return model
 
 
-def _swap_one(module: nn.Module, classes: dict[type[nn.Module], type[nn.Module]]) -> None:
+def take_back(model: nn.Module) -> dict[nn.Module, _Class]:
+    """Reverts ``model``, and returns the classes that its modules of rnnkern had."""
+    classes = {module: _own_class(module) for module in model.modules()}
+    revert(model)
+    return {module: kind for module, kind in classes.items() if _own_class(module) is not kind}
+
+
+def give_again(model: nn.Module, classes: Mapping[str, _Class]) -> None:
+    """Gives modules by their names the classes that they had, if they are still what they were."""
+    for name, module in model.named_modules():
+        if name in classes and _own_class(module) is _reverted(classes[name]):
+            _change_class(module, classes[name])
+
+
+def _expect_module(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+
+
+def _own_class(module: nn.Module) -> _Class:
+    """Its class, without the one that torch puts before it to parametrize a module."""
     kind = type(module)
-    if kind in classes:
-        module.__class__ = classes[kind]
-        return
-    base = kind.__bases__[0]  # torch parametrizes a module by giving it a class of its own
-    if nn.utils.parametrize.is_parametrized(module) and base in classes:
+    return kind.__bases__[0] if nn.utils.parametrize.is_parametrized(module) else kind
+
+
+def _change_class(module: nn.Module, kind: _Class) -> None:
+    before = type(module)
+    if nn.utils.parametrize.is_parametrized(module):
         # A new one, for copies of the module share the old one.
-        own = {k: v for k, v in vars(kind).items() if k not in ("__dict__", "__weakref__")}
-        module.__class__ = type(kind.__name__, (classes[base],), own)
+        own = {k: v for k, v in vars(before).items() if k not in ("__dict__", "__weakref__")}
+        kind = type(before.__name__, (kind,), own)
+    module.__class__ = kind
+
+
+def _torch_class(kind: type) -> _Class:
+    return next(base for base in kind.__mro__ if base in _OURS)
+
+
+def _overridden(kind: _Class) -> str | None:
+    """What a subclass of torch.nn's class has of its own that rnnkern's forward would not use."""
+    theirs = _torch_class(kind)
+    for name in _PART_OF_FORWARD:
+        if getattr(kind, name, None) is not getattr(theirs, name, None):
+            return name
+    return None
+
+
+def _converted(kind: _Class) -> _Class:
+    if kind in _OURS:
+        return _OURS[kind]
+    if kind not in _subclasses:
+        ours = _OURS[_torch_class(kind)]
+        names = {
+            "__module__": kind.__module__,
+            "__qualname__": kind.__qualname__,
+            "__doc__": kind.__doc__,
+            "__reduce_ex__": _reduce_converted,
+            "_rnnkern_made_from": kind,
+        }
+        _subclasses[kind] = type(kind.__name__, (kind, ours), names)
+    return _subclasses[kind]
+
+
+def _reverted(kind: type) -> _Class | None:
+    """The class that a converted module had, or None if it is not one of rnnkern's."""
+    if kind in COUNTERPARTS:
+        return COUNTERPARTS[kind]
+    return vars(kind).get("_rnnkern_made_from")
+
+
+def _reduce_converted(self: Any, protocol: Any) -> Any:
+    """Pickles and copies an object of a class that cannot be imported, by the class it is from."""
+    kind = type(self)
+    make, arguments, *rest = super(kind, self).__reduce_ex__(protocol)
+    if make is not copyreg.__newobj__ or arguments != (kind,):  # type: ignore[attr-defined]
+        return make, arguments, *rest
+    return _new_converted, (kind._rnnkern_made_from,), *rest
+
+
+def _new_converted(kind: _Class) -> nn.Module:
+    converted = _converted(kind)
+    return converted.__new__(converted)
+
+
+def _tell(name: str, kind: _Class, overridden: str) -> None:
+    full = f"{kind.__module__}.{kind.__qualname__}"
+    if full in _named:
+        return
+    _named.add(full)
+    where = f" ({name})" if name else ""
+    warnings.warn(
+        f"rnnkern.convert leaves {full}{where} to torch.nn, because its class overrides "
+        f"{overridden}; derive it from rnnkern.{_torch_class(kind).__name__} to run the kernels",
+        UserWarning,
+        stacklevel=3,
+    )

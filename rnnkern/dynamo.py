@@ -3,67 +3,58 @@
 Dynamo breaks the graph at every module that is a ``torch.nn.RNN``, ``LSTM`` or ``GRU``, as
 rnnkern's are, unless ``torch._dynamo.config.allow_rnn`` is true. Here that flag becomes one that is
 true for rnnkern's modules alone: those of ``torch.nn`` stay what they were, and whoever sets the
-flag has the last word. Dynamo takes a second to import, so this waits until something else does.
+flag has the last word. A Dynamo that has no such flag, or whose flag is true, needs nothing.
 """
 
 from __future__ import annotations
 
-import importlib.abc
-import importlib.machinery
 import sys
-from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
-from rnnkern.modules import GRU, LSTM, RNN
+from torch import nn
 
-_CONFIG = "torch._dynamo.config"
+from rnnkern.modules import GRU, LSTM, RNN
+from rnnkern.on_import import on_import
 
 
 class _OfRnnkern(int):
-    """True where Dynamo asks about one of rnnkern's modules, which it calls ``value`` there.
+    """True if Dynamo asks about one of rnnkern's modules.
 
-    A number, 0, to all that copies or writes down the configuration.
+    Dynamo reads the flag next to the module in question, which is a local variable there, or the
+    ``value`` of one. A number, 0, to all that copies or writes down the configuration.
     """
 
     def __bool__(self) -> bool:
-        return isinstance(sys._getframe(1).f_locals.get("value"), (RNN, LSTM, GRU))
+        frame = sys._getframe(1)
+        if not frame.f_globals.get("__name__", "").startswith("torch._dynamo.variables"):
+            return False
+        own = list(frame.f_locals.values())
+        asked = [each for each in [*own, *map(_value, own)] if isinstance(each, nn.Module)]
+        if not asked and "value" not in frame.f_locals:
+            raise RuntimeError(
+                "rnnkern cannot tell which module Dynamo asks about in "
+                f"{frame.f_globals['__name__']}.{frame.f_code.co_name}, because this version of "
+                "torch is not known to it. Set torch._dynamo.config.allow_rnn to True, and the "
+                "modules of rnnkern and of torch.nn are compiled, or to False, and neither are"
+            )
+        recurrent = [each for each in asked if isinstance(each, nn.RNNBase)]
+        return bool(recurrent) and all(isinstance(each, (RNN, LSTM, GRU)) for each in recurrent)
 
     def __repr__(self) -> str:
         return "<true for the modules of rnnkern>"
 
 
-def _allow(config: Any) -> None:
+def _value(variable: Any) -> Any:
+    """What one of Dynamo's variables stands for."""
+    return vars(variable).get("value") if hasattr(variable, "__dict__") else None
+
+
+def _allow(config: ModuleType) -> None:
     if getattr(config, "allow_rnn", None) is False:
-        config.allow_rnn = _OfRnnkern()
-
-
-class _OnImport(importlib.abc.MetaPathFinder):
-    """Calls `_allow` once Dynamo's configuration is imported."""
-
-    def find_spec(
-        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        if name != _CONFIG:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
-        if spec is None or spec.loader is None:
-            return None
-        run = spec.loader.exec_module
-
-        def exec_module(module: ModuleType) -> None:
-            run(module)
-            _allow(module)
-
-        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
-        return spec
+        config.allow_rnn = _OfRnnkern()  # type: ignore[attr-defined]
 
 
 def open_to_rnnkern() -> None:
-    """Now, where Dynamo is imported already, or as soon as it is."""
-    config = sys.modules.get(_CONFIG)
-    if config is None:
-        sys.meta_path.insert(0, _OnImport())
-    else:
-        _allow(config)
+    """Now, if Dynamo is imported already, or as soon as it is: it takes a second to import."""
+    on_import("torch._dynamo.config", _allow)

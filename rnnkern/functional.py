@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn.utils.rnn import PackedSequence
@@ -68,6 +68,10 @@ def forward(
 
 def _checked(module: Any, input: Any, hx: Any, lengths: Any, reset: Any) -> Any:
     compiling = is_compiling()
+    if not compiling:
+        node = _as_node(module, input, hx, lengths=lengths, reset=reset)
+        if node is not None:
+            return node
     # torch.jit.trace records operators, and knows those of torch alone.
     jit = not compiling and _tracing_state() is not None
     if (jit or compiling) and lengths is None and reset is None:  # noqa: SIM102
@@ -97,6 +101,22 @@ def _checked(module: Any, input: Any, hx: Any, lengths: Any, reset: Any) -> Any:
         return _elsewhere(module, input, hx, lengths, reset, result)
     y, hn, cn = result
     return y, (hn if cn is None else (hn, cn))
+
+
+def _as_node(module: Any, *args: Any, **kwargs: Any) -> Any:
+    """One ``call_module`` node if `torch.fx` traces the call, as for modules of torch.nn; or None.
+
+    Arguments that are None are left out, as callers do.
+    """
+    given = (*args, *kwargs.values())
+    states = [each for each in given if isinstance(each, (tuple, list))]
+    proxies = [each for part in (given, *states) for each in part if isinstance(each, fx.Proxy)]
+    if not proxies:
+        return None
+    tracer: Any = proxies[0].tracer
+    kwargs = {name: value for name, value in kwargs.items() if value is not None}
+    args = args[:1] if args[1] is None else args
+    return tracer.create_proxy("call_module", tracer.path_of_module(module), args, kwargs)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -133,6 +153,35 @@ def dtype_under_autocast(
     return _promoted(dtype, x, h0) if by_operators else dtype
 
 
+def operands(
+    module: Any,
+    asked: torch.dtype | None,
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    packed: bool = False,
+) -> Iterator[Any]:
+    """``x, h0, c0, *weights`` of a layer or a cell, as they are computed if autocast asks."""
+    if isinstance(module, nn.RNNBase):
+        weights = current_weights(module)
+        dtype = asked and dtype_under_autocast(module, asked, x, h0, packed)
+    else:
+        weights = [module.weight_ih, module.weight_hh, *_cell_biases(module)]
+        # In the dtype of the weights: else each step would keep copies of them for backward.
+        is_wide = module.weight_ih.dtype == torch.float32
+        dtype = asked and (torch.float32 if is_wide else _dtype_of_cell(module, asked, x, h0, c0))
+    given = (x, h0, c0, *weights)
+    return iter(given) if dtype is None else autocast(dtype, *given)
+
+
+def _dtype_of_cell(
+    module: Any, asked: torch.dtype, x: Tensor, h0: Tensor | None, c0: Tensor | None
+) -> torch.dtype:
+    """What a cell's results have, if autocast asks for ``asked``."""
+    by_operators = isinstance(module, (nn.LSTMCell, nn.GRUCell)) and x.device.type == "cpu"
+    return _promoted(asked, x, h0 if c0 is None else c0) if by_operators else asked
+
+
 def _on_kernels(
     module: Any,
     x: Tensor,
@@ -142,14 +191,13 @@ def _on_kernels(
     compiling: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None] | str:
     """Runs the layers, under autocast in its dtype; or says why no kernel covers them."""
-    weights = current_weights(module)
     asked = autocast_dtype(x)
     if asked is None:
+        weights = current_weights(module)
         return _with_weights(None, module, x, h0, c0, weights, steps, compiling)
     packed = steps is not None and steps.packed
-    dtype = dtype_under_autocast(module, asked, x, h0, packed)
     with torch.autocast(x.device.type, enabled=False):
-        own_x, own_h0, own_c0, *weights = autocast(dtype, x, h0, c0, *weights)
+        own_x, own_h0, own_c0, *weights = operands(module, asked, x, h0, c0, packed)
         result = _with_weights(asked, module, own_x, own_h0, own_c0, weights, steps, compiling)
         if isinstance(result, str):
             return result
@@ -268,28 +316,52 @@ def _dense(
     return x, h0, c0, weights
 
 
+def mode_of(module: Any) -> str:
+    """The name in `CELLS` of a layer's or a cell's; torch.nn's cells have no attribute for it."""
+    if isinstance(module, nn.RNNBase):
+        return module.mode
+    if isinstance(module, nn.RNNCell):
+        return f"RNN_{module.nonlinearity.upper()}"
+    return "LSTM" if isinstance(module, nn.LSTMCell) else "GRU"
+
+
+def layer_of_cell(module: Any, asked: torch.dtype | None, x: Tensor) -> Layer:
+    """The layer of one step that a cell is, if autocast asks for that dtype."""
+    own = _cell(module, asked, x)
+    return kernels.layer(mode_of(module), hidden=module.hidden_size, proj=0, **own)
+
+
+def _cell(module: Any, asked: torch.dtype | None, x: Tensor) -> dict[str, Any]:
+    return {
+        "directions": 1,
+        "bias": module.bias_ih is not None or module.bias_hh is not None,
+        "batch_first": False,
+        "by_bfloat16": asked is torch.bfloat16 or (asked is not None and x.device.type == "cuda"),
+        "is_cell": True,
+    }
+
+
 def cell(module: Any, input: Tensor, hx: Any) -> Any:
     """``forward`` of `rnnkern.RNNCell`, `rnnkern.LSTMCell` and `rnnkern.GRUCell`.
 
     A scan of one step.
     """
     compiling = is_compiling()
-    if not compiling and _tracing_state() is not None:
-        return module._torch_forward(input, hx)
-    states = _cell_states(module, input, hx)
+    if not compiling:
+        if _tracing_state() is not None:
+            return module._torch_forward(input, hx)
+        node = _as_node(module, input, hx)
+        if node is not None:
+            return node
+    mode = mode_of(module)
+    states = _cell_states(module, mode, input, hx)
     if states is None:
+        _refuse_what_torch_does_not(module, mode, input, hx)
         return _warn(WRONG, module._torch_forward(input, hx))
     x, (h0, c0) = input, states
-    weights = [module.weight_ih, module.weight_hh, *_cell_biases(module)]
     asked = autocast_dtype(x)
-    dtype = asked
-    if dtype is not None:
-        if module.mode in ("GRU", "LSTM") and x.device.type == "cpu":
-            dtype = _promoted(dtype, x, h0 if c0 is None else c0)
-        # Computed in the dtype of the weights: else each step would keep copies of them for
-        # backward.
-        own = torch.float32 if module.weight_ih.dtype == torch.float32 else dtype
-        x, h0, c0, *weights = autocast(own, x, h0, c0, *weights)
+    dtype = asked and _dtype_of_cell(module, asked, x, h0, c0)
+    x, h0, c0, *weights = operands(module, asked, x, h0, c0)
     reason: str | None = "an operand"
     if not compiling:
         reason = kernels.mode_refusal() or kernels.refusal(x, h0, c0, weights)
@@ -301,19 +373,12 @@ def cell(module: Any, input: Tensor, hx: Any) -> Any:
     rows = 1 if x.dim() == 1 else x.size(0)
     x = x.reshape(1, rows, module.input_size)
     h0, c0 = (None if s is None else s.reshape(1, rows, module.hidden_size) for s in (h0, c0))
-    of_cell: dict[str, Any] = {
-        "directions": 1,
-        "bias": len(weights) > 2,
-        "batch_first": False,
-        "by_bfloat16": asked is torch.bfloat16 or (asked is not None and x.device.type == "cuda"),
-        "is_cell": True,
-    }
     layer = (
-        Spec(module.mode, proj=False, **of_cell)
+        Spec(mode, proj=False, **_cell(module, asked, x))
         if by_operator
-        else kernels.layer(module.mode, hidden=module.hidden_size, proj=0, **of_cell)
+        else layer_of_cell(module, asked, x)
     )
-    _, hn, cn = _one_layer(layer, x, h0, c0, weights, None)
+    _, hn, cn = _one_layer(layer, x, h0, c0, weights, None, is_last=False)
     if dtype is not None and x.dtype != torch.float64:
         hn, cn = hn.to(dtype), None if cn is None else cn.to(dtype)
     shape = (*input.shape[:-1], module.hidden_size)
@@ -329,12 +394,22 @@ def _cell_biases(module: Any) -> tuple[Tensor, ...]:
 
 
 def current_weights(module: Any) -> list[Tensor]:
-    """The weights as the module's attributes have them now, in torch's flat order."""
-    parameters = module._parameters
-    try:
-        return [parameters[name] for name in module._flat_weights_names]
-    except KeyError:  # parametrized, or replaced by plain tensors
+    """The weights that count, in torch's flat order, by torch.nn's own rule.
+
+    These are the ones in ``_flat_weights``, unless the module's attributes have become other
+    tensors since the last call, as under `torch.func.functional_call` or a parametrization.
+    """
+    own, parameters, flat = module.__dict__, module._parameters, module._flat_weights
+    for i, name in enumerate(module._flat_weights_names):
+        found = own[name] if name in own else parameters.get(name)
+        if i >= len(flat) or found is not flat[i] or found is None:
+            break
+    else:
+        return flat  # type: ignore[no-any-return]
+    if is_compiling():
         return [getattr(module, name) for name in module._flat_weights_names]
+    module._update_flat_weights()
+    return module._flat_weights  # type: ignore[no-any-return]
 
 
 def initial_states(module: Any, hx: Any, N: int) -> tuple[Tensor | None, Tensor | None, bool]:
@@ -352,13 +427,32 @@ def initial_states(module: Any, hx: Any, N: int) -> tuple[Tensor | None, Tensor 
     return h0, c0, fits and h0.shape == wanted and c0.shape == (count, N, module.hidden_size)
 
 
-def _cell_states(module: Any, input: Any, hx: Any) -> tuple[Tensor | None, Tensor | None] | None:
+def _refuse_what_torch_does_not(module: Any, mode: str, input: Any, hx: Any) -> None:
+    """Raises where torch.nn's cells would hand states to C++ that reads past their end."""
+    if not isinstance(input, Tensor) or input.dim() not in (1, 2) or hx is None:
+        return
+    if mode == "LSTM" and not isinstance(hx, (tuple, list)):
+        raise TypeError(
+            f"LSTMCell: Expected hx to be a tuple of two tensors (h_0, c_0), "
+            f"got {type(hx).__name__}"
+        )
+    for state in hx if isinstance(hx, (tuple, list)) else (hx,):
+        if isinstance(state, Tensor) and state.dim() in (1, 2) and state.dim() != input.dim():
+            raise RuntimeError(
+                f"{module._get_name()}: Expected states of {input.dim()} dimensions, as the input "
+                f"has, got a state of shape {tuple(state.shape)}"
+            )
+
+
+def _cell_states(
+    module: Any, mode: str, input: Any, hx: Any
+) -> tuple[Tensor | None, Tensor | None] | None:
     """``h_0, c_0`` of a cell as they were given, or None where torch must look at the call."""
     if input.dim() not in (1, 2) or input.size(-1) != module.input_size:
         return None
     if hx is None:
         return None, None
-    is_lstm = module.mode == "LSTM"
+    is_lstm = mode == "LSTM"
     if is_lstm != isinstance(hx, (tuple, list)) or (is_lstm and len(hx) != 2):
         return None
     wanted = (*input.shape[:-1], module.hidden_size)
@@ -390,7 +484,8 @@ def _layers(
     for i in range(module.num_layers):
         if i:
             x = dropout(module, x)
-        x, hn, cn = _one_layer(layer, x, *of_layer(i, D, count, h0, c0, weights), steps)
+        own = of_layer(i, D, count, h0, c0, weights)
+        x, hn, cn = _one_layer(layer, x, *own, steps, is_last=i + 1 == module.num_layers)
         finals.append((hn, cn))
     hn = torch.cat([h for h, _ in finals])
     return (
@@ -418,7 +513,9 @@ def _one_layer(
     c0: Tensor | None,
     weights: list[Tensor],
     steps: Steps | None,
+    is_last: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
+    """``is_last``: the caller gets y, and may change it in place."""
     if isinstance(layer, Spec):
         operands = (x, h0, c0, *weights)
         training = torch.is_grad_enabled() and any(
@@ -426,10 +523,11 @@ def _one_layer(
         )
         return ops.scan(layer, steps, x, h0, c0, weights, training)
     run = kernels.profiled(layer.forward, layer.mode)
-    outputs, training, saved = run(x, h0, c0, weights, steps)
+    outputs, training, kept_y, saved = run(x, h0, c0, weights, steps, keeps_y=is_last)
     if training:
         states = [s for s in (h0, c0) if s is not None]
-        outputs = record((layer, steps, len(states)), outputs, saved, x, *weights, *states)
+        scanned = layer, steps, len(states)
+        outputs = record(scanned, outputs, kept_y, saved, x, *weights, *states)
     y, hn, *cn = outputs
     return y, hn, cn[0] if cn else None
 
@@ -477,6 +575,7 @@ def _packed(module: Any, input: PackedSequence, hx: Any, lengths: Any, reset: An
     N = int(batch_sizes[0]) if batch_sizes.numel() else 0
     h0, c0, fits = initial_states(module, hx, N)
     if not fits or N == 0 or data.dim() != 2 or data.size(-1) != module.input_size:
+        _refuse_states(module, hx, N)
         return _elsewhere(module, input, hx, None, None, WRONG)
     steps = packed_steps(batch_sizes, sorted_indices, place_of(data))
     result = _on_kernels(module, data, h0, c0, steps, False)
@@ -485,6 +584,17 @@ def _packed(module: Any, input: PackedSequence, hx: Any, lengths: Any, reset: An
     y, hn, cn = result
     output = PackedSequence(y, batch_sizes, sorted_indices, unsorted_indices)
     return output, (hn if cn is None else (hn, cn))
+
+
+def _refuse_states(module: Any, hx: Any, N: int) -> None:
+    """Raises torch.nn's error where torch.nn lets C++ read past the end of a state."""
+    states = hx if isinstance(hx, (tuple, list)) else (hx,)
+    count = module.num_layers * (2 if module.bidirectional else 1)
+    sizes = (module.proj_size or module.hidden_size, module.hidden_size)
+    for i, (state, size) in enumerate(zip(states, sizes, strict=False)):
+        if isinstance(state, Tensor) and state.shape != (wanted := (count, N, size)):
+            name = f"hidden[{i}]" if module.mode == "LSTM" else "hidden"
+            raise RuntimeError(f"Expected {name} size {wanted}, got {list(state.shape)}")
 
 
 def _warn(reason: str, result: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from rnnkern import functional
+from rnnkern import functional, scripting
 
 _EXTRA = """
     Beyond ``torch.nn``, ``forward(input, hx=None, *, lengths=None, reset=None)`` takes
@@ -40,6 +40,7 @@ class RNN(nn.RNN):
     """
 
     _torch_forward = nn.RNN.forward
+    __prepare_scriptable__ = scripting.prepare
     forward = functional.forward
 
 
@@ -53,6 +54,7 @@ class LSTM(nn.LSTM):
     """
 
     _torch_forward = nn.LSTM.forward
+    __prepare_scriptable__ = scripting.prepare
     forward = functional.forward
 
 
@@ -66,6 +68,7 @@ class GRU(nn.GRU):
     """
 
     _torch_forward = nn.GRU.forward
+    __prepare_scriptable__ = scripting.prepare
     forward = functional.forward
 
 
@@ -76,10 +79,7 @@ class RNNCell(nn.RNNCell):
     """
 
     _torch_forward = nn.RNNCell.forward
-
-    @property
-    def mode(self) -> str:
-        return f"RNN_{self.nonlinearity.upper()}"
+    __prepare_scriptable__ = scripting.prepare
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         if self.nonlinearity not in ("tanh", "relu"):
@@ -94,7 +94,7 @@ class LSTMCell(nn.LSTMCell):
     """
 
     _torch_forward = nn.LSTMCell.forward
-    mode = "LSTM"
+    __prepare_scriptable__ = scripting.prepare
 
     def forward(
         self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
@@ -109,7 +109,7 @@ class GRUCell(nn.GRUCell):
     """
 
     _torch_forward = nn.GRUCell.forward
-    mode = "GRU"
+    __prepare_scriptable__ = scripting.prepare
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         return functional.cell(self, input, hx)  # type: ignore[no-any-return]

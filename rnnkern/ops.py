@@ -61,6 +61,8 @@ def scan(
         y, hn, cn, _ = _apply(_Scan, layer, x, h0, c0, *own, *weights)
     else:
         y, hn, cn, _ = torch.ops.rnnkern.scan(x, h0, c0, weights, *own, *layer, training)
+    if training and not is_compiling():
+        y = y.clone()  # y itself is what backward reads, and the caller may change it in place
     return y, hn, cn if layer.has_cell_state else None
 
 
@@ -181,7 +183,7 @@ def _scan_op(
     kernel = _kernel(layer, weights)
     x, h0, c0, *weights = (dense(t) for t in (x, h0, c0, *weights))
     run = kernels.profiled(kernel.forward, layer.mode)
-    outputs, _, saved = run(x, h0, c0, weights, steps, training)
+    outputs, _, _, saved = run(x, h0, c0, weights, steps, training)
     y, hn, *cn = outputs
     ended = _ended(steps)
     if saved is not None and ended is not None:

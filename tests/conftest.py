@@ -114,7 +114,8 @@ def device(
 @pytest.fixture(autouse=True)
 def _restore_torch() -> Iterator[None]:
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the sizes here are tiny; tests of threads ask for more
+    # One, because the sizes here are tiny; tests of threads ask for more.
+    torch.set_num_threads(int(os.environ.get("RNNKERN_TEST_THREADS", "1")))
     torch.manual_seed(0)
     yield
     torch.set_num_threads(threads)

@@ -6,6 +6,8 @@ JSON or to a file.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib
 import json
 import os
@@ -13,13 +15,25 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import wrong
-from support import DTYPES, FORMS, build, check, evaluate, leaves_for, on_threads, plain
+from support import (
+    CELLS,
+    DTYPES,
+    FORMS,
+    LAYERS,
+    build,
+    check,
+    evaluate,
+    leaves_for,
+    on_threads,
+    pack_rows,
+    plain,
+)
 from torch import Tensor, nn
 
 import rnnkern
@@ -54,6 +68,68 @@ def numbers(path: str) -> None:
     used = rnnkern.build_info()["isa"].encode()
     results["isa"] = torch.frombuffer(bytearray(used), dtype=torch.uint8)
     torch.save(results, path)
+
+
+def malformed_states() -> None:
+    """Calls that end a child of this process: each of them in one that is forked for it alone is
+    too dear, so a child runs on until it is killed, and the next one goes on behind that call.
+    """
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    killed, calls = [], list(_malformed_calls())
+    begin = 0
+    while begin < len(calls):
+        read, write = os.pipe()
+        child = os.fork()
+        if child == 0:
+            for i in range(begin, len(calls)):
+                os.write(write, i.to_bytes(4, "little"))
+                with contextlib.suppress(Exception):
+                    calls[i][1]()
+            os._exit(0)
+        os.close(write)
+        with os.fdopen(read, "rb") as pipe:
+            seen = pipe.read()
+        _, status = os.waitpid(child, 0)
+        begin = len(calls)
+        if os.WIFSIGNALED(status):
+            begin = int.from_bytes(seen[-4:], "little") + 1
+            killed.append(calls[begin - 1][0])
+    print(json.dumps([killed, len(calls)]))
+
+
+def _malformed_calls() -> Iterator[tuple[str, Callable[[], Any]]]:
+    N, I, H = 3, 5, 3
+    shapes = [(), (H,), (N, H), (1, H), (2, H), (1, N, H), (2, N, H), (1, 1, N, H), (0, H), (N, 0)]
+    tensors: dict[str, Any] = {str(shape): torch.zeros(shape) for shape in shapes}
+    tensors |= {"int": torch.zeros(N, H).long(), "None": None, "1.0": 1.0, "text": "ab"}
+    pairs = {f"({a}, {b})": (x, y) for a, x in tensors.items() for b, y in tensors.items()}
+    state = torch.zeros(N, H)
+    others: dict[str, Any] = {
+        "one": (state,),
+        "three": (state,) * 3,
+        "list": [state] * 2,
+        "empty": (),
+        "nested": ((state, state),) * 2,
+        "dict": {"h": state},
+        "set": {1},
+    }
+    rows = [torch.randn(3, I), torch.randn(2, I), torch.randn(1, I)]
+    inputs: dict[str, Any] = {
+        "1-D": torch.randn(I),
+        "2-D": torch.randn(N, I),
+        "3-D": torch.randn(2, N, I),
+        "no rows": torch.randn(0, I),
+        "no steps": torch.randn(0, N, I),
+        "packed": pack_rows(rows),
+        "packed, unsorted": pack_rows(rows[::-1], enforce_sorted=False),
+    }
+    for kind in (*LAYERS, *CELLS):
+        module = build(kind, I, H)
+        for name, x in inputs.items():
+            for of_state, hx in (tensors | others | (pairs if "LSTM" in kind else {})).items():
+                call = functools.partial(module, x, hx)
+                yield f"{kind}, input {name}, state {of_state}", call
 
 
 def integers() -> dict[str, Tensor]:

@@ -5,19 +5,22 @@ import subprocess
 import sys
 
 
-def main() -> int:
+def lower_isas() -> list[str]:
+    """The most capable first."""
     os.environ.pop("RNNKERN_ISA", None)
     import rnnkern
 
     info = rnnkern.build_info()
     others = [isa for isa in info["isa_compiled"] if isa != info["isa"]]
+    return [isa for isa in others if _is_supported(isa)]
+
+
+def _is_supported(isa: str) -> bool:
+    """One that this CPU lacks refuses to be imported."""
     command = [sys.executable, "-c", "import rnnkern"]
-    for isa in others:  # one that this CPU lacks refuses to be imported
-        tried = subprocess.run(command, env={**os.environ, "RNNKERN_ISA": isa}, capture_output=True)
-        if tried.returncode == 0:
-            print(isa)
-    return 0
+    environment = os.environ | {"RNNKERN_ISA": isa}
+    return not subprocess.run(command, env=environment, capture_output=True).returncode
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    print(*lower_isas(), sep="\n")

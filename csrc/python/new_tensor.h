@@ -91,15 +91,22 @@ inline NewTensor new_small_tensor(const Shape& shape, dlpack::DataType dtype, si
   return {py::reinterpret_steal<py::object>(static_cast<PyObject*>(result)), data};
 }
 
+// Whether torch.Tensor objects of that size stand in memory of their own.
+inline bool is_small(dlpack::Device device, const Shape& shape, dlpack::DataType dtype,
+                     bool deterministic) {
+  return device.type == dlpack::kCpu && !deterministic &&
+         shape.elements() * (dtype.bits / 8) <= double(SmallTensor::kMaxBytes);
+}
+
 // A new tensor of the dtype and device of `like`, which are given once more; a large one by torch's
 // own allocator, and any one on a GPU or under deterministic algorithms, where torch fills it first
 // so that what is left unwritten shows.
 inline NewTensor new_tensor(py::handle like, dlpack::Device device, const Shape& shape,
                             dlpack::DataType dtype, bool deterministic) {
   const double bytes = shape.elements() * (dtype.bits / 8);
-  const bool on_cpu = device.type == dlpack::kCpu;
-  if (on_cpu && bytes <= SmallTensor::kMaxBytes && !deterministic)
+  if (is_small(device, shape, dtype, deterministic)) {
     return new_small_tensor(shape, dtype, size_t(bytes));
+  }
   py::tuple sizes(shape.axes), strides(shape.axes);
   for (int i = 0; i < shape.axes; ++i) {
     sizes[size_t(i)] = shape.sizes[i];
@@ -112,7 +119,7 @@ inline NewTensor new_tensor(py::handle like, dlpack::Device device, const Shape&
   dlpack::Tensor view;
   if (api.exchange->view_of_object(result, &view) != 0) throw py::error_already_set();
   made.data = static_cast<char*>(view.data) + view.byte_offset;
-  if (on_cpu) advise_huge_pages(made.data, size_t(bytes));
+  if (device.type == dlpack::kCpu) advise_huge_pages(made.data, size_t(bytes));
   return made;
 }
 

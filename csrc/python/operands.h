@@ -219,15 +219,21 @@ class Operands {
   py::object make_rows(int64_t features, Rows<T>* out) const {
     out->row = features;
     out->step = steps.start ? 0 : steps.N * features;
-    if (steps.start) return make(dense({steps.total, features}), &out->data);
-    Shape shape = dense({steps.T, steps.N, features});
-    // Time first in memory also where the batch is the first axis: as torch.nn's outputs lie, so
-    // that views of them work.
-    if (layer_.batch_first) {
-      std::swap(shape.sizes[0], shape.sizes[1]);
-      std::swap(shape.strides[0], shape.strides[1]);
+    return make(rows_shape(features), &out->data);
+  }
+  // The rows as they are now, whatever becomes of `made`. A small tensor is copied at once, because
+  // that takes less time than to tell torch that it may have to.
+  py::object keep_rows(const py::object& made, const Rows<T>& rows) const {
+    const Shape shape = rows_shape(rows.row);
+    if (!is_small(device(), shape, dlpack::kDataType<T>, deterministic)) {
+      PyObject* kept = PyObject_CallOneArg(api.lazy_clone, made.ptr());
+      if (!kept) throw py::error_already_set();
+      return py::reinterpret_steal<py::object>(kept);
     }
-    return make(shape, &out->data);
+    T* data = nullptr;
+    py::object kept = make(shape, &data);
+    std::memcpy(data, rows.data, size_t(shape.elements()) * sizeof(T));
+    return kept;
   }
   py::object make_state(int64_t features, State<T>* out) const {
     out->row = features;
@@ -286,6 +292,18 @@ class Operands {
       }
       if (layer_.projected) out[d].w_hr = add({sizes.O, sizes.H});
     }
+  }
+
+  Shape rows_shape(int64_t features) const {
+    if (steps.start) return dense({steps.total, features});
+    Shape shape = dense({steps.T, steps.N, features});
+    // Time first in memory also where the batch is the first axis: as torch.nn's outputs lie, so
+    // that views of them work.
+    if (layer_.batch_first) {
+      std::swap(shape.sizes[0], shape.sizes[1]);
+      std::swap(shape.strides[0], shape.strides[1]);
+    }
+    return shape;
   }
 
  private:

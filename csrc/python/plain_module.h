@@ -38,6 +38,7 @@ struct ModuleAttributes {
     kBias,
     kBatchFirst,
     kWeightNames,
+    kWeights,
     kParameters,
     kCount
   };
@@ -45,8 +46,9 @@ struct ModuleAttributes {
     static const auto interned = [] {
       std::array<PyObject*, kCount> made;
       size_t next = 0;
-      for (const char* name : {"mode", "num_layers", "bidirectional", "hidden_size", "proj_size",
-                               "bias", "batch_first", "_flat_weights_names", "_parameters"}) {
+      for (const char* name :
+           {"mode", "num_layers", "bidirectional", "hidden_size", "proj_size", "bias",
+            "batch_first", "_flat_weights_names", "_flat_weights", "_parameters"}) {
         made[next++] = PyUnicode_InternFromString(name);
       }
       return made;
@@ -112,7 +114,8 @@ inline std::optional<PlainModule> plain_module(py::handle module) {
   const auto layers = integer(found[A::kLayers]), hidden = integer(found[A::kHidden]),
              proj = integer(found[A::kProj]);
   if (layers != 1 || !hidden || !proj || !PyUnicode_CheckExact(found[A::kMode]) ||
-      !PyList_CheckExact(found[A::kWeightNames]) || !PyDict_CheckExact(found[A::kParameters])) {
+      !PyList_CheckExact(found[A::kWeightNames]) || !PyList_CheckExact(found[A::kWeights]) ||
+      !PyDict_CheckExact(found[A::kParameters])) {
     return std::nullopt;
   }
   const auto cell = [&]() -> std::optional<CellId> {
@@ -123,16 +126,24 @@ inline std::optional<PlainModule> plain_module(py::handle module) {
     return std::nullopt;
   }();
   const auto count = size_t(PyList_GET_SIZE(found[A::kWeightNames]));
-  if (!cell || count > PlainWeights::kMax) return std::nullopt;
+  if (!cell || count > PlainWeights::kMax ||
+      PyList_GET_SIZE(found[A::kWeights]) != Py_ssize_t(count)) {
+    return std::nullopt;
+  }
   PlainModule plain = {
       Layer(*cell, found[A::kBidirectional] == Py_True ? 2 : 1, *hidden, *proj,
             found[A::kBias] == Py_True, found[A::kBatchFirst] == Py_True, false, false),
       {}};
   PlainWeights& weights = plain.weights;
   for (; weights.count < count; ++weights.count) {
-    PyObject* name = PyList_GET_ITEM(found[A::kWeightNames], Py_ssize_t(weights.count));
+    // Somebody may have put another tensor into the list, or into the module's namespace.
+    const auto i = Py_ssize_t(weights.count);
+    PyObject* name = PyList_GET_ITEM(found[A::kWeightNames], i);
     PyObject* weight = find_in(found[A::kParameters], name);
-    if (!weight || weight == Py_None) return std::nullopt;
+    if (!weight || weight == Py_None || weight != PyList_GET_ITEM(found[A::kWeights], i) ||
+        find_in(space.ptr(), name)) {
+      return std::nullopt;
+    }
     weights.tensors[weights.count] = py::reinterpret_borrow<py::object>(weight);
   }
   return plain;

@@ -24,6 +24,8 @@ struct TorchApi {
   PyTypeObject *tensor, *parameter;
   // Methods of torch.Tensor, as plain functions of a tensor.
   PyObject *is_neg, *new_empty_strided;
+  // A copy of a tensor that is made when either is written to.
+  PyObject* lazy_clone;
   // Questions without arguments.
   PyObject *num_threads, *deterministic, *grad_enabled, *inference_mode;
   PyObject *autocast_on_cpu, *autocast_on_cuda;
@@ -102,6 +104,7 @@ inline void bind_torch() {
       reinterpret_cast<PyTypeObject*>(keep(py::module_::import("torch.nn").attr("Parameter")));
   api.is_neg = keep(type.attr("is_neg"));
   api.new_empty_strided = keep(type.attr("new_empty_strided"));
+  api.lazy_clone = keep(package.attr("_lazy_clone"));
   api.num_threads = keep(package.attr("get_num_threads"));
   api.deterministic = keep(core.attr("_get_deterministic_algorithms"));
   api.grad_enabled = keep(package.attr("is_grad_enabled"));

@@ -1,0 +1,91 @@
+"""Tools that look a module up by its exact type, which a subclass of torch.nn's does not have.
+
+They find rnnkern's modules as they find those of ``torch.nn``: torch's quantization sees modules of
+``torch.nn`` while it works, and the tables of programs that count operations have entries for
+rnnkern's classes.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from types import ModuleType
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import nn
+
+from rnnkern.convert import COUNTERPARTS, give_again, revert, take_back
+from rnnkern.on_import import on_import
+
+_TABLES = {
+    "thop.profile": "register_hooks",
+    "ptflops.pytorch_ops": "MODULES_MAPPING",
+    "calflops.pytorch_ops": "MODULE_HOOK_MAPPING",
+    "deepspeed.profiling.flops_profiler.profiler": "MODULE_HOOK_MAPPING",
+}
+"""Packages that count operations, and what they call their table of types."""
+
+
+def be_found_by_type() -> None:
+    """Makes these tools find rnnkern's modules, as soon as they are imported."""
+    for name, table in _TABLES.items():
+        on_import(name, functools.partial(_add_entries, table=table))
+    on_import("torch.ao.quantization.quantize", _quantize_by_type)
+    on_import("torch.ao.quantization.quantize_fx", _quantize_graphs_by_type)
+
+
+def _add_entries(module: ModuleType, table: str) -> None:
+    entries = getattr(module, table, None)
+    if not isinstance(entries, dict):
+        return
+    for ours, theirs in COUNTERPARTS.items():
+        if theirs in entries:
+            entries.setdefault(ours, entries[theirs])
+
+
+def _quantize_by_type(module: Any) -> None:
+    """Eager quantization has two steps, in `quantize_dynamic` or in calls of the user's: modules
+    are told how they are to be quantized, then they are replaced. Those of rnnkern are torch.nn's
+    in between, and what has not been replaced is rnnkern's again.
+
+    The functions are changed where `quantize_dynamic` looks them up, because programs that have
+    imported it before rnnkern use it too.
+    """
+    propagate, convert_model = module.propagate_qconfig_, module.convert
+    waiting: WeakKeyDictionary[nn.Module, type[nn.Module]] = WeakKeyDictionary()
+
+    @functools.wraps(propagate)
+    def propagate_qconfig(model: nn.Module, qconfig_dict: Any = None, *args: Any, **kw: Any) -> Any:
+        waiting.update(take_back(model))
+        return propagate(model, _of_torch(qconfig_dict), *args, **kw)
+
+    @functools.wraps(convert_model)
+    def convert_rest(model: nn.Module, mapping: Any = None, *args: Any, **kw: Any) -> Any:
+        result = convert_model(model, _of_torch(mapping), *args, **kw)
+        names = {name: waiting[m] for name, m in model.named_modules() if m in waiting}
+        give_again(result, names)
+        return result
+
+    module.propagate_qconfig_, module.convert = propagate_qconfig, convert_rest
+
+
+def _quantize_graphs_by_type(module: Any) -> None:
+    """The graph of a model is made of torch.nn's modules, which have the same parameters."""
+    prepare = module._prepare_fx
+
+    @functools.wraps(prepare)
+    def prepare_fx(model: nn.Module, *args: Any, **kw: Any) -> Any:
+        if any(isinstance(each, tuple(COUNTERPARTS)) for each in model.modules()):
+            tensors = (*model.parameters(), *model.buffers())
+            model = revert(copy.deepcopy(model, {id(each): each for each in tensors}))
+        return prepare(model, *args, **kw)
+
+    module._prepare_fx = prepare_fx
+
+
+def _of_torch(given: Any) -> Any:
+    """A dictionary by type, with torch.nn's types in place of rnnkern's."""
+    if type(given) is not dict:
+        return given
+    return given | {COUNTERPARTS[key]: value for key, value in given.items() if key in COUNTERPARTS}

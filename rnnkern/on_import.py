@@ -1,0 +1,53 @@
+"""Runs something once a module has been imported, at once if it has been already.
+
+For what rnnkern adds to parts of torch, and to other packages, that take long to import and that
+most programs never use.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from types import ModuleType
+
+Action = Callable[[ModuleType], None]
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Finds a module that is waited for as all the other finders do, and acts after its code."""
+
+    def __init__(self) -> None:
+        self.waiting: dict[str, Action] = {}
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        action = self.waiting.pop(name, None)
+        if action is None:
+            return None
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.loader is None:
+            return spec
+        run = spec.loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            run(module)
+            action(module)
+
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+_finder = _Finder()
+sys.meta_path.insert(0, _finder)
+
+
+def on_import(name: str, action: Action) -> None:
+    """Calls ``action(module)`` once the module of that name is there; one action a module."""
+    if name in sys.modules:
+        action(sys.modules[name])
+    else:
+        _finder.waiting[name] = action

@@ -1,0 +1,58 @@
+"""Run the kernel tests as on other machines: other caches, numbers of threads, instruction sets.
+
+Every instruction set that this CPU has is in one of them. What a plan chooses depends on the
+machine, so a test that passes here alone is found.
+
+Usage: python tools/test_machines.py [pytest arguments]
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from lower_isas import lower_isas
+
+import rnnkern
+
+PYTEST = Path(sys.executable).with_name("pytest")
+KIB = 1024
+
+
+def machines(isas: list[str]) -> Iterator[tuple[dict[str, str], list[str]]]:
+    """The environment that describes each, and which of the tests run there."""
+    caches = [512 * KIB, 1024 * KIB, 2048 * KIB]
+    threads = [64, 2, 1]
+    everywhere = 0
+    for i, isa in enumerate(isas):
+        # Those of AVX-512 differ from one another in the kernels of bfloat16 alone.
+        differs_little = i > 0 and isa.startswith("x86-64-v4")
+        place = 2 if differs_little else everywhere
+        everywhere += not differs_little
+        yield (
+            {
+                "RNNKERN_ISA": isa,
+                "RNNKERN_L2_BYTES": str(caches[place % 3]),
+                "RNNKERN_TEST_THREADS": str(threads[place % 3]),
+                "RNNKERN_TEST_DEVICES": "cpu",
+            },
+            ["-k", "bfloat16"] if differs_little else [],
+        )
+
+
+def main(arguments: list[str]) -> int:
+    status = 0
+    lower = lower_isas()
+    best = rnnkern.build_info()["isa"]
+    for environment, selection in machines([best, *lower]):
+        command = [str(PYTEST), "tests", "-m", "kernel", *selection, *arguments]
+        print(*(f"{k}={v}" for k, v in environment.items()), *command, flush=True)
+        status |= subprocess.run(command, env=os.environ | environment).returncode
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
