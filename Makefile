@@ -30,10 +30,10 @@ endef
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help install compare test test-isa bench bench-smoke report lint format wheels wheels-cuda \
-  check-neon sanitize cuda-check cuda-sanitize simt simt-coverage clean distclean
+  test-aarch64 sanitize cuda-check cuda-sanitize simt simt-coverage clean distclean
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
 	@echo
 	@echo '  ARGS="..." is handed on to the program; PYTHON=... is the interpreter that makes .venv.'
 
@@ -80,12 +80,8 @@ wheels: $(READY)  ## build the CPU's wheel, prove it without a compiler, index i
 wheels-cuda: $(READY)  ## the same for CUDA, in an hour: needs no nvcc (ARGS="--torch 2.13.0 2.12.1")
 	$(call build_wheels,13.0 13.2)
 
-check-neon:  ## compile the kernels for AArch64 (needs Debian's g++-aarch64-linux-gnu)
-	compile="aarch64-linux-gnu-g++ -std=c++20 -O3 -fno-math-errno -fno-trapping-math -fopenmp -Wall \
-	  -Wextra -Werror -Icsrc -o /dev/null -c"; set -e; \
-	for element in float double Bf16 F16; do \
-	  $$compile -DRNNKERN_NAMESPACE=baseline -DRNNKERN_ELEMENT=$$element csrc/cpu/kernels.cpp; done; \
-	for source in csrc/cpu/scan.cpp csrc/plan.cpp; do $$compile $$source; done
+test-aarch64: $(READY)  ## check the CPU kernels on AArch64 under QEMU (ARGS=native: on this CPU)
+	sh tools/aarch64.sh $(ARGS)
 
 sanitize: $(BUILT)  ## run the kernel tests under the address and undefined-behaviour sanitizers
 	sh tools/sanitize.sh $(BIN)/python $(ARGS)
