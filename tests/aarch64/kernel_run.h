@@ -27,11 +27,11 @@ class KernelRun {
     f_.h0 = put_state(layer.h0, p.O);
     f_.c0 = put_state(layer.c0, p.H);
     put_weights(layer, f_.weights);
-    f_.rounds_cells = c.rounds_cells;
-    if (!c.is_closed_loop) return;
+    f_.rounds_cells = c.options.rounds_cells;
+    if (!c.options.is_closed_loop) return;
     f_.readout.w = put(layer.readout, p.I, p.O, &f_.readout.row);
     f_.readout.b = put(layer.readout_bias, 1, p.I);
-    f_.readout.made = {constant_cast(f_.x.data) + f_.x.step, f_.x.step, f_.x.row};
+    f_.readout.made = {const_cast<T*>(f_.x.data) + f_.x.step, f_.x.step, f_.x.row};
   }
 
   // `trains`: keeps what backward needs.
@@ -54,7 +54,7 @@ class KernelRun {
   Vector inputs() const { return get_rows(f_.x, p_.I); }
 
   // After forward(true).
-  Layer backward(const Outputs& incoming, bool in_place) {
+  Layer backward(const Outputs& incoming) {
     Backward<T> b;
     b.sizes = f_.sizes;
     b.steps = f_.steps;
@@ -66,12 +66,12 @@ class KernelRun {
     b.slots = f_.slots;
     b.cells = f_.cells;
     b.unprojected = f_.unprojected;
-    b.dy_uniform = c_.dy == Incoming::kUniform;
+    b.dy_uniform = c_.options.dy == kUniform;
     b.dy = put_rows(incoming.y, p_.D * p_.O, b.dy_uniform);
     b.dhn = put_state(incoming.hn, p_.O);
     b.dcn = put_state(incoming.cn, p_.H);
     const int64_t rows = p_.D * f_.steps.total;
-    dslots_ = in_place && f_.slots ? f_.slots : memory_.take(rows * p_.slots() * p_.H);
+    dslots_ = c_.options.in_place && f_.slots ? f_.slots : memory_.take(rows * p_.slots() * p_.H);
     b.dslots = dslots_;
     if (p_.projected) b.dprojected = memory_.take(rows * p_.O);
     new_gradients(&b.dx, &b.dh0, &b.dc0, b.gradients);
@@ -82,7 +82,7 @@ class KernelRun {
     return get_gradients(b.dx, b.dh0, b.dc0, b.gradients, b.dslots);
   }
 
-  // After backward(incoming, false): the tangents of outputs and gradients.
+  // After backward(incoming), not in place: the tangents of outputs and gradients.
   std::pair<Outputs, Layer> second_order(const Outputs& incoming, const Layer& tangents,
                                          const Outputs& incoming_tangents) {
     SecondOrder<T> s;
@@ -127,20 +127,19 @@ class KernelRun {
   // On the plan of the case, or as a call from Python.
   template <typename Scan, typename Call>
   void run(const Scan& scan, Call call) {
-    if (!c_.plan) return rnnkern::run(scan, 2, c_.rounds_cells);
+    if (!c_.options.plan) return rnnkern::run(scan, 2, c_.options.rounds_cells);
     const auto& kernels = std::get<Kernels<T>>(kernels_in_use());
     constexpr size_t kLine = 64;
-    const size_t bytes = call(kernels, *c_.plan, Workspace{nullptr, 0});
+    const size_t bytes = call(kernels, *c_.options.plan, Workspace{nullptr, 0});
     const std::unique_ptr<char, decltype(&std::free)> data(
         static_cast<char*>(std::aligned_alloc(kLine, (bytes + kLine - 1) / kLine * kLine)),
         &std::free);
     if (!data) throw std::bad_alloc();
     std::memset(data.get(), 0xff, bytes);  // NaN
-    call(kernels, *c_.plan, Workspace{data.get(), bytes});
+    call(kernels, *c_.options.plan, Workspace{data.get(), bytes});
   }
 
-  int64_t gap() const { return c_.has_gaps ? 3 : 0; }
-  static T* constant_cast(const T* p) { return const_cast<T*>(p); }
+  int64_t gap() const { return c_.options.has_gaps ? 3 : 0; }
   static Rows<const T> constant(const Rows<T>& rows) { return {rows.data, rows.step, rows.row}; }
 
   // Null where the values are empty, here and below.
@@ -198,7 +197,7 @@ class KernelRun {
   Rows<T> new_rows(int64_t features) {
     const int64_t width = rows_width(features);
     // Of a closed loop also the input of a step that is not taken.
-    const int64_t more = c_.is_closed_loop ? p_.N : 0;
+    const int64_t more = c_.options.is_closed_loop ? p_.N : 0;
     return layout_.rows(memory_.take((f_.steps.total + more) * width), width);
   }
   State<T> new_state(int64_t features) {
@@ -207,13 +206,13 @@ class KernelRun {
   void new_gradients(Rows<T>* dx, State<T>* dh0, State<T>* dc0, WeightGradients<T>* out) {
     const int64_t rows = p_.gates() * p_.H;
     *dx = new_rows(p_.I);
-    if (c_.has_states) *dh0 = new_state(p_.O);
-    if (c_.has_states && p_.has_cell_state()) *dc0 = new_state(p_.H);
+    if (c_.options.has_states) *dh0 = new_state(p_.O);
+    if (c_.options.has_states && p_.has_cell_state()) *dc0 = new_state(p_.H);
     for (int d = 0; d < p_.D; ++d) {
       out[d].w_ih = memory_.take(rows * p_.I);
       out[d].w_hh = memory_.take(rows * p_.O);
-      if (c_.has_bias) out[d].b_ih = memory_.take(rows);
-      if (c_.has_bias) out[d].b_hh = memory_.take(rows);
+      if (c_.options.has_bias) out[d].b_ih = memory_.take(rows);
+      if (c_.options.has_bias) out[d].b_hh = memory_.take(rows);
       if (p_.projected) out[d].w_hr = memory_.take(p_.O * p_.H);
     }
   }

@@ -17,7 +17,8 @@ namespace rnnkern {
 // From the lengths of the rows what Steps says of them.
 class Layout {
  public:
-  Layout(const Case& c, const reference::Problem& problem) : form_(c.form), T_(c.T), N_(c.N) {
+  Layout(const Case& c, const reference::Problem& problem)
+      : form_(c.options.form), T_(c.T), N_(c.N) {
     const std::vector<int64_t>& lengths = problem.lengths;
     order_.resize(N_);
     std::iota(order_.begin(), order_.end(), int64_t(0));
@@ -32,11 +33,11 @@ class Layout {
     }
     reset_ = std::make_unique<bool[]>(T_ * N_);
     for (int64_t t = 0; t < T_; ++t) {
-      for (int64_t n = 0; n < N_ && c.resets; ++n) {
+      for (int64_t n = 0; n < N_ && c.options.resets; ++n) {
         reset_[padded(t, n)] = problem.reset[t * N_ + n];
       }
     }
-    resets_ = c.resets;
+    resets_ = c.options.resets;
   }
 
   Steps steps() const {
@@ -44,12 +45,12 @@ class Layout {
     s.T = T_;
     s.N = N_;
     s.total = is_packed() ? start_.back() + active_.back() : T_ * N_;
-    if (is_packed() || form_ == Form::kRagged) s.active = active_.data(), s.order = order_.data();
+    if (is_packed() || form_ == kRagged) s.active = active_.data(), s.order = order_.data();
     if (is_packed()) s.start = start_.data();
     if (resets_) {
       s.reset = reset_.get();
       s.reset_step = step_of_rows();
-      s.reset_row = form_ == Form::kBatchFirst ? T_ : 1;
+      s.reset_row = form_ == kBatchFirst ? T_ : 1;
     }
     return s;
   }
@@ -63,15 +64,15 @@ class Layout {
   int64_t saved_row(int64_t t, int64_t n) const { return is_packed() ? packed(t, n) : t * N_ + n; }
   template <typename T>
   Rows<T> rows(T* data, int64_t row) const {
-    const bool batch_first = form_ == Form::kBatchFirst;
+    const bool batch_first = form_ == kBatchFirst;
     return {data, is_packed() ? 0 : step_of_rows() * row, (batch_first ? T_ : 1) * row};
   }
 
  private:
-  bool is_packed() const { return form_ == Form::kPacked; }
-  int64_t step_of_rows() const { return form_ == Form::kBatchFirst ? 1 : N_; }
+  bool is_packed() const { return form_ == kPacked; }
+  int64_t step_of_rows() const { return form_ == kBatchFirst ? 1 : N_; }
   int64_t padded(int64_t t, int64_t n) const {
-    return form_ == Form::kBatchFirst ? n * T_ + t : t * N_ + n;
+    return form_ == kBatchFirst ? n * T_ + t : t * N_ + n;
   }
   int64_t packed(int64_t t, int64_t n) const { return start_[t] + slot_[n]; }
 
