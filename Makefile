@@ -10,8 +10,6 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip
 PYTEST := $(BIN)/pytest
 
-# What setup.py builds with, as in pyproject.toml's [build-system].
-BUILD_REQUIRES := setuptools pybind11 cmake ninja
 export PATH := $(abspath $(BIN)):$(PATH)
 
 NATIVE_SOURCES := $(shell find csrc cmake -type f 2>/dev/null) CMakeLists.txt setup.py
@@ -44,10 +42,10 @@ endef
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help install compare test test-ecosystem test-machines bench bench-smoke report lint format \
-  wheels wheels-cuda check-neon sanitize cuda-check cuda-sanitize simt simt-coverage clean distclean
+  wheels wheels-cuda test-aarch64 sanitize cuda-check cuda-sanitize simt simt-coverage clean distclean
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
 	@echo
 	@echo '  ARGS="..." is handed on to the program; PYTHON=... is the interpreter that makes .venv.'
 
@@ -94,12 +92,8 @@ wheels: $(call group,wheels)  ## build the CPU's wheel, prove it without a compi
 wheels-cuda: $(call group,wheels)  ## the same for CUDA, in an hour: needs no nvcc (ARGS="--torch 2.13.0 2.12.1")
 	$(call build_wheels,13.0 13.2)
 
-check-neon:  ## compile the kernels for AArch64 (needs Debian's g++-aarch64-linux-gnu)
-	compile="aarch64-linux-gnu-g++ -std=c++20 -O3 -fno-math-errno -fno-trapping-math -fopenmp -Wall \
-	  -Wextra -Werror -Icsrc -o /dev/null -c"; set -e; \
-	for element in float double Bf16 F16; do \
-	  $$compile -DRNNKERN_NAMESPACE=baseline -DRNNKERN_ELEMENT=$$element csrc/cpu/kernels.cpp; done; \
-	for source in csrc/cpu/scan.cpp csrc/plan.cpp; do $$compile -DRNNKERN_HAS_BASELINE $$source; done
+test-aarch64: $(call group,build)  ## check the CPU kernels on AArch64 under QEMU (ARGS=native: on this CPU)
+	sh tools/aarch64.sh $(ARGS)
 
 sanitize: $(TESTS)  ## run the kernel tests under the address and undefined-behaviour sanitizers
 	sh tools/sanitize.sh $(BIN)/python $(ARGS)
@@ -134,9 +128,9 @@ $(READY): constraints.txt
 	@$(PIP) install --quiet --upgrade pip
 	@touch $@
 
-$(TORCH): $(READY) pyproject.toml
-	@echo 'Installing torch and the build tools'
-	@$(PIP) install --quiet torch numpy $(BUILD_REQUIRES)
+$(TORCH): $(call group,build)
+	@echo 'Installing torch'
+	@$(PIP) install --quiet torch numpy
 	@RNNKERN_WITHOUT_EXTENSION=1 PYTHONWARNINGS=ignore $(PIP) install --quiet --no-build-isolation --no-deps --editable .
 	@touch $@
 
