@@ -1,0 +1,529 @@
+"""Like torch.nn: what the rest of torch does to a module. torch.nn.utils, torch.func, optimizers,
+containers, tracing.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import warnings
+from collections import OrderedDict
+from typing import Any
+
+import pytest
+import torch
+from like_torch_nn import (
+    H,
+    I,
+    Row,
+    Side,
+    Table,
+    attempt,
+    check_alike,
+    drawn,
+    first,
+    gradients,
+    loss_of,
+    warned,
+)
+from support import CELLS, LAYERS, flatten
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize, prune, stateless
+
+pytestmark = [
+    pytest.mark.cpu_only,
+    pytest.mark.filterwarnings("ignore::rnnkern.FallbackWarning"),
+    pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning"),
+]
+
+ROWS = Table()
+
+# Known, by row, or by row and kind: the reason.
+DIFFERENCES: dict[str, str] = {
+    "fx_symbolic_trace": "torch.fx traces into modules that are not of the package torch.nn",
+    "jit_script": "TorchScript cannot compile what finds the kernel",
+    "dynamic_quantization": "torch.ao looks modules up by their exact type",
+}
+
+
+class Halved(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight / 2
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        return weight * 2
+
+
+class Doubled(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * 2
+
+
+# torch.nn.utils that change a module in place: what is changed, and the module afterwards.
+CHANGES: dict[str, Any] = {
+    "parametrized": lambda m, name: parametrize.register_parametrization(m, name, Halved()),
+    "parametrized-twice": lambda m, name: [
+        parametrize.register_parametrization(m, name, each) for each in (Halved(), Doubled())
+    ],
+    "parametrized-and-removed": lambda m, name: (
+        parametrize.register_parametrization(m, name, Halved()),
+        parametrize.remove_parametrizations(m, name),
+    ),
+    "parametrized-and-left": lambda m, name: (
+        parametrize.register_parametrization(m, name, Doubled(), unsafe=True),
+        parametrize.remove_parametrizations(m, name, leave_parametrized=True),
+    ),
+    "parametrized-and-assigned": lambda m, name: (
+        parametrize.register_parametrization(m, name, Halved()),
+        setattr(m, name, torch.ones(getattr(m, name).shape)),
+    ),
+    "parametrized-bias": lambda m, name: parametrize.register_parametrization(
+        m, name.replace("weight", "bias"), Halved()
+    ),
+    "weight-norm": lambda m, name: parametrizations.weight_norm(m, name),
+    "spectral-norm": lambda m, name: parametrizations.spectral_norm(
+        m, name, n_power_iterations=50
+    ),
+    "orthogonal": lambda m, name: parametrizations.orthogonal(m, name),
+    "old-weight-norm": lambda m, name: nn.utils.weight_norm(m, name),
+    "old-weight-norm-removed": lambda m, name: (
+        nn.utils.weight_norm(m, name),
+        m(_input_of(m)),
+        nn.utils.remove_weight_norm(m, name),
+    ),
+    "old-spectral-norm": lambda m, name: nn.utils.spectral_norm(m, name),
+    "old-spectral-norm-removed": lambda m, name: (
+        nn.utils.spectral_norm(m, name),
+        nn.utils.remove_spectral_norm(m, name),
+    ),
+    "pruned": lambda m, name: prune.l1_unstructured(m, name, amount=0.3),
+    "pruned-at-random": lambda m, name: prune.random_unstructured(m, name, amount=3),
+    "pruned-by-a-mask": lambda m, name: prune.custom_from_mask(
+        m, name, torch.arange(getattr(m, name).numel()).view_as(getattr(m, name)) % 2
+    ),
+    "pruned-in-rows": lambda m, name: prune.ln_structured(m, name, amount=1, n=2, dim=0),
+    "pruned-twice": lambda m, name: [
+        prune.random_unstructured(m, name, amount=0.2),
+        prune.l1_unstructured(m, name, amount=0.2),
+    ],
+    "pruned-and-removed": lambda m, name: (
+        prune.l1_unstructured(m, name, amount=0.3),
+        prune.remove(m, name),
+    ),
+    "pruned-globally": lambda m, name: prune.global_unstructured(
+        [(m, name), (m, name.replace("hh", "ih"))], prune.L1Unstructured, amount=0.5
+    ),
+    "pruned-not-at-all": lambda m, name: prune.identity(m, name),
+}
+
+
+def _input_of(module: nn.Module) -> Tensor:
+    return drawn(1, *((5, 2, I) if isinstance(module, nn.RNNBase) else (2, I)))
+
+
+def changed(change: Any) -> Row:
+    def row(side: Side) -> Any:
+        module = side.make()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            change(module, side.weight)
+        seen = [
+            [name for name, _ in module.named_parameters()],
+            [name for name, _ in module.named_buffers()],
+            list(module.state_dict()),
+            type(module).__name__,
+            parametrize.is_parametrized(module),
+            prune.is_pruned(module),
+            repr(module),
+        ]
+        seen += [side.outcome(module), side.outcome(module.eval())]
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.mul_(0.5)
+        return [*seen, side.outcome(module)]
+
+    return row
+
+
+ROWS.add({name: changed(change) for name, change in CHANGES.items()})
+
+
+@ROWS.row()
+def parametrizations_cached(side: Side) -> Any:
+    module = side.make()
+    parametrize.register_parametrization(module, side.weight, Halved())
+    with parametrize.cached():
+        same = getattr(module, side.weight) is getattr(module, side.weight)
+        return same, side.outcome(module)
+
+
+@ROWS.row()
+def copies_of_a_parametrized_module(side: Side) -> Any:
+    module = side.make()
+    parametrize.register_parametrization(module, side.weight, Halved())
+    other = copy.deepcopy(module)
+    pickled = attempt(lambda: torch.save(module, io.BytesIO()))
+    return side.outcome(other), pickled, str(other.load_state_dict(module.state_dict()))
+
+
+@ROWS.row()
+def parametrizations_carried_over(side: Side) -> Any:
+    module, other = side.make(), side.make()
+    parametrize.register_parametrization(module, side.weight, Halved())
+    parametrize.transfer_parametrizations_and_params(module, other)
+    return side.outcome(other), parametrize.type_before_parametrizations(other) is side.type
+
+
+@ROWS.row()
+def vectors_of_parameters(side: Side) -> Any:
+    module = side.make()
+    vector = nn.utils.parameters_to_vector(module.parameters())
+    nn.utils.vector_to_parameters(vector * 2, module.parameters())
+    return vector, side.outcome(module)
+
+
+@ROWS.row()
+def clipped_gradients(side: Side) -> Any:
+    module = side.make()
+    side.outcome(module)
+    norm = nn.utils.clip_grad_norm_(module.parameters(), 0.5, foreach=True)
+    nn.utils.clip_grad_value_(module.parameters(), 0.01)
+    total = nn.utils.get_total_norm([p.grad for p in module.parameters()])
+    return norm, total, [p.grad for p in module.parameters()]
+
+
+@ROWS.row()
+def memory_format_of_convolutions(side: Side) -> Any:
+    model = nn.ModuleList([side.make(), nn.Conv2d(1, 2, 3)])
+    nn.utils.convert_conv2d_weight_memory_format(model, torch.channels_last)
+    return side.outcome(model[0])
+
+
+def _halves(module: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach() * 0.5 for name, p in module.named_parameters()}
+
+
+@ROWS.row()
+def functional_call(side: Side) -> Any:
+    module = side.make()
+    weights = {name: w.requires_grad_() for name, w in _halves(module).items()}
+    seen = []
+    for call in (torch.func.functional_call, _old_functional_call):
+        outputs = call(module, weights, (side.x(),), {"hx": side.hx()})
+        seen += [outputs, list(torch.autograd.grad(loss_of(outputs), list(weights.values())))]
+    one = {side.weight: weights[side.weight]}
+    return seen, torch.func.functional_call(module, one, side.x()), side.outcome(module)
+
+
+def _old_functional_call(*given: Any) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return stateless.functional_call(*given)
+
+
+@ROWS.row()
+def functional_call_of_strange_weights(side: Side) -> Any:
+    module = side.make()
+    call = torch.func.functional_call
+    return (
+        attempt(lambda: call(module, {"nothing": torch.ones(1)}, side.x(), strict=True)),
+        attempt(lambda: call(module, {"nothing": torch.ones(1)}, side.x())),
+        type(attempt(lambda: call(module, {side.weight: torch.ones(1)}, side.x(), strict=True))),
+    )
+
+
+@ROWS.row()
+def functional_call_in_a_container(side: Side) -> Any:
+    model = nn.Sequential(OrderedDict(rnn=side.make()))
+    return torch.func.functional_call(model, _halves(model), side.x())
+
+
+@ROWS.row()
+def stacked_module_state(side: Side) -> Any:
+    modules = [side.make() for _ in range(2)]
+    parameters, buffers = torch.func.stack_module_state(modules)
+    return {name: p for name, p in parameters.items()}, buffers
+
+
+@ROWS.row()
+def gradients_of_torch_func(side: Side) -> Any:
+    module = side.make()
+    weights = {name: p.detach() for name, p in module.named_parameters()}
+
+    def loss(given: dict[str, Tensor]) -> Tensor:
+        return loss_of(torch.func.functional_call(module, given, side.x()))
+
+    value, pull = torch.func.vjp(loss, weights)
+    return torch.func.grad_and_value(loss)(weights), value, pull(torch.ones(()))
+
+
+@ROWS.row()
+def jacobians(side: Side) -> Any:
+    module = side.make()
+    x, v = side.x(1, I) if not side.is_layer else side.x(2, 1, I), side.x()
+
+    def call(given: Tensor) -> Tensor:
+        return first(module(given))
+
+    functional = torch.autograd.functional
+    return (
+        functional.jacobian(call, x),
+        functional.vjp(call, x, torch.ones_like(call(x)))[1],
+        functional.hvp(lambda given: call(given).sum(), x, torch.ones_like(x))[1],
+        functional.hessian(lambda given: call(given).square().sum(), x),
+        v,
+    )
+
+
+@ROWS.row()
+def gradcheck(side: Side) -> Any:
+    module = side.make().double()
+    x = side.x(dtype=torch.float64).requires_grad_()
+    return torch.autograd.gradcheck(lambda given: first(module(given)), x)
+
+
+@ROWS.row()
+def second_derivatives(side: Side) -> Any:
+    module = side.make()
+    x = side.x().requires_grad_()
+    (slope,) = torch.autograd.grad(loss_of(module(x)), x, create_graph=True)
+    return slope, gradients(module, {"slope": slope})
+
+
+@ROWS.row()
+def checkpointed(side: Side) -> Any:
+    from torch.utils.checkpoint import checkpoint, checkpoint_sequential
+
+    module, x = side.make(), side.x().requires_grad_()
+    seen = []
+    for reentrant in (True, False):
+        outputs = checkpoint(module, x, use_reentrant=reentrant)
+        seen.append(gradients(module, flatten(outputs)))
+    parts = nn.Sequential(nn.Linear(I, I), side.make())
+    return seen, checkpoint_sequential(parts, 2, x, use_reentrant=False)
+
+
+# Optimizers.
+
+OPTIMIZERS: dict[str, Any] = {
+    "sgd": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, nesterov=True),
+    "adamw": lambda p: torch.optim.AdamW(p, 0.01, foreach=True),
+    "adam-fused": lambda p: torch.optim.Adam(p, 0.01, fused=True),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, 0.01),
+    "adagrad": lambda p: torch.optim.Adagrad(p, 0.01),
+}
+
+
+def trained(optimizer_of: Any) -> Row:
+    def row(side: Side) -> Any:
+        module = side.make()
+        optimizer = optimizer_of(module.parameters())
+        for _ in range(3):
+            optimizer.zero_grad()
+            loss_of(module(side.x())).backward()
+            optimizer.step()
+        state = optimizer.state_dict()["state"]
+        return module.state_dict(), {key: list(value) for key, value in state.items()}
+
+    return row
+
+
+ROWS.add({f"trained-by-{name}": trained(make) for name, make in OPTIMIZERS.items()})
+
+
+@ROWS.row()
+def trained_by_lbfgs(side: Side) -> Any:
+    module = side.make()
+    optimizer = torch.optim.LBFGS(module.parameters(), 0.1, max_iter=2)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = loss_of(module(side.x()))
+        loss.backward()
+        return loss
+
+    return optimizer.step(closure), module.state_dict()
+
+
+@ROWS.row()
+def averaged_models(side: Side) -> Any:
+    from torch.optim.swa_utils import AveragedModel
+
+    module = side.make()
+    averaged = AveragedModel(module)
+    averaged.update_parameters(module)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.mul_(2)
+    averaged.update_parameters(module)
+    return list(averaged.state_dict()), averaged(side.x()), repr(averaged)
+
+
+@ROWS.row()
+def parameter_groups(side: Side) -> Any:
+    """Weight decay for all but biases."""
+    module = side.make()
+    decayed = [p for name, p in module.named_parameters() if "bias" not in name]
+    rest = [p for name, p in module.named_parameters() if "bias" in name]
+    optimizer = torch.optim.SGD([{"params": decayed, "weight_decay": 1.0}, {"params": rest}], 0.1)
+    loss_of(module(side.x())).backward()
+    optimizer.step()
+    return module.state_dict()
+
+
+# Containers, and modules of which this one is a part.
+
+
+@ROWS.row()
+def containers(side: Side) -> Any:
+    listed = nn.ModuleList([side.make(), side.make(bias=False)])
+    named = nn.ModuleDict({"a": side.make(), "b": listed})
+    chained = nn.Sequential(nn.Linear(I, I), side.make())
+    return (
+        [repr(each) for each in (listed, named, chained)],
+        [list(each.state_dict()) for each in (listed, named, chained)],
+        side.outcome(chained),
+        [type(m).__name__ for m in named.modules()],
+    )
+
+
+@ROWS.row()
+def lazy_neighbours(side: Side) -> Any:
+    model = nn.Sequential(nn.LazyLinear(I), side.make())
+    before = repr(model)
+    return before, first(model(side.x())).shape, repr(model)
+
+
+@ROWS.row()
+def a_submodule_of_the_layer(side: Side) -> Any:
+    class Mine(side.type):
+        def __init__(self, *sizes: int) -> None:
+            super().__init__(*sizes)
+            self.embed = nn.Linear(I, I)
+
+        def forward(self, input: Tensor, hx: Any = None) -> Any:
+            return super().forward(self.embed(input), hx)
+
+    module = side.make(of=Mine)
+    return side.outcome(module), repr(module), list(module.state_dict())
+
+
+@ROWS.row()
+def distributed_data_parallel_is_refused(side: Side) -> Any:
+    return type(attempt(lambda: nn.parallel.DistributedDataParallel(side.make()))).__name__
+
+
+@ROWS.row()
+def wrapped_by_compile(side: Side) -> Any:
+    """Not called: test_traced.py has calls."""
+    module = side.make()
+    wrapped = torch.compile(module, backend="eager")
+    return list(wrapped.state_dict()), repr(wrapped), wrapped._orig_mod is module, wrapped.training
+
+
+@ROWS.row(*CELLS)
+def overrides_of_torch_function(side: Side) -> Any:
+    seen: list[str] = []
+
+    class Logged(Tensor):
+        @classmethod
+        def __torch_function__(
+            cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            seen.append(getattr(func, "__name__", str(func)))
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+    outputs = side.make()(side.x().as_subclass(Logged))
+    return type(first(outputs)).__name__, f"{side.kind.lower()}" in " ".join(seen).replace("_", "")
+
+
+# Tracing. test_traced.py has compile, export and torch.func.
+
+
+class Tagger(nn.Module):
+    def __init__(self, rnn: nn.Module) -> None:
+        super().__init__()
+        self.rnn = rnn
+        self.head = nn.Linear(H, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.rnn(x)[0])
+
+
+class Stepper(nn.Module):
+    def __init__(self, cell: nn.Module) -> None:
+        super().__init__()
+        self.cell = cell
+
+    def forward(self, x: Tensor) -> Any:
+        return self.cell(x)
+
+
+def _model(side: Side) -> nn.Module:
+    model = Tagger(side.make()) if side.is_layer else Stepper(side.make())
+    return model.eval()
+
+
+@ROWS.row()
+def fx_symbolic_trace(side: Side) -> Any:
+    import torch.fx
+
+    traced = torch.fx.symbolic_trace(_model(side))
+    nodes = [(node.op, str(node.target)) for node in traced.graph.nodes]
+    return nodes, traced(side.x()), traced.code
+
+
+@ROWS.row("LSTM", "GRU", "GRUCell", "LSTMCell", "RNNCell")
+def jit_script(side: Side) -> Any:
+    scripted = torch.jit.script(_model(side))
+    return scripted(side.x()), sorted(scripted.state_dict())
+
+
+@ROWS.row()
+def jit_trace(side: Side) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(_model(side), side.x())
+        return traced(side.x()), sorted(traced.state_dict())
+
+
+@ROWS.row("LSTM", "GRU", *CELLS)
+def dynamic_quantization(side: Side) -> Any:
+    from torch.ao.quantization import quantize_dynamic
+
+    model = _model(side)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        small = quantize_dynamic(model, {side.type, nn.Linear}, dtype=torch.qint8)
+    return [type(m).__module__.split(".")[:3] for m in small.children()]
+
+
+@ROWS.row()
+def quantization_aware_configuration(side: Side) -> Any:
+    import torch.ao.quantization as quantization
+
+    model = _model(side).train()
+    model.qconfig = None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        prepared = quantization.prepare_qat(model)
+    return [type(m).__name__ for m in prepared.modules()]
+
+
+@ROWS.row("LSTM", "GRU")
+def gradients_through_a_model(side: Side) -> Any:
+    model = Tagger(side.make())
+    torch.manual_seed(1)
+    nn.init.normal_(model.head.weight)
+    nn.init.normal_(model.head.bias)
+    return side.outcome(model)
+
+
+@ROWS.row()
+def warnings_of_a_plain_call(side: Side) -> Any:
+    return warned(lambda: side.outcome(side.make()))
+
+
+@pytest.mark.parametrize(("row", "kind"), [*ROWS.cases(DIFFERENCES)])
+def test_as_torch_nn(row: Row, kind: str) -> None:
+    check_alike(row, kind)
