@@ -101,7 +101,7 @@ def _lines(
     dtype = str(x.dtype).removeprefix("torch.")
     place = "GPU" if x.device.type == "cuda" else "CPU"
     lines = [
-        f"{module.mode} on the {place}, {dtype}{multiplied}: "
+        f"{functional.mode_of(module)} on the {place}, {dtype}{multiplied}: "
         f"T={T} N={N} I={module.input_size} H={module.hidden_size} "
         f"layers={module.num_layers} directions={D}"
     ]

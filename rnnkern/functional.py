@@ -73,6 +73,9 @@ def _checked(module: Any, input: Any, hx: Any, lengths: Any, reset: Any) -> Any:
     if (jit or compiling) and lengths is None and reset is None:  # noqa: SIM102
         if jit or isinstance(input, PackedSequence):
             return module._torch_forward(input, hx)
+    reason = _refusal_of(module)
+    if reason is not None and (reason == WRONG or (lengths is None and reset is None)):
+        return _elsewhere(module, input, hx, lengths, reset, reason)
     if isinstance(input, PackedSequence):
         return _packed(module, input, hx, lengths, reset)
     if input.dim() == 2:
@@ -97,6 +100,39 @@ def _checked(module: Any, input: Any, hx: Any, lengths: Any, reset: Any) -> Any:
         return _elsewhere(module, input, hx, lengths, reset, result)
     y, hn, cn = result
     return y, (hn if cn is None else (hn, cn))
+
+
+# What torch.nn's forward calls on the way, and a subclass may have in a form of its own.
+_CALLED = (
+    "_update_flat_weights",
+    "check_forward_args",
+    "check_input",
+    "get_expected_hidden_size",
+    "get_expected_cell_size",
+    "check_hidden_size",
+    "permute_hidden",
+)
+
+
+def _refusal_of(module: Any) -> str | None:
+    """Why torch.nn must carry out the calls of this module, or None."""
+    kind, space = type(module), vars(module)
+    theirs = next(base for base in (nn.LSTM, nn.GRU, nn.RNN) if isinstance(module, base))
+    for name in _CALLED:
+        if name in space or getattr(kind, name, None) is not getattr(theirs, name, None):
+            return f"a method {name} of the module's own"
+    is_known = theirs is not nn.RNN or module.mode in ("RNN_TANH", "RNN_RELU")
+    return None if is_known else WRONG
+
+
+def mode_of(module: Any) -> str:
+    """The cell that a layer runs.
+
+    Only ``torch.nn.RNN`` has a choice. An LSTM or GRU may use the attribute for what it likes.
+    """
+    if isinstance(module, nn.LSTM):
+        return "LSTM"
+    return "GRU" if isinstance(module, nn.GRU) else module.mode  # type: ignore[no-any-return]
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -129,7 +165,8 @@ def dtype_under_autocast(
     """What a layer is computed in, and its results have, where autocast asks for ``dtype``."""
     if x.device.type != "cpu":  # one operator for all of it
         return dtype
-    by_operators = module.mode == "GRU" or (module.mode == "LSTM" and (packed or not x.numel()))
+    mode = mode_of(module)
+    by_operators = mode == "GRU" or (mode == "LSTM" and (packed or not x.numel()))
     return _promoted(dtype, x, h0) if by_operators else dtype
 
 
@@ -177,7 +214,7 @@ def results_under_autocast(
 def layer_of(module: Any, asked: torch.dtype | None = None) -> Layer:
     """What each layer of a module is, where autocast asks for that dtype."""
     return kernels.layer(
-        module.mode,
+        mode_of(module),
         directions=2 if module.bidirectional else 1,
         hidden=module.hidden_size,
         proj=module.proj_size,
@@ -190,7 +227,7 @@ def layer_of(module: Any, asked: torch.dtype | None = None) -> Layer:
 def spec_of(module: Any, asked: torch.dtype | None = None) -> Spec:
     """As `layer_of`, for the traced door: torch cannot trace that one."""
     return Spec(
-        module.mode,
+        mode_of(module),
         directions=2 if module.bidirectional else 1,
         bias=module.bias,
         batch_first=module.batch_first,
@@ -202,7 +239,7 @@ def spec_of(module: Any, asked: torch.dtype | None = None) -> Spec:
 
 def expect_layer(module: Any) -> None:
     """Raises a TypeError where a module is none that these functions take."""
-    if not isinstance(module, nn.RNNBase) or module.mode not in CELLS:
+    if not isinstance(module, nn.RNNBase) or mode_of(module) not in CELLS:
         raise TypeError(
             f"module must be an RNN, LSTM or GRU, of rnnkern or torch.nn, "
             f"got {type(module).__name__}"
@@ -316,8 +353,9 @@ def cell(module: Any, input: Tensor, hx: Any) -> Any:
     _, hn, cn = _one_layer(layer, x, h0, c0, weights, None)
     if dtype is not None and x.dtype != torch.float64:
         hn, cn = hn.to(dtype), None if cn is None else cn.to(dtype)
-    shape = (*input.shape[:-1], module.hidden_size)
-    return hn.view(shape) if cn is None else (hn.view(shape), cn.view(shape))
+    # No views: torch.nn's are none, and `detach_` refuses those. Nothing else holds their memory.
+    view, shape = torch.ops.aten._unsafe_view.default, (*input.shape[:-1], module.hidden_size)
+    return view(hn, shape) if cn is None else (view(hn, shape), view(cn, shape))
 
 
 def _cell_biases(module: Any) -> tuple[Tensor, ...]:
@@ -343,7 +381,7 @@ def initial_states(module: Any, hx: Any, N: int) -> tuple[Tensor | None, Tensor 
         return None, None, True
     count = module.num_layers * (2 if module.bidirectional else 1)
     wanted = (count, N, module.proj_size or module.hidden_size)
-    if module.mode != "LSTM":
+    if mode_of(module) != "LSTM":
         return hx, None, isinstance(hx, Tensor) and hx.shape == wanted
     if not isinstance(hx, (tuple, list)) or len(hx) != 2:
         return None, None, False
@@ -446,7 +484,7 @@ def _unbatched(module: Any, input: Tensor, hx: Any, lengths: Any, reset: Any) ->
     batch = 0 if module.batch_first else 1
     if hx is None:
         states = None
-    elif module.mode == "LSTM":
+    elif isinstance(module, nn.LSTM):
         states = tuple(h.unsqueeze(1) for h in hx) if _are_2d(hx) else None
     else:
         states = hx.unsqueeze(1) if _are_2d((hx,)) else None
@@ -532,7 +570,7 @@ def _by_reference(module: Any, x: Tensor, hx: Any, lengths: Any, reset: Any) -> 
         if i:
             x = dropout(module, x)
         x, *final = reference.layer(
-            module.mode,
+            mode_of(module),
             x,
             *of_layer(i, D, count, h0, c0, weights),
             directions=D,

@@ -102,9 +102,9 @@ def warned(call: Callable[[], Any]) -> tuple[Any, list[tuple[str, str]]]:
 
 
 def plain_text(text: str) -> str:
-    """Without the package that a class is from, and addresses in memory."""
+    """Without the package that a class is from, the class that `forward` is from, and addresses."""
     text = re.sub(r"rnnkern\.(modules\.)?|torch\.nn\.(modules\.rnn\.)?", "", text)
-    return re.sub(r"0x[0-9a-f]+", "0x", text)
+    return re.sub(r"\w+\.(?=forward\(\))|0x[0-9a-f]+", "", text)
 
 
 Row: TypeAlias = Callable[[Side], Any]
