@@ -73,6 +73,9 @@ def explain(module: Any, input: Any, hx: Any = None) -> Explanation:
             f"torch.nn refuses this: input_size is {module.input_size}, the input has {x.size(-1)}"
         )
     h0, c0 = hx if isinstance(hx, (tuple, list)) and len(hx) == 2 else (hx, None)
+    reason = functional.refusal_of(module)
+    if reason is not None:
+        return Explanation(f"torch.nn carries this out: {reason}")
     weights = functional.current_weights(module)
     asked = functional.autocast_dtype(x)
     if asked is not None:

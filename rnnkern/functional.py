@@ -73,7 +73,7 @@ def _checked(module: Any, input: Any, hx: Any, lengths: Any, reset: Any) -> Any:
     if (jit or compiling) and lengths is None and reset is None:  # noqa: SIM102
         if jit or isinstance(input, PackedSequence):
             return module._torch_forward(input, hx)
-    reason = _refusal_of(module)
+    reason = refusal_of(module)
     if reason is not None and (reason == WRONG or (lengths is None and reset is None)):
         return _elsewhere(module, input, hx, lengths, reset, reason)
     if isinstance(input, PackedSequence):
@@ -114,7 +114,7 @@ _CALLED = (
 )
 
 
-def _refusal_of(module: Any) -> str | None:
+def refusal_of(module: Any) -> str | None:
     """Why torch.nn must carry out the calls of this module, or None."""
     kind, space = type(module), vars(module)
     theirs = next(base for base in (nn.LSTM, nn.GRU, nn.RNN) if isinstance(module, base))
@@ -132,7 +132,7 @@ def mode_of(module: Any) -> str:
     """
     if isinstance(module, nn.LSTM):
         return "LSTM"
-    return "GRU" if isinstance(module, nn.GRU) else module.mode  # type: ignore[no-any-return]
+    return "GRU" if isinstance(module, nn.GRU) else module.mode
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
