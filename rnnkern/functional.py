@@ -102,8 +102,7 @@ def _checked(module: Any, input: Any, hx: Any, lengths: Any, reset: Any) -> Any:
     return y, (hn if cn is None else (hn, cn))
 
 
-# What torch.nn's forward calls on the way, and a subclass may have in a form of its own.
-_CALLED = (
+_CALLED_BY_FORWARD = (
     "_update_flat_weights",
     "check_forward_args",
     "check_input",
@@ -112,16 +111,23 @@ _CALLED = (
     "check_hidden_size",
     "permute_hidden",
 )
+_METHODS = {
+    base: {name: getattr(base, name) for name in _CALLED_BY_FORWARD if hasattr(base, name)}
+    for base in (nn.LSTM, nn.GRU, nn.RNN)
+}
 
 
 def refusal_of(module: Any) -> str | None:
-    """Why torch.nn must carry out the calls of this module, or None."""
-    kind, space = type(module), vars(module)
-    theirs = next(base for base in (nn.LSTM, nn.GRU, nn.RNN) if isinstance(module, base))
-    for name in _CALLED:
-        if name in space or getattr(kind, name, None) is not getattr(theirs, name, None):
+    """Why torch.nn must carry out the calls of this module, or None.
+
+    ``torch.nn``'s forward calls methods that a subclass may override. The kernels call none.
+    """
+    kind, base = type(module), next(base for base in _METHODS if isinstance(module, base))
+    own = not vars(module).keys().isdisjoint(_CALLED_BY_FORWARD)
+    for name, method in _METHODS[base].items():
+        if getattr(kind, name) is not method or (own and name in vars(module)):
             return f"a method {name} of the module's own"
-    is_known = theirs is not nn.RNN or module.mode in ("RNN_TANH", "RNN_RELU")
+    is_known = base is not nn.RNN or module.mode in ("RNN_TANH", "RNN_RELU")
     return None if is_known else WRONG
 
 
