@@ -122,10 +122,10 @@ def refusal_of(module: Any) -> str | None:
 
     ``torch.nn``'s forward calls methods that a subclass may override. The kernels call none.
     """
-    kind, base = type(module), next(base for base in _METHODS if isinstance(module, base))
-    own = not vars(module).keys().isdisjoint(_CALLED_BY_FORWARD)
+    kind, space = type(module), vars(module)
+    base = next(base for base in _METHODS if isinstance(module, base))
     for name, method in _METHODS[base].items():
-        if getattr(kind, name) is not method or (own and name in vars(module)):
+        if name in space or getattr(kind, name) is not method:
             return f"a method {name} of the module's own"
     is_known = base is not nn.RNN or module.mode in ("RNN_TANH", "RNN_RELU")
     return None if is_known else WRONG

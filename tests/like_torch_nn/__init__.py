@@ -22,6 +22,9 @@ from rnnkern import tolerance
 
 T, N, I, H = 5, 2, 3, 4
 
+#: Options of a layer that change its text and its names.
+FULL = {"num_layers": 2, "bidirectional": True, "batch_first": True, "dropout": 0.5}
+
 
 @dataclass(frozen=True)
 class Side:
@@ -81,6 +84,22 @@ def gradients(module: nn.Module, outputs: Mapping[str, Tensor]) -> dict[str, Any
     module.zero_grad()
     loss_of(list(outputs.values())).backward()
     return {name: p.grad for name, p in module.named_parameters()}
+
+
+def each_state(state: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    return tuple(change(h) for h in state) if isinstance(state, tuple) else change(state)
+
+
+def names_of(module: nn.Module) -> list[str]:
+    return [name for name, _ in module.named_parameters()]
+
+
+def same_objects(module: Any) -> list[bool]:
+    """Which of a layer's `_flat_weights` are what its attributes say."""
+    return [
+        a is getattr(module, b, None)
+        for a, b in zip(module._flat_weights, module._flat_weights_names, strict=True)
+    ]
 
 
 def attempt(call: Callable[[], Any]) -> Any:
@@ -200,3 +219,6 @@ def assert_near(ours: Tensor, theirs: Tensor, at: str) -> None:
     with torch.no_grad():
         error = tolerance.error_eps(ours, theirs.double()) * eps
     assert error <= max(2**-13, 8 * eps), f"{at}: {ours}, torch.nn gives {theirs}"
+
+
+ROWS = Table()
