@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rnnkern import kernels, ops
-from rnnkern.derivatives import Spec
+from rnnkern.derivatives import Spec, dense
 from rnnkern.kernels import Layer
 from rnnkern.sequence import Steps
 
@@ -68,11 +68,11 @@ class Scan(torch.autograd.Function):
                 return _by_operators(ctx, dy, dhn, dcn)
             # Saved tensors come back as their hooks return them: any of them may be at fault.
             dtype = next(g.dtype for g in (dy, dhn, dcn) if g is not None)
-            dense: list[Any] = [
-                None if t is None else t.to(dtype).contiguous()
+            plain: list[Any] = [
+                None if t is None else dense(t.to(dtype))
                 for t in (x, y, saved, dy, dhn, dcn, *tensors)
             ]
-            x, y, saved, dy, dhn, dcn, *tensors = dense
+            x, y, saved, dy, dhn, dcn, *tensors = plain
             h0, c0, weights = _initial_states(tensors, states)
             gradients, _ = run(x, h0, c0, weights, steps, y, saved, dy, dhn, dcn, wanted, overwrite)
         return (None, None, None, *gradients)

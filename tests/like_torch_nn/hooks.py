@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from typing import Any
 
 import torch
@@ -174,3 +176,31 @@ def a_forward_of_the_instance(side: Side) -> Any:
     old = module.forward
     module.forward = lambda *args, **kwargs: old(args[0] * 2, *args[1:], **kwargs)
     return side.outcome(module), "forward" in vars(module)
+
+
+def _doubled(module: nn.Module, args: Any) -> Any:
+    return args[0] * 2
+
+
+@ROWS.row()
+def copies_with_hooks(side: Side) -> Any:
+    module = side.make()
+    handle = module.register_forward_pre_hook(_doubled)
+    copied, pickled = copy.deepcopy(module), pickle.loads(pickle.dumps(module))
+    handle.remove()
+    return [m(side.x()) for m in (module, copied, pickled)]
+
+
+@ROWS.row()
+def a_step_of_the_optimizer_in_backward(side: Side) -> Any:
+    module = side.make()
+    optimizers = {p: torch.optim.SGD([p], 0.1) for p in module.parameters()}
+
+    def step(parameter: nn.Parameter) -> None:
+        optimizers[parameter].step()
+        optimizers[parameter].zero_grad()
+
+    for parameter in module.parameters():
+        parameter.register_post_accumulate_grad_hook(step)
+    loss_of(module(side.x())).backward()
+    return module.state_dict(), [p.grad for p in module.parameters()]

@@ -238,3 +238,33 @@ def gradients_through_a_model(side: Side) -> Any:
 @ROWS.row()
 def warnings_of_a_plain_call(side: Side) -> Any:
     return warned(lambda: side.outcome(side.make()))
+
+
+@ROWS.row()
+def gradients_scaled(side: Side) -> Any:
+    module = side.make()
+    optimizer = torch.optim.SGD(module.parameters(), 0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler.scale(loss_of(module(side.x()))).backward()
+    scaler.unscale_(optimizer)
+    scaler.step(optimizer)
+    scaler.update()
+    return module.state_dict(), scaler.get_scale()
+
+
+@ROWS.row()
+def optimizer_state_loaded(side: Side) -> Any:
+    module = side.make()
+    one, other = (torch.optim.Adam(module.parameters()) for _ in range(2))
+    side.outcome(module)
+    one.step()
+    other.load_state_dict(one.state_dict())
+    other.step()
+    return module.state_dict()
+
+
+@ROWS.row()
+def compiled_in_place(side: Side) -> Any:
+    module = side.make()
+    module.compile(backend="eager")
+    return list(module.state_dict()), repr(module), type(module).__name__

@@ -150,3 +150,11 @@ def weights_of_a_tensor_subclass(side: Side) -> Any:
     setattr(module, side.weight, nn.Parameter(weight))
     outputs = module(side.x())
     return [(type(y).__name__, y.as_subclass(Tensor)) for y in flatten(outputs).values()]
+
+
+@ROWS.row()
+def inputs_made_in_inference_mode(side: Side) -> Any:
+    with torch.inference_mode():
+        x, hx = side.x(), side.hx()
+    seen = [attempt(lambda g=g: side.outcome(side.make(), *g)) for g in ((x,), (side.x(), hx))]
+    return [type(each).__name__ for each in seen], side.make().requires_grad_(False)(x, hx)

@@ -6,7 +6,9 @@ import contextlib
 import copy
 import io
 import pickle
+import threading
 import warnings
+import weakref
 from typing import Any
 
 import torch
@@ -15,13 +17,16 @@ from torch import Tensor, nn
 
 from like_torch_nn import (
     ROWS,
+    H,
     I,
+    N,
     Row,
     Side,
     attempt,
     drawn,
     each_state,
     first,
+    gradients,
     loss_of,
 )
 
@@ -258,3 +263,143 @@ def dropout_draws_the_same_numbers(side: Side) -> Any:
     module = side.make(num_layers=3, dropout=0.5)
     torch.manual_seed(3)
     return side.outcome(module), torch.rand(2)
+
+
+@ROWS.row()
+def nothing_is_kept(side: Side) -> Any:
+    """Without the garbage collector: neither module nor graph stand in a cycle."""
+    module, x = side.make(), side.x().requires_grad_()
+    outputs = module(x)
+    watched = [weakref.ref(each) for each in (x, first(outputs), module)]
+    loss_of(outputs).backward()
+    del x, outputs, module
+    return [reference() is None for reference in watched]
+
+
+@ROWS.row()
+def the_graph_keeps_what_it_needs(side: Side) -> Any:
+    module, x = side.make(), side.x().requires_grad_()
+    outputs, watched = module(x), weakref.ref(x)
+    del x, module
+    alive = watched() is not None
+    del outputs
+    return alive, watched() is None
+
+
+@ROWS.row()
+def one_output_detached(side: Side) -> Any:
+    outputs = flatten(side.make()(side.x()))
+    y, *rest = outputs.values()
+    y.detach_()
+    return y.requires_grad, [h.requires_grad for h in rest]
+
+
+@ROWS.row("RNN", "GRU", "LSTMCell", "GRUCell")
+def parts_of_an_output_changed(side: Side) -> Any:
+    module = side.make()
+    y = first(module(side.x()))
+    y[..., :2].mul_(2)
+    return gradients(module, {"y": y})
+
+
+@ROWS.row()
+def some_parameters_frozen(side: Side) -> Any:
+    module = side.make()
+    getattr(module, side.weight).requires_grad_(False)
+    return side.outcome(module)
+
+
+@ROWS.row()
+def only_a_state_wants_a_gradient(side: Side) -> Any:
+    module, hx = side.make().requires_grad_(False), side.hx()
+    last = hx[-1] if isinstance(hx, tuple) else hx
+    last.requires_grad_()
+    return torch.autograd.grad(loss_of(module(side.x(), hx)), last)
+
+
+@ROWS.row()
+def only_the_last_output_has_a_gradient(side: Side) -> Any:
+    module = side.make()
+    *_, last = flatten(module(side.x())).values()
+    return gradients(module, {"last": last})
+
+
+@ROWS.row()
+def the_input_is_the_state(side: Side) -> Any:
+    module = side.make(H, H)
+    x = side.x(1, N, H) if side.is_layer else side.x(N, H)
+    return side.outcome(module, x, (x, x) if side.kind.startswith("LSTM") else x)
+
+
+@ROWS.row()
+def one_weight_for_input_and_state(side: Side) -> Any:
+    module = side.make(H, H)
+    setattr(module, side.weight.replace("hh", "ih"), getattr(module, side.weight))
+    return side.outcome(module, side.x(*side.x().shape[:-1], H))
+
+
+GIVEN: dict[str, Any] = {
+    "expanded": lambda y: torch.ones(()).expand(y.shape),
+    "transposed": lambda y: torch.ones(y.shape[::-1]).permute(*reversed(range(y.dim()))),
+    "float64": lambda y: torch.ones_like(y, dtype=torch.float64),
+    "other-shape": lambda y: torch.ones(2, 2, 2, 2),
+    "none": lambda y: None,
+    "nan": lambda y: torch.full_like(y, float("nan")),
+    "negated": lambda y: torch._neg_view(torch.ones_like(y)),
+}
+
+
+def given_gradient(make: Any) -> Row:
+    def row(side: Side) -> Any:
+        module = side.make()
+        y = first(module(side.x()))
+        told = attempt(lambda: y.backward(make(y)))
+        return told, [p.grad for p in module.parameters()]
+
+    return row
+
+
+ROWS.add({f"gradient-given-{name}": given_gradient(make) for name, make in GIVEN.items()})
+
+
+@ROWS.row()
+def a_batch_of_gradients(side: Side) -> Any:
+    module = side.make()
+    y = first(module(side.x()))
+    given = torch.stack([torch.ones_like(y), torch.zeros_like(y)])
+    parameters = list(module.parameters())
+    return torch.autograd.grad(y, parameters, given, is_grads_batched=True)
+
+
+@ROWS.row()
+def backward_on_another_thread(side: Side) -> Any:
+    module = side.make()
+    loss = loss_of(module(side.x()))
+    worker = threading.Thread(target=loss.backward)
+    worker.start()
+    worker.join()
+    return [p.grad for p in module.parameters()]
+
+
+def overwritten(what: Any) -> Row:
+    """Whether backward notices that an operand has changed."""
+
+    def row(side: Side) -> Any:
+        module = side.make()
+        x, hx = side.x(), side.hx()
+        outputs = flatten(module(x, hx))
+        for each in what(x, hx):
+            each.zero_()
+        return type(attempt(lambda: gradients(module, outputs))).__name__
+
+    return row
+
+
+ROWS.add(
+    {
+        "the-input-changed-before-backward": overwritten(lambda x, hx: [x]),
+        "the-state-changed-before-backward": overwritten(
+            lambda x, hx: hx if isinstance(hx, tuple) else [hx]
+        ),
+    }
+)

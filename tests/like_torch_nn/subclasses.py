@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from support import LAYERS, flatten
+from support import CELLS, LAYERS, flatten
 from torch import Tensor, nn
 from torch.nn.utils.rnn import (
     pack_sequence,
@@ -221,3 +221,47 @@ def weights_that_shadow_parameters(side: Side) -> Any:
     module = side.make()
     vars(module)[side.weight] = torch.zeros_like(getattr(module, side.weight))
     return side.outcome(module)
+
+
+@ROWS.row()
+def weights_lazily_negated(side: Side) -> Any:
+    module = side.make()
+    weight = getattr(module, side.weight).detach()
+    delattr(module, side.weight)
+    setattr(module, side.weight, torch._neg_view(weight))
+    return side.outcome(module)
+
+
+@ROWS.row()
+def weights_of_another_dtype(side: Side) -> Any:
+    module, other = side.make(), side.make()
+    setattr(module, side.weight, nn.Parameter(getattr(module, side.weight).detach().double()))
+    for parameter in other.parameters():
+        parameter.data = parameter.data.double()
+    told = attempt(lambda: module(side.x()))
+    return type(told).__name__, side.outcome(other, side.x(dtype=torch.float64))
+
+
+@ROWS.row("RNN", "GRU", *CELLS)
+def weights_that_do_not_fit(side: Side) -> Any:
+    """An error; torch.nn's LSTM reads what it finds."""
+    module = side.make()
+    setattr(module, side.weight, nn.Parameter(torch.ones(2, 2)))
+    return isinstance(attempt(lambda: module(side.x())), RuntimeError)
+
+
+@ROWS.row()
+def weights_without_a_shape_yet(side: Side) -> Any:
+    module = side.make()
+    delattr(module, side.weight)
+    setattr(module, side.weight, nn.UninitializedParameter())
+    return type(attempt(lambda: module(side.x()))).__name__
+
+
+@ROWS.row(*LAYERS)
+def weights_made_in_inference_mode(side: Side) -> Any:
+    with torch.inference_mode():
+        module = side.make()
+    told = attempt(lambda: module(side.x()))
+    with torch.no_grad():
+        return type(told).__name__, module(side.x())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import warnings
 from collections import OrderedDict
@@ -293,3 +294,24 @@ def checkpointed(side: Side) -> Any:
         seen.append(gradients(module, flatten(outputs)))
     parts = nn.Sequential(nn.Linear(I, I), side.make())
     return seen, checkpoint_sequential(parts, 2, x, use_reentrant=False)
+
+
+@ROWS.row()
+def checkpointed_selectively(side: Side) -> Any:
+    from torch.utils.checkpoint import (
+        CheckpointPolicy,
+        checkpoint,
+        create_selective_checkpoint_contexts,
+    )
+
+    def policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        return CheckpointPolicy.PREFER_RECOMPUTE
+
+    module = side.make()
+    outputs = checkpoint(
+        module,
+        side.x().requires_grad_(),
+        use_reentrant=False,
+        context_fn=functools.partial(create_selective_checkpoint_contexts, policy),
+    )
+    return gradients(module, flatten(outputs))
