@@ -182,7 +182,7 @@ py::object plain_call(py::handle module, py::handle x, py::handle hx, py::handle
   if (!is_tensor(x)) return py::none();
   const dlpack::Tensor input = view_of(x, "input").tensor;
   if (input.ndim != 3) return py::none();
-  const std::optional<PlainModule> plain = plain_module(module);
+  const std::optional<PlainModule> plain = plain_module(module, input.shape[2]);
   if (!plain) return py::none();
   const auto& [layer, weights] = *plain;
   const std::optional<PlainStates> states = plain_states(layer, hx);
@@ -334,6 +334,9 @@ PYBIND11_MODULE(_C, m) {
       py::arg("batch_first"), py::arg("by_bfloat16") = false, py::arg("is_cell") = false);
   m.attr("IS_STAND_IN") = cuda::kIsStandIn;
   m.attr("GAPS") = kGaps;
+  py::list called;
+  for (const char* name : kCalledByForward) called.append(name);
+  m.attr("CALLED_BY_FORWARD") = py::tuple(called);
   m.def("refusal", &refusal);
   m.def("mode_refusal", &mode_refusal);
   m.def("plain_call", &plain_call);

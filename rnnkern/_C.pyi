@@ -4,6 +4,7 @@ from typing import Any, overload
 from torch import Tensor
 
 GAPS: str
+CALLED_BY_FORWARD: tuple[str, ...]
 IS_STAND_IN: bool
 compiler: str
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rnnkern import kernels, ops
-from rnnkern.derivatives import Spec
+from rnnkern.derivatives import Spec, dense
 from rnnkern.kernels import Layer
 from rnnkern.sequence import Steps
 
@@ -71,10 +71,7 @@ class Scan(torch.autograd.Function):
         layer, steps, states = ctx.scanned
         h0, c0, weights = _initial_states(tensors, states)
         wanted = ctx.needs_input_grad[4:]
-        is_kept = _graph_is_kept()
-        if not is_kept:
-            ctx.saved = None  # torch forgets the other tensors
-        overwrite = not (ctx.is_shared or is_kept)
+        overwrite = not (ctx.is_shared or _graph_is_kept())
         run = kernels.profiled(layer.backward, layer.mode, " backward")
         try:
             gradients, _ = run(x, h0, c0, weights, steps, y, saved, dy, dhn, dcn, wanted, overwrite)
@@ -83,13 +80,14 @@ class Scan(torch.autograd.Function):
                 return _by_operators(ctx, dy, dhn, dcn)
             # Saved tensors come back as their hooks return them: any of them may be at fault.
             dtype = next(g.dtype for g in (dy, dhn, dcn) if g is not None)
-            dense: list[Any] = [
-                None if t is None else t.to(dtype).contiguous()
+            plain: list[Any] = [
+                None if t is None else dense(t.to(dtype))
                 for t in (x, y, saved, dy, dhn, dcn, *tensors)
             ]
-            x, y, saved, dy, dhn, dcn, *tensors = dense
+            x, y, saved, dy, dhn, dcn, *tensors = plain
             h0, c0, weights = _initial_states(tensors, states)
             gradients, _ = run(x, h0, c0, weights, steps, y, saved, dy, dhn, dcn, wanted, overwrite)
+        _forget(ctx)
         return (None, None, None, None, *gradients)
 
 
@@ -118,7 +116,15 @@ def _by_operators(ctx: Any, *incoming: Tensor | None) -> tuple[Tensor | None, ..
     def run(*gradients: Tensor | None) -> list[Tensor | None]:
         return ops.scan_backward(spec, steps, gradients, x, h0, c0, weights, y, kept, wanted)
 
-    return (None, None, None, None, *ops.in_batches(run, *incoming)[:-1])
+    gradients = ops.in_batches(run, *incoming)[:-1]
+    _forget(ctx)
+    return (None, None, None, None, *gradients)
+
+
+def _forget(ctx: Any) -> None:
+    """Frees what forward saved, as torch does with the tensors that it knows of."""
+    if not _graph_is_kept():
+        ctx.saved = None
 
 
 def _initial_states(

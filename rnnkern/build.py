@@ -79,6 +79,9 @@ def explain(module: Any, input: Any, hx: Any = None) -> Explanation:
             f"torch.nn refuses this: input_size is {module.input_size}, the input has {x.size(-1)}"
         )
     h0, c0 = hx if isinstance(hx, (tuple, list)) and len(hx) == 2 else (hx, None)
+    reason = None if is_cell else functional.refusal_of(module)
+    if reason is not None:
+        return Explanation(f"torch.nn carries this out: {reason}")
     asked = functional.autocast_dtype(x)
     x, h0, c0, *weights = functional.operands(module, asked, x, h0, c0, packed)
     reason = kernels.mode_refusal() or kernels.refusal(x, h0, c0, weights)

@@ -121,7 +121,7 @@ class _Segments:
         self, x: Tensor, weights: list[Tensor], state: list[Any], d: int
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         module, reset = self.module, self.reset
-        kind, _, nonlinearity = module.mode.partition("_")
+        kind, _, nonlinearity = functional.mode_of(module).partition("_")
         options = {"proj_size": module.proj_size} if kind == "LSTM" else {}
         if nonlinearity:
             options = {"nonlinearity": nonlinearity.lower()}

@@ -17,6 +17,7 @@ from rnnkern.functional import (
     initial_states,
     is_compiling,
     layer_of,
+    refusal_of,
 )
 
 
@@ -96,6 +97,7 @@ def _in_one_call(
         or not (_runs_as(forward, module) and _runs_as(nn.Linear.forward, feedback))
         or autocast_dtype(input) is not None
         or kernels.mode_refusal() is not None
+        or refusal_of(module) is not None
     ):
         return None
     h0, c0, fits = initial_states(module, hx, input.shape[0])

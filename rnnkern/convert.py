@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from rnnkern import modules
+from rnnkern.kernels import CALLED_BY_FORWARD
 
 _M = TypeVar("_M", bound=nn.Module)
 _Class = type[nn.Module]
@@ -30,20 +31,8 @@ _OURS = {theirs: ours for ours, theirs in COUNTERPARTS.items()}
 _subclasses: WeakKeyDictionary[_Class, _Class] = WeakKeyDictionary()
 """Subclasses of torch.nn's classes, and what `convert` makes of each."""
 
-_PART_OF_FORWARD = (
-    "forward",
-    "__call__",
-    "_call_impl",
-    "check_input",
-    "check_forward_args",
-    "check_hidden_size",
-    "get_expected_hidden_size",
-    "get_expected_cell_size",
-    "permute_hidden",
-    "_update_flat_weights",
-    "_weights_have_changed",
-)
-"""What ``forward`` of torch.nn's classes is made of: a class that overrides one has its own."""
+_PART_OF_FORWARD = ("forward", "__call__", "_call_impl", *CALLED_BY_FORWARD)
+"""A class that overrides one of these has a forward of its own."""
 
 _named: set[str] = set()
 

@@ -77,6 +77,9 @@ def _checked(module: Any, input: Any, hx: Any, lengths: Any, reset: Any) -> Any:
     if (jit or compiling) and lengths is None and reset is None:  # noqa: SIM102
         if jit or isinstance(input, PackedSequence):
             return module._torch_forward(input, hx)
+    reason = refusal_of(module)
+    if reason is not None and (reason == WRONG or (lengths is None and reset is None)):
+        return _elsewhere(module, input, hx, lengths, reset, reason)
     if isinstance(input, PackedSequence):
         return _packed(module, input, hx, lengths, reset)
     if input.dim() == 2:
@@ -119,6 +122,26 @@ def _as_node(module: Any, *args: Any, **kwargs: Any) -> Any:
     return tracer.create_proxy("call_module", tracer.path_of_module(module), args, kwargs)
 
 
+_METHODS = {
+    base: {name: getattr(base, name) for name in kernels.CALLED_BY_FORWARD if hasattr(base, name)}
+    for base in (nn.LSTM, nn.GRU, nn.RNN)
+}
+
+
+def refusal_of(module: Any) -> str | None:
+    """Why torch.nn must carry out the calls of this module, or None.
+
+    ``torch.nn``'s forward calls methods that a subclass may override. The kernels call none.
+    """
+    kind, space = type(module), vars(module)
+    base = next(base for base in _METHODS if isinstance(module, base))
+    for name, method in _METHODS[base].items():
+        if name in space or getattr(kind, name) is not method:
+            return f"a method {name} of the module's own"
+    is_known = base is not nn.RNN or module.mode in ("RNN_TANH", "RNN_RELU")
+    return None if is_known else WRONG
+
+
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype that ``torch.autocast`` asks for on x's device, or None where it is off."""
     device = x.device.type
@@ -149,7 +172,8 @@ def dtype_under_autocast(
     """What a layer is computed in, and its results have, where autocast asks for ``dtype``."""
     if x.device.type != "cpu":  # one operator for all of it
         return dtype
-    by_operators = module.mode == "GRU" or (module.mode == "LSTM" and (packed or not x.numel()))
+    mode = mode_of(module)
+    by_operators = mode == "GRU" or (mode == "LSTM" and (packed or not x.numel()))
     return _promoted(dtype, x, h0) if by_operators else dtype
 
 
@@ -225,7 +249,7 @@ def results_under_autocast(
 def layer_of(module: Any, asked: torch.dtype | None = None) -> Layer:
     """What each layer of a module is, where autocast asks for that dtype."""
     return kernels.layer(
-        module.mode,
+        mode_of(module),
         directions=2 if module.bidirectional else 1,
         hidden=module.hidden_size,
         proj=module.proj_size,
@@ -238,7 +262,7 @@ def layer_of(module: Any, asked: torch.dtype | None = None) -> Layer:
 def spec_of(module: Any, asked: torch.dtype | None = None) -> Spec:
     """As `layer_of`, for the traced door: torch cannot trace that one."""
     return Spec(
-        module.mode,
+        mode_of(module),
         directions=2 if module.bidirectional else 1,
         bias=module.bias,
         batch_first=module.batch_first,
@@ -250,7 +274,7 @@ def spec_of(module: Any, asked: torch.dtype | None = None) -> Spec:
 
 def expect_layer(module: Any) -> None:
     """Raises a TypeError where a module is none that these functions take."""
-    if not isinstance(module, nn.RNNBase) or module.mode not in CELLS:
+    if not isinstance(module, nn.RNNBase) or mode_of(module) not in CELLS:
         raise TypeError(
             f"module must be an RNN, LSTM or GRU, of rnnkern or torch.nn, "
             f"got {type(module).__name__}"
@@ -317,12 +341,16 @@ def _dense(
 
 
 def mode_of(module: Any) -> str:
-    """The name in `CELLS` of a layer's or a cell's; torch.nn's cells have no attribute for it."""
-    if isinstance(module, nn.RNNBase):
+    """The name in `CELLS` of what a layer or a cell runs.
+
+    Only the Elman RNN has a choice. torch.nn's cells have no attribute ``mode``, and an LSTM or GRU
+    may use it for what it likes.
+    """
+    if isinstance(module, nn.RNN):
         return module.mode
     if isinstance(module, nn.RNNCell):
         return f"RNN_{module.nonlinearity.upper()}"
-    return "LSTM" if isinstance(module, nn.LSTMCell) else "GRU"
+    return "LSTM" if isinstance(module, (nn.LSTM, nn.LSTMCell)) else "GRU"
 
 
 def layer_of_cell(module: Any, asked: torch.dtype | None, x: Tensor) -> Layer:
@@ -381,8 +409,9 @@ def cell(module: Any, input: Tensor, hx: Any) -> Any:
     _, hn, cn = _one_layer(layer, x, h0, c0, weights, None, is_last=False)
     if dtype is not None and x.dtype != torch.float64:
         hn, cn = hn.to(dtype), None if cn is None else cn.to(dtype)
-    shape = (*input.shape[:-1], module.hidden_size)
-    return hn.view(shape) if cn is None else (hn.view(shape), cn.view(shape))
+    # No views: torch.nn's are none, and `detach_` refuses those. Nothing else holds their memory.
+    view, shape = torch.ops.aten._unsafe_view.default, (*input.shape[:-1], module.hidden_size)
+    return view(hn, shape) if cn is None else (view(hn, shape), view(cn, shape))
 
 
 def _cell_biases(module: Any) -> tuple[Tensor, ...]:
@@ -418,7 +447,7 @@ def initial_states(module: Any, hx: Any, N: int) -> tuple[Tensor | None, Tensor 
         return None, None, True
     count = module.num_layers * (2 if module.bidirectional else 1)
     wanted = (count, N, module.proj_size or module.hidden_size)
-    if module.mode != "LSTM":
+    if mode_of(module) != "LSTM":
         return hx, None, isinstance(hx, Tensor) and hx.shape == wanted
     if not isinstance(hx, (tuple, list)) or len(hx) != 2:
         return None, None, False
@@ -431,7 +460,7 @@ def _refuse_what_torch_does_not(module: Any, mode: str, input: Any, hx: Any) -> 
     """Raises where torch.nn's cells would hand states to C++ that reads past their end."""
     if not isinstance(input, Tensor) or input.dim() not in (1, 2) or hx is None:
         return
-    if mode == "LSTM" and not isinstance(hx, (tuple, list)):
+    if mode == "LSTM" and isinstance(hx, Tensor):
         raise TypeError(
             f"LSTMCell: Expected hx to be a tuple of two tensors (h_0, c_0), "
             f"got {type(hx).__name__}"
@@ -544,7 +573,7 @@ def _unbatched(module: Any, input: Tensor, hx: Any, lengths: Any, reset: Any) ->
     batch = 0 if module.batch_first else 1
     if hx is None:
         states = None
-    elif module.mode == "LSTM":
+    elif isinstance(module, nn.LSTM):
         states = tuple(h.unsqueeze(1) for h in hx) if _are_2d(hx) else None
     else:
         states = hx.unsqueeze(1) if _are_2d((hx,)) else None
@@ -642,7 +671,7 @@ def _by_reference(module: Any, x: Tensor, hx: Any, lengths: Any, reset: Any) -> 
         if i:
             x = dropout(module, x)
         x, *final = reference.layer(
-            module.mode,
+            mode_of(module),
             x,
             *of_layer(i, D, count, h0, c0, weights),
             directions=D,

@@ -81,6 +81,9 @@ where a dense copy is all that is missing.
 
 GAPS: str = _C.GAPS
 
+CALLED_BY_FORWARD: tuple[str, ...] = _C.CALLED_BY_FORWARD
+"""The methods that ``forward`` of torch.nn's layers calls: a class may have its own."""
+
 mode_refusal = _C.mode_refusal
 """``mode_refusal()``: why no kernel may run in the present mode of torch, or None.
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 from torch.utils.flop_counter import register_flop_formula
@@ -358,6 +359,9 @@ def _refusal(x: Tensor) -> str | None:
 def _apply(function: type[torch.autograd.Function], *operands: Any) -> Any:
     if torch._C._are_functorch_transforms_active():
         return function.apply(*operands)  # type: ignore[no-untyped-call]
+    # What `torch.func.vjp` returns is called after its transform has ended. The saved tensors are
+    # then still wrapped, and a wrapper says that it requires a gradient.
+    operands = unwrap_dead_wrappers(operands)
     return super(torch.autograd.Function, function).apply(*operands)  # type: ignore[misc]
 
 

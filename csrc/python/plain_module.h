@@ -33,6 +33,7 @@ struct ModuleAttributes {
     kMode,
     kLayers,
     kBidirectional,
+    kInput,
     kHidden,
     kProj,
     kBias,
@@ -47,7 +48,7 @@ struct ModuleAttributes {
       std::array<PyObject*, kCount> made;
       size_t next = 0;
       for (const char* name :
-           {"mode", "num_layers", "bidirectional", "hidden_size", "proj_size", "bias",
+           {"mode", "num_layers", "bidirectional", "input_size", "hidden_size", "proj_size", "bias",
             "batch_first", "_flat_weights_names", "_flat_weights", "_parameters"}) {
         made[next++] = PyUnicode_InternFromString(name);
       }
@@ -57,9 +58,31 @@ struct ModuleAttributes {
   }
 };
 
-// Whether attributes of such modules are what stands in the module's own namespace: the class
-// neither has them, as properties for example, nor looks them up in a way of its own. Asked again
-// only when the class has changed (CPython gives it another version tag then; 0 is none).
+// The methods that torch.nn's forward calls, and that a subclass may have overridden.
+constexpr const char* kCalledByForward[] = {
+    "_update_flat_weights",   "check_forward_args", "check_input",   "get_expected_hidden_size",
+    "get_expected_cell_size", "check_hidden_size",  "permute_hidden"};
+
+inline bool has_torchs_methods(py::handle type) {
+  py::object theirs;
+  for (py::handle base : type.attr("__mro__")) {
+    if (base.attr("__module__").cast<std::string>() == "torch.nn.modules.rnn") {
+      theirs = py::reinterpret_borrow<py::object>(base);
+      break;
+    }
+  }
+  if (!theirs) return false;
+  for (const char* name : kCalledByForward) {
+    const py::object none = py::none();
+    if (!py::getattr(type, name, none).is(py::getattr(theirs, name, none))) return false;
+  }
+  return true;
+}
+
+// Whether attributes of such modules are what stands in the module's own namespace, and the methods
+// that forward calls are torch.nn's: the class neither has the attributes, as properties for
+// example, nor looks them up in a way of its own. Asked again only when the class has changed
+// (CPython gives it another version tag then; 0 is none).
 inline bool has_plain_attributes(PyTypeObject* type) {
   struct Answer {
     py::object type;
@@ -76,7 +99,8 @@ inline bool has_plain_attributes(PyTypeObject* type) {
   }
   const auto object = py::reinterpret_borrow<py::object>(reinterpret_cast<PyObject*>(type));
   const py::handle base(reinterpret_cast<PyObject*>(&PyBaseObject_Type));
-  bool plain = object.attr("__getattribute__").is(base.attr("__getattribute__"));
+  bool plain = object.attr("__getattribute__").is(base.attr("__getattribute__")) &&
+               has_torchs_methods(object);
   for (int i = 0; i < ModuleAttributes::kCount; ++i) {
     plain = plain && !py::hasattr(object, ModuleAttributes::name(i));
   }
@@ -95,9 +119,9 @@ inline std::optional<int64_t> integer(PyObject* object) {
   return value < 0 ? std::nullopt : std::optional<int64_t>(value);
 }
 
-// The module's only layer and its weights. Nothing where it has several layers, or where one of
-// its attributes or weights is not as torch.nn makes it.
-inline std::optional<PlainModule> plain_module(py::handle module) {
+// The module's only layer, which takes that many features, and its weights. Nothing where it has
+// several layers, or where one of its attributes or weights is not as torch.nn makes it.
+inline std::optional<PlainModule> plain_module(py::handle module, int64_t features) {
   using A = ModuleAttributes;
   if (!has_plain_attributes(Py_TYPE(module.ptr()))) return std::nullopt;
   const auto space =
@@ -111,11 +135,11 @@ inline std::optional<PlainModule> plain_module(py::handle module) {
   for (int i : {A::kBidirectional, A::kBias, A::kBatchFirst}) {
     if (!PyBool_Check(found[i])) return std::nullopt;
   }
-  const auto layers = integer(found[A::kLayers]), hidden = integer(found[A::kHidden]),
-             proj = integer(found[A::kProj]);
-  if (layers != 1 || !hidden || !proj || !PyUnicode_CheckExact(found[A::kMode]) ||
-      !PyList_CheckExact(found[A::kWeightNames]) || !PyList_CheckExact(found[A::kWeights]) ||
-      !PyDict_CheckExact(found[A::kParameters])) {
+  const auto layers = integer(found[A::kLayers]), input = integer(found[A::kInput]),
+             hidden = integer(found[A::kHidden]), proj = integer(found[A::kProj]);
+  if (layers != 1 || input != features || !hidden || !proj ||
+      !PyUnicode_CheckExact(found[A::kMode]) || !PyList_CheckExact(found[A::kWeightNames]) ||
+      !PyList_CheckExact(found[A::kWeights]) || !PyDict_CheckExact(found[A::kParameters])) {
     return std::nullopt;
   }
   const auto cell = [&]() -> std::optional<CellId> {
