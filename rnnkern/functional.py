@@ -25,6 +25,7 @@ from rnnkern import kernels, ops, reference
 from rnnkern.autograd import record
 from rnnkern.cells import CELLS
 from rnnkern.derivatives import Spec
+from rnnkern.exporting import to_torch
 from rnnkern.kernels import GAPS, Layer
 from rnnkern.sequence import Steps, packed_steps, padded_steps, place_of
 
@@ -274,7 +275,7 @@ def cell(module: Any, input: Tensor, hx: Any) -> Any:
     A scan of one step.
     """
     compiling = is_compiling()
-    if not compiling and _tracing_state() is not None:
+    if to_torch() or (not compiling and _tracing_state() is not None):
         return module._torch_forward(input, hx)
     states = _cell_states(module, input, hx)
     if states is None:
