@@ -18,15 +18,16 @@ import torch
 from torch import Tensor
 
 from rnnkern import onnx
-from rnnkern.derivatives import Maybe, Spec
+from rnnkern.derivatives import Maybe, Spec, unflatten
 from rnnkern.sequence import Steps, active_rows, ranked
 
 _OPERATORS = {
-    "LSTM": torch.ops.aten.lstm.input,
-    "GRU": torch.ops.aten.gru.input,
-    "RNN_TANH": torch.ops.aten.rnn_tanh.input,
-    "RNN_RELU": torch.ops.aten.rnn_relu.input,
+    "LSTM": torch.ops.aten.lstm,
+    "GRU": torch.ops.aten.gru,
+    "RNN_TANH": torch.ops.aten.rnn_tanh,
+    "RNN_RELU": torch.ops.aten.rnn_relu,
 }
+"""Each has the overloads ``input``, of a padded batch, and ``data``, of a packed one."""
 
 _SATURATED = 1e4
 """A sum at which a sigmoid is exactly 0 or 1 in every dtype, float16 included."""
@@ -50,27 +51,44 @@ def exported(
     Raises:
         NotImplementedError: there are no such operators.
     """
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
     layer, training = Spec(*rest[:-1]), rest[-1]
+    if get_proxy_mode() is None:  # Dynamo looks for the shapes alone; the graph is traced later
+        return _shapes(layer, x, h0, c0, weights, None)
     if torch.onnx.is_in_onnx_export():
         return onnx.nodes(layer, x, h0, c0, weights, lengths, reset)
-    if reset is not None:
-        raise NotImplementedError(
-            "reset cannot be exported, because torch has no operator that zeroes a state within a "
-            "sequence. Export inside `with rnnkern.exporting_kernels()`: the program then keeps "
-            "rnnkern's operators, and needs rnnkern where it runs"
-        )
     O = weights[1].shape[1]
     N = x.shape[0 if layer.batch_first else 1]
     h0 = x.new_zeros(layer.directions, N, O) if h0 is None else h0
     if layer.has_cell_state and c0 is None:
         c0 = x.new_zeros(layer.directions, N, layer.hidden(weights))
+    if reset is not None:
+        return _by_episodes(layer, x, h0, c0, weights, lengths, reset, training)
     if lengths is not None:
         return _with_lengths(layer, x, h0, c0, weights, lengths, training)
     return _node(layer, x, h0, c0, weights, training)
 
 
+def _shapes(
+    layer: Spec, x: Tensor, h0: Maybe, c0: Maybe, weights: Sequence[Tensor], batch_sizes: Maybe
+) -> tuple[Tensor, ...]:
+    """``y, h_n, c_n`` as they will be, nothing being computed."""
+    is_packed = batch_sizes is not None
+    y, hn, cn, _ = torch.ops.rnnkern.scan(
+        x, h0, c0, list(weights), batch_sizes, None, None, None, is_packed, *layer, False
+    )
+    return y, hn, cn
+
+
 def _node(
-    layer: Spec, x: Tensor, h0: Tensor, c0: Maybe, weights: Sequence[Tensor], training: bool
+    layer: Spec,
+    x: Tensor,
+    h0: Tensor,
+    c0: Maybe,
+    weights: Sequence[Tensor],
+    training: bool,
+    batch_sizes: Maybe = None,
 ) -> tuple[Tensor, ...]:
     """One operator of torch in the graph that is being traced."""
     from torch.fx.experimental.proxy_tensor import (
@@ -80,15 +98,12 @@ def _node(
     )
     from torch.utils._pytree import tree_map
 
-    with disable_proxy_modes_tracing():
-        y, hn, cn, _ = torch.ops.rnnkern.scan(
-            x, h0, c0, list(weights), None, None, None, None, False, *layer, False
-        )
     mode = get_proxy_mode()
-    if mode is None:  # Dynamo looks for the shapes alone; the graph is traced after it
-        return y, hn, cn
+    assert mode is not None
+    with disable_proxy_modes_tracing():
+        y, hn, cn = _shapes(layer, x, h0, c0, weights, batch_sizes)
     operator = _OPERATORS[layer.mode]
-    operands = (
+    operands = [
         x,
         [h0, c0] if layer.has_cell_state else h0,
         list(weights),
@@ -97,14 +112,17 @@ def _node(
         0.0,  # dropout
         training,
         layer.directions == 2,
-        layer.batch_first,
-    )
+    ]
+    if batch_sizes is None:
+        operands.append(layer.batch_first)
+    else:
+        operands.insert(1, batch_sizes)
     node = mode.tracer.create_proxy(
         "call_function",
-        operator,
-        tree_map(mode.tracer.unwrap_proxy, operands),
+        operator.input if batch_sizes is None else operator.data,
+        tree_map(mode.tracer.unwrap_proxy, tuple(operands)),
         {},
-        name=operator.overloadpacket.__name__,
+        name=operator.__name__,
     )
     made = (y, hn, cn) if layer.has_cell_state else (y, hn)
     track_tensor_tree(made, node, constant=None, tracer=mode.tracer)
@@ -159,34 +177,102 @@ def _frozen(w_ih: Tensor) -> Tensor:
     return torch.cat((shut, kept, w_ih.new_zeros(2 * H, 1)))  # nothing in, nothing forgotten
 
 
+def _by_episodes(
+    layer: Spec,
+    x: Tensor,
+    h0: Tensor,
+    c0: Maybe,
+    weights: Sequence[Tensor],
+    lengths: Maybe,
+    reset: Tensor,
+    training: bool,
+) -> tuple[Tensor, ...]:
+    """Each episode is a row of a packed batch.
+
+    One more row takes part in all steps, so that there is an active row in each.
+    """
+    if layer.batch_first:
+        x, reset = x.transpose(0, 1), reset.t()
+    T, N = x.shape[:2]
+    device = x.device
+    steps = torch.arange(T, device=device)
+    lengths = torch.full((N,), T, device=device) if lengths is None else lengths.to(device)
+    resets = reset.to(device).t()
+    begins = (resets | (steps == 0)) & (steps < lengths[:, None])  # [N, T]
+    count = begins.sum(1)
+    end = count.cumsum(0)
+    row, start = begins.nonzero().unbind(1)  # of each episode, one row's after the other's
+    number = torch.arange(row.shape[0], device=device)
+    is_last = number + 1 == end[row]
+    none = torch.zeros_like(lengths[:1])
+    following = torch.cat((start, none))[number + 1]
+    size = torch.where(is_last, lengths[row], following) - start
+    size, order = torch.cat((size, none + T)).sort(descending=True, stable=True)
+    own_row, own_start = torch.cat((row, none))[order], torch.cat((start, none))[order]
+    taken = steps[:, None] < size  # [T, episodes]
+    step, episode = taken.nonzero().unbind(1)
+    is_extra = order[episode] == row.shape[0]
+    place = (own_start[episode] + step) * N + own_row[episode]
+    data = torch.where(is_extra[:, None], 0, x.flatten(0, 1)[place])
+    carried = [
+        torch.cat((each, none > 0))[order, None]
+        for each in ((start == 0) & ~resets[:, 0][row], is_last)
+    ]
+
+    def initial(state: Tensor) -> Tensor:
+        own = zip(state, carried, strict=False)
+        return torch.stack([torch.where(is_carried, z[own_row], 0) for z, is_carried in own])
+
+    packed = layer._replace(batch_first=False)
+    y, *finals = _node(
+        packed,
+        data,
+        initial(h0),
+        None if c0 is None else initial(c0),
+        weights,
+        training,
+        taken.sum(1).cpu(),
+    )
+    # What the additional row computes goes to a place after all others.
+    place = torch.where(is_extra, T * N, place)
+    y = y.new_zeros(T * N + 1, y.shape[-1]).index_copy(0, place, y)[:-1]
+    y = unflatten(y, 0, (T, N))
+    sorted_at = order.argsort()
+    outermost = sorted_at[(end - 1).clamp(min=0)], sorted_at[end - count]
+
+    def final(z: Tensor, before: Tensor) -> Tensor:
+        ends = zip(z, outermost, before, strict=False)
+        return torch.stack([torch.where(count[:, None] > 0, own[e], b) for own, e, b in ends])
+
+    hn = final(finals[0], h0)
+    cn = finals[1] if c0 is None else final(finals[1], c0)
+    return y.transpose(0, 1) if layer.batch_first else y, hn, cn
+
+
 def _scan(
     x: Tensor, h0: Maybe, c0: Maybe, weights: list[Tensor], *rest: Any
 ) -> tuple[Tensor, ...]:
     """``rnnkern::scan`` in torch's operators."""
-    steps, layer = Steps(*rest[:3], packed=rest[4], placed=rest[3]), rest[5:]
-    lengths = None if steps.active is None else active_rows(steps).sum(0)
-    outputs = exported(x, h0, c0, weights, lengths, steps.reset, *layer)
+    active, order, reset, placed, packed, *layer, training = rest
+    if packed:
+        outputs = _node(Spec(*layer), x, h0, c0, weights, training, active)
+    else:
+        steps = Steps(active, order, reset, packed, placed)
+        lengths = None if active is None else active_rows(steps).sum(0)
+        outputs = exported(x, h0, c0, weights, lengths, reset, *layer, training)
     return *outputs, x.new_empty(0)
 
 
-def _of_torch(mode: str) -> Callable[..., Any]:
+def _of_torch(mode: str, packed: bool) -> Callable[..., Any]:
     """A decomposition of one of torch's operators into layers that know any number of steps."""
 
-    def layers(
-        x: Tensor,
-        hx: Any,
-        params: list[Tensor],
-        bias: bool,
-        num_layers: int,
-        dropout: float,
-        training: bool,
-        bidirectional: bool,
-        batch_first: bool,
-    ) -> tuple[Tensor, ...]:
+    def layers(x: Tensor, *operands: Any) -> tuple[Tensor, ...]:
+        batch_sizes, *operands = operands if packed else (None, *operands)
+        hx, params, bias, num_layers, dropout, training, bidirectional, *batch_first = operands
         h0, c0 = hx if mode == "LSTM" else (hx, None)
         D, count = 1 + bidirectional, len(params) // num_layers
         proj = count // D > 2 + 2 * bias
-        layer = Spec(mode, D, bias, batch_first, proj, by_bfloat16=False, is_cell=False)
+        layer = Spec(mode, D, bias, any(batch_first), proj, by_bfloat16=False, is_cell=False)
         finals = []
         for i in range(num_layers):
             if i and dropout and training:
@@ -197,11 +283,11 @@ def _of_torch(mode: str) -> Callable[..., Any]:
                 h0[part],
                 None if c0 is None else c0[part],
                 params[i * count : (i + 1) * count],
+                batch_sizes,
                 None,
                 None,
                 None,
-                None,
-                False,
+                packed,
                 *layer,
                 training,
             )
@@ -236,5 +322,6 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     return {
         torch.ops.rnnkern.scan.default: _scan,
         torch.ops.rnnkern.ranked.default: ranked,
-        **{operator: _of_torch(mode) for mode, operator in _OPERATORS.items()},
+        **{each.input: _of_torch(mode, False) for mode, each in _OPERATORS.items()},
+        **{each.data: _of_torch(mode, True) for mode, each in _OPERATORS.items()},
     }
