@@ -8,11 +8,11 @@
 import torch  # noqa: F401  first: its OpenMP runtime is the one that the kernels share
 
 from rnnkern import inspect, onnx, plot
+from rnnkern.aten import decompositions
 from rnnkern.build import build_info, explain
 from rnnkern.checkpoint import checkpointed
 from rnnkern.closed_loop import generate
 from rnnkern.convert import convert, revert
-from rnnkern.aten import decompositions
 from rnnkern.dynamo import open_to_rnnkern
 from rnnkern.exporting import exporting_kernels
 from rnnkern.functional import FallbackWarning

@@ -5,8 +5,9 @@ traces those step by step to find the shapes of their results, which ties a prog
 steps of its example. So their nodes are written into the graph here, with the shapes that rnnkern's
 operator knows for any number of steps.
 
-None of them takes ``lengths``. Steps past a row's end run on zeros, and their outputs are zeroed
-afterwards; the reverse direction runs forward over rows that are turned around.
+None of them takes ``lengths`` or ``reset``. With ``lengths``, steps past a row's end run on zeros
+and their outputs are zeroed afterwards; the reverse direction runs forward over turned rows.
+With ``reset``, each episode is a row of a packed batch.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def exported(
         rest: the fields of `Spec`, and whether gradients may be wanted.
 
     Raises:
-        NotImplementedError: there are no such operators.
+        NotImplementedError: ONNX has no such operator.
     """
     from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
@@ -98,8 +99,7 @@ def _node(
     )
     from torch.utils._pytree import tree_map
 
-    mode = get_proxy_mode()
-    assert mode is not None
+    tracer: Any = get_proxy_mode().tracer  # type: ignore[union-attr]
     with disable_proxy_modes_tracing():
         y, hn, cn = _shapes(layer, x, h0, c0, weights, batch_sizes)
     operator = _OPERATORS[layer.mode]
@@ -117,15 +117,15 @@ def _node(
         operands.append(layer.batch_first)
     else:
         operands.insert(1, batch_sizes)
-    node = mode.tracer.create_proxy(
+    node = tracer.create_proxy(
         "call_function",
         operator.input if batch_sizes is None else operator.data,
-        tree_map(mode.tracer.unwrap_proxy, tuple(operands)),
+        tree_map(tracer.unwrap_proxy, tuple(operands)),
         {},
         name=operator.__name__,
     )
     made = (y, hn, cn) if layer.has_cell_state else (y, hn)
-    track_tensor_tree(made, node, constant=None, tracer=mode.tracer)
+    track_tensor_tree(made, node, constant=None, tracer=tracer)
     return y, hn, cn
 
 
@@ -161,8 +161,8 @@ def _with_lengths(
         hn = torch.where(lengths.reshape(1, -1, 1) > 0, hn, h)
         y = torch.where(active, y, 0)
         parts.append((y if d == 0 else _taken(y, axis, turned), hn, cn))
-    y, hn, cn = zip(*parts, strict=True)
-    return torch.cat(y, -1), torch.cat(hn), torch.cat(cn) if layer.has_cell_state else cn[0]
+    ys, hns, cns = zip(*parts, strict=True)
+    return torch.cat(ys, -1), torch.cat(hns), torch.cat(cns) if layer.has_cell_state else cns[0]
 
 
 def _taken(z: Tensor, axis: int, steps: Tensor) -> Tensor:
@@ -187,9 +187,9 @@ def _by_episodes(
     reset: Tensor,
     training: bool,
 ) -> tuple[Tensor, ...]:
-    """Each episode is a row of a packed batch.
+    """Each episode is a row of a packed batch, the longest first.
 
-    One more row takes part in all steps, so that there is an active row in each.
+    One more row takes part in all steps, because each step of a packed batch needs an active row.
     """
     if layer.batch_first:
         x, reset = x.transpose(0, 1), reset.t()
@@ -205,8 +205,9 @@ def _by_episodes(
     number = torch.arange(row.shape[0], device=device)
     is_last = number + 1 == end[row]
     none = torch.zeros_like(lengths[:1])
-    following = torch.cat((start, none))[number + 1]
+    following = torch.cat((start, none))[number + 1]  # the start of the next episode
     size = torch.where(is_last, lengths[row], following) - start
+    # From here on in the order of the packed batch, the additional row included.
     size, order = torch.cat((size, none + T)).sort(descending=True, stable=True)
     own_row, own_start = torch.cat((row, none))[order], torch.cat((start, none))[order]
     taken = steps[:, None] < size  # [T, episodes]
@@ -214,6 +215,7 @@ def _by_episodes(
     is_extra = order[episode] == row.shape[0]
     place = (own_start[episode] + step) * N + own_row[episode]
     data = torch.where(is_extra[:, None], 0, x.flatten(0, 1)[place])
+    # A row's first episode begins with the initial state unless it is reset; reverse, its last.
     carried = [
         torch.cat((each, none > 0))[order, None]
         for each in ((start == 0) & ~resets[:, 0][row], is_last)
@@ -233,12 +235,12 @@ def _by_episodes(
         training,
         taken.sum(1).cpu(),
     )
-    # What the additional row computes goes to a place after all others.
+    # Outputs of the additional row go to a place after all others, which is cut off.
     place = torch.where(is_extra, T * N, place)
     y = y.new_zeros(T * N + 1, y.shape[-1]).index_copy(0, place, y)[:-1]
     y = unflatten(y, 0, (T, N))
     sorted_at = order.argsort()
-    outermost = sorted_at[(end - 1).clamp(min=0)], sorted_at[end - count]
+    outermost = sorted_at[(end - 1).clamp(min=0)], sorted_at[end - count]  # of each row
 
     def final(z: Tensor, before: Tensor) -> Tensor:
         ends = zip(z, outermost, before, strict=False)
@@ -249,12 +251,11 @@ def _by_episodes(
     return y.transpose(0, 1) if layer.batch_first else y, hn, cn
 
 
-def _scan(
-    x: Tensor, h0: Maybe, c0: Maybe, weights: list[Tensor], *rest: Any
-) -> tuple[Tensor, ...]:
+def _scan(x: Tensor, h0: Maybe, c0: Maybe, weights: list[Tensor], *rest: Any) -> tuple[Tensor, ...]:
     """``rnnkern::scan`` in torch's operators."""
     active, order, reset, placed, packed, *layer, training = rest
     if packed:
+        assert h0 is not None  # as of torch's operators, which alone are exported packed
         outputs = _node(Spec(*layer), x, h0, c0, weights, training, active)
     else:
         steps = Steps(active, order, reset, packed, placed)
@@ -264,11 +265,11 @@ def _scan(
 
 
 def _of_torch(mode: str, packed: bool) -> Callable[..., Any]:
-    """A decomposition of one of torch's operators into layers that know any number of steps."""
+    """One of torch's operators as layers of rnnkern, which know their shapes for any time."""
 
     def layers(x: Tensor, *operands: Any) -> tuple[Tensor, ...]:
-        batch_sizes, *operands = operands if packed else (None, *operands)
-        hx, params, bias, num_layers, dropout, training, bidirectional, *batch_first = operands
+        batch_sizes, *rest = operands if packed else (None, *operands)
+        hx, params, bias, num_layers, dropout, training, bidirectional, *batch_first = rest
         h0, c0 = hx if mode == "LSTM" else (hx, None)
         D, count = 1 + bidirectional, len(params) // num_layers
         proj = count // D > 2 + 2 * bias
@@ -298,18 +299,17 @@ def _of_torch(mode: str, packed: bool) -> Callable[..., Any]:
 
 
 def decompositions() -> dict[Any, Callable[..., Any]]:
-    """The table with which ``ExportedProgram.run_decompositions`` leaves torch's operators alone.
+    """A table for ``ExportedProgram.run_decompositions`` that makes rnnkern's operators torch's.
 
-    Layers, those of ``torch.nn`` as well, become one ``aten.lstm.input``, ``aten.gru.input``,
-    ``aten.rnn_tanh.input`` or ``aten.rnn_relu.input`` each, two with ``lengths`` in two directions.
-    Time and batch stay as dynamic as they were; torch's own table takes layers apart into the steps
-    of the example instead. All other operators are left as they are.
+    A layer, of ``torch.nn`` as well, becomes one ``aten.lstm``, ``aten.gru``, ``aten.rnn_tanh`` or
+    ``aten.rnn_relu``; two with ``lengths`` in two directions. Time and batch stay as dynamic as
+    they were. Torch's own table takes these operators apart into the steps of the example, which fixes
+    the number of steps. All other operators are left as they are.
+
+    A program without ``rnnkern.exporting_kernels`` has torch's operators already.
 
     Returns:
         A new table, by operator.
-
-    Raises:
-        NotImplementedError: by ``run_decompositions``, for a program with ``reset``.
 
     Example::
 

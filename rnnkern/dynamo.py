@@ -20,6 +20,7 @@ from typing import Any
 from rnnkern import aten
 from rnnkern.modules import GRU, LSTM, RNN
 
+
 class _OfRnnkern(int):
     """True where Dynamo asks about one of rnnkern's modules, which it calls ``value`` there.
 

@@ -35,6 +35,4 @@ def exporting_kernels() -> Iterator[None]:
 
 def to_torch() -> bool:
     """Whether a program is being exported that must run where rnnkern is not installed."""
-    return torch.compiler.is_exporting() and (
-        not _keeps_kernels or torch.onnx.is_in_onnx_export()
-    )
+    return torch.compiler.is_exporting() and (not _keeps_kernels or torch.onnx.is_in_onnx_export())

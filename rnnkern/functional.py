@@ -50,11 +50,14 @@ def forward(
     self: Any,
     input: Any,
     hx: Any = None,
-    *,
     lengths: Tensor | None = None,
     reset: Tensor | None = None,
 ) -> Any:
-    """``forward`` of `rnnkern.RNN`, `rnnkern.LSTM` and `rnnkern.GRU`."""
+    """``forward`` of `rnnkern.RNN`, `rnnkern.LSTM` and `rnnkern.GRU`.
+
+    None of its parameters is for keywords alone, because ``torch.onnx.export(dynamo=False)`` passes
+    all of them by position.
+    """
     if lengths is None and reset is None and not is_compiling():
         # The plain call is tried without looking at it: the kernel refuses what it does not cover
         # before anything is computed, and then the call is looked at.
@@ -249,6 +252,8 @@ _TENSORS = (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
 def has_operators(x: Tensor, *others: Tensor | None) -> bool:
     """Whether the traced door is open to these tensors."""
     kinds = ("cpu", "meta") if kernels.cuda is None else ("cpu", "meta", "cuda")
+    if is_compiling() and to_torch():  # whose operators need no kernel of rnnkern
+        kinds = (*kinds, x.device.type)
     return x.dtype in _DTYPES and all(
         t is None
         or (
@@ -275,7 +280,7 @@ def cell(module: Any, input: Tensor, hx: Any) -> Any:
     A scan of one step.
     """
     compiling = is_compiling()
-    if to_torch() or (not compiling and _tracing_state() is not None):
+    if to_torch() if compiling else _tracing_state() is not None:
         return module._torch_forward(input, hx)
     states = _cell_states(module, input, hx)
     if states is None:
@@ -513,6 +518,8 @@ def _elsewhere(module: Any, input: Any, hx: Any, lengths: Any, reset: Any, reaso
     if lengths is None and reset is None:
         result = module._torch_forward(input, hx)
     else:
+        if is_compiling() and to_torch() and reason != WRONG:
+            raise NotImplementedError(f"lengths and reset cannot be exported ({reason})")
         if reason == WRONG:  # torch.nn raises its error; lengths cannot make the input right
             module._torch_forward(input, hx)
         result = _by_reference(module, input, hx, lengths, reset)

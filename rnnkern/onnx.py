@@ -106,3 +106,63 @@ def nodes(
     y = y.transpose(1, 2).flatten(2)  # [T, D, N, H] to [T, N, D * H]
     y = y.transpose(0, 1) if layer.batch_first else y
     return (y, *finals) if layer.has_cell_state else (y, *finals, x.new_empty(0))
+
+
+def translations() -> dict[Any, Callable[..., Any]]:
+    """The table for ``torch.onnx.export(..., custom_translation_table=)``.
+
+    A model needs none. It is for programs that ``torch.export`` has made before, in which a layer
+    is an operator of torch: torch's own table makes one ``LSTM`` or ``GRU`` of it, and takes an RNN
+    apart into steps, for which this table has one ``RNN``. The number of steps of such a model is
+    that of the program's example, for torch's exporter looks for it.
+
+    Returns:
+        A new table, by operator.
+    """
+    return {
+        torch.ops.aten.rnn_tanh.input: _rnn("Tanh"),
+        torch.ops.aten.rnn_relu.input: _rnn("Relu"),
+    }
+
+
+def _rnn(activation: str) -> Callable[..., Any]:
+    def rnn(
+        input: Any,
+        hx: Any,
+        params: Any,
+        has_biases: bool,
+        num_layers: int,
+        dropout: float,
+        train: bool,
+        bidirectional: bool,
+        batch_first: bool,
+    ) -> Any:
+        import onnxscript
+
+        op: Any = onnxscript.opset18
+        D = 1 + bidirectional
+        count = len(params) // (num_layers * D)
+        y = op.Transpose(input, perm=[1, 0, 2]) if batch_first else input
+        finals = []
+        for i in range(num_layers):
+            own = params[i * D * count : (i + 1) * D * count]
+            parts = [
+                op.Concat(*(op.Unsqueeze(w, [0]) for w in own[k::count]), axis=0)
+                for k in range(count)
+            ]
+            y, final = op.RNN(
+                y,
+                *parts[:2],
+                op.Concat(*parts[2:], axis=1) if has_biases else None,
+                None,
+                op.Slice(hx, [i * D], [(i + 1) * D], [0]),
+                hidden_size=hx.shape[2],
+                direction="bidirectional" if bidirectional else "forward",
+                activations=[activation] * D,
+            )
+            y = op.Reshape(op.Transpose(y, perm=[0, 2, 1, 3]), [0, 0, -1])
+            finals.append(final)
+        y = op.Transpose(y, perm=[1, 0, 2]) if batch_first else y
+        return y, op.Concat(*finals, axis=0)
+
+    return rnn

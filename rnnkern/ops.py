@@ -45,9 +45,7 @@ def scan(
     """``y, h_n, c_n`` of a layer, in a mode of torch that sees operators only."""
     if to_torch():
         lengths, reset = (None, None) if steps is None else (steps.lengths, steps.reset)
-        y, hn, cn = aten.exported(
-            x, h0, c0, list(weights), lengths, reset, *layer, training
-        )
+        y, hn, cn = aten.exported(x, h0, c0, list(weights), lengths, reset, *layer, training)
         return y, hn, cn if layer.has_cell_state else None
     own = arguments(steps)
     if transformed() and not is_compiling() and _forward_levels() > 1:

@@ -91,9 +91,10 @@ def padded_steps(
         reset = _copy(reset, place)
     if lengths is not None:
         _expect("lengths", lengths, torch.int64, (N,), "(N,)")
-        if to_torch():
+        compiling = torch.compiler.is_compiling()
+        if compiling and to_torch():
             return Steps(None, None, reset, False, lengths=lengths)
-        if torch.compiler.is_compiling():  # what an operator alone may look into
+        if compiling:  # what an operator alone may look into
             active, order = torch.ops.rnnkern.ranked(lengths.to(place), T)
         else:
             if place.type == "cpu":
