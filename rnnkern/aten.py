@@ -303,8 +303,8 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
 
     A layer, of ``torch.nn`` as well, becomes one ``aten.lstm``, ``aten.gru``, ``aten.rnn_tanh`` or
     ``aten.rnn_relu``; two with ``lengths`` in two directions. Time and batch stay as dynamic as
-    they were. Torch's own table takes these operators apart into the steps of the example, which fixes
-    the number of steps. All other operators are left as they are.
+    they were; torch's own table takes these operators apart into the steps of the example, which
+    fixes their number. All other operators are left as they are.
 
     A program without ``rnnkern.exporting_kernels`` has torch's operators already.
 

@@ -35,4 +35,6 @@ def exporting_kernels() -> Iterator[None]:
 
 def to_torch() -> bool:
     """Whether a program is being exported that must run where rnnkern is not installed."""
-    return torch.compiler.is_exporting() and (not _keeps_kernels or torch.onnx.is_in_onnx_export())
+    # Not `torch.compiler.is_exporting()`, which torch 2.10 takes for true under torch.compile too.
+    exporting: bool = torch.compiler._is_exporting_flag
+    return exporting and (not _keeps_kernels or torch.onnx.is_in_onnx_export())
