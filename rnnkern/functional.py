@@ -50,14 +50,11 @@ def forward(
     self: Any,
     input: Any,
     hx: Any = None,
+    *,
     lengths: Tensor | None = None,
     reset: Tensor | None = None,
 ) -> Any:
-    """``forward`` of `rnnkern.RNN`, `rnnkern.LSTM` and `rnnkern.GRU`.
-
-    None of its parameters is for keywords alone, because ``torch.onnx.export(dynamo=False)`` passes
-    all of them by position.
-    """
+    """``forward`` of `rnnkern.RNN`, `rnnkern.LSTM` and `rnnkern.GRU`."""
     if lengths is None and reset is None and not is_compiling():
         # The plain call is tried without looking at it: the kernel refuses what it does not cover
         # before anything is computed, and then the call is looked at.

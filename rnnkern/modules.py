@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from rnnkern import functional
 
 _EXTRA = """
-    Beyond ``torch.nn``, ``forward(input, hx=None, lengths=None, reset=None)`` takes
+    Beyond ``torch.nn``, ``forward(input, hx=None, *, lengths=None, reset=None)`` takes
 
     Args:
         lengths: int64 ``(N,)``, any order, any device, ``0 <= lengths[n] <= T``: row n ends after

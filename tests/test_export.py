@@ -304,13 +304,9 @@ def test_autocast_of_a_program() -> None:
 # ONNX
 
 
-def session(model: bytes) -> Any:
-    return pytest.importorskip("onnxruntime").InferenceSession(model)
-
-
 def run_onnx(model: bytes, given: tuple[Any, ...]) -> list[Tensor]:
     """Results for the tensors of ``given``, in the order of the model's inputs."""
-    own = session(model)
+    own = pytest.importorskip("onnxruntime").InferenceSession(model)
     tensors = [t for t in tree_leaves(given) if isinstance(t, Tensor)]
     names = [each.name for each in own.get_inputs()]
     feed = {name: t.numpy() for name, t in zip(names, tensors, strict=True)}
@@ -370,13 +366,10 @@ def test_onnx_of_a_program() -> None:
 
 
 def test_onnx_by_tracing() -> None:
-    """``dynamo=False``, which hands all parameters of forward over by position."""
+    """``dynamo=False``: a layer within a model."""
     pytest.importorskip("onnx")
-    module, x, file = (
-        build("GRU", 4, 6, bidirectional=True).eval(),
-        torch.randn(5, 3, 4),
-        io.BytesIO(),
-    )
+    module, file = nn.Sequential(build("GRU", 4, 6, bidirectional=True)).eval(), io.BytesIO()
+    x = torch.randn(5, 3, 4)
     torch.onnx.export(module, (x,), file, dynamo=False)
     torch.testing.assert_close(run_onnx(file.getvalue(), (x,)), tree_leaves(module(x)))
 

@@ -608,11 +608,17 @@ def _exported(m: nn.Module, x: Tensor) -> Any:
     return torch.export.export(m, (x,), dynamic_shapes=shapes, strict=False)
 
 
+def _to_onnx(m: nn.Module, x: Tensor) -> Any:
+    pytest.importorskip("onnxscript")
+    return torch.onnx.export(m.eval(), (x,), dynamic_shapes=({0: "time"},), verbose=False)
+
+
 CANNOT: dict[str, tuple[Callable[[nn.Module, Tensor], Any], tuple[str, ...], str]] = {
     "lengths": (lambda m, x: m(x, lengths=torch.tensor([3, 2])), LAYERS, "lengths"),
     "reset": (lambda m, x: m(x, reset=torch.zeros(3, 2).bool()), LAYERS, "reset"),
     "compile": (lambda m, x: compiled(m)(x), LAYERS, "RNN, GRU, or LSTM"),
     "export": (_exported, LAYERS, "Constraints violated"),
+    "onnx": (_to_onnx, ("LSTM",), "static shape"),
     "vmap": (_vmapped, LAYERS, "Batching rule not implemented"),
     "ensemble": (_ensemble, LAYERS, "Batching rule not implemented"),
     "per-sample": (_per_sample, ("RNN", "GRU"), "doesn't match the broadcast shape"),
