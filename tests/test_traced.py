@@ -608,9 +608,15 @@ def _exported(m: nn.Module, x: Tensor) -> Any:
     return torch.export.export(m, (x,), dynamic_shapes=shapes, strict=False)
 
 
-def _to_onnx(m: nn.Module, x: Tensor) -> Any:
+def _in_onnx(m: nn.Module, x: Tensor) -> None:
+    """Run for another number of steps."""
     pytest.importorskip("onnxscript")
-    return torch.onnx.export(m.eval(), (x,), dynamic_shapes=({0: "time"},), verbose=False)
+    runtime = pytest.importorskip("onnxruntime")
+    shapes = ({0: "time", 1: "batch"},)
+    program = torch.onnx.export(m.eval(), (x,), dynamic_shapes=shapes, verbose=False)
+    session = runtime.InferenceSession(program.model_proto.SerializeToString())
+    y, *_ = session.run(None, {session.get_inputs()[0].name: torch.cat((x, x)).numpy()})
+    assert len(y) == 2 * len(x), "time is fixed"
 
 
 CANNOT: dict[str, tuple[Callable[[nn.Module, Tensor], Any], tuple[str, ...], str]] = {
@@ -618,7 +624,7 @@ CANNOT: dict[str, tuple[Callable[[nn.Module, Tensor], Any], tuple[str, ...], str
     "reset": (lambda m, x: m(x, reset=torch.zeros(3, 2).bool()), LAYERS, "reset"),
     "compile": (lambda m, x: compiled(m)(x), LAYERS, "RNN, GRU, or LSTM"),
     "export": (_exported, LAYERS, "Constraints violated"),
-    "onnx": (_to_onnx, ("LSTM",), "static shape"),
+    "onnx": (_in_onnx, ("LSTM",), "static shape|time is fixed"),
     "vmap": (_vmapped, LAYERS, "Batching rule not implemented"),
     "ensemble": (_ensemble, LAYERS, "Batching rule not implemented"),
     "per-sample": (_per_sample, ("RNN", "GRU"), "doesn't match the broadcast shape"),
