@@ -7,13 +7,15 @@
 
 import torch  # noqa: F401  first: its OpenMP runtime is the one that the kernels share
 
-from rnnkern import inspect, plot
+from rnnkern import inspect, onnx, plot
+from rnnkern.aten import decompositions
 from rnnkern.build import build_info, explain
 from rnnkern.by_type import be_found_by_type
 from rnnkern.checkpoint import checkpointed
 from rnnkern.closed_loop import generate
 from rnnkern.convert import convert, revert
 from rnnkern.dynamo import open_to_rnnkern
+from rnnkern.exporting import exporting_kernels
 from rnnkern.functional import FallbackWarning
 from rnnkern.modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 
@@ -34,9 +36,12 @@ __all__ = [
     "build_info",
     "checkpointed",
     "convert",
+    "decompositions",
     "explain",
+    "exporting_kernels",
     "generate",
     "inspect",
+    "onnx",
     "plot",
     "revert",
 ]

@@ -3,7 +3,8 @@
 Dynamo breaks the graph at every module that is a ``torch.nn.RNN``, ``LSTM`` or ``GRU``, as
 rnnkern's are, unless ``torch._dynamo.config.allow_rnn`` is true. Here that flag becomes one that is
 true for rnnkern's modules alone: those of ``torch.nn`` stay what they were, and whoever sets the
-flag has the last word. A Dynamo that has no such flag, or whose flag is true, needs nothing.
+flag has the last word. A Dynamo that has no such flag, or whose flag is true, needs nothing. What
+writes torch's operators into exported programs is left for the stage of an export that knows how.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 from torch import nn
 
+from rnnkern import aten
 from rnnkern.modules import GRU, LSTM, RNN
 from rnnkern.on_import import on_import
 
@@ -55,6 +57,11 @@ def _allow(config: ModuleType) -> None:
         config.allow_rnn = _OfRnnkern()  # type: ignore[attr-defined]
 
 
+def _leave_exports(dynamo: Any) -> None:
+    dynamo.allow_in_graph(aten.exported)
+
+
 def open_to_rnnkern() -> None:
     """Now, if Dynamo is imported already, or as soon as it is: it takes a second to import."""
     on_import("torch._dynamo.config", _allow)
+    on_import("torch._dynamo", _leave_exports)

@@ -25,6 +25,7 @@ from rnnkern import kernels, ops, reference
 from rnnkern.autograd import record
 from rnnkern.cells import CELLS
 from rnnkern.derivatives import Spec
+from rnnkern.exporting import to_torch
 from rnnkern.kernels import GAPS, Layer
 from rnnkern.sequence import Steps, packed_steps, padded_steps, place_of
 
@@ -320,6 +321,8 @@ _TENSORS = (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
 def has_operators(x: Tensor, *others: Tensor | None) -> bool:
     """Whether the traced door is open to these tensors."""
     kinds = ("cpu", "meta") if kernels.cuda is None else ("cpu", "meta", "cuda")
+    if is_compiling() and to_torch():  # whose operators need no kernel of rnnkern
+        kinds = (*kinds, x.device.type)
     return x.dtype in _DTYPES and all(
         t is None
         or (
@@ -375,9 +378,9 @@ def cell(module: Any, input: Tensor, hx: Any) -> Any:
     A scan of one step.
     """
     compiling = is_compiling()
+    if to_torch() if compiling else _tracing_state() is not None:
+        return module._torch_forward(input, hx)
     if not compiling:
-        if _tracing_state() is not None:
-            return module._torch_forward(input, hx)
         node = _as_node(module, input, hx)
         if node is not None:
             return node
@@ -651,6 +654,8 @@ def _elsewhere(module: Any, input: Any, hx: Any, lengths: Any, reset: Any, reaso
     if lengths is None and reset is None:
         result = module._torch_forward(input, hx)
     else:
+        if is_compiling() and to_torch() and reason != WRONG:
+            raise NotImplementedError(f"lengths and reset cannot be exported ({reason})")
         if reason == WRONG:  # torch.nn raises its error; lengths cannot make the input right
             module._torch_forward(input, hx)
         result = _by_reference(module, input, hx, lengths, reset)

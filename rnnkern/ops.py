@@ -20,8 +20,9 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 from torch.utils.flop_counter import register_flop_formula
 
-from rnnkern import derivatives, kernels, reference
+from rnnkern import aten, derivatives, kernels, reference
 from rnnkern.derivatives import Gradients, Maybe, Point, Spec, dense
+from rnnkern.exporting import to_torch
 from rnnkern.sequence import Steps, active_rows, check_range, ranked
 
 _STEPS = "Tensor? active, Tensor? order, Tensor? reset, Tensor? placed, bool packed"
@@ -43,6 +44,10 @@ def scan(
     training: bool,
 ) -> tuple[Tensor, Tensor, Maybe]:
     """``y, h_n, c_n`` of a layer, in a mode of torch that sees operators only."""
+    if to_torch():
+        lengths, reset = (None, None) if steps is None else (steps.lengths, steps.reset)
+        y, hn, cn = aten.exported(x, h0, c0, list(weights), lengths, reset, *layer, training)
+        return y, hn, cn if layer.has_cell_state else None
     own = arguments(steps)
     if transformed() and not is_compiling() and _forward_levels() > 1:
         # torch runs the jvp of a Function with the outer levels switched off.

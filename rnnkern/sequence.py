@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rnnkern.exporting import to_torch
+
 
 class Steps(NamedTuple):
     """Which rows of a batch take part in which step. The kernels read it as it is.
@@ -24,6 +26,8 @@ class Steps(NamedTuple):
         packed: the data is a packed sequence: only active rows are stored, step after step.
         placed: of a packed sequence on a GPU, int64 ``[2, T]`` there: ``active``, and the row at
             which each step begins; else None.
+        lengths: int64 ``[N]``, in place of ``active`` and ``order`` where a program of torch's own
+            operators is exported; else None.
     """
 
     active: Tensor | None
@@ -31,6 +35,7 @@ class Steps(NamedTuple):
     reset: Tensor | None
     packed: bool
     placed: Tensor | None = None
+    lengths: Tensor | None = None
 
 
 def place_of(x: Tensor) -> torch.device:
@@ -86,7 +91,10 @@ def padded_steps(
         reset = _copy(reset, place)
     if lengths is not None:
         _expect("lengths", lengths, torch.int64, (N,), "(N,)")
-        if torch.compiler.is_compiling():  # what an operator alone may look into
+        compiling = torch.compiler.is_compiling()
+        if compiling and to_torch():
+            return Steps(None, None, reset, False, lengths=lengths)
+        if compiling:  # what an operator alone may look into
             active, order = torch.ops.rnnkern.ranked(lengths.to(place), T)
         else:
             if place.type == "cpu":
