@@ -98,7 +98,7 @@ test-aarch64: $(call group,build)  ## check the CPU kernels on AArch64 under QEM
 sanitize: $(TESTS)  ## run the kernel tests under the address and undefined-behaviour sanitizers
 	sh tools/sanitize.sh $(BIN)/python $(ARGS)
 
-cuda-check: $(TESTS)  ## compile the CUDA kernels (CUDAARCHS: for what), look for spills, run `simt`
+cuda-check: $(TESTS)  ## compile the CUDA kernels (CUDAARCHS=90a-real: for one target), look for spills
 	sh tools/cuda_check.sh $(BIN)/python
 
 cuda-sanitize: $(TESTS)  ## tests on a GPU under compute-sanitizer's memcheck and racecheck
