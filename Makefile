@@ -9,6 +9,8 @@ ARGS   ?=
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip
 PYTEST := $(BIN)/pytest
+# The tests in as many processes as there are CPUs.
+SPREAD := -n logical --maxprocesses 8 --dist worksteal
 
 export PATH := $(abspath $(BIN)):$(PATH)
 
@@ -56,13 +58,13 @@ compare: $(if $(findstring --plot,$(ARGS)),$(call group,plot))
 	$(BIN)/rnnkern compare $(ARGS)
 
 test: $(TESTS)  ## run the tests (ARGS="-k lstm": some of them)
-	$(PYTEST) tests $(ARGS)
+	$(PYTEST) tests $(SPREAD) $(ARGS)
 
 test-ecosystem: $(TESTS) $(call group,ecosystem)  ## run the tests in the models of other packages
 	$(PYTEST) tests/test_ecosystem.py $(ARGS)
 
 test-machines: $(TESTS)  ## run the tests as on machines of other caches, threads, instructions
-	$(BIN)/python tools/test_machines.py $(ARGS)
+	$(BIN)/python tools/test_machines.py $(SPREAD) $(ARGS)
 
 bench: $(BUILT) $(call group,test)  ## run the benchmarks (ARGS="-k notebook": some of them)
 	$(PYTEST) benchmarks --benchmark-only $(ARGS)
@@ -96,7 +98,7 @@ test-aarch64: $(call group,build)  ## check the CPU kernels on AArch64 under QEM
 	sh tools/aarch64.sh $(ARGS)
 
 sanitize: $(TESTS)  ## run the kernel tests under the address and undefined-behaviour sanitizers
-	sh tools/sanitize.sh $(BIN)/python $(ARGS)
+	sh tools/sanitize.sh $(BIN)/python $(SPREAD) $(ARGS)
 
 cuda-check: $(TESTS)  ## compile the CUDA kernels (CUDAARCHS=90a-real: for one target), look for spills
 	sh tools/cuda_check.sh $(BIN)/python
@@ -105,7 +107,7 @@ cuda-sanitize: $(TESTS)  ## tests on a GPU under compute-sanitizer's memcheck an
 	sh tools/cuda_sanitize.sh $(BIN)/python $(ARGS)
 
 simt: $(TESTS)  ## run kernel tests on the CUDA kernels, on a stand-in for the GPU (ARGS: of pytest)
-	sh tools/simt.sh $(BIN)/python $(ARGS)
+	sh tools/simt.sh $(BIN)/python $(SPREAD) $(ARGS)
 
 simt-coverage: $(TESTS) $(call group,coverage)  ## which lines of the CUDA kernels the tests on the stand-in run
 	sh tools/simt_coverage.sh $(BIN)/python

@@ -73,6 +73,9 @@ AXES = {"steps": "time steps T", "batch": "batch N", "hidden_size": "hidden size
 
 
 PRODUCT = "matrix product"
+# What the limits are measured with: matrix products of m, k, n, and floats copied.
+PRODUCTS = ((512, 512, 512), (1024, 1024, 1024), (64, 1024, 4096), (256, 1024, 1024))
+COPIED = 2**26
 
 
 @dataclass(frozen=True)
@@ -114,11 +117,11 @@ def measure_limits(dtype: torch.dtype, quick: bool) -> Limits:
     """The best of several shapes and runs: a limit is no average."""
     budget_s = 0.2 if quick else 1.0
     found = []
-    for sizes in ((512, 512, 512), (1024, 1024, 1024), (64, 1024, 4096), (256, 1024, 1024)):
+    for sizes in PRODUCTS:
         call = Limits(sizes, dtype, 0.0, 0.0).product()
         seconds = min(timing.time_in_turn([call], budget_s=budget_s, min_rounds=3)[0])
         found.append((1e-9 * _flops_of(sizes) / seconds, sizes))
-    source, target = torch.randn(2**26), torch.empty(2**26)
+    source, target = torch.randn(COPIED), torch.empty(COPIED)
     copies = timing.time_in_turn([lambda: target.copy_(source)], budget_s=budget_s, min_rounds=3)
     gflops, sizes = max(found)
     return Limits(sizes, dtype, gflops, 2e-9 * source.nbytes / min(copies[0]))

@@ -52,7 +52,7 @@ from rnnkern import plot
 from rnnkern.inspect import Trace
 from rnnkern.workloads import CELLS
 
-FAST = {"hidden": 64, "epochs": 8, "steps": 32, "rate": 0.01, "dropout": 0.0}
+FAST = {"hidden": 64, "epochs": 3, "steps": 32, "rate": 0.01, "dropout": 0.0}
 FAST_CHARACTERS = 100_000
 EMBEDDING = 64
 CLIP = 1.0

@@ -72,7 +72,7 @@ class Recipe:
     def epochs_for(self, images: int, fast: bool) -> int:
         if images >= FEW:
             return self.epochs
-        return self.epochs_of_few // 2 if fast else self.epochs_of_few
+        return self.epochs_of_few // 4 if fast else self.epochs_of_few
 
 
 RECIPES = {

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
+from functools import partial
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -41,8 +42,8 @@ from rnnkern.workloads import CELLS
 
 STEP_S = 0.2  # seconds between two values of the wave, whose period is 2 pi seconds
 EPOCH = 100  # training steps between two validations
-REPEATS = 25  # of what is timed
-FAST = {"epochs": 10}
+REPEATS, FAST_REPEATS = 25, 3  # of what is timed
+FAST = {"epochs": 3}
 BLUE, ORANGE = CYCLE[:2]
 # Mean squared errors; that of a model that always gives 0 is 0.5.
 LARGEST_ONE_STEP, LARGEST_GENERATED = 0.005, 0.1
@@ -131,14 +132,14 @@ def experiment(library: ModuleType, options: argparse.Namespace, crew: Workers) 
     )
 
 
-def us_per_step(result: Result) -> float:
+def us_per_step(result: Result, repeats: int) -> float:
     """Of a closed loop."""
     model, steps = result.model, len(result.generated)
     first = torch.zeros(1, 1, device=model.readout.weight.device)
     clock = clock_of(first.device)
     seconds = [
         clock(lambda: rnnkern.generate(model.rnn, model.readout, first, steps), 1) / steps
-        for _ in range(REPEATS)
+        for _ in range(repeats)
     ]
     return statistics.median(seconds) * 1e6
 
@@ -220,7 +221,8 @@ def main() -> None:
     with workers() as crew:
         if options.rows % crew.world:
             fail(f"--rows {options.rows} do not divide among {crew.world} processes")
-        runs = run_in_turn(experiment, options, crew, us_per_step)
+        measure = partial(us_per_step, repeats=FAST_REPEATS if options.fast else REPEATS)
+        runs = run_in_turn(experiment, options, crew, measure)
         for run in runs:
             report(run, crew)
         if crew.speaks:

@@ -1,7 +1,5 @@
-"""What the tests run in a process of its own: it may crash or hang, or needs a fresh import.
-
-`python processes.py NAME [ARGUMENTS]` calls the function of that name; results go to stdout as
-JSON or to a file.
+"""What the tests run in a process of its own, by `support.in_a_process`: it may crash or hang, or
+needs a fresh import.
 """
 
 from __future__ import annotations
@@ -9,13 +7,16 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import io
 import json
 import os
+import runpy
 import signal
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,11 @@ from support import (
     DTYPES,
     FORMS,
     LAYERS,
+    Leaves,
     build,
-    check,
     evaluate,
+    has_smooth_gradient,
+    importable,
     leaves_for,
     on_threads,
     pack_rows,
@@ -43,34 +46,36 @@ import rnnkern
 SIZES = [(4, 1, 3, 5), (3, 1, 65, 130), (5, 13, 7, 33), (2, 70, 40, 150)]
 
 
-def numbers(path: str) -> None:
-    """Saves the results of many calls; those of training are compared with the oracle before."""
-    torch.set_num_threads(1)
-    results: dict[str, Tensor] = {}
+def cases() -> Iterator[tuple[str, nn.Module, Leaves]]:
+    """A layer of every form, dtype and size, and its input: the same in every process."""
     for form, (kind, own) in FORMS.items():
         for dtype in DTYPES:
             for T, N, inputs, H in SIZES:
                 torch.manual_seed(0)
                 module = build(kind, inputs, H, dtype=dtype, bidirectional=True, **own)
-                leaves = leaves_for(module, T, N)
-                case = f"{form} {dtype} {T=} {N=} {H=}"
-                found = {"training": check(module, leaves)}
-                for deterministic in (True, False):
-                    torch.use_deterministic_algorithms(deterministic)
-                    for threads in (1, 2):
-                        call = on_threads(plain, threads)
-                        found[f"{deterministic=} {threads=}"] = evaluate(
-                            module, leaves, call, backward=False
-                        )
-                    torch.set_num_threads(1)
-                results |= {f"{case} {way} {k}": v for way in found for k, v in found[way].items()}
-    results |= {f"integers {name}": value for name, value in integers().items()}
-    used = rnnkern.build_info()["isa"].encode()
-    results["isa"] = torch.frombuffer(bytearray(used), dtype=torch.uint8)
+                yield f"{form} {dtype} {T=} {N=} {H=}", module, leaves_for(module, T, N)
+
+
+def numbers(path: str) -> str:
+    """Saves the results of many calls by case and way; gives the instruction set that was used."""
+    torch.set_num_threads(1)
+    results: dict[str, dict[str, dict[str, Tensor]]] = {"integers": {"training": integers()}}
+    for case, module, leaves in cases():
+        training = evaluate(module, leaves, backward=has_smooth_gradient(module))
+        found = results[case] = {"training": training}
+        for deterministic in (True, False):
+            torch.use_deterministic_algorithms(deterministic)
+            for threads in (1, 2):
+                call = on_threads(plain, threads)
+                found[f"{deterministic=} {threads=}"] = evaluate(
+                    module, leaves, call, backward=False
+                )
+            torch.set_num_threads(1)
     torch.save(results, path)
+    return isa()
 
 
-def malformed_states() -> None:
+def malformed_states() -> tuple[list[str], int]:
     """Calls that end a child of this process: each of them in one that is forked for it alone is
     too dear, so a child runs on until it is killed, and the next one goes on behind that call.
     """
@@ -95,7 +100,7 @@ def malformed_states() -> None:
         if os.WIFSIGNALED(status):
             begin = int.from_bytes(seen[-4:], "little") + 1
             killed.append(calls[begin - 1][0])
-    print(json.dumps([killed, len(calls)]))
+    return killed, len(calls)
 
 
 def _malformed_calls() -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -149,8 +154,8 @@ def integers() -> dict[str, Tensor]:
     return {"y": y.detach(), "h_n": h_n.detach()} | gradients
 
 
-def isa() -> None:
-    print(json.dumps(rnnkern.build_info()["isa"]))
+def isa() -> str:
+    return str(rnnkern.build_info()["isa"])
 
 
 class Subclass(torch.Tensor):
@@ -174,7 +179,7 @@ def with_weight(module: nn.Module, change: Callable[[Tensor], Tensor]) -> nn.Mod
     return module
 
 
-def fallbacks() -> None:
+def fallbacks() -> dict[str, list[str] | None]:
     """For each way out of the kernels, the warnings of two calls alike, by a child that has seen no
     other.
     """
@@ -196,10 +201,10 @@ def fallbacks() -> None:
             text = pipe.read()
         os.waitpid(child, 0)
         found[name] = json.loads(text) if text else None
-    print(json.dumps(found))
+    return found
 
 
-def allow_rnn(order: str) -> None:
+def allow_rnn(order: str) -> dict[str, bool]:
     """Whether Dynamo may trace a module of rnnkern and one of torch.nn, and what its flag says to
     all others. rnnkern is imported here already; Dynamo is not.
     """
@@ -214,7 +219,7 @@ def allow_rnn(order: str) -> None:
     found = {"bool": bool(config.allow_rnn)}
     for name, package in (("rnnkern", rnnkern), ("torch.nn", torch.nn)):
         found[name] = _compiles(package.GRU(3, 4))
-    print(json.dumps(found))
+    return found
 
 
 def _compiles(module: nn.Module) -> bool:
@@ -225,7 +230,7 @@ def _compiles(module: nn.Module) -> bool:
     return True
 
 
-def forks(kind: str, threads: str) -> None:
+def forks(kind: str, threads: int) -> tuple[str, int, bool]:
     """A forked child computes what its parent did, after the parent has used its threads."""
     torch.set_num_threads(2)
     torch.manual_seed(0)
@@ -236,7 +241,7 @@ def forks(kind: str, threads: str) -> None:
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
-        if threads == "1":  # as torch's own workers do; then backward is safe too
+        if threads == 1:  # as torch's own workers do; then backward is safe too
             torch.set_num_threads(1)
             module(x)[0].sum().backward()
         with torch.no_grad():
@@ -245,7 +250,7 @@ def forks(kind: str, threads: str) -> None:
         os._exit(0)
     os.close(writing)
     os.set_blocking(reading, False)
-    answer, patience = b"", time.monotonic() + 10
+    answer, patience = b"", time.monotonic() + 60
     while not answer and time.monotonic() < patience:
         time.sleep(0.02)
         try:
@@ -258,11 +263,11 @@ def forks(kind: str, threads: str) -> None:
     _, status = os.waitpid(child, 0)
     with torch.no_grad():  # the parent still works, on all its threads
         alive = module(x)[0].numpy().tobytes() == expected
-    print(json.dumps([answer.decode(), status, alive]))
+    return answer.decode(), status, alive
 
 
-def huge(device: str = "cpu") -> None:
-    """Calls whose output no memory can hold; prints the type of the exception each raises."""
+def huge(device: str = "cpu") -> dict[str, str]:
+    """Calls whose output no memory can hold; gives the type of the exception each raises."""
     torch.set_default_device(device)
     steps = torch.zeros(1, 1, 3)
     raised = {}
@@ -277,11 +282,11 @@ def huge(device: str = "cpu") -> None:
                 raised[f"{kind} {name} {training=}"] = _raised_by(module, steps.expand(shape))
     for kind in ("RNNCell", "LSTMCell", "GRUCell"):
         raised[kind] = _raised_by(build(kind, 3, 4), torch.zeros(1, 3).expand(2**46, 3))
-    print(json.dumps(raised))
+    return raised
 
 
-def broken(device: str) -> None:
-    """Packed sequences that break their rules: prints by what each is refused. None of them may
+def broken(device: str) -> dict[str, str]:
+    """Packed sequences that break their rules: gives by what each is refused. None of them may
     leave the device in a state in which it computes no more.
     """
     torch.set_default_device(device)
@@ -301,7 +306,7 @@ def broken(device: str) -> None:
                     outcome = type(error).__name__
                 found[f"{kind} {name} hx={states is not None}"] = outcome
         assert build(kind, wrong.I, wrong.H)(wrong.x())[0].isfinite().all()
-    print(json.dumps(found))
+    return found
 
 
 def _raised_by(module: nn.Module, x: Tensor) -> str:
@@ -312,7 +317,7 @@ def _raised_by(module: nn.Module, x: Tensor) -> str:
     return "nothing"
 
 
-def peak_memory(library: str, kind: str, mode: str) -> None:
+def peak_memory(library: str, kind: str, mode: str) -> float:
     """MiB by which a call on a long sequence raises the peak of the process."""
 
     def high_water() -> int:
@@ -333,8 +338,13 @@ def peak_memory(library: str, kind: str, mode: str) -> None:
         with torch.no_grad():
             y, _ = module(x)
             y.sum()
-    print(json.dumps((high_water() - before) / 1024))
+    return (high_water() - before) / 1024
 
 
-if __name__ == "__main__":
-    globals()[sys.argv[1]](*sys.argv[2:])
+def script(path: str, *arguments: str) -> str:
+    """Runs a Python script as its interpreter would; gives what it has printed."""
+    torch.set_num_threads(1)
+    sys.argv = [path, *arguments]
+    with importable(Path(path).parent), redirect_stdout(io.StringIO()) as said:
+        runpy.run_path(path, run_name="__main__")
+    return said.getvalue()

@@ -4,15 +4,15 @@ oracle.
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from socket import socket
 from typing import Any, TypeAlias
 
+import forks
 import oracle
 import torch
 from torch import Tensor, nn
@@ -195,6 +195,19 @@ def has_smooth_gradient(module: nn.Module) -> bool:
     return dtype in WIDE_DTYPES or getattr(module, "nonlinearity", "tanh") != "relu"
 
 
+def yardsticks(
+    ours: nn.Module, leaves: Leaves, call: Call = plain, *, backward: bool = True
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What torch.nn and the oracle give, with the weights of ours."""
+    dtype = next(p.dtype for p in ours.parameters())
+    theirs = oracle.twin(ours, tolerance.yardstick_dtype(dtype))
+    wide = oracle.twin(ours, torch.float64)
+    return (
+        evaluate(theirs, leaves, call, backward=backward),
+        evaluate(wide, leaves, call, backward=backward),
+    )
+
+
 def check(
     ours: nn.Module,
     leaves: Leaves,
@@ -208,17 +221,9 @@ def check(
 
     Where the gradient jumps only the outputs; `test_integers_are_exact` looks at the gradients.
     """
-    dtype = next(p.dtype for p in ours.parameters())
     backward = backward and has_smooth_gradient(ours)
-    other = oracle_call or call
     got = evaluate(ours, leaves, call, backward=backward)
-    theirs = oracle.twin(ours, tolerance.yardstick_dtype(dtype))
-    wide = oracle.twin(ours, torch.float64)
-    assert_agree(
-        got,
-        evaluate(theirs, leaves, other, backward=backward),
-        evaluate(wide, leaves, other, backward=backward),
-    )
+    assert_agree(got, *yardsticks(ours, leaves, oracle_call or call, backward=backward))
     return got
 
 
@@ -252,20 +257,47 @@ def assert_bitwise(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> 
     assert not [name for name in ours if not torch.equal(ours[name], theirs[name])]
 
 
-def in_a_process(*arguments: str, timeout: float = 240, **env: str | None) -> Any:
-    """What a function of processes.py prints as JSON.
+def in_a_process(
+    function: Callable[..., Any], *arguments: Any, timeout: float = 240, **env: str | None
+) -> Any:
+    """What a function of a module returns, called in a process of its own.
 
     It may crash or hang without taking the tests with it. Environment variables given as None are
     unset.
+
+    Raises:
+        ChildError: the process raised or died.
     """
     changed = {**os.environ, **env}
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("processes.py")), *arguments],
-        env={name: value for name, value in changed.items() if value is not None},
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout) if done.stdout else None
+    given = {name: value for name, value in changed.items() if value is not None}
+    (result,) = forks.results(forks.start(function, *arguments, env=given), timeout=timeout)
+    return result
+
+
+def in_two_processes(
+    function: Callable[..., Any], *arguments: Any, timeout: float = 120
+) -> list[Any]:
+    """The same of two processes at once, to which the environment says what torchrun would say."""
+    with socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    started = [
+        forks.start(function, *arguments, env={**os.environ, **shared, "RANK": str(rank)})
+        for rank in range(2)
+    ]
+    return forks.results(*started, timeout=timeout)
+
+
+@contextmanager
+def importable(folder: Path) -> Iterator[None]:
+    """Its modules can be imported, and are gone afterwards."""
+    before = set(sys.modules)
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
+        for name in set(sys.modules) - before:
+            if (folder / f"{name}.py").exists():
+                del sys.modules[name]

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import oracle
+import processes
 import pytest
 import torch
 from support import (
@@ -456,7 +457,7 @@ def test_memory_does_not_grow(form: str, dtype: torch.dtype) -> None:
 
 @pytest.fixture(scope="module")
 def huge() -> dict[str, str]:
-    return in_a_process("huge", "cuda")
+    return in_a_process(processes.huge, "cuda")
 
 
 @pytest.mark.parametrize("kind", [*LAYERS, *CELLS])
@@ -468,7 +469,7 @@ def test_outputs_that_no_memory_holds(huge: dict[str, str], kind: str) -> None:
 
 def test_broken_packed_sequences() -> None:
     """Refused before a kernel reads through them: that would be the end of the process."""
-    found = in_a_process("broken", "cuda")
+    found = in_a_process(processes.broken, "cuda")
     assert len(found) > 50
     assert not {name for name, raised in found.items() if raised in ("nothing", "AcceleratorError")}
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
+import processes
 import pytest
 import torch
 from support import CELLS, LAYERS, build, in_a_process, pack_rows
@@ -472,7 +473,7 @@ def test_a_cell_may_have_any_attribute(kind: str, name: str) -> None:
 @pytest.mark.cpu_only
 def test_no_malformed_state_kills_the_process() -> None:
     """Thousands of calls in one process of its own: each is an exception, or torch.nn's result."""
-    killed, calls = in_a_process("malformed_states")
+    killed, calls = in_a_process(processes.malformed_states)
     assert killed == []
     assert calls > 2000
 

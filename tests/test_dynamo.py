@@ -114,7 +114,6 @@ def break_later(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("kind", LAYERS)
 def test_a_dynamo_that_breaks_the_graph_later(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch._dynamo
 
     break_later(monkeypatch)
     assert graphs_of(Between(build(kind, 4, 6)), fullgraph=True) == 1

@@ -1,6 +1,6 @@
 """Code that nobody here wrote, with rnnkern's modules in place of torch.nn's.
 
-Needs the optional extra ``ecosystem``; what is not installed is skipped.
+What is marked `ecosystem` needs the extra of that name; what is not installed is skipped.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ pytestmark = pytest.mark.cpu_only
 
 NAMES = ("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell")
 EXTRA = "pip install 'rnnkern[ecosystem]'"
+TEST_EXTRA = "pip install 'rnnkern[test]'"
 # Not in the extra: its wheel brings a package `benchmarks`, which hides this project's.
 OPACUS = "pip install opacus==1.6.0, into an environment of its own"
 
@@ -35,7 +36,7 @@ def test_inputs_of_torch_testing(
     name: str, dtype: torch.dtype, training: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What torch tests its own modules with: outputs, and gradients of all inputs and weights."""
-    pytest.importorskip("expecttest", reason=EXTRA)
+    pytest.importorskip("expecttest", reason=TEST_EXTRA)
     # Its import forbids to set any flag of torch.backends from then on.
     monkeypatch.setattr(torch.backends, "disable_global_flags", lambda: None)
     from torch.testing._internal.common_modules import module_db
@@ -72,6 +73,7 @@ def _leaf(dtype: torch.dtype, tensor: Tensor) -> Tensor:
     return tensor.detach().to(dtype).requires_grad_(tensor.requires_grad)
 
 
+@pytest.mark.ecosystem
 def test_recurrent_ppo() -> None:
     """stable-baselines3's recurrent PPO on CartPole: the same run as with torch.nn."""
     sb3 = pytest.importorskip("sb3_contrib", reason=EXTRA)
@@ -95,6 +97,7 @@ def test_recurrent_ppo() -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.ecosystem
 @pytest.mark.parametrize("kind", ["RNN", "LSTM", "GRU"])
 def test_forecasts_of_darts(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """darts' RNNModel takes its network from torch.nn by name: the same forecast from rnnkern's."""
@@ -123,6 +126,7 @@ def test_forecasts_of_darts(kind: str, tmp_path: Path, monkeypatch: pytest.Monke
     torch.testing.assert_close(*forecasts, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.ecosystem
 def test_per_sample_gradients_as_opacus_has_them() -> None:
     """Opacus rewrites the LSTM as layers whose hooks collect them, step by step."""
     layers = pytest.importorskip("opacus.layers", reason=OPACUS)

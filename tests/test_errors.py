@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import oracle
+import processes
 import pytest
 import torch
 from support import (
@@ -421,7 +422,7 @@ def test_fake_tensors(kind: str) -> None:
 
 @pytest.fixture(scope="module")
 def huge() -> dict[str, str]:
-    return in_a_process("huge")
+    return in_a_process(processes.huge)
 
 
 @pytest.mark.cpu_only

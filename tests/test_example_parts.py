@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from support import importable
 from torch import Tensor, nn
 
 import rnnkern
@@ -25,14 +26,10 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
 @pytest.fixture
-def load(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], ModuleType]]:
-    """Imports a script; its modules are gone afterwards."""
-    monkeypatch.syspath_prepend(EXAMPLES)
-    before = set(sys.modules)
-    yield importlib.import_module
-    for name in set(sys.modules) - before:
-        if (EXAMPLES / f"{name}.py").exists():
-            del sys.modules[name]
+def load() -> Iterator[Callable[[str], ModuleType]]:
+    """Imports a script."""
+    with importable(EXAMPLES):
+        yield importlib.import_module
 
 
 @pytest.fixture

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import gzip
-import os
 import re
+import runpy
 import struct
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
+from support import importable, in_a_process, in_two_processes
 
 pytestmark = pytest.mark.cpu_only
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -33,28 +35,31 @@ def needs_the_extra() -> None:
         pytest.importorskip(module, reason="pip install 'rnnkern[examples]'")
 
 
-def run_example(
-    name: str, *arguments: str, place: Path, launcher: Sequence[str] = ()
-) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
-    return subprocess.run(
-        [sys.executable, *launcher, str(EXAMPLES / f"{name}.py"), *arguments],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=environment,
-        cwd=place,
-        check=False,
-    )
+@pytest.fixture
+def run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Callable[..., str]]:
+    """Runs a script in this process, in a folder of its own; gives what it has printed."""
+    monkeypatch.chdir(tmp_path)
+    with importable(EXAMPLES):
+
+        def run_script(name: str, *arguments: str) -> str:
+            script = str(EXAMPLES / f"{name}.py")
+            monkeypatch.setattr(sys, "argv", [script, *arguments])
+            runpy.run_path(script, run_name="__main__")
+            return capsys.readouterr().out
+
+        yield run_script
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_a_fast_run(name: str, tmp_path: Path) -> None:
+def test_a_fast_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a process that has imported nothing but torch before."""
+    monkeypatch.chdir(tmp_path)
     both = [] if name == "compare_notebook" else ["--torch"]  # it always runs both
-    done = run_example(name, "--fast", *both, place=tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "torch.nn" in done.stdout  # both times
-    assert "not judged" not in done.stdout
+    said = in_a_process(processes.script, str(EXAMPLES / f"{name}.py"), "--fast", *both)
+    assert "torch.nn" in said  # both times
+    assert "not judged" not in said
     for picture in SCRIPTS[name]:
         content = (tmp_path / picture).read_bytes()
         assert content.startswith(b"\x89PNG")
@@ -79,15 +84,14 @@ def idx(place: Path, part: str, count: int, size: int = 8, lacking: int = 0) -> 
     (place / f"{part}-labels-idx1-ubyte").write_bytes(labels)
 
 
-def test_digits_of_ones_own(tmp_path: Path) -> None:
+def test_digits_of_ones_own(run: Callable[..., str], tmp_path: Path) -> None:
     """Reported, and judged by no limit that is meant for others."""
     idx(tmp_path, "train", 120)
     idx(tmp_path, "t10k", 40)
     line = ["--data", ".", "--fast", "--recipes", "lstm64", "--model", "best.pt"]
-    done = run_example("digits_rows", *line, place=tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert re.search(r"lstm64: \d+\.\d+% of 40 test digits right", done.stdout)
-    assert "not judged" in done.stdout
+    said = run("digits_rows", *line)
+    assert re.search(r"lstm64: \d+\.\d+% of 40 test digits right", said)
+    assert "not judged" in said
     assert (tmp_path / "best_lstm64.pt").exists()
 
 
@@ -98,22 +102,20 @@ def test_digits_of_ones_own(tmp_path: Path) -> None:
         ("sentiment", ["--phi-y", "tanh", "--phi-h", "relu", "--epochs", "2"]),
     ],
 )
-def test_other_hyperparameters(name: str, line: list[str], tmp_path: Path) -> None:
-    done = run_example(name, "--fast", *line, place=tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "not judged" in done.stdout
+def test_other_hyperparameters(name: str, line: list[str], run: Callable[..., str]) -> None:
+    assert "not judged" in run(name, "--fast", *line)
 
 
 @pytest.mark.parametrize("name", ["sine", "sentiment"])
-def test_two_processes(name: str, tmp_path: Path) -> None:
-    """They train one model, and one of them speaks."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+def test_two_processes(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They train one model, and one of them speaks. test_distributed.py has torchrun itself."""
+    monkeypatch.chdir(tmp_path)
     line = ["--fast", "--repeats", "2", "--model", "best.pt"]
-    done = run_example(name, *line, place=tmp_path, launcher=launcher)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("time: rnnkern") == 1
-    assert done.stdout.count("epoch 2 ") == 1
-    assert "medians of 2 runs" in done.stdout
+    said = in_two_processes(processes.script, str(EXAMPLES / f"{name}.py"), *line)
+    assert said[1] == ""
+    assert said[0].count("time: rnnkern") == 1
+    assert said[0].count("epoch 2 ") == 1
+    assert "medians of 2 runs" in said[0]
     assert (tmp_path / "best.pt").exists()
 
 
@@ -189,14 +191,21 @@ WRONG = {
 
 
 @pytest.mark.parametrize("fault", WRONG)
-def test_a_clear_message(fault: str, tmp_path: Path) -> None:
-    """And no traceback, no picture."""
+def test_a_clear_message(
+    fault: str, run: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At the end of the script, and no picture."""
     name, arguments, prepare, named = WRONG[fault]
     prepare(tmp_path)
-    done = run_example(name, *arguments, place=tmp_path)
-    assert done.returncode != 0
-    assert named in done.stderr.splitlines()[-1]
-    assert "Traceback" not in done.stderr
+    with pytest.raises(SystemExit) as ended:
+        run(name, *arguments)
+    # Python prints a text that a script ends with, and argparse its own: no traceback with either.
+    message = ended.value.code
+    if not isinstance(message, str):
+        assert message == 2
+        message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith(f"{name}.py: error: ")
+    assert named in message
     assert not [path for path in tmp_path.glob("*.png") if path.is_file()]
 
 

@@ -6,9 +6,9 @@ import re
 from typing import Any
 
 import oracle
+import processes
 import pytest
 import torch
-from processes import FALLBACKS, Subclass
 from support import (
     FORMS,
     LAYERS,
@@ -41,7 +41,7 @@ def test_jit_trace(kind: str) -> None:
 
 @pytest.fixture(scope="module")
 def fallbacks() -> dict[str, list[str] | None]:
-    return in_a_process("fallbacks")
+    return in_a_process(processes.fallbacks)
 
 
 # What the warning must name for the user to know what to change.
@@ -54,7 +54,7 @@ NAMED = {
 
 
 @pytest.mark.cpu_only
-@pytest.mark.parametrize("name", FALLBACKS)
+@pytest.mark.parametrize("name", processes.FALLBACKS)
 def test_fallbacks_warn_once(fallbacks: dict[str, list[str] | None], name: str) -> None:
     messages = fallbacks[name]
     assert messages is not None, "the call failed"
@@ -77,7 +77,7 @@ def test_fallback_results(form: str) -> None:
     lengths, reset = torch.tensor([2, 5, 0]), torch.rand(5, 3) < 0.4
 
     def elsewhere(m: nn.Module, own: Leaves, **options: Tensor) -> Any:
-        x = own["x"].as_subclass(Subclass)  # which no kernel takes
+        x = own["x"].as_subclass(processes.Subclass)  # which no kernel takes
         result = m(x, states_of(own), **options)
         return tree_map_only(Tensor, lambda t: t.as_subclass(Tensor), result)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +16,9 @@ from benchmarks import report
 from benchmarks.gpu import kinds, page, speed
 from rnnkern.workloads import CELLS, FORWARD, FORWARD_BACKWARD, default_precisions, load_workloads
 
-pytestmark = pytest.mark.cpu_only
+pytestmark = [pytest.mark.cpu_only, pytest.mark.usefixtures("no_clock")]
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def no_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every call runs once and takes a millisecond more than the one before: a busy machine is no
-    matter.
-    """
-
-    def in_turn(calls: list[Callable[[], object]], **_: object) -> list[list[float]]:
-        for call in calls:
-            call()
-        return [[1e-3 * (i + 1)] * 3 for i in range(len(calls))]
-
-    monkeypatch.setattr(speed.timing, "time_in_turn", in_turn)
 
 
 def test_rows_are_all_workloads_dtypes_cells_and_passes() -> None:

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-from pathlib import Path
+from typing import TypeAlias
 
+import processes
 import pytest
 import torch
-from support import in_a_process
+from forks import ChildError
+from support import (
+    DTYPES,
+    FORMS,
+    assert_agree,
+    assert_bitwise,
+    has_smooth_gradient,
+    in_a_process,
+    yardsticks,
+)
 from torch import Tensor
 
 import rnnkern
+from rnnkern.timing import threads_set
 
 pytestmark = pytest.mark.cpu_only
 
@@ -46,17 +55,28 @@ def supported() -> list[str]:
     ]
 
 
+Results: TypeAlias = dict[str, dict[str, dict[str, Tensor]]]
+
+
 @pytest.fixture(scope="module")
-def numbers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Tensor]]:
-    """By instruction set, the results that a process forced to it computed, and there compared with
-    torch.nn.
-    """
+def numbers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Results]:
+    """By instruction set, case and way to call it, what a process forced to it computed."""
     folder = tmp_path_factory.mktemp("numbers")
     results = {}
     for name in supported():
-        in_a_process("numbers", str(folder / name), RNNKERN_ISA=name)
+        assert in_a_process(processes.numbers, str(folder / name), RNNKERN_ISA=name) == name
         results[name] = torch.load(folder / name)
     return results
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    """By case, what torch.nn and the oracle give."""
+    with threads_set(1):
+        return {
+            case: yardsticks(module, leaves, backward=has_smooth_gradient(module))
+            for case, module, leaves in processes.cases()
+        }
 
 
 def test_the_table_is_not_empty() -> None:
@@ -64,49 +84,47 @@ def test_the_table_is_not_empty() -> None:
 
 
 @pytest.mark.parametrize("name", supported())
-def test_each_is_within_tolerance(numbers: dict[str, dict[str, Tensor]], name: str) -> None:
-    """The forced process used what it was told to, and its results passed the comparison there."""
-    used = bytes(numbers[name]["isa"].tolist()).decode()
-    assert used == name
-    assert len(numbers[name]) > 500
+def test_each_is_within_tolerance(
+    numbers: dict[str, Results],
+    expected: dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]],
+    name: str,
+) -> None:
+    assert len(expected) == len(FORMS) * len(DTYPES) * len(processes.SIZES)
+    for case, yardstick in expected.items():
+        assert_agree(numbers[name][case]["training"], *yardstick)
 
 
 @pytest.mark.parametrize("name", supported())
-def test_outputs_do_not_depend_on_threads(numbers: dict[str, dict[str, Tensor]], name: str) -> None:
-    results = numbers[name]
-    differing = [
-        key
-        for key in results
-        if "threads=1" in key
-        and not torch.equal(results[key], results[key.replace("threads=1", "threads=2")])
-    ]
-    assert not differing
+def test_outputs_do_not_depend_on_threads(numbers: dict[str, Results], name: str) -> None:
+    for ways in numbers[name].values():
+        for way in ways:
+            if "threads=1" in way:
+                assert_bitwise(ways[way], ways[way.replace("threads=1", "threads=2")])
 
 
 @pytest.mark.skipif(
     not set(WITH_FMA) <= set(supported()), reason="the CPU has not both instruction sets with fma"
 )
-def test_bitwise_equal_with_fma(numbers: dict[str, dict[str, Tensor]]) -> None:
+def test_bitwise_equal_with_fma(numbers: dict[str, Results]) -> None:
     """Under deterministic algorithms, forward, all dtypes."""
     first, second = (numbers[name] for name in WITH_FMA)
-    compared = [key for key in first if "deterministic=True" in key]
-    assert len(compared) > 100
-    assert not [key for key in compared if not torch.equal(first[key], second[key])]
+    for case in first.keys() - {"integers"}:
+        for threads in (1, 2):
+            way = f"deterministic=True {threads=}"
+            assert_bitwise(first[case][way], second[case][way])
 
 
 @pytest.mark.parametrize("name", supported())
-def test_integers_are_exact_everywhere(numbers: dict[str, dict[str, Tensor]], name: str) -> None:
+def test_integers_are_exact_everywhere(numbers: dict[str, Results], name: str) -> None:
     """Outputs and gradients of integers agree in every bit, with or without fma."""
-    baseline = numbers["baseline"]
-    compared = [key for key in baseline if key.startswith("integers")]
-    assert len(compared) > 5
-    for key in compared:
-        assert torch.equal(numbers[name][key], baseline[key])
-        assert torch.equal(baseline[key], baseline[key].round())
+    baseline = numbers["baseline"]["integers"]["training"]
+    assert len(baseline) > 5
+    assert_bitwise(numbers[name]["integers"]["training"], baseline)
+    assert_bitwise(baseline, {key: value.round() for key, value in baseline.items()})
 
 
 def test_the_best_is_used_unless_told_otherwise() -> None:
-    assert in_a_process("isa", RNNKERN_ISA=None) == supported()[0]
+    assert in_a_process(processes.isa, RNNKERN_ISA=None) == supported()[0]
 
 
 def test_build_info_names_what_is_in_use() -> None:
@@ -117,17 +135,9 @@ def test_build_info_names_what_is_in_use() -> None:
 
 def refused(name: str) -> str:
     """The last line of what importing says with `name` forced."""
-    done = subprocess.run(
-        [sys.executable, "-c", "import rnnkern"],
-        env={**os.environ, "RNNKERN_ISA": name},
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert done.returncode == 1
-    return done.stderr.strip().splitlines()[-1]
+    with pytest.raises(ChildError) as raised:
+        in_a_process(processes.isa, RNNKERN_ISA=name)
+    return str(raised.value).strip().splitlines()[-1]
 
 
 @pytest.mark.parametrize("name", ["x86-64-v9", "AVX2", "baseline ", "-1"])

@@ -79,15 +79,21 @@ def test_time_in_turn_takes_turns() -> None:
     assert changes == [1, 2, 0, 1, 2, 0, 1, 2]  # sample sizes first, then two rounds
 
 
+@pytest.mark.usefixtures("no_clock")
 def test_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="pip install 'rnnkern[plot]'")
+    monkeypatch.setattr(report, "PRODUCTS", ((64, 64, 64), (16, 128, 64)))
+    monkeypatch.setattr(report, "COPIED", 2**20)
     notebook = {"notebook": load_workloads()["notebook"]}
     monkeypatch.setattr(report, "load_workloads", lambda: notebook)
     monkeypatch.setattr(report, "SWEEPS", {"steps": (1, 2), "batch": (1, 2), "hidden_size": (4, 8)})
     found = report.run([1], quick=True)
     json.dumps(found, allow_nan=False)
     assert len(found["rows"]) == 4 * len(CELLS)
-    assert all(0 < row["of_limit"] < 1.5 for row in found["rows"])
+    for row in found["rows"]:
+        assert row["us"]["rnnkern"] == pytest.approx(1000)
+        assert row["speedup"]["torch.nn"] == pytest.approx(2)
+        assert 0 < row["of_limit"] < 1.5
     pictures = report.draw(found, tmp_path)
     assert [path.stat().st_size > 10_000 for path in pictures] == [True] * 3
     page = report.markdown(found, pictures)

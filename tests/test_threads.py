@@ -6,6 +6,7 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import processes
 import pytest
 import torch
 from support import (
@@ -128,10 +129,10 @@ def test_called_from_several_python_threads(kind: str, threads: int) -> None:
 
 @pytest.mark.cpu_only
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no fork")
-@pytest.mark.parametrize("threads", ["1", "2"])
+@pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("kind", LAYERS)
-def test_after_a_fork(kind: str, threads: str) -> None:
+def test_after_a_fork(kind: str, threads: int) -> None:
     """A child forked after the parent used its threads computes the same, and so does the parent
     afterwards.
     """
-    assert in_a_process("forks", kind, threads) == ["same", 0, True]
+    assert in_a_process(processes.forks, kind, threads) == ("same", 0, True)

@@ -59,4 +59,4 @@ rm -rf "$simt"
 RNNKERN_SANITIZE=address,undefined RNNKERN_SIMT=ON \
   "$python" setup.py --quiet build --build-base "$base-simt" --build-lib "$simt"
 echo "sanitize: the CUDA kernels, on the stand-in of tests/simt"
-run_tests "$simt" tests/simt/check_tiers.py -k 'float32 or bfloat16'
+run_tests "$simt" tests/simt/check_tiers.py -k 'float32 or bfloat16' "$@"

@@ -13,17 +13,17 @@ lib=$PWD/$base/lib
 rm -rf "$lib"
 RNNKERN_SIMT=ON "$python" setup.py --quiet build --build-base "$base" --build-lib "$lib"
 
-if [ $# -eq 0 ]; then
-  set -- tests/test_cells.py tests/test_sequences.py
-fi
 # The script and not `python -m pytest`, which would put the repository's own package first.
 run_tests() {
   PYTHONPATH="$lib:$PWD/tools:$PWD/tests" RNNKERN_LOADED_FROM="$lib" RNNKERN_TEST_DEVICES=cpu \
     "$(dirname "$python")/pytest" -m kernel -p loaded_from "$@"
 }
-run_tests tests/simt/check_tiers.py
-RNNKERN_CUDA_TIER=resident run_tests "$@"
-RNNKERN_CUDA_TIER=stepwise run_tests "$@" -k 'float32 or LSTM'
+tests="tests/test_cells.py tests/test_sequences.py"
+run_tests tests/simt/check_tiers.py "$@"
+# shellcheck disable=SC2086
+RNNKERN_CUDA_TIER=resident run_tests $tests "$@"
+# shellcheck disable=SC2086
+RNNKERN_CUDA_TIER=stepwise run_tests $tests -k 'float32 or LSTM' "$@"
 
 # Every barrier and every wait is needed: without any one of them a test fails.
 places() {
@@ -33,16 +33,28 @@ places() {
 fails_without() {  # fails_without PLACE [pytest arguments]
   place=$1
   shift
-  if RNNKERN_SIMT_WITHOUT=$place run_tests -q -x "$@" >build/simt/without.log 2>&1; then
+  log=$base/without-$place.log
+  if RNNKERN_SIMT_WITHOUT=$place run_tests -q -x "$@" >"$log" 2>&1; then
     echo "simt: no test fails without the wait at csrc/cuda/$place" >&2
-    exit 1
+    return 1
   fi
-  grep -q '^FAILED' build/simt/without.log || { cat build/simt/without.log >&2; exit 1; }
+  grep -q '^FAILED' "$log" || { cat "$log" >&2; return 1; }
   echo "simt: without the wait at csrc/cuda/$place a test fails, as it should"
 }
-for place in $(places resident.cuh resident_forward.cuh resident_backward.cuh gradients.cuh); do
-  fails_without "$place" tests/simt/check_tiers.py -k 'float32 or bfloat16'
-done
-for place in $(places product.cuh); do
-  fails_without "$place" tests/simt/check_tiers.py -k 'without_a_library'
-done
+two_at_once() {  # two_at_once PYTEST_K PLACES...
+  selected=$1
+  shift
+  while [ $# -gt 0 ]; do
+    fails_without "$1" tests/simt/check_tiers.py -k "$selected" &
+    first=$!
+    [ $# -lt 2 ] || fails_without "$2" tests/simt/check_tiers.py -k "$selected"
+    wait $first
+    shift
+    [ $# -eq 0 ] || shift
+  done
+}
+# shellcheck disable=SC2046
+two_at_once 'float32 or bfloat16' \
+  $(places resident.cuh resident_forward.cuh resident_backward.cuh gradients.cuh)
+# shellcheck disable=SC2046
+two_at_once without_a_library $(places product.cuh)
