@@ -3,7 +3,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
+#include <iterator>
 #include <optional>
 #include <string>
 
@@ -58,9 +60,9 @@ auto with_element_of(const Layer& layer, py::handle x, F f) {
 
 struct Outputs {
   py::object y, hn, cn;  // cn: None if the cell has none
-  // For backward: y as it is now, which the caller may change in place; and what forward saves,
-  // None if that is nothing.
-  py::object kept_y = py::none(), saved = py::none();
+  // For backward: y as it is now, null if nobody may change y itself; and what forward saves, None
+  // if that is nothing.
+  py::object kept_y, saved = py::none();
 };
 
 // What the caller of a forward pass wants of it.
@@ -103,7 +105,7 @@ Outputs forward_of(const Layer& layer, py::handle x, py::handle h0, py::handle c
   f.steps = o.steps;
   f.rounds_cells = o.deterministic;
   run(o, f);
-  if (wanted.training) made.kept_y = wanted.keeps_y ? o.keep_rows(made.y, f.y) : made.y;
+  if (wanted.training && wanted.keeps_y) made.kept_y = o.keep_rows(made.y, f.y);
   return made;
 }
 
@@ -131,8 +133,13 @@ bool wants_gradient(const Operands& operands) {
 }
 
 py::tuple outputs_of(Outputs&& made) {
-  if (made.cn.is_none()) return py::make_tuple(std::move(made.y), std::move(made.hn));
-  return py::make_tuple(std::move(made.y), std::move(made.hn), std::move(made.cn));
+  PyObject* given[] = {made.y.ptr(), made.hn.ptr(), made.cn.ptr(), made.kept_y.ptr()};
+  const size_t count = std::remove_if(std::begin(given), std::end(given),
+                                      [](PyObject* each) { return !each || each == Py_None; }) -
+                       std::begin(given);
+  py::tuple outputs(count);
+  for (size_t i = 0; i < count; ++i) outputs[i] = py::reinterpret_borrow<py::object>(given[i]);
+  return outputs;
 }
 
 // The initial states of a call, in torch's order.
@@ -159,15 +166,14 @@ std::optional<PlainStates> plain_states(const Layer& layer, py::handle hx) {
   return states.count ? std::optional(states) : std::nullopt;
 }
 
-// record((layer, None, number of states), outputs, kept y, saved, x, *weights, *states)
+// record((layer, None, number of states), outputs, saved, x, *weights, *states)
 py::tuple recorded(py::handle record, const Layer& layer, py::handle x, const PlainWeights& weights,
                    const PlainStates& states, Outputs&& made) {
-  const py::object kept_y = std::move(made.kept_y), saved = std::move(made.saved),
-                   outputs = outputs_of(std::move(made)),
+  const py::object saved = std::move(made.saved), outputs = outputs_of(std::move(made)),
                    scanned = py::make_tuple(object_of(layer), py::none(), states.size());
-  PyObject* operands[5 + PlainWeights::kMax + 2] = {scanned.ptr(), outputs.ptr(), kept_y.ptr(),
-                                                    saved.ptr(), x.ptr()};
-  size_t count = 5;
+  PyObject* operands[4 + PlainWeights::kMax + 2] = {scanned.ptr(), outputs.ptr(), saved.ptr(),
+                                                    x.ptr()};
+  size_t count = 4;
   for (size_t i = 0; i < weights.size(); ++i) operands[count++] = weights[i].ptr();
   for (size_t i = 0; i < states.size(); ++i) operands[count++] = states[i].ptr();
   PyObject* result = PyObject_Vectorcall(record.ptr(), operands, count, nullptr);
@@ -193,7 +199,9 @@ py::object plain_call(py::handle module, py::handle x, py::handle hx, py::handle
       forward_any(layer, x, (*states)[0], (*states)[1], weights, py::none(), {training, training});
   const py::tuple outputs = training ? recorded(record, layer, x, weights, *states, std::move(made))
                                      : outputs_of(std::move(made));
-  if (!layer.has_cell_state()) return outputs;
+  if (!layer.has_cell_state()) {
+    return training ? py::make_tuple(outputs[0], outputs[1]) : outputs;
+  }
   return py::make_tuple(outputs[0], py::make_tuple(outputs[1], outputs[2]));
 }
 
@@ -300,9 +308,8 @@ PYBIND11_MODULE(_C, m) {
                                         : wants_gradient(weights) ||
                                               wants_gradient(std::array<py::handle, 3>{x, h0, c0});
             Outputs made = forward_any(layer, x, h0, c0, weights, steps, {training, keeps_y});
-            py::object kept_y = std::move(made.kept_y), saved = std::move(made.saved);
-            return py::make_tuple(outputs_of(std::move(made)), training, std::move(kept_y),
-                                  std::move(saved));
+            py::object saved = std::move(made.saved);
+            return py::make_tuple(outputs_of(std::move(made)), training, std::move(saved));
           },
           py::arg("x"), py::arg("h0"), py::arg("c0"), py::arg("weights"), py::arg("steps"),
           py::arg("training") = py::none(), py::arg("keeps_y") = false)

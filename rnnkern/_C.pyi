@@ -40,7 +40,7 @@ class Layer:
         steps: tuple[Any, ...] | None,
         training: bool | None = None,
         keeps_y: bool = False,
-    ) -> tuple[tuple[Tensor, ...], bool, Tensor | None, Tensor | None]: ...
+    ) -> tuple[tuple[Tensor, ...], bool, Tensor | None]: ...
     def closed_loop(
         self,
         inputs: Tensor,

@@ -46,7 +46,6 @@ class Scan(torch.autograd.Function):
         ctx: Any,
         scanned: Scanned,
         outputs: tuple[Tensor, ...],
-        y: Tensor,
         saved: Tensor | None,
         x: Tensor,
         *tensors: Tensor,
@@ -56,13 +55,17 @@ class Scan(torch.autograd.Function):
         # Backward may write over what forward saved, but not if a hook has been given it.
         ctx.is_shared = _saved_tensor_hooks(True) is not None
         ctx.saved = None if ctx.is_shared else saved
-        ctx.save_for_backward(saved if ctx.is_shared else None, y, x, *tensors)
+        kept_y = outputs[-1] if len(outputs) > 2 + scanned[0].has_cell_state else outputs[0]
+        ctx.save_for_backward(saved if ctx.is_shared else None, kept_y, x, *tensors)
         return outputs
 
     @staticmethod
     def backward(
-        ctx: Any, dy: Tensor | None, dhn: Tensor | None, dcn: Tensor | None = None
+        ctx: Any, dy: Tensor | None, dhn: Tensor | None, *others: Tensor | None
     ) -> tuple[Tensor | None, ...]:
+        dcn, *of_kept_y = others if ctx.scanned[0].has_cell_state else (None, *others)
+        if of_kept_y and of_kept_y[0] is not None:
+            dy = of_kept_y[0] if dy is None else dy + of_kept_y[0]
         if dy is None and dhn is None and dcn is None:  # as where y was an operand of backward
             return (None,) * len(ctx.needs_input_grad)
         if torch.is_grad_enabled() or ops.transformed() or ops.has_modes():
@@ -70,7 +73,7 @@ class Scan(torch.autograd.Function):
         saved, y, x, *tensors = _saved(ctx)
         layer, steps, states = ctx.scanned
         h0, c0, weights = _initial_states(tensors, states)
-        wanted = ctx.needs_input_grad[4:]
+        wanted = ctx.needs_input_grad[3:]
         overwrite = not (ctx.is_shared or _graph_is_kept())
         run = kernels.profiled(layer.backward, layer.mode, " backward")
         try:
@@ -88,13 +91,15 @@ class Scan(torch.autograd.Function):
             h0, c0, weights = _initial_states(tensors, states)
             gradients, _ = run(x, h0, c0, weights, steps, y, saved, dy, dhn, dcn, wanted, overwrite)
         _forget(ctx)
-        return (None, None, None, None, *gradients)
+        return (None, None, None, *gradients)
 
 
 record: Callable[..., tuple[Tensor, ...]] = super(torch.autograd.Function, Scan).apply
-"""``record(scanned, outputs, y, saved, x, *weights, *initial_states)``: differentiable ``outputs``.
+"""``record(scanned, outputs, saved, x, *weights, *initial_states)``: differentiable ``outputs``.
 
-``y`` is the first of the outputs as backward will want it, whatever the caller does to that one.
+These are ``y, h_n``, ``c_n`` if the cell has it, and y once more as backward will want it, whatever
+the caller does to the first one. Without the latter, backward wants the first one. The second y is
+an output too because derivatives of backward depend on what made it.
 
 ``Scan.apply`` without its look for functorch transforms: the caller has looked already.
 """
@@ -111,14 +116,14 @@ def _by_operators(ctx: Any, *incoming: Tensor | None) -> tuple[Tensor | None, ..
     )
     h0, c0, weights = _initial_states(tensors, states)
     kept = x.new_empty(0) if saved is None else saved
-    wanted, spec = ctx.needs_input_grad[4:], Spec.of(layer)
+    wanted, spec = ctx.needs_input_grad[3:], Spec.of(layer)
 
     def run(*gradients: Tensor | None) -> list[Tensor | None]:
         return ops.scan_backward(spec, steps, gradients, x, h0, c0, weights, y, kept, wanted)
 
     gradients = ops.in_batches(run, *incoming)[:-1]
     _forget(ctx)
-    return (None, None, None, None, *gradients)
+    return (None, None, None, *gradients)
 
 
 def _forget(ctx: Any) -> None:

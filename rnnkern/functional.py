@@ -349,11 +349,12 @@ def mode_of(module: Any) -> str:
     Only the Elman RNN has a choice. torch.nn's cells have no attribute ``mode``, and an LSTM or GRU
     may use it for what it likes.
     """
-    if isinstance(module, nn.RNN):
-        return module.mode
-    if isinstance(module, nn.RNNCell):
-        return f"RNN_{module.nonlinearity.upper()}"
-    return "LSTM" if isinstance(module, (nn.LSTM, nn.LSTMCell)) else "GRU"
+    if isinstance(module, (nn.LSTM, nn.LSTMCell)):
+        return "LSTM"
+    if isinstance(module, (nn.GRU, nn.GRUCell)):
+        return "GRU"
+    is_cell = isinstance(module, nn.RNNCell)
+    return f"RNN_{module.nonlinearity.upper()}" if is_cell else module.mode
 
 
 def layer_of_cell(module: Any, asked: torch.dtype | None, x: Tensor) -> Layer:
@@ -433,7 +434,9 @@ def current_weights(module: Any) -> list[Tensor]:
     """
     own, parameters, flat = module.__dict__, module._parameters, module._flat_weights
     for i, name in enumerate(module._flat_weights_names):
-        found = own[name] if name in own else parameters.get(name)
+        # By `in` and by index, because a dictionary of somebody's own may make what is looked up.
+        space = own if name in own else parameters
+        found = space[name] if name in space else None
         if i >= len(flat) or found is not flat[i] or found is None:
             break
     else:
@@ -555,13 +558,12 @@ def _one_layer(
         )
         return ops.scan(layer, steps, x, h0, c0, weights, training)
     run = kernels.profiled(layer.forward, layer.mode)
-    outputs, training, kept_y, saved = run(x, h0, c0, weights, steps, keeps_y=is_last)
+    outputs, training, saved = run(x, h0, c0, weights, steps, keeps_y=is_last)
     if training:
         states = [s for s in (h0, c0) if s is not None]
-        scanned = layer, steps, len(states)
-        outputs = record(scanned, outputs, kept_y, saved, x, *weights, *states)
-    y, hn, *cn = outputs
-    return y, hn, cn[0] if cn else None
+        outputs = record((layer, steps, len(states)), outputs, saved, x, *weights, *states)
+    y, hn, *others = outputs
+    return y, hn, others[0] if layer.has_cell_state else None
 
 
 def dropout(module: Any, x: Tensor) -> Tensor:
@@ -624,7 +626,8 @@ def _refuse_states(module: Any, hx: Any, N: int) -> None:
     count = module.num_layers * (2 if module.bidirectional else 1)
     sizes = (module.proj_size or module.hidden_size, module.hidden_size)
     for i, (state, size) in enumerate(zip(states, sizes, strict=False)):
-        if isinstance(state, Tensor) and state.shape != (wanted := (count, N, size)):
+        wanted = (count, N, size)
+        if isinstance(state, Tensor) and state.dim() > 2 and state.shape != wanted:
             name = f"hidden[{i}]" if module.mode == "LSTM" else "hidden"
             raise RuntimeError(f"Expected {name} size {wanted}, got {list(state.shape)}")
 

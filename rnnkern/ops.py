@@ -189,7 +189,7 @@ def _scan_op(
     kernel = _kernel(layer, weights)
     x, h0, c0, *weights = (dense(t) for t in (x, h0, c0, *weights))
     run = kernels.profiled(kernel.forward, layer.mode)
-    outputs, _, _, saved = run(x, h0, c0, weights, steps, training)
+    outputs, _, saved = run(x, h0, c0, weights, steps, training)
     y, hn, *cn = outputs
     ended = _ended(steps)
     if saved is not None and ended is not None:

@@ -120,9 +120,9 @@ def test_a_dynamo_that_breaks_the_graph_later(kind: str, monkeypatch: pytest.Mon
     assert graphs_of(Between(getattr(nn, kind)(4, 6)), fullgraph=False) == 2
 
 
-def test_a_dynamo_that_allows_all(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dynamo_that_allows_all() -> None:
     import torch._dynamo
 
-    monkeypatch.setattr(torch._dynamo.config, "allow_rnn", True)
-    assert graphs_of(Between(build("LSTM", 4, 6)), fullgraph=True) == 1
-    assert graphs_of(Between(nn.LSTM(4, 6)), fullgraph=True) == 1
+    with torch._dynamo.config.patch(allow_rnn=True):
+        assert graphs_of(Between(build("LSTM", 4, 6)), fullgraph=True) == 1
+        assert graphs_of(Between(nn.LSTM(4, 6)), fullgraph=True) == 1

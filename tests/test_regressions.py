@@ -164,12 +164,13 @@ def test_explain_names_the_instruction_set_that_runs() -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [("mode", None), ("mode", "\ud800"), ("mode", "RNN_X"), ("hidden_size", 2**70)],
-    ids=str,
+    ids=ascii,  # a name that cannot be encoded ends a test run in several processes
 )
 def test_attributes_that_make_no_sense(name: str, value: object) -> None:
     module = build("RNN", 3, 4)
     setattr(module, name, value)
-    with pytest.raises((TypeError, ValueError, OverflowError, RuntimeError)):
+    # AssertionError: torch.nn's own, for a mode that it does not know.
+    with pytest.raises((TypeError, ValueError, OverflowError, RuntimeError, AssertionError)):
         module(torch.randn(5, 2, 3))
     assert build("RNN", 3, 4)(torch.randn(5, 2, 3))[0].shape == (5, 2, 4)  # nothing is left behind
 
