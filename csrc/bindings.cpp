@@ -3,9 +3,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <algorithm>
 #include <array>
-#include <iterator>
+#include <cstring>
 #include <optional>
 #include <string>
 
@@ -60,9 +59,9 @@ auto with_element_of(const Layer& layer, py::handle x, F f) {
 
 struct Outputs {
   py::object y, hn, cn;  // cn: None if the cell has none
-  // For backward: y as it is now, null if nobody may change y itself; and what forward saves, None
-  // if that is nothing.
-  py::object kept_y, saved = py::none();
+  // For backward: y as it is now, which is y itself if nobody may change it, or None if it is a
+  // part of what forward saves; and that, None if it is nothing.
+  py::object kept_y = py::none(), saved = py::none();
 };
 
 // What the caller of a forward pass wants of it.
@@ -93,19 +92,26 @@ Outputs forward_of(const Layer& layer, py::handle x, py::handle h0, py::handle c
   made.y = o.make_rows(z.D * z.O, &f.y);
   made.hn = o.make_state(z.O, &f.hn);
   made.cn = layer.has_cell_state() ? o.make_state(z.H, &f.cn) : py::none();
-  const auto parts = o.saved();
+  T* copy_of_y = nullptr;
+  const bool is_copied = wanted.keeps_y && o.are_few_rows(z.D * z.O);
+  const auto parts = o.saved(is_copied);
   if (wanted.training && parts.elements()) {
     T* data = nullptr;
     made.saved = o.make(dense({parts.elements()}), &data);
     if (parts.slots) f.slots = data;
     if (parts.cells) f.cells = data + parts.slots;
     if (parts.unprojected) f.unprojected = data + parts.slots + parts.cells;
+    copy_of_y = data + parts.before_output();
   }
   f.sizes = z;
   f.steps = o.steps;
   f.rounds_cells = o.deterministic;
   run(o, f);
-  if (wanted.training && wanted.keeps_y) made.kept_y = o.keep_rows(made.y, f.y);
+  if (wanted.training && is_copied) {
+    std::memcpy(copy_of_y, f.y.data, size_t(parts.output) * sizeof(T));
+  } else if (wanted.training) {
+    made.kept_y = wanted.keeps_y ? o.keep_rows(made.y) : made.y;
+  }
   return made;
 }
 
@@ -133,13 +139,8 @@ bool wants_gradient(const Operands& operands) {
 }
 
 py::tuple outputs_of(Outputs&& made) {
-  PyObject* given[] = {made.y.ptr(), made.hn.ptr(), made.cn.ptr(), made.kept_y.ptr()};
-  const size_t count = std::remove_if(std::begin(given), std::end(given),
-                                      [](PyObject* each) { return !each || each == Py_None; }) -
-                       std::begin(given);
-  py::tuple outputs(count);
-  for (size_t i = 0; i < count; ++i) outputs[i] = py::reinterpret_borrow<py::object>(given[i]);
-  return outputs;
+  if (made.cn.is_none()) return py::make_tuple(std::move(made.y), std::move(made.hn));
+  return py::make_tuple(std::move(made.y), std::move(made.hn), std::move(made.cn));
 }
 
 // The initial states of a call, in torch's order.
@@ -166,14 +167,15 @@ std::optional<PlainStates> plain_states(const Layer& layer, py::handle hx) {
   return states.count ? std::optional(states) : std::nullopt;
 }
 
-// record((layer, None, number of states), outputs, saved, x, *weights, *states)
+// record((layer, None, number of states), outputs, kept y, saved, x, *weights, *states)
 py::tuple recorded(py::handle record, const Layer& layer, py::handle x, const PlainWeights& weights,
                    const PlainStates& states, Outputs&& made) {
-  const py::object saved = std::move(made.saved), outputs = outputs_of(std::move(made)),
+  const py::object kept_y = std::move(made.kept_y), saved = std::move(made.saved),
+                   outputs = outputs_of(std::move(made)),
                    scanned = py::make_tuple(object_of(layer), py::none(), states.size());
-  PyObject* operands[4 + PlainWeights::kMax + 2] = {scanned.ptr(), outputs.ptr(), saved.ptr(),
-                                                    x.ptr()};
-  size_t count = 4;
+  PyObject* operands[5 + PlainWeights::kMax + 2] = {scanned.ptr(), outputs.ptr(), kept_y.ptr(),
+                                                    saved.ptr(), x.ptr()};
+  size_t count = 5;
   for (size_t i = 0; i < weights.size(); ++i) operands[count++] = weights[i].ptr();
   for (size_t i = 0; i < states.size(); ++i) operands[count++] = states[i].ptr();
   PyObject* result = PyObject_Vectorcall(record.ptr(), operands, count, nullptr);
@@ -199,9 +201,7 @@ py::object plain_call(py::handle module, py::handle x, py::handle hx, py::handle
       forward_any(layer, x, (*states)[0], (*states)[1], weights, py::none(), {training, training});
   const py::tuple outputs = training ? recorded(record, layer, x, weights, *states, std::move(made))
                                      : outputs_of(std::move(made));
-  if (!layer.has_cell_state()) {
-    return training ? py::make_tuple(outputs[0], outputs[1]) : outputs;
-  }
+  if (!layer.has_cell_state()) return outputs;
   return py::make_tuple(outputs[0], py::make_tuple(outputs[1], outputs[2]));
 }
 
@@ -238,12 +238,13 @@ py::tuple backward_of(const Layer& layer, py::handle x, py::handle h0, py::handl
   b.x = o.input();
   b.h0 = o.template state<const T>(h0, "h_0", z.O);
   b.c0 = o.initial_cell(c0);
-  b.y = o.template rows<const T>(y, "output", z.D * z.O);
+  if (!y.is_none()) b.y = o.template rows<const T>(y, "output", z.D * z.O);
   b.dy = o.incoming_rows(dy, "gradient of the output", z.D * z.O, &b.dy_uniform);
   b.dhn = o.template state<const T>(dhn, "gradient of h_n", z.O);
   b.dcn = o.template state<const T>(dcn, "gradient of c_n", z.H);
-  const auto parts = o.saved();
+  const auto parts = o.saved(y.is_none());
   T* data = parts.elements() ? o.saved_data(saved, parts.elements()) : nullptr;
+  if (y.is_none()) b.y = o.rows_at(data + parts.before_output(), z.D * z.O);
   if (parts.slots) b.slots = data;
   if (parts.cells) b.cells = data + parts.slots;
   if (parts.unprojected) b.unprojected = data + parts.slots + parts.cells;
@@ -308,8 +309,9 @@ PYBIND11_MODULE(_C, m) {
                                         : wants_gradient(weights) ||
                                               wants_gradient(std::array<py::handle, 3>{x, h0, c0});
             Outputs made = forward_any(layer, x, h0, c0, weights, steps, {training, keeps_y});
-            py::object saved = std::move(made.saved);
-            return py::make_tuple(outputs_of(std::move(made)), training, std::move(saved));
+            py::object kept_y = std::move(made.kept_y), saved = std::move(made.saved);
+            return py::make_tuple(outputs_of(std::move(made)), training, std::move(kept_y),
+                                  std::move(saved));
           },
           py::arg("x"), py::arg("h0"), py::arg("c0"), py::arg("weights"), py::arg("steps"),
           py::arg("training") = py::none(), py::arg("keeps_y") = false)

@@ -40,7 +40,7 @@ class Layer:
         steps: tuple[Any, ...] | None,
         training: bool | None = None,
         keeps_y: bool = False,
-    ) -> tuple[tuple[Tensor, ...], bool, Tensor | None]: ...
+    ) -> tuple[tuple[Tensor, ...], bool, Tensor | None, Tensor | None]: ...
     def closed_loop(
         self,
         inputs: Tensor,
@@ -57,7 +57,7 @@ class Layer:
         c0: Tensor | None,
         weights: Sequence[Tensor],
         steps: tuple[Any, ...] | None,
-        y: Tensor,
+        y: Tensor | None,
         saved: Tensor | None,
         dy: Tensor | None,
         dhn: Tensor | None,

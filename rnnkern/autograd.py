@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,12 +25,6 @@ def _graph_is_kept() -> bool:
 _saved_tensor_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 
 
-def _saved(ctx: Any) -> tuple[Any, ...]:
-    """What forward saved, y, x, and the other operands."""
-    saved, *others = ctx.saved_tensors
-    return ctx.saved if saved is None else saved, *others
-
-
 class Scan(torch.autograd.Function):
     """Makes the outputs of a layer differentiable, any number of times.
 
@@ -46,6 +41,7 @@ class Scan(torch.autograd.Function):
         ctx: Any,
         scanned: Scanned,
         outputs: tuple[Tensor, ...],
+        y: Tensor | None,
         saved: Tensor | None,
         x: Tensor,
         *tensors: Tensor,
@@ -53,28 +49,25 @@ class Scan(torch.autograd.Function):
         ctx.scanned = scanned
         ctx.set_materialize_grads(False)
         # Backward may write over what forward saved, but not if a hook has been given it.
-        ctx.is_shared = _saved_tensor_hooks(True) is not None
-        ctx.saved = None if ctx.is_shared else saved
-        kept_y = outputs[-1] if len(outputs) > 2 + scanned[0].has_cell_state else outputs[0]
-        ctx.save_for_backward(saved if ctx.is_shared else None, kept_y, x, *tensors)
+        if _saved_tensor_hooks(True) is None:
+            ctx.own = saved
+            ctx.save_for_backward(y, x, *tensors)
+        else:
+            ctx.save_for_backward(y, x, *tensors, saved)
         return outputs
 
     @staticmethod
     def backward(
-        ctx: Any, dy: Tensor | None, dhn: Tensor | None, *others: Tensor | None
+        ctx: Any, dy: Tensor | None, dhn: Tensor | None, dcn: Tensor | None = None
     ) -> tuple[Tensor | None, ...]:
-        dcn, *of_kept_y = others if ctx.scanned[0].has_cell_state else (None, *others)
-        if of_kept_y and of_kept_y[0] is not None:
-            dy = of_kept_y[0] if dy is None else dy + of_kept_y[0]
         if dy is None and dhn is None and dcn is None:  # as where y was an operand of backward
             return (None,) * len(ctx.needs_input_grad)
         if torch.is_grad_enabled() or ops.transformed() or ops.has_modes():
             return _by_operators(ctx, dy, dhn, dcn)
-        saved, y, x, *tensors = _saved(ctx)
+        y, saved, overwrite, x, tensors = _saved(ctx)
         layer, steps, states = ctx.scanned
         h0, c0, weights = _initial_states(tensors, states)
-        wanted = ctx.needs_input_grad[3:]
-        overwrite = not (ctx.is_shared or _graph_is_kept())
+        wanted = ctx.needs_input_grad[4:]
         run = kernels.profiled(layer.backward, layer.mode, " backward")
         try:
             gradients, _ = run(x, h0, c0, weights, steps, y, saved, dy, dhn, dcn, wanted, overwrite)
@@ -91,45 +84,67 @@ class Scan(torch.autograd.Function):
             h0, c0, weights = _initial_states(tensors, states)
             gradients, _ = run(x, h0, c0, weights, steps, y, saved, dy, dhn, dcn, wanted, overwrite)
         _forget(ctx)
-        return (None, None, None, *gradients)
+        return (None, None, None, None, *gradients)
 
 
 record: Callable[..., tuple[Tensor, ...]] = super(torch.autograd.Function, Scan).apply
-"""``record(scanned, outputs, saved, x, *weights, *initial_states)``: differentiable ``outputs``.
+"""``record(scanned, outputs, y, saved, x, *weights, *initial_states)``: differentiable ``outputs``.
 
-These are ``y, h_n``, ``c_n`` if the cell has it, and y once more as backward will want it, whatever
-the caller does to the first one. Without the latter, backward wants the first one. The second y is
-an output too because derivatives of backward depend on what made it.
+``y`` is the first output as backward will want it, whatever the caller does to that one, or None if
+it is the last part of ``saved``.
 
 ``Scan.apply`` without its look for functorch transforms: the caller has looked already.
 """
 
 
+def _saved(ctx: Any) -> tuple[Any, Any, bool, Tensor, list[Tensor]]:
+    """``y, saved``, whether backward may write over what was saved, x, and the other operands."""
+    y, x, *tensors = ctx.saved_tensors
+    if not hasattr(ctx, "own"):
+        return y, tensors.pop(), False, x, tensors
+    return y, ctx.own, not (getattr(ctx, "is_shared", False) or _graph_is_kept()), x, tensors
+
+
+def _forget(ctx: Any) -> None:
+    """Frees what forward saved, as torch does with the tensors that it knows of."""
+    if hasattr(ctx, "own") and not _graph_is_kept():
+        ctx.own = None
+
+
 def _by_operators(ctx: Any, *incoming: Tensor | None) -> tuple[Tensor | None, ...]:
     """Backward for all who look on, and for derivatives of it, which read what was saved later."""
     ctx.is_shared = True
-    saved, y, x, *tensors = _saved(ctx)
+    y, saved, _, x, tensors = _saved(ctx)
     layer, steps, states = ctx.scanned
     dtype = next(g.dtype for g in incoming if g is not None)
     y, saved, x, *tensors = (  # as hooks of saved tensors have returned them
         t if t is None or t.dtype == dtype else t.to(dtype) for t in (y, saved, x, *tensors)
     )
+    if y is None:
+        saved, y = _apart(saved, x, layer, steps)
     h0, c0, weights = _initial_states(tensors, states)
     kept = x.new_empty(0) if saved is None else saved
-    wanted, spec = ctx.needs_input_grad[3:], Spec.of(layer)
+    wanted, spec = ctx.needs_input_grad[4:], Spec.of(layer)
 
     def run(*gradients: Tensor | None) -> list[Tensor | None]:
         return ops.scan_backward(spec, steps, gradients, x, h0, c0, weights, y, kept, wanted)
 
     gradients = ops.in_batches(run, *incoming)[:-1]
     _forget(ctx)
-    return (None, None, None, *gradients)
+    return (None, None, None, None, *gradients)
 
 
-def _forget(ctx: Any) -> None:
-    """Frees what forward saved, as torch does with the tensors that it knows of."""
-    if not _graph_is_kept():
-        ctx.saved = None
+def _apart(saved: Tensor, x: Tensor, layer: Layer, steps: Steps | None) -> tuple[Tensor, Tensor]:
+    """What forward saved, and the output behind it, which lies in memory time first."""
+    *rows, _ = x.shape
+    features = layer.directions * layer.out
+    count = features * math.prod(rows)
+    y = saved[saved.numel() - count :]
+    if layer.batch_first and not (steps is not None and steps.packed):
+        y = y.view(rows[1], rows[0], features).transpose(0, 1)
+    else:
+        y = y.view(*rows, features)
+    return saved[: saved.numel() - count], y
 
 
 def _initial_states(

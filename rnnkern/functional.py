@@ -436,7 +436,7 @@ def current_weights(module: Any) -> list[Tensor]:
     for i, name in enumerate(module._flat_weights_names):
         # By `in` and by index, because a dictionary of somebody's own may make what is looked up.
         space = own if name in own else parameters
-        found = space[name] if name in space else None
+        found = space[name] if name in space else None  # noqa: SIM401
         if i >= len(flat) or found is not flat[i] or found is None:
             break
     else:
@@ -558,12 +558,13 @@ def _one_layer(
         )
         return ops.scan(layer, steps, x, h0, c0, weights, training)
     run = kernels.profiled(layer.forward, layer.mode)
-    outputs, training, saved = run(x, h0, c0, weights, steps, keeps_y=is_last)
+    outputs, training, kept_y, saved = run(x, h0, c0, weights, steps, keeps_y=is_last)
     if training:
         states = [s for s in (h0, c0) if s is not None]
-        outputs = record((layer, steps, len(states)), outputs, saved, x, *weights, *states)
-    y, hn, *others = outputs
-    return y, hn, others[0] if layer.has_cell_state else None
+        scanned = layer, steps, len(states)
+        outputs = record(scanned, outputs, kept_y, saved, x, *weights, *states)
+    y, hn, *cn = outputs
+    return y, hn, cn[0] if cn else None
 
 
 def dropout(module: Any, x: Tensor) -> Tensor:

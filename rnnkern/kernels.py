@@ -30,13 +30,12 @@ Layer = _C.Layer
 """What a layer is, apart from the sizes of its input.
 
 ``forward(x, h0, c0, weights, steps, training=None, keeps_y=False)`` returns the outputs ``(y,
-h_n)`` or ``(y, h_n, c_n)``, whether a gradient is to be recorded, and what backward then needs
-besides: one tensor of the activated slots ``[D, rows, S * H]``, cell states ``[D, rows, H]`` and
-hidden states before a projection ``[D, rows, H]``, as far as the cell has them, one after the
-other, or None. A ``training`` of None asks torch's modes and the operands. With ``keeps_y`` and
-training there is one output more: y for backward, which stays as it is whatever becomes of the
-first one. It is a copy if it is small, else a tensor that torch copies when one of the two is
-written to.
+h_n)`` or ``(y, h_n, c_n)``, whether a gradient is to be recorded, and what backward then needs: y,
+and one tensor of the activated slots ``[D, rows, S * H]``, cell states ``[D, rows, H]`` and hidden
+states before a projection ``[D, rows, H]``, as far as the cell has them, one after the other, or
+None. A ``training`` of None asks torch's modes and the operands. With ``keeps_y`` the y for
+backward stays as it is whatever becomes of the output: a small one is None, and a copy of it the
+last part of that tensor; a large one is copied by torch when one of the two is written to.
 
 ``closed_loop(inputs, h0, c0, weights, readout, bias)`` takes ``inputs[0]``, feeds the layer what
 the readout makes of its outputs, writes that to ``inputs[1:]``, and returns ``h_n, c_n``. On the
@@ -45,7 +44,8 @@ CPU, not where ``IS_STAND_IN``.
 ``backward(x, h0, c0, weights, steps, y, saved, dy, dhn, dcn, wanted, overwrite)`` returns a list of
 gradients of ``x, *weights`` and the initial states that are not None, None where not ``wanted``
 (one flag each); and those of the slots before their activation, ``[D, rows, S * H]`` first of all
-in a flat tensor. None for ``dy``, ``dhn`` or ``dcn`` stands for zeros. With ``overwrite``,
+in a flat tensor. None for ``dy``, ``dhn`` or ``dcn`` stands for zeros, and
+for ``y`` for the last part of ``saved``. With ``overwrite``,
 gradients of the slots take the place of what was saved, where the cell saves slots.
 
 ``second_order(point, direction, wanted)`` returns the derivatives of both passes in a direction: a
@@ -129,7 +129,7 @@ plain_call = _C.plain_call
 
 None where that is not the call of one layer, where the module is changed in a way that only Python
 sees, or where the mode of torch forbids it. Where a gradient is wanted, the outputs pass through
-``record((layer, None, number of states), outputs, saved, x, *weights, *states)``
+``record((layer, None, number of states), outputs, y, saved, x, *weights, *states)``
 (`rnnkern.autograd.record`).
 
 Raises:

@@ -189,7 +189,7 @@ def _scan_op(
     kernel = _kernel(layer, weights)
     x, h0, c0, *weights = (dense(t) for t in (x, h0, c0, *weights))
     run = kernels.profiled(kernel.forward, layer.mode)
-    outputs, _, saved = run(x, h0, c0, weights, steps, training)
+    outputs, _, _, saved = run(x, h0, c0, weights, steps, training)
     y, hn, *cn = outputs
     ended = _ended(steps)
     if saved is not None and ended is not None:
@@ -404,6 +404,9 @@ def _derivative_of_backward(
     wanted: Sequence[bool] | None = None,
 ) -> tuple[Any, Any]:
     (x, h0, c0, y, saved), incoming, steps, weights = _kept(ctx)
+    if torch.is_grad_enabled() and not y.requires_grad:
+        # A copy that backward was given; what follows is to depend on the operands through it.
+        y, _, _ = scan(ctx.layer, steps, x, h0, c0, weights, training=True)
     at, gradients = Point(x, h0, c0, weights, y), Gradients(*incoming)
     direction = Point(change[0], change[1], change[2], of_weights)
     if has_second_order(x):

@@ -221,19 +221,20 @@ class Operands {
     out->step = steps.start ? 0 : steps.N * features;
     return make(rows_shape(features), &out->data);
   }
-  // The rows as they are now, whatever becomes of `made`. A small tensor is copied at once, because
-  // that takes less time than to tell torch that it may have to.
-  py::object keep_rows(const py::object& made, const Rows<T>& rows) const {
-    const Shape shape = rows_shape(rows.row);
-    if (!is_small(device(), shape, dlpack::kDataType<T>, deterministic)) {
-      PyObject* kept = PyObject_CallOneArg(api.lazy_clone, made.ptr());
-      if (!kept) throw py::error_already_set();
-      return py::reinterpret_steal<py::object>(kept);
-    }
-    T* data = nullptr;
-    py::object kept = make(shape, &data);
-    std::memcpy(data, rows.data, size_t(shape.elements()) * sizeof(T));
-    return kept;
+  // The rows as they are now, whatever becomes of `made`: torch copies it when one of the two is
+  // written to.
+  py::object keep_rows(const py::object& made) const {
+    PyObject* kept = PyObject_CallOneArg(api.lazy_clone, made.ptr());
+    if (!kept) throw py::error_already_set();
+    return py::reinterpret_steal<py::object>(kept);
+  }
+  // Whether that takes longer than to copy the rows.
+  bool are_few_rows(int64_t features) const {
+    return is_small(device(), rows_shape(features), dlpack::kDataType<T>, deterministic);
+  }
+  // Rows that stand in memory as those of make_rows do.
+  Rows<const T> rows_at(const T* data, int64_t features) const {
+    return {data, steps.start ? 0 : steps.N * features, features};
   }
   py::object make_state(int64_t features, State<T>* out) const {
     out->row = features;
@@ -242,15 +243,18 @@ class Operands {
   }
 
   // What forward saves is one dense buffer of slots [D, total, S*H], cell states [D, total, H] and,
-  // where there is a projection, hidden states before it [D, total, H].
+  // where there is a projection, hidden states before it [D, total, H]; and a copy of the output,
+  // if it is small and its caller may change it.
   struct Saved {
-    int64_t slots = 0, cells = 0, unprojected = 0;  // elements
-    int64_t elements() const { return slots + cells + unprojected; }
+    int64_t slots = 0, cells = 0, unprojected = 0, output = 0;  // elements
+    int64_t before_output() const { return slots + cells + unprojected; }
+    int64_t elements() const { return before_output() + output; }
   };
-  Saved saved() const {
+  Saved saved(bool with_output = false) const {
     const CellShape shape = cell_shape(sizes.cell);
     const int64_t one = sizes.D * steps.total * sizes.H;
-    return {shape.saves_slots * shape.slots * one, shape.cell_state * one, sizes.projected * one};
+    return {shape.saves_slots * shape.slots * one, shape.cell_state * one, sizes.projected * one,
+            with_output ? sizes.D * steps.total * sizes.O : 0};
   }
 
   // What was saved, as autograd hands it back: hooks may have made another tensor of it.

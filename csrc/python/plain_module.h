@@ -119,6 +119,11 @@ inline std::optional<int64_t> integer(PyObject* object) {
   return value < 0 ? std::nullopt : std::optional<int64_t>(value);
 }
 
+inline bool is_same_name(PyObject* a, PyObject* b) {
+  return a == b ||
+         (PyUnicode_CheckExact(a) && PyUnicode_CheckExact(b) && PyUnicode_Compare(a, b) == 0);
+}
+
 // The module's only layer, which takes that many features, and its weights. Nothing where it has
 // several layers, or where one of its attributes or weights is not as torch.nn makes it.
 inline std::optional<PlainModule> plain_module(py::handle module, int64_t features) {
@@ -159,11 +164,15 @@ inline std::optional<PlainModule> plain_module(py::handle module, int64_t featur
             found[A::kBias] == Py_True, found[A::kBatchFirst] == Py_True, false, false),
       {}};
   PlainWeights& weights = plain.weights;
+  // Parameters mostly stand in the order of their names, and then need not be looked up.
+  Py_ssize_t place = 0;
   for (; weights.count < count; ++weights.count) {
-    // Somebody may have put another tensor into the list, or into the module's namespace.
     const auto i = Py_ssize_t(weights.count);
-    PyObject* name = PyList_GET_ITEM(found[A::kWeightNames], i);
-    PyObject* weight = find_in(found[A::kParameters], name);
+    PyObject *name = PyList_GET_ITEM(found[A::kWeightNames], i), *key = nullptr, *weight = nullptr;
+    if (!PyDict_Next(found[A::kParameters], &place, &key, &weight) || !is_same_name(key, name)) {
+      weight = find_in(found[A::kParameters], name);
+    }
+    // Somebody may have put another tensor into the list, or into the module's namespace.
     if (!weight || weight == Py_None || weight != PyList_GET_ITEM(found[A::kWeights], i) ||
         find_in(space.ptr(), name)) {
       return std::nullopt;
