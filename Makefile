@@ -29,7 +29,7 @@ endef
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install compare test test-isa bench bench-smoke report lint format wheels wheels-cuda \
+.PHONY: help install compare test test-isa test-torch bench bench-smoke report lint format wheels wheels-cuda \
   check-neon sanitize cuda-check cuda-sanitize simt simt-coverage clean distclean
 
 help:  ## show this list
@@ -50,6 +50,9 @@ test-isa: $(BUILT)  ## run the tests once with each lower instruction set forced
 	  echo "RNNKERN_ISA=$$isa $(BIN)/pytest tests $(ARGS)"; \
 	  RNNKERN_TEST_DEVICES=cpu RNNKERN_ISA=$$isa $(BIN)/pytest tests $(ARGS); \
 	done
+
+test-torch: $(BUILT)  ## run the tests with another torch (TORCH=2.12.1), in an environment of its own
+	sh tools/test_torch.sh $(BIN)/python $(or $(TORCH),$(error want TORCH=VERSION)) $(ARGS)
 
 bench: $(BUILT)  ## run the benchmarks (ARGS="-k notebook": some of them)
 	$(BIN)/pytest benchmarks --benchmark-only $(ARGS)

@@ -48,6 +48,7 @@ class CMakeBuild(build_ext):
             f"-DRNNKERN_AMX_STAND_IN={os.environ.get('RNNKERN_AMX_STAND_IN', 'OFF')}",
             f"-DRNNKERN_SIMT={os.environ.get('RNNKERN_SIMT', 'OFF')}",
             f"-DRNNKERN_CUDA={os.environ.get('RNNKERN_CUDA', 'AUTO')}",
+            f"-DRNNKERN_MANYLINUX={os.environ.get('RNNKERN_MANYLINUX', 'OFF')}",
             f"-DRNNKERN_CUDA_REPORT={os.environ.get('RNNKERN_CUDA_REPORT', 'OFF')}",
         ]
         subprocess.run(configure, check=True)
