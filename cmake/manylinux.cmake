@@ -10,7 +10,7 @@
 #   from the first library that has it, so stubs of the old libraries, with the old versions, come
 #   first. At run time the system's own libraries of these names stand in their place. They may not
 #   be dropped as needless: the linker decides that before link-time optimisation asks for symbols.
-# - csrc/single_threaded.cpp defines a variable that glibc has had only since 2.32.
+# - csrc/newer_glibc.cpp defines what is left: symbols that glibc 2.28 does not have at all.
 #
 # A symbol that is too new all the same makes tools/check_wheel.py fail.
 
@@ -51,7 +51,7 @@ function(rnnkern_link_for_manylinux target)
   rnnkern_old_library(pthread .so.0)
   rnnkern_old_library(dl .so.2)
   rnnkern_old_library(rt .so.1)
-  target_sources(${target} PRIVATE csrc/single_threaded.cpp)
+  target_sources(${target} PRIVATE csrc/newer_glibc.cpp)
   target_link_libraries(${target} PRIVATE old_pthread old_dl old_rt)
   target_link_options(${target} PRIVATE -static-libstdc++ -Wl,--gc-sections -Wl,--no-as-needed
     -Wl,--version-script=${CMAKE_CURRENT_SOURCE_DIR}/cmake/exports.map)
