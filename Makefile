@@ -43,7 +43,7 @@ endef
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install compare test test-ecosystem test-machines bench bench-smoke report lint format \
+.PHONY: help install compare test test-ecosystem test-machines test-torch bench bench-smoke report lint format \
   wheels wheels-cuda test-aarch64 sanitize cuda-check cuda-sanitize simt simt-coverage clean distclean
 
 help:  ## show this list
@@ -65,6 +65,9 @@ test-ecosystem: $(TESTS) $(call group,ecosystem)  ## run the tests in the models
 
 test-machines: $(TESTS)  ## run the tests as on machines of other caches, threads, instructions
 	$(BIN)/python tools/test_machines.py $(SPREAD) $(ARGS)
+
+test-torch: $(TESTS)  ## run the tests with another torch (TORCH=2.12.1), in an environment of its own
+	sh tools/test_torch.sh $(BIN)/python $(or $(TORCH),$(error want TORCH=VERSION)) $(SPREAD) $(ARGS)
 
 bench: $(BUILT) $(call group,test)  ## run the benchmarks (ARGS="-k notebook": some of them)
 	$(PYTEST) benchmarks --benchmark-only $(ARGS)

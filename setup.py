@@ -51,6 +51,7 @@ class CMakeBuild(build_ext):
             f"-DRNNKERN_SIMT={os.environ.get('RNNKERN_SIMT', 'OFF')}",
             f"-DRNNKERN_CUDA={os.environ.get('RNNKERN_CUDA', 'AUTO')}",
             f"-DRNNKERN_INSTRUCTION_SETS={os.environ.get('RNNKERN_INSTRUCTION_SETS', 'all')}",
+            f"-DRNNKERN_MANYLINUX={os.environ.get('RNNKERN_MANYLINUX', 'OFF')}",
             f"-DRNNKERN_CUDA_REPORT={os.environ.get('RNNKERN_CUDA_REPORT', 'OFF')}",
         ]
         subprocess.run(configure, check=True)

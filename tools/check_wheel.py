@@ -1,6 +1,7 @@
 """Prove wheels: each goes, from an index, into a fresh virtual environment that has torch and whose
 PATH has no compiler; there `rnnkern info` tells what the wheel's name says, and
-`rnnkern compare --quick` passes. The code for GPUs is also listed by cuobjdump.
+`rnnkern compare --quick` passes. The code for GPUs is also listed by cuobjdump. What a wheel wants
+of glibc is at most what its tag names, as objdump of the GNU binutils tells.
 
 Usage: python tools/check_wheel.py WHEEL... [--torch 2.13.0 2.12.1]
 """
@@ -29,6 +30,8 @@ from wheel_index import WheelError, write_index
 
 CONSTRAINTS = Path(__file__).resolve().parent.parent / "constraints.txt"
 OLDEST_TORCH = Version("2.10")  # as in pyproject.toml
+GLIBC = Version("2.28")  # of RHEL 8, and the oldest that torch's own wheels run on
+PLATFORM = f"manylinux_{GLIBC.major}_{GLIBC.minor}_x86_64"
 MAX_BYTES = 40_000_000
 
 # What a caller may have set and a proof, or a build, is not to see; pip's pins are handed on by
@@ -85,13 +88,17 @@ def pip_target(folder: Path, *requirements: str | Path) -> None:
     pip(python, "install", "--quiet", "--target", folder, *requirements, env=own_path)
 
 
+def find_program(name: str) -> Path:
+    found = shutil.which(name)
+    if not found:
+        raise WheelError(f"want a program {name} on the PATH, found none")
+    return Path(found)
+
+
 def find_python(release: str) -> Path:
     if release == f"{sys.version_info.major}.{sys.version_info.minor}":
         return Path(sys.executable)
-    found = shutil.which(f"python{release}")
-    if not found:
-        raise WheelError(f"want a program python{release} on the PATH, found none")
-    return Path(found)
+    return find_program(f"python{release}")
 
 
 def pinned(project: str) -> str:
@@ -144,12 +151,32 @@ def check_file(wheel: Path) -> None:
     size = wheel.stat().st_size
     if size > MAX_BYTES:
         raise WheelError(f"want at most {MAX_BYTES / 1e6:g} MB, {wheel.name} has {size / 1e6:.1f}")
-    if not all(name.startswith("manylinux") for name in read_name(wheel).platforms):
-        raise WheelError(f"want a wheel tagged manylinux, got {wheel.name}")
+    if read_name(wheel).platforms != {PLATFORM}:
+        raise WheelError(f"want a wheel tagged {PLATFORM}, got {wheel.name}")
     with zipfile.ZipFile(wheel) as archive:
         libraries = [name for name in archive.namelist() if ".libs/" in name]
     if libraries:
         raise WheelError(f"want no libraries in the wheel, {wheel.name} has {libraries}")
+
+
+def extract_extension(wheel: Path, to: Path) -> Path:
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (n for n in archive.namelist() if re.match(r"rnnkern/_C\..*so$", n))
+        return Path(archive.extract(name, to))
+
+
+def check_needs(headers: str) -> None:
+    """That what `objdump -p` prints of an extension names no newer glibc, and no libstdc++."""
+    if "libstdc++.so.6" in re.findall(r"^ +NEEDED +(\S+)", headers, re.MULTILINE):
+        raise WheelError("want libstdc++ linked statically, the extension needs libstdc++.so.6")
+    versions = set(map(Version, re.findall(r" GLIBC_([\d.]+)$", headers, re.MULTILINE)))
+    if not versions:
+        raise WheelError(f"want versions of glibc from objdump -p, got {headers!r}")
+    if max(versions) > GLIBC:
+        raise WheelError(
+            f"want at most glibc {GLIBC}, the extension needs {max(versions)}: objdump -T shows"
+            " which symbols, cmake/manylinux.cmake where the old ones come from"
+        )
 
 
 def code_in(listing: str) -> list[str]:
@@ -192,24 +219,22 @@ class Prover:
         Raises:
             WheelError: something is not as it should be.
         """
-        python = find_python(read_name(wheel).python)
+        version, release, _ = read_name(wheel)
+        python = find_python(release)
         check_file(wheel)
-        code = self._code_of(wheel)
+        with TemporaryDirectory(dir=self._work) as folder:
+            extension = extract_extension(wheel, Path(folder))
+            check_needs(run(find_program("objdump"), "-p", extension))
+            code = [] if version.local == "cpu" else self._code_of(extension)
         seconds = [self._prove_with(torch, wheel, python, code) for torch in self.torches]
         return Row(wheel, code, self.torches, max(seconds))
 
-    def _code_of(self, wheel: Path) -> list[str]:
-        if read_name(wheel).version.local == "cpu":
-            return []
+    def _code_of(self, extension: Path) -> list[str]:
         tools = self._work / "cuobjdump"
         if not tools.exists():
             pip_target(tools, "--constraint", CONSTRAINTS, "nvidia-cuda-cuobjdump")
         (cuobjdump,) = tools.glob("nvidia/cu*/bin/cuobjdump")
-        with TemporaryDirectory(dir=self._work) as unpacked, zipfile.ZipFile(wheel) as archive:
-            (extension,) = (n for n in archive.namelist() if re.match(r"rnnkern/_C\..*so$", n))
-            return code_in(
-                run(cuobjdump, "--list-elf", "--list-ptx", archive.extract(extension, unpacked))
-            )
+        return code_in(run(cuobjdump, "--list-elf", "--list-ptx", extension))
 
     def _prove_with(self, torch: str, wheel: Path, python: Path, code: list[str]) -> float:
         with_torch = self._site_with(torch, python)
