@@ -61,7 +61,7 @@ test: $(TESTS)  ## run the tests (ARGS="-k lstm": some of them)
 	$(PYTEST) tests $(SPREAD) $(ARGS)
 
 test-ecosystem: $(TESTS) $(call group,ecosystem)  ## run the tests in the models of other packages
-	$(PYTEST) tests/test_ecosystem.py $(ARGS)
+	$(PYTEST) tests -m ecosystem $(ARGS)
 
 test-machines: $(TESTS)  ## run the tests as on machines of other caches, threads, instructions
 	$(BIN)/python tools/test_machines.py $(SPREAD) $(ARGS)

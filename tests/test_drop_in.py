@@ -331,6 +331,21 @@ def test_what_is_not_quantized_stays_as_it_was(quantize: Module) -> None:
     assert "quantized" in type(model[1]).__module__
 
 
+@pytest.mark.cpu_only
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+def test_quantization_of_graphs_finds_a_layer(kind: str, quantize: Module) -> None:
+    from torch.ao.quantization import QConfigMapping, default_dynamic_qconfig
+    from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
+
+    model, x = Tagger(build(kind, 4, 6), 6).eval(), torch.randn(5, 3, 4)
+    config = QConfigMapping().set_global(default_dynamic_qconfig)
+    small, wanted = (convert_fx(prepare_fx(m, config, (x,))) for m in (model, twin(model)))
+    assert type(small.rnn) is type(wanted.rnn)
+    assert "quantized" in type(small.rnn).__module__
+    torch.testing.assert_close(small(x), wanted(x))
+    assert type(model.rnn) is getattr(rnnkern, kind)
+
+
 def test_tables_of_programs_that_count_operations() -> None:
     """They are changed once they are imported: here is what is done to them."""
 
@@ -347,6 +362,7 @@ def test_tables_of_programs_that_count_operations() -> None:
     by_type._add_entries(program, "no such table")
 
 
+@pytest.mark.ecosystem
 @pytest.mark.parametrize("module", by_type._TABLES)
 def test_operations_are_counted_where_the_program_is_installed(module: str) -> None:
     program = pytest.importorskip(module)
