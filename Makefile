@@ -24,12 +24,12 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_COMPILE := 1
 
 # What a target needs, as prerequisites.
-READY  := $(VENV)/.ready
-TORCH  := $(VENV)/.torch
-NATIVE := $(VENV)/.built-native
-BUILT  := $(VENV)/.built-all
-group   = $(VENV)/.group-$(1)
-TESTS  := $(BUILT) $(call group,test)
+READY      := $(VENV)/.ready
+WITH_TORCH := $(VENV)/.torch
+NATIVE     := $(VENV)/.built-native
+BUILT      := $(VENV)/.built-all
+group       = $(VENV)/.group-$(1)
+TESTS      := $(BUILT) $(call group,test)
 
 define build_wheels
 $(BIN)/python tools/build_wheels.py --cuda $(1) $(ARGS)
@@ -78,7 +78,7 @@ report: $(BUILT) $(call group,peers)  ## measure beside ONNX Runtime and OpenVIN
 bench-smoke: $(TESTS)  ## run every benchmark once, untimed: its check and its code
 	$(PYTEST) benchmarks --benchmark-disable $(ARGS)
 
-lint: $(TORCH) $(call group,lint)  ## ruff, mypy, clang-format and the workflow's linters, changing nothing
+lint: $(WITH_TORCH) $(call group,lint)  ## ruff, mypy, clang-format and the workflow's linters, changing nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -133,7 +133,7 @@ $(READY): constraints.txt
 	@$(PIP) install --quiet --upgrade pip
 	@touch $@
 
-$(TORCH): $(call group,build)
+$(WITH_TORCH): $(call group,build)
 	@echo 'Installing torch'
 	@$(PIP) install --quiet torch numpy
 	@RNNKERN_WITHOUT_EXTENSION=1 PYTHONWARNINGS=ignore $(PIP) install --quiet --no-build-isolation --no-deps --editable .
@@ -146,10 +146,10 @@ $(VENV)/.group-%: $(READY) pyproject.toml
 
 # The kernels for the CPU at hand take a third of the time of all, and they are all that timing
 # needs.
-$(NATIVE): $(TORCH) $(NATIVE_SOURCES)
+$(NATIVE): $(WITH_TORCH) $(NATIVE_SOURCES)
 	$(call build,this CPU,native)
 	@touch $@
 
-$(BUILT): $(TORCH) $(NATIVE_SOURCES)
+$(BUILT): $(WITH_TORCH) $(NATIVE_SOURCES)
 	$(call build,every CPU,all)
 	@touch $(NATIVE) $@
