@@ -144,7 +144,9 @@ def gradient_edges(side: Side) -> Any:
 def parameters_found_in_the_graph(side: Side) -> Any:
     """As drawings of the graph, and searches for unused parameters, walk it."""
     module, found, seen = side.make(), set(), set()
-    waiting = [first(module(side.x())).grad_fn]
+    # Up to torch 2.12 the node of an autograd.Function ends with its output, so the output is kept.
+    output = first(module(side.x()))
+    waiting = [output.grad_fn]
     while waiting:
         node = waiting.pop()
         if node is None or node in seen:
