@@ -47,23 +47,22 @@ LEFT_OUT = {
 
 def machines(isas: list[str]) -> Iterator[tuple[dict[str, str], list[str]]]:
     """The environment that describes each, and which of the tests run there."""
-    caches = [512 * KIB, 1024 * KIB, 2048 * KIB]
-    threads = [64, 2, 1]
-    everywhere = 0
-    for i, isa in enumerate(isas):
-        # Those of AVX-512 differ from one another in the kernels of bfloat16 alone.
-        differs_little = i > 0 and isa.startswith("x86-64-v4")
-        place = 2 if differs_little else everywhere
-        everywhere += not differs_little
-        yield (
-            {
-                "RNNKERN_ISA": isa,
-                "RNNKERN_L2_BYTES": str(caches[place % 3]),
-                "RNNKERN_TEST_THREADS": str(threads[place % 3]),
-                "RNNKERN_TEST_DEVICES": "cpu",
-            },
-            ["-k", "bfloat16"] if differs_little else [],
-        )
+    # Those of AVX-512 differ from one another in the kernels of bfloat16 alone.
+    alike = [isa for isa in isas[1:] if isa.startswith("x86-64-v4")]
+    different = [isa for isa in isas if isa not in alike]
+    caches, threads = (512 * KIB, 1024 * KIB, 2048 * KIB), (64, 2, 1)
+    count = max(3, len(different))
+    rows: list[tuple[str, int, list[str]]]
+    rows = [(different[i % len(different)], i % 3, []) for i in range(count)]
+    rows += [(isa, 2, ["-k", "bfloat16"]) for isa in alike]
+    for isa, i, selection in rows:
+        environment = {
+            "RNNKERN_ISA": isa,
+            "RNNKERN_L2_BYTES": str(caches[i]),
+            "RNNKERN_TEST_THREADS": str(threads[i]),
+            "RNNKERN_TEST_DEVICES": "cpu",
+        }
+        yield environment, selection
 
 
 def main(arguments: list[str]) -> int:
