@@ -76,7 +76,7 @@ report: $(BUILT) $(call group,peers)  ## measure beside ONNX Runtime and OpenVIN
 	$(BIN)/python -m benchmarks.report $(ARGS)
 
 bench-smoke: $(TESTS)  ## run every benchmark once, untimed: its check and its code
-	$(PYTEST) benchmarks --benchmark-disable $(ARGS)
+	$(PYTEST) benchmarks $(SPREAD) --benchmark-disable $(ARGS)
 
 lint: $(WITH_TORCH) $(call group,lint)  ## ruff, mypy, clang-format and the workflow's linters, changing nothing
 	$(BIN)/ruff check .

@@ -93,7 +93,8 @@ Outputs forward_of(const Layer& layer, py::handle x, py::handle h0, py::handle c
   made.hn = o.make_state(z.O, &f.hn);
   made.cn = layer.has_cell_state() ? o.make_state(z.H, &f.cn) : py::none();
   T* copy_of_y = nullptr;
-  const bool is_copied = wanted.keeps_y && o.are_few_rows(z.D * z.O);
+  const bool keeps_y = wanted.keeps_y && z.D * o.steps.total * z.O > 0;
+  const bool is_copied = keeps_y && o.are_few_rows(z.D * z.O);
   const auto parts = o.saved(is_copied);
   if (wanted.training && parts.elements()) {
     T* data = nullptr;
@@ -110,7 +111,7 @@ Outputs forward_of(const Layer& layer, py::handle x, py::handle h0, py::handle c
   if (wanted.training && is_copied) {
     std::memcpy(copy_of_y, f.y.data, size_t(parts.output) * sizeof(T));
   } else if (wanted.training) {
-    made.kept_y = wanted.keeps_y ? o.keep_rows(made.y) : made.y;
+    made.kept_y = keeps_y ? o.keep_rows(made.y) : made.y;
   }
   return made;
 }

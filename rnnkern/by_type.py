@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from torch import nn
+from torch import fx, nn
 
 from rnnkern.convert import COUNTERPARTS, give_again, revert, take_back
 from rnnkern.on_import import on_import
@@ -29,6 +29,7 @@ _TABLES = {
 
 def be_found_by_type() -> None:
     """Makes these tools find rnnkern's modules, as soon as they are imported."""
+    _be_leaves_of_graphs()
     for name, table in _TABLES.items():
         on_import(name, functools.partial(_add_entries, table=table))
     on_import("torch.ao.quantization.quantize", _quantize_by_type)
@@ -44,6 +45,23 @@ def _add_entries(module: ModuleType, table: str) -> None:
             entries.setdefault(ours, entries[theirs])
 
 
+def _be_leaves_of_graphs() -> None:
+    """`torch.fx` makes one node of a module of the package ``torch.nn``, and of rnnkern's."""
+    is_leaf = fx.Tracer.is_leaf_module
+
+    @functools.wraps(is_leaf)
+    def is_leaf_module(self: fx.Tracer, m: nn.Module, module_qualified_name: str) -> bool:
+        return _has_own_forward(m) or is_leaf(self, m, module_qualified_name)
+
+    fx.Tracer.is_leaf_module = is_leaf_module  # type: ignore[method-assign]
+
+
+def _has_own_forward(module: nn.Module) -> bool:
+    """Whether it is one of rnnkern's, of a class that does not override forward."""
+    forward = getattr(type(module), "forward", None)
+    return any(isinstance(module, ours) and forward is ours.forward for ours in COUNTERPARTS)
+
+
 def _quantize_by_type(module: Any) -> None:
     """Eager quantization has two steps, in `quantize_dynamic` or in calls of the user's: modules
     are told how they are to be quantized, then they are replaced. Those of rnnkern are torch.nn's
@@ -52,13 +70,20 @@ def _quantize_by_type(module: Any) -> None:
     The functions are changed where `quantize_dynamic` looks them up, because programs that have
     imported it before rnnkern use it too.
     """
+    if not (hasattr(module, "propagate_qconfig_") and hasattr(module, "convert")):
+        return
     propagate, convert_model = module.propagate_qconfig_, module.convert
     waiting: WeakKeyDictionary[nn.Module, type[nn.Module]] = WeakKeyDictionary()
 
     @functools.wraps(propagate)
     def propagate_qconfig(model: nn.Module, qconfig_dict: Any = None, *args: Any, **kw: Any) -> Any:
-        waiting.update(take_back(model))
-        return propagate(model, _of_torch(qconfig_dict), *args, **kw)
+        taken = take_back(model)
+        waiting.update(taken)
+        try:
+            return propagate(model, _of_torch(qconfig_dict), *args, **kw)
+        except BaseException:
+            give_again(model, {name: taken[m] for name, m in model.named_modules() if m in taken})
+            raise
 
     @functools.wraps(convert_model)
     def convert_rest(model: nn.Module, mapping: Any = None, *args: Any, **kw: Any) -> Any:
@@ -72,16 +97,30 @@ def _quantize_by_type(module: Any) -> None:
 
 def _quantize_graphs_by_type(module: Any) -> None:
     """The graph of a model is made of torch.nn's modules, which have the same parameters."""
-    prepare = module._prepare_fx
+    prepare = getattr(module, "_prepare_fx", None)
+    if prepare is None:
+        return
 
     @functools.wraps(prepare)
-    def prepare_fx(model: nn.Module, *args: Any, **kw: Any) -> Any:
+    def prepare_fx(model: nn.Module, qconfig_mapping: Any, *args: Any, **kw: Any) -> Any:
         if any(isinstance(each, tuple(COUNTERPARTS)) for each in model.modules()):
             tensors = (*model.parameters(), *model.buffers())
             model = revert(copy.deepcopy(model, {id(each): each for each in tensors}))
-        return prepare(model, *args, **kw)
+        return prepare(model, _mapping_of_torch(qconfig_mapping), *args, **kw)
 
     module._prepare_fx = prepare_fx
+
+
+def _mapping_of_torch(mapping: Any) -> Any:
+    """A ``QConfigMapping`` with torch.nn's types in place of rnnkern's."""
+    by_type = getattr(mapping, "object_type_qconfigs", None)
+    if not by_type or not any(kind in COUNTERPARTS for kind in by_type):
+        return mapping
+    mapping = copy.copy(mapping)
+    mapping.object_type_qconfigs = type(by_type)(
+        (COUNTERPARTS.get(kind, kind), config) for kind, config in by_type.items()
+    )
+    return mapping
 
 
 def _of_torch(given: Any) -> Any:

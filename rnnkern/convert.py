@@ -12,6 +12,7 @@ from torch import nn
 
 from rnnkern import modules
 from rnnkern.kernels import CALLED_BY_FORWARD
+from rnnkern.scripting import own_class, torch_class
 
 _M = TypeVar("_M", bound=nn.Module)
 _Class = type[nn.Module]
@@ -60,14 +61,20 @@ def convert(model: _M) -> _M:
         >>> model = rnnkern.convert(model)
     """
     _expect_module(model)
+    converted: list[tuple[nn.Module, _Class]] = []
     for name, module in model.named_modules():
         kind = _own_class(module)
         if issubclass(kind, tuple(_OURS)) and not issubclass(kind, tuple(COUNTERPARTS)):
             overridden = _overridden(kind)
-            if overridden is None:
-                _change_class(module, _converted(kind))
-            else:
-                _tell(name, kind, overridden)
+            if overridden is not None:
+                _tell(name, kind, f"its class overrides {overridden}")
+                continue
+            try:
+                converted.append((module, _converted(kind)))
+            except Exception as error:  # of the class's own, as from __init_subclass__
+                _tell(name, kind, f"no class can be derived from it ({error!r})")
+    for module, kind in converted:
+        _change_class(module, kind)
     return model
 
 
@@ -114,9 +121,12 @@ def _expect_module(model: Any) -> None:
 
 
 def _own_class(module: nn.Module) -> _Class:
-    """Its class, without the one that torch puts before it to parametrize a module."""
+    """Its class, without those that torch puts before it to parametrize or compile a module."""
     kind = type(module)
-    return kind.__bases__[0] if nn.utils.parametrize.is_parametrized(module) else kind
+    own: _Class = own_class(
+        kind.__bases__[0] if nn.utils.parametrize.is_parametrized(module) else kind
+    )
+    return own
 
 
 def _change_class(module: nn.Module, kind: _Class) -> None:
@@ -128,13 +138,9 @@ def _change_class(module: nn.Module, kind: _Class) -> None:
     module.__class__ = kind
 
 
-def _torch_class(kind: type) -> _Class:
-    return next(base for base in kind.__mro__ if base in _OURS)
-
-
 def _overridden(kind: _Class) -> str | None:
     """What a subclass of torch.nn's class has of its own that rnnkern's forward would not use."""
-    theirs = _torch_class(kind)
+    theirs = torch_class(kind)
     for name in _PART_OF_FORWARD:
         if getattr(kind, name, None) is not getattr(theirs, name, None):
             return name
@@ -145,15 +151,26 @@ def _converted(kind: _Class) -> _Class:
     if kind in _OURS:
         return _OURS[kind]
     if kind not in _subclasses:
-        ours = _OURS[_torch_class(kind)]
+        ours = _OURS[torch_class(kind)]
+
+        def reduce_ex(self: Any, protocol: Any) -> Any:
+            """Pickles and copies an object of a class that cannot be imported, by the class it is
+            from.
+            """
+            make, arguments, *rest = super(made, self).__reduce_ex__(protocol)  # type: ignore[arg-type]
+            is_made = type(self) is made and arguments == (made,)
+            if not is_made or make is not copyreg.__newobj__:  # type: ignore[attr-defined]
+                return make, arguments, *rest
+            return _new_converted, (kind,), *rest
+
         names = {
             "__module__": kind.__module__,
             "__qualname__": kind.__qualname__,
             "__doc__": kind.__doc__,
-            "__reduce_ex__": _reduce_converted,
+            "__reduce_ex__": reduce_ex,
             "_rnnkern_made_from": kind,
         }
-        _subclasses[kind] = type(kind.__name__, (kind, ours), names)
+        made = _subclasses[kind] = type(kind.__name__, (kind, ours), names)
     return _subclasses[kind]
 
 
@@ -164,29 +181,20 @@ def _reverted(kind: type) -> _Class | None:
     return vars(kind).get("_rnnkern_made_from")
 
 
-def _reduce_converted(self: Any, protocol: Any) -> Any:
-    """Pickles and copies an object of a class that cannot be imported, by the class it is from."""
-    kind = type(self)
-    make, arguments, *rest = super(kind, self).__reduce_ex__(protocol)
-    if make is not copyreg.__newobj__ or arguments != (kind,):  # type: ignore[attr-defined]
-        return make, arguments, *rest
-    return _new_converted, (kind._rnnkern_made_from,), *rest
-
-
 def _new_converted(kind: _Class) -> nn.Module:
     converted = _converted(kind)
     return converted.__new__(converted)
 
 
-def _tell(name: str, kind: _Class, overridden: str) -> None:
+def _tell(name: str, kind: _Class, reason: str) -> None:
     full = f"{kind.__module__}.{kind.__qualname__}"
     if full in _named:
         return
     _named.add(full)
     where = f" ({name})" if name else ""
     warnings.warn(
-        f"rnnkern.convert leaves {full}{where} to torch.nn, because its class overrides "
-        f"{overridden}; derive it from rnnkern.{_torch_class(kind).__name__} to run the kernels",
+        f"rnnkern.convert leaves {full}{where} to torch.nn, because {reason}; "
+        f"derive it from rnnkern.{torch_class(kind).__name__} to run the kernels",
         UserWarning,
         stacklevel=3,
     )

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn.utils.rnn import PackedSequence
@@ -69,10 +69,6 @@ def forward(
 
 def _checked(module: Any, input: Any, hx: Any, lengths: Any, reset: Any) -> Any:
     compiling = is_compiling()
-    if not compiling:
-        node = _as_node(module, input, hx, lengths=lengths, reset=reset)
-        if node is not None:
-            return node
     # torch.jit.trace records operators, and knows those of torch alone.
     jit = not compiling and _tracing_state() is not None
     if (jit or compiling) and lengths is None and reset is None:  # noqa: SIM102
@@ -105,22 +101,6 @@ def _checked(module: Any, input: Any, hx: Any, lengths: Any, reset: Any) -> Any:
         return _elsewhere(module, input, hx, lengths, reset, result)
     y, hn, cn = result
     return y, (hn if cn is None else (hn, cn))
-
-
-def _as_node(module: Any, *args: Any, **kwargs: Any) -> Any:
-    """One ``call_module`` node if `torch.fx` traces the call, as for modules of torch.nn; or None.
-
-    Arguments that are None are left out, as callers do.
-    """
-    given = (*args, *kwargs.values())
-    states = [each for each in given if isinstance(each, (tuple, list))]
-    proxies = [each for part in (given, *states) for each in part if isinstance(each, fx.Proxy)]
-    if not proxies:
-        return None
-    tracer: Any = proxies[0].tracer
-    kwargs = {name: value for name, value in kwargs.items() if value is not None}
-    args = args[:1] if args[1] is None else args
-    return tracer.create_proxy("call_module", tracer.path_of_module(module), args, kwargs)
 
 
 _METHODS = {
@@ -381,10 +361,6 @@ def cell(module: Any, input: Tensor, hx: Any) -> Any:
     compiling = is_compiling()
     if to_torch() if compiling else _tracing_state() is not None:
         return module._torch_forward(input, hx)
-    if not compiling:
-        node = _as_node(module, input, hx)
-        if node is not None:
-            return node
     mode = mode_of(module)
     states = _cell_states(module, mode, input, hx)
     if states is None:
@@ -441,8 +417,11 @@ def current_weights(module: Any) -> list[Tensor]:
             break
     else:
         return flat  # type: ignore[no-any-return]
-    if is_compiling():
-        return [getattr(module, name) for name in module._flat_weights_names]
+    if is_compiling():  # the same without a change of the module, which a compiler would record
+        names, refs = module._flat_weights_names, module._flat_weight_refs
+        weights = [getattr(module, name) for name in names]
+        kept = all(r is None or r() is w for r, w in zip(refs, weights, strict=False))
+        return list(flat) if kept and len(flat) == len(names) else weights
     module._update_flat_weights()
     return module._flat_weights  # type: ignore[no-any-return]
 
@@ -629,7 +608,7 @@ def _refuse_states(module: Any, hx: Any, N: int) -> None:
     for i, (state, size) in enumerate(zip(states, sizes, strict=False)):
         wanted = (count, N, size)
         if isinstance(state, Tensor) and state.dim() > 2 and state.shape != wanted:
-            name = f"hidden[{i}]" if module.mode == "LSTM" else "hidden"
+            name = f"hidden[{i}]" if mode_of(module) == "LSTM" else "hidden"
             raise RuntimeError(f"Expected {name} size {wanted}, got {list(state.shape)}")
 
 

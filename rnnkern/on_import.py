@@ -10,6 +10,7 @@ import importlib.abc
 import importlib.machinery
 import importlib.util
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from types import ModuleType
 
@@ -21,21 +22,27 @@ class _Finder(importlib.abc.MetaPathFinder):
 
     def __init__(self) -> None:
         self.waiting: dict[str, Action] = {}
+        self._looking = threading.local()  # its `name`: what this thread asks the others for
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        action = self.waiting.pop(name, None)
-        if action is None:
+        if name not in self.waiting or getattr(self._looking, "name", None) == name:
             return None
-        spec = importlib.util.find_spec(name)
+        self._looking.name = name
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            self._looking.name = None
         if spec is None or spec.loader is None:
             return spec
         run = spec.loader.exec_module
 
         def exec_module(module: ModuleType) -> None:
             run(module)
-            action(module)
+            action = self.waiting.pop(name, None)  # a spec may be found that nobody runs
+            if action is not None:
+                action(module)
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec

@@ -18,11 +18,12 @@ _shown: WeakKeyDictionary[type[nn.Module], type[nn.Module]] = WeakKeyDictionary(
 def prepare(self: Any) -> Any:
     """``__prepare_scriptable__`` of rnnkern's modules: TorchScript asks for it first.
 
-    A class with a ``forward`` of its own is left to TorchScript as it is.
+    A class with a ``forward`` of its own is left to TorchScript as it is, and so is a module with
+    parametrizations, which TorchScript refuses.
     """
     kind = type(self)
     theirs = torch_class(kind)
-    if kind.forward is ours(kind).forward:
+    if kind.forward is ours(kind).forward and not nn.utils.parametrize.is_parametrized(self):
         if kind not in _shown:
             _shown[kind] = _showing_torchs(kind, theirs)
         self.__class__ = _shown[kind]
@@ -39,18 +40,26 @@ def ours(kind: type) -> Any:
     return next(base for base in kind.__mro__ if base.__module__ == "rnnkern.modules")
 
 
+def own_class(kind: type) -> Any:
+    """The class that a module had before it was compiled, or ``kind`` itself."""
+    return vars(kind).get("_rnnkern_shown_for", kind)
+
+
 def _showing_torchs(kind: type[nn.Module], theirs: type[nn.Module]) -> type[nn.Module]:
     def back(module: Any) -> Any:
-        module.__class__ = kind
+        if type(module) is shown:  # and not a class that somebody has derived from it since
+            module.__class__ = kind
         return module
 
     # TorchScript finds the overloads of forward by the name and the source of the class.
     names: dict[str, Any] = {
         "__module__": theirs.__module__,
         "__qualname__": theirs.__qualname__,
-        "__call__": lambda self, *args, **kwargs: back(self)(*args, **kwargs),
-        "__reduce_ex__": lambda self, protocol: back(self).__reduce_ex__(protocol),
+        "__call__": lambda self, *args, **kwargs: kind.__call__(back(self), *args, **kwargs),
+        "__reduce_ex__": lambda self, protocol: kind.__reduce_ex__(back(self), protocol),
         "__prepare_scriptable__": lambda self: self,
         "forward": theirs.forward,
+        "_rnnkern_shown_for": kind,
     }
-    return type(theirs.__name__, (kind,), names)
+    shown = type(theirs.__name__, (kind,), names)
+    return shown

@@ -227,6 +227,35 @@ def test_a_call_with_states_and_lengths_is_one_node_of_fx() -> None:
     assert torch.equal(traced(*given), model(*given))
 
 
+def test_hooks_of_a_traced_layer_run_once() -> None:
+    model, x = Tagger(build("GRU", 4, 6), 6), torch.randn(5, 3, 4)
+    model.rnn.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
+    model.rnn.register_forward_hook(lambda module, args, result: (result[0] * 2, result[1]))
+    traced = fx.symbolic_trace(model)
+    assert [n.target for n in traced.graph.nodes if n.op == "call_module"] == ["rnn", "head"]
+    assert torch.equal(traced(x), model(x))
+
+
+def test_a_subclass_with_a_forward_of_its_own_is_traced_as_torch_nns() -> None:
+    def doubled(lib: ModuleType) -> nn.Module:
+        class Doubled(lib.GRU):  # type: ignore[misc, name-defined]
+            def forward(self, x: Tensor) -> Any:
+                y, h = super().forward(x)
+                return y * 2, h
+
+        return Tagger(Doubled(4, 6), 6)
+
+    for lib in (nn, rnnkern):
+        with pytest.raises(fx.proxy.TraceError):
+            fx.symbolic_trace(doubled(lib))
+
+
+@pytest.mark.parametrize("lib", [nn, rnnkern])
+def test_a_bare_layer_is_not_traced(lib: ModuleType) -> None:
+    with pytest.raises(fx.proxy.TraceError):
+        fx.symbolic_trace(lib.LSTM(3, 4))
+
+
 @pytest.mark.parametrize("kind", CELLS)
 def test_a_cell_is_one_node_of_fx(kind: str) -> None:
     cell = build(kind, 4, 6)
@@ -276,6 +305,43 @@ def test_a_scripted_model_keeps_its_modules(first: str) -> None:
     if first == "call":
         assert model.rnn is layer
         assert model.rnn.weight_hh_l0 is weight
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated")
+def test_what_is_done_to_a_scripted_layer_before_it_is_called() -> None:
+    x = torch.randn(5, 3, 4)
+    model = Tagger(build("LSTM", 4, 6), 6)
+    torch.jit.script(model)
+    wanted = twin(model)(x)
+    nn.utils.parametrizations.weight_norm(model.rnn, "weight_hh_l0")
+    torch.testing.assert_close(model(x), wanted)
+    model = Tagger(build("LSTM", 4, 6), 6)
+    torch.jit.script(model)
+    assert type(rnnkern.revert(model).rnn) is nn.LSTM  # type: ignore[attr-defined]
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated")
+@pytest.mark.parametrize("lib", [nn, rnnkern])
+def test_a_parametrized_layer_is_not_scripted(lib: ModuleType) -> None:
+    """Its weights would be constants."""
+    model = Tagger(lib.LSTM(4, 6), 6)
+    nn.utils.parametrizations.weight_norm(model.rnn, "weight_hh_l0")
+    with pytest.raises(Exception):  # noqa: B017, PT011  TorchScript has several
+        torch.jit.script(model)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated")
+def test_lengths_are_not_scripted() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn = build("GRU", 4, 6)
+
+        def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+            return self.rnn(x, lengths=lengths)[0]
+
+    with pytest.raises(RuntimeError, match="Keyword argument lengths unknown"):
+        torch.jit.script(Model())
 
 
 # Tools that look for the exact type.
@@ -332,14 +398,21 @@ def test_what_is_not_quantized_stays_as_it_was(quantize: Module) -> None:
 
 
 @pytest.mark.cpu_only
+@pytest.mark.parametrize("own_type", [True, False])
 @pytest.mark.parametrize("kind", ["LSTM", "GRU"])
-def test_quantization_of_graphs_finds_a_layer(kind: str, quantize: Module) -> None:
+def test_quantization_of_graphs_finds_a_layer(kind: str, own_type: bool, quantize: Module) -> None:
     from torch.ao.quantization import QConfigMapping, default_dynamic_qconfig
     from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
 
     model, x = Tagger(build(kind, 4, 6), 6).eval(), torch.randn(5, 3, 4)
-    config = QConfigMapping().set_global(default_dynamic_qconfig)
-    small, wanted = (convert_fx(prepare_fx(m, config, (x,))) for m in (model, twin(model)))
+    config = QConfigMapping().set_object_type(getattr(rnnkern, kind), default_dynamic_qconfig)
+    for other in (nn.Linear, getattr(nn, kind)):
+        config.set_object_type(other, default_dynamic_qconfig)
+    if own_type:
+        del config.object_type_qconfigs[getattr(nn, kind)]
+    theirs = QConfigMapping().set_global(default_dynamic_qconfig)
+    small = convert_fx(prepare_fx(model, config, (x,)))
+    wanted = convert_fx(prepare_fx(twin(model), theirs, (x,)))
     assert type(small.rnn) is type(wanted.rnn)
     assert "quantized" in type(small.rnn).__module__
     torch.testing.assert_close(small(x), wanted(x))
@@ -431,6 +504,31 @@ def test_the_weights_that_count(kind: str, options: dict[str, Any], put: Module)
     torch.testing.assert_close(put(module, x)[0], before)
     if put is not replace:
         assert torch.equal(module(x)[0], plain)
+
+
+class DroppedRecurrence(rnnkern.LSTM):
+    def forward(self, input: Tensor, hx: Any = None) -> Any:
+        kept, names = self._flat_weights, self._flat_weights_names
+        self._flat_weights = [w * 0 if "hh" in n else w for w, n in zip(kept, names, strict=True)]
+        try:
+            return super().forward(input, hx)
+        finally:
+            self._flat_weights = kept
+
+
+@pytest.mark.cpu_only
+def test_the_weights_that_count_in_a_compiled_call() -> None:
+    module, x = DroppedRecurrence(4, 6), torch.randn(5, 3, 4)
+    plain = rnnkern.LSTM(4, 6)
+    plain.load_state_dict(module.state_dict())
+    wanted = without_recurrence(plain)(x)[0]
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(module, backend="eager")(x)[0], wanted)
+    kept = list(plain._flat_weights)
+    plain._flat_weights = [
+        w * 0 if "hh" in n else w for w, n in zip(kept, plain._flat_weights_names, strict=True)
+    ]
+    torch.testing.assert_close(torch.compile(plain, backend="eager")(x)[0], wanted)
 
 
 def test_dropped_weights_have_gradients() -> None:
@@ -580,6 +678,29 @@ def test_a_parametrized_subclass_is_converted() -> None:
     torch.testing.assert_close(module(x), wanted)
     assert not isinstance(rnnkern.revert(module), rnnkern.LSTM)
     torch.testing.assert_close(module(x), wanted)
+
+
+def test_classes_derived_from_a_converted_one_are_copied_as_they_are() -> None:
+    module = rnnkern.convert(PlainSubclass(4, 6))
+    module.__class__ = type("Managed", (type(module),), {})  # as FSDP does
+    assert type(copy.deepcopy(module)) is type(module)
+    module = rnnkern.convert(PlainSubclass(4, 6))
+    nn.utils.parametrizations.weight_norm(module, "weight_hh_l0")
+    with pytest.raises(RuntimeError, match="parametrized"):
+        pickle.dumps(module)
+
+
+class Registered(nn.GRU):
+    def __init_subclass__(cls, *, tag: str) -> None:
+        super().__init_subclass__()
+
+
+def test_a_class_that_nothing_derives_from_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["rnnkern.convert"], "_named", set())
+    model = nn.Sequential(nn.GRU(4, 4), Registered(4, 6), nn.GRU(6, 3))
+    with pytest.warns(UserWarning, match=r"Registered .1. .*no class can be derived.*tag"):
+        rnnkern.convert(model)
+    assert [type(each) for each in model] == [rnnkern.GRU, Registered, rnnkern.GRU]
 
 
 @pytest.mark.parametrize(("kind", "named"), [(OwnForward, "forward"), (OwnCheck, "check_forward")])

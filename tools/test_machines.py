@@ -1,7 +1,9 @@
-"""Run the kernel tests as on other machines: other caches, numbers of threads, instruction sets.
+"""Run the tests as on other machines: other caches, numbers of threads, instruction sets.
 
 Every instruction set that this CPU has is in one of them. What a plan chooses depends on the
-machine, so a test that passes here alone is found.
+machine, so a test that passes here alone is found. Files whose tests start processes and compilers,
+or look at tools and pictures, are left out: they take most of the time, and the machine is nothing
+to them.
 
 Usage: python tools/test_machines.py [pytest arguments]
 """
@@ -21,35 +23,60 @@ import rnnkern
 PYTEST = Path(sys.executable).with_name("pytest")
 KIB = 1024
 
+LEFT_OUT = {
+    "compare",
+    "cuda",
+    "cuda_plan",
+    "distributed",
+    "dynamo",
+    "ecosystem",
+    "example_parts",
+    "examples",
+    "export",
+    "gpu_report",
+    "idx",
+    "isa",
+    "like_torch_nn",
+    "memory",
+    "plot",
+    "report",
+    "traced",
+    "wheels",
+}
+
 
 def machines(isas: list[str]) -> Iterator[tuple[dict[str, str], list[str]]]:
     """The environment that describes each, and which of the tests run there."""
-    caches = [512 * KIB, 1024 * KIB, 2048 * KIB]
-    threads = [64, 2, 1]
-    everywhere = 0
-    for i, isa in enumerate(isas):
-        # Those of AVX-512 differ from one another in the kernels of bfloat16 alone.
-        differs_little = i > 0 and isa.startswith("x86-64-v4")
-        place = 2 if differs_little else everywhere
-        everywhere += not differs_little
-        yield (
-            {
-                "RNNKERN_ISA": isa,
-                "RNNKERN_L2_BYTES": str(caches[place % 3]),
-                "RNNKERN_TEST_THREADS": str(threads[place % 3]),
-                "RNNKERN_TEST_DEVICES": "cpu",
-            },
-            ["-k", "bfloat16"] if differs_little else [],
-        )
+    # Those of AVX-512 differ from one another in the kernels of bfloat16 alone.
+    alike = [isa for isa in isas[1:] if isa.startswith("x86-64-v4")]
+    different = [isa for isa in isas if isa not in alike]
+    caches, threads = (512 * KIB, 1024 * KIB, 2048 * KIB), (64, 2, 1)
+    count = max(3, len(different))
+    rows: list[tuple[str, int, list[str]]]
+    rows = [(different[i % len(different)], i % 3, []) for i in range(count)]
+    rows += [(isa, 2, ["-k", "bfloat16"]) for isa in alike]
+    for isa, i, selection in rows:
+        environment = {
+            "RNNKERN_ISA": isa,
+            "RNNKERN_L2_BYTES": str(caches[i]),
+            "RNNKERN_TEST_THREADS": str(threads[i]),
+            "RNNKERN_TEST_DEVICES": "cpu",
+        }
+        yield environment, selection
 
 
 def main(arguments: list[str]) -> int:
     status = 0
+    files = sorted(
+        str(path)
+        for path in Path("tests").glob("test_*.py")
+        if path.stem.removeprefix("test_") not in LEFT_OUT
+    )
     lower = lower_isas()
     best = rnnkern.build_info()["isa"]
     for environment, selection in machines([best, *lower]):
-        command = [str(PYTEST), "tests", "-m", "kernel", *selection, *arguments]
-        print(*(f"{k}={v}" for k, v in environment.items()), *command, flush=True)
+        command = [str(PYTEST), *files, *selection, *arguments]
+        print(*(f"{k}={v}" for k, v in environment.items()), *selection, flush=True)
         status |= subprocess.run(command, env=os.environ | environment).returncode
     return status
 

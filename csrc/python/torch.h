@@ -104,7 +104,7 @@ inline void bind_torch() {
       reinterpret_cast<PyTypeObject*>(keep(py::module_::import("torch.nn").attr("Parameter")));
   api.is_neg = keep(type.attr("is_neg"));
   api.new_empty_strided = keep(type.attr("new_empty_strided"));
-  api.lazy_clone = keep(package.attr("_lazy_clone"));
+  api.lazy_clone = keep(py::getattr(package, "_lazy_clone", type.attr("clone")));
   api.num_threads = keep(package.attr("get_num_threads"));
   api.deterministic = keep(core.attr("_get_deterministic_algorithms"));
   api.grad_enabled = keep(package.attr("is_grad_enabled"));

@@ -1,0 +1,49 @@
+"""What is done once a module has been imported."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from rnnkern.on_import import on_import
+
+pytestmark = pytest.mark.cpu_only
+NAME = "a_module_of_this_test"
+
+
+@pytest.fixture
+def seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    (tmp_path / f"{NAME}.py").write_text("number = 3\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    found: list[int] = []
+    on_import(NAME, lambda module: found.append(module.number))
+    yield found
+    sys.modules.pop(NAME, None)
+
+
+def test_once_and_after_its_code(seen: list[int]) -> None:
+    assert seen == []
+    importlib.import_module(NAME)
+    assert seen == [3]
+    importlib.reload(sys.modules[NAME])
+    assert seen == [3]
+
+
+def test_at_once_if_it_is_there(seen: list[int]) -> None:
+    importlib.import_module(NAME)
+    on_import(NAME, lambda module: seen.append(module.number + 1))
+    assert seen == [3, 4]
+
+
+def test_a_look_is_no_import(seen: list[int]) -> None:
+    """As of programs that ask whether a package is there."""
+    for _ in range(2):
+        assert importlib.util.find_spec(NAME) is not None
+    assert seen == []
+    importlib.import_module(NAME)
+    assert seen == [3]
