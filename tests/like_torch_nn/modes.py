@@ -37,7 +37,8 @@ MODES: dict[str, Any] = {
         lambda t: t.detach().numpy().copy(), torch.from_numpy
     ),
     "mutation-allowed": torch.autograd.graph.allow_mutation_on_saved_tensors,
-    "profiler": lambda: torch.profiler.profile(),
+    # Without acc_events torch up to 2.12 warns, once in a process.
+    "profiler": lambda: torch.profiler.profile(acc_events=True),
     "record-function": lambda: torch.profiler.record_function("mine"),
     "function-mode": lambda: _PassingMode(),
     "dispatch-mode": lambda: _passing_dispatch(),
