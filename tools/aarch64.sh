@@ -29,5 +29,5 @@ else
 fi
 
 cmake -S . -B "$build" -G Ninja -DRNNKERN_DRIVER=ON -DCMAKE_CXX_FLAGS=-Werror "$@"
-cmake --build "$build" --parallel "$(nproc)"
+cmake --build "$build" --target driver --parallel "$(nproc)"
 $emulator "$build/driver"
