@@ -18,7 +18,7 @@ RNNKERN_CUDA=ON RNNKERN_CUDA_REPORT=ON RNNKERN_INSTRUCTION_SETS=native "$python"
 "$python" tools/cuda_report.py "$base/build.log"
 
 PYTHONPATH="$lib:$PWD/tools" RNNKERN_LOADED_FROM="$lib" RNNKERN_TEST_DEVICES=cpu \
-  "$(dirname "$python")/pytest" -q -p loaded_from tests/test_cells.py tests/test_cuda_plan.py
+  "$(dirname "$python")/pytest" -p loaded_from tests/test_cells.py tests/test_cuda_plan.py
 # From where no other rnnkern lies: what Python reads from its input looks there first.
 interpreter=$(cd "$(dirname "$python")" && pwd)/$(basename "$python")
 (cd "$lib" && "$interpreter") <<'PYTHON'
