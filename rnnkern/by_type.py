@@ -51,13 +51,13 @@ def _be_leaves_of_graphs() -> None:
 
     @functools.wraps(is_leaf)
     def is_leaf_module(self: fx.Tracer, m: nn.Module, module_qualified_name: str) -> bool:
-        return _has_own_forward(m) or is_leaf(self, m, module_qualified_name)
+        return _runs_rnnkerns_forward(m) or is_leaf(self, m, module_qualified_name)
 
     fx.Tracer.is_leaf_module = is_leaf_module  # type: ignore[method-assign]
 
 
-def _has_own_forward(module: nn.Module) -> bool:
-    """Whether it is one of rnnkern's, of a class that does not override forward."""
+def _runs_rnnkerns_forward(module: nn.Module) -> bool:
+    """Whether a call of it is a call of rnnkern's forward, and not of one that a subclass has."""
     forward = getattr(type(module), "forward", None)
     return any(isinstance(module, ours) and forward is ours.forward for ours in COUNTERPARTS)
 
