@@ -58,7 +58,7 @@ auto with_element_of(const Layer& layer, py::handle x, F f) {
 }
 
 struct Outputs {
-  py::object y, hn, cn;  // cn: None if the cell has none
+  py::object y, hn, cn;  // hn: None of a cell, where it is y; cn: None where there is none
   // For backward: y as it is now, which is y itself if nobody may change it, or None if it is a
   // part of what forward saves; and that, None if it is nothing.
   py::object kept_y = py::none(), saved = py::none();
@@ -90,7 +90,12 @@ Outputs forward_of(const Layer& layer, py::handle x, py::handle h0, py::handle c
   f.c0 = o.initial_cell(c0);
   Outputs made;
   made.y = o.make_rows(z.D * z.O, &f.y);
-  made.hn = o.make_state(z.O, &f.hn);
+  if (o.of_a_cell()) {
+    made.hn = py::none();
+    f.hn = {f.y.data, 0, f.y.row};
+  } else {
+    made.hn = o.make_state(z.O, &f.hn);
+  }
   made.cn = layer.has_cell_state() ? o.make_state(z.H, &f.cn) : py::none();
   T* copy_of_y = nullptr;
   const bool keeps_y = wanted.keeps_y && z.D * o.steps.total * z.O > 0;
@@ -140,6 +145,8 @@ bool wants_gradient(const Operands& operands) {
 }
 
 py::tuple outputs_of(Outputs&& made) {
+  if (made.hn.is_none() && made.cn.is_none()) return py::make_tuple(std::move(made.y));
+  if (made.hn.is_none()) return py::make_tuple(std::move(made.y), std::move(made.cn));
   if (made.cn.is_none()) return py::make_tuple(std::move(made.y), std::move(made.hn));
   return py::make_tuple(std::move(made.y), std::move(made.hn), std::move(made.cn));
 }
@@ -184,26 +191,51 @@ py::tuple recorded(py::handle record, const Layer& layer, py::handle x, const Pl
   return py::reinterpret_steal<py::tuple>(result);
 }
 
+// Whether torch is in no mode that forbids a plain call: other modes see every operator, and a
+// profiler is told of kernels by name.
+bool allows_plain_calls(dlpack::Device device) {
+  return !mode_refusal() && !is_autocast(device) && !is_profiled();
+}
+
+// What a plain call computes. `record` makes the outputs differentiable.
+py::tuple run_plain(const PlainModule& plain, py::handle x, const PlainStates& states,
+                    py::handle record) {
+  const auto& [layer, weights] = plain;
+  const bool training = wants_gradient(weights) || wants_gradient(std::array<py::handle, 1>{x}) ||
+                        wants_gradient(states);
+  Outputs made =
+      forward_any(layer, x, states[0], states[1], weights, py::none(), {training, training});
+  return training ? recorded(record, layer, x, weights, states, std::move(made))
+                  : outputs_of(std::move(made));
+}
+
 // The plain call of a module: one layer, a batch, an initial state or none. What the module
-// returns; or None where it is another call, or one that a profiler is to see. `record` makes the
-// outputs differentiable.
+// returns; or None where it is another call, or one that a profiler is to see.
 py::object plain_call(py::handle module, py::handle x, py::handle hx, py::handle record) {
   if (!is_tensor(x)) return py::none();
   const dlpack::Tensor input = view_of(x, "input").tensor;
   if (input.ndim != 3) return py::none();
   const std::optional<PlainModule> plain = plain_module(module, input.shape[2]);
   if (!plain) return py::none();
-  const auto& [layer, weights] = *plain;
-  const std::optional<PlainStates> states = plain_states(layer, hx);
-  if (!states || mode_refusal() || is_autocast(input.device) || is_profiled()) return py::none();
-  const bool training = wants_gradient(weights) || wants_gradient(std::array<py::handle, 1>{x}) ||
-                        wants_gradient(*states);
-  Outputs made =
-      forward_any(layer, x, (*states)[0], (*states)[1], weights, py::none(), {training, training});
-  const py::tuple outputs = training ? recorded(record, layer, x, weights, *states, std::move(made))
-                                     : outputs_of(std::move(made));
-  if (!layer.has_cell_state()) return outputs;
+  const std::optional<PlainStates> states = plain_states(plain->layer, hx);
+  if (!states || !allows_plain_calls(input.device)) return py::none();
+  const py::tuple outputs = run_plain(*plain, x, *states, record);
+  if (!plain->layer.has_cell_state()) return outputs;
   return py::make_tuple(outputs[0], py::make_tuple(outputs[1], outputs[2]));
+}
+
+// The same of a cell: a row or a batch of them, a state or none.
+py::object plain_cell(py::handle module, py::handle x, py::handle hx, py::handle record) {
+  if (!is_tensor(x)) return py::none();
+  const dlpack::Tensor input = view_of(x, "input").tensor;
+  if (input.ndim != 1 && input.ndim != 2) return py::none();
+  const std::optional<PlainModule> plain = plain_cell_module(module, input.shape[input.ndim - 1]);
+  if (!plain) return py::none();
+  const std::optional<PlainStates> states = plain_states(plain->layer, hx);
+  if (!states || !allows_plain_calls(input.device)) return py::none();
+  py::tuple outputs = run_plain(*plain, x, *states, record);
+  if (plain->layer.has_cell_state()) return outputs;
+  return outputs[0];
 }
 
 // The steps of a layer that is fed what the readout makes of its output: h_n, c_n. `inputs`, time
@@ -241,8 +273,8 @@ py::tuple backward_of(const Layer& layer, py::handle x, py::handle h0, py::handl
   b.c0 = o.initial_cell(c0);
   if (!y.is_none()) b.y = o.template rows<const T>(y, "output", z.D * z.O);
   b.dy = o.incoming_rows(dy, "gradient of the output", z.D * z.O, &b.dy_uniform);
-  b.dhn = o.template state<const T>(dhn, "gradient of h_n", z.O);
-  b.dcn = o.template state<const T>(dcn, "gradient of c_n", z.H);
+  b.dhn = o.incoming_state(dhn, "gradient of h_n", z.O);
+  b.dcn = o.incoming_state(dcn, "gradient of c_n", z.H);
   const auto parts = o.saved(y.is_none());
   T* data = parts.elements() ? o.saved_data(saved, parts.elements()) : nullptr;
   if (y.is_none()) b.y = o.rows_at(data + parts.before_output(), z.D * z.O);
@@ -270,6 +302,11 @@ py::tuple backward_of(const Layer& layer, py::handle x, py::handle h0, py::handl
 
 Sizes sizes_of(const Layer& layer, int64_t I) {
   return {layer.cell, I, layer.hidden, layer.out, layer.directions, layer.projected};
+}
+
+const char* reading_name(Reading reading) {
+  constexpr const char* kNames[] = {"packed", "dots", "broadcast", "in place"};
+  return kNames[int(reading)];
 }
 
 std::vector<std::string> compiled_sets() {
@@ -350,6 +387,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("refusal", &refusal);
   m.def("mode_refusal", &mode_refusal);
   m.def("plain_call", &plain_call);
+  m.def("plain_cell", &plain_cell);
   py::class_<Machine>(m, "Machine")
       .def(py::init([](int threads, int lanes, int tile_rows, int element_bytes, int group,
                        bool multiplies_in_place, bool rounded_for_products, int64_t l2_bytes) {
@@ -374,8 +412,8 @@ PYBIND11_MODULE(_C, m) {
       .def_readonly("threads", &Plan::threads)
       .def_readonly("row_blocks", &Plan::row_blocks)
       .def_readonly("unit_blocks", &Plan::unit_blocks)
-      .def_readonly("packs_input", &Plan::packs_input)
-      .def_readonly("packs_recurrent", &Plan::packs_recurrent)
+      .def_property_readonly("input", [](const Plan& p) { return reading_name(p.input); })
+      .def_property_readonly("recurrent", [](const Plan& p) { return reading_name(p.recurrent); })
       .def_readonly("block_steps", &Plan::block_steps);
   m.def(
       "plan",

@@ -21,14 +21,17 @@ constexpr double kFlopsPerThreadStep = 40e3;
 // Rows of one block of the input product: enough to read the weights of the input once for many
 // rows; more where they come from beyond the second-level cache.
 constexpr int64_t kInputRows = 48, kInputRowsOfLarge = 256;
-// Forward, weights as they lie are read by dot products along their rows, which cost some 3
-// additions more per row of the weights than a product of panels; packing reads and writes all
-// weights once, which costs some 3 products of one row, and so many times more where they come from
-// beyond the second-level cache.
-constexpr int64_t kPackingReads = 3, kFarFactor = 4;
+// Forward, in products of one row of panels. Packing reads and writes all weights once; more where
+// they come from beyond the second-level cache.
+constexpr double kPacking = 8, kPackingOfLarge = 16;
+// Of dot products along the rows of weights: sums of lanes, in vectors of k.
+constexpr double kSumOfLanes = 3;
+// Of weights that are broadcast: the batch is transposed, and so are the sums, in vectors of k; and
+// weights that the products take as another type are converted for each product.
+constexpr double kTransposition = 0.7, kConversion = 1.5;
 // Backward, their rows are rows of a panel already, and packing only draws them together: for many
 // reads; or where they are this far apart, so that all of them want the same places of the cache.
-constexpr int64_t kGatheringReads = 64, kBytesOfSamePlace = 4096;
+constexpr int64_t kGatheringReads = 64, kGatheringReadsOfSamePlace = 3, kBytesOfSamePlace = 4096;
 
 // Rounding float32 weights to bfloat16 while they are packed costs some 8 products of one row of
 // float32, and each row then costs half; to round them each time they are read gains nothing.
@@ -43,9 +46,29 @@ bool large(const Sizes& z, int64_t columns, const Machine& machine) {
   return weight_bytes(z, columns, machine) > double(machine.l2_bytes);
 }
 
+// How a matrix of that many columns is read, forward. It depends on no number of threads, because
+// dot products have bits of their own.
+Reading cheapest_reading(const Problem& problem, const Machine& machine, int64_t columns,
+                         bool may_broadcast) {
+  if (machine.rounded_for_products) return Reading::kPacked;
+  const Sizes& z = problem.sizes;
+  const double vectors = double(columns) / (machine.lanes * machine.group);
+  const auto total = double(problem.total);
+  const double packed = total + (large(z, z.I + z.O, machine) ? kPackingOfLarge : kPacking);
+  const double dots = total * (1 + kSumOfLanes / vectors);
+  const double filled = double((problem.N + machine.lanes - 1) / machine.lanes * machine.lanes);
+  const bool converts = !machine.multiplies_in_place && machine.group == 1;
+  const double broadcast =
+      double(problem.T) * (filled * (1 + kTransposition / vectors) + (converts ? kConversion : 0));
+  const bool may_dot = !problem.deterministic && columns >= 2 * machine.lanes;
+  if (may_dot && dots <= packed && (!may_broadcast || dots <= broadcast)) return Reading::kDots;
+  return may_broadcast && broadcast < packed ? Reading::kBroadcast : Reading::kPacked;
+}
+
 // Rows are split where every part still fills its register tiles, for no barrier is needed then.
 // Units are split where the rows are too few; and first where the recurrent weights are large, for
-// each thread then reads its part of them in a step, and not all.
+// each thread then reads its part of them in a step, and not all, and where they are broadcast, for
+// the rows that fill vectors then stay together.
 void split_work(const Problem& problem, const Machine& machine, double work, Plan* plan) {
   const int64_t tasks = problem.sizes.D;
   const int64_t wanted =
@@ -58,7 +81,8 @@ void split_work(const Problem& problem, const Machine& machine, double work, Pla
   const auto step = int64_t(work * double(problem.N) / kFlopsPerThreadStep);
   const int64_t most_units = std::max<int64_t>(1, std::min(panels, step));
   int64_t rows = std::min(parts, most_rows), units = 1;
-  if (rows < parts || large(problem.sizes, problem.sizes.O, machine)) {
+  if (rows < parts || plan->recurrent == Reading::kBroadcast ||
+      large(problem.sizes, problem.sizes.O, machine)) {
     units = std::min(parts, most_units);
     rows = std::min(parts / units, most_rows);
     if (rows * units < parts && most_rows >= parts) {
@@ -77,35 +101,29 @@ bool worth_bfloat16(int64_t total, bool deterministic) {
   return deterministic || total >= kRowsWorthBfloat16;
 }
 
-Plan plan_forward(const Problem& problem, const Machine& machine) {
+Plan plan_forward(const Problem& problem, const Machine& machine, bool may_broadcast) {
   Plan plan;
+  plan.input = cheapest_reading(problem, machine, problem.sizes.I, may_broadcast);
+  plan.recurrent = cheapest_reading(problem, machine, problem.sizes.O, may_broadcast);
   split_work(problem, machine, flops_per_row(problem.sizes), &plan);
   const int64_t rows = std::max<int64_t>(1, problem.N / plan.row_blocks);
   const int64_t wanted =
       large(problem.sizes, problem.sizes.I, machine) ? kInputRowsOfLarge : kInputRows;
   plan.block_steps = std::clamp<int64_t>(wanted / rows, 1, std::max<int64_t>(1, problem.T));
-  const double both = weight_bytes(problem.sizes, problem.sizes.I + problem.sizes.O, machine);
-  const int64_t far = both > double(machine.l2_bytes) ? kFarFactor : 1;
-  const auto packs = [&](int64_t columns) {
-    const int64_t vectors = columns / (machine.lanes * machine.group);
-    return problem.deterministic || machine.rounded_for_products || columns < 2 * machine.lanes ||
-           problem.total > far * std::max(kPackingReads, vectors);
-  };
-  plan.packs_input = packs(problem.sizes.I);
-  plan.packs_recurrent = packs(problem.sizes.O);
   return plan;
 }
 
 Plan plan_backward(const Problem& problem, const Machine& machine, double work) {
   Plan plan;
   split_work(problem, machine, work * flops_per_row(problem.sizes), &plan);
-  const auto packs = [&](int64_t columns) {
+  const auto reading = [&](int64_t columns) {
     const bool same_place = columns * machine.element_bytes % kBytesOfSamePlace == 0;
-    return problem.deterministic || !machine.multiplies_in_place ||
-           problem.total > (same_place ? kPackingReads : kGatheringReads);
+    const bool packed = problem.deterministic || !machine.multiplies_in_place ||
+                        problem.total > (same_place ? kGatheringReadsOfSamePlace : kGatheringReads);
+    return packed ? Reading::kPacked : Reading::kInPlace;
   };
-  plan.packs_input = packs(problem.sizes.I);
-  plan.packs_recurrent = packs(problem.sizes.O);
+  plan.input = reading(problem.sizes.I);
+  plan.recurrent = reading(problem.sizes.O);
   return plan;
 }
 
@@ -123,13 +141,20 @@ std::string describe(const Plan& plan, const Problem& problem, const Machine& ma
       : plan.threads > 1    ? "one thread per direction"
       : machine.threads > 1 ? "one thread: too little work to wake another"
                             : "one thread: no more are allowed";
-  const auto read = [](bool packs) {
-    return packs ? "packed into panels" : "as they lie: too few reads to repay packing";
+  const auto read = [](Reading reading) {
+    switch (reading) {
+      case Reading::kPacked:
+        return "packed into panels";
+      case Reading::kBroadcast:
+        return "as they lie, each weight times a vector of rows: packing the rows costs less";
+      default:
+        return "as they lie: too few reads to repay packing";
+    }
   };
   std::snprintf(
       line, sizeof(line),
       "threads %d of %d (%s); W_ih %s; W_hh %s; input product of %lld step%s at once; %.3g MFLOP",
-      plan.threads, machine.threads, split, read(plan.packs_input), read(plan.packs_recurrent),
+      plan.threads, machine.threads, split, read(plan.input), read(plan.recurrent),
       static_cast<long long>(plan.block_steps), plan.block_steps == 1 ? "" : "s",
       flops_per_row(problem.sizes) * double(problem.total) * 1e-6);
   return line;

@@ -28,12 +28,20 @@ struct Problem {
   bool deterministic = false;  // one order of summation for every N and T
 };
 
+// How a matrix of weights is read.
+enum class Reading {
+  kPacked,     // repacked into panels, once for all steps
+  kDots,       // as it lies, forward: dot products along its rows
+  kBroadcast,  // as it lies, forward: each weight times a vector of rows of the batch, which are
+               // transposed instead; the bits are those of packed weights
+  kInPlace,    // as it lies, backward: its rows are rows of panels already
+};
+
 struct Plan {
   int threads = 1;
   int row_blocks = 1;   // independent parts of the batch
   int unit_blocks = 1;  // parts of the hidden units, one barrier a step between them
-  // Weights repacked into panels; else read as they lie.
-  bool packs_input = true, packs_recurrent = true;
+  Reading input = Reading::kPacked, recurrent = Reading::kPacked;  // of W_ih and W_hh
   int64_t block_steps = 1;  // steps whose input product is made at once
 };
 
@@ -43,7 +51,7 @@ double flops_per_row(const Sizes& sizes);
 // Whether float32 is worth being multiplied as bfloat16, where the CPU does that: for `total` rows.
 bool worth_bfloat16(int64_t total, bool deterministic);
 
-Plan plan_forward(const Problem& problem, const Machine& machine);
+Plan plan_forward(const Problem& problem, const Machine& machine, bool may_broadcast = true);
 // `work`: its operations, in those of the forward pass.
 Plan plan_backward(const Problem& problem, const Machine& machine, double work = 2.0);
 

@@ -60,31 +60,44 @@ class Scan(torch.autograd.Function):
     def backward(
         ctx: Any, dy: Tensor | None, dhn: Tensor | None, dcn: Tensor | None = None
     ) -> tuple[Tensor | None, ...]:
-        if dy is None and dhn is None and dcn is None:  # as where y was an operand of backward
-            return (None,) * len(ctx.needs_input_grad)
-        if torch.is_grad_enabled() or ops.transformed() or ops.has_modes():
+        return _backward(ctx, dy, dhn, dcn)
+
+
+class ScanOfCell(Scan):
+    """The same of a cell, whose outputs are ``h`` or ``h, c``."""
+
+    @staticmethod
+    def backward(ctx: Any, dh: Tensor | None, dc: Tensor | None = None) -> tuple[Tensor | None, ...]:
+        return _backward(ctx, dh, None, dc)
+
+
+def _backward(
+    ctx: Any, dy: Tensor | None, dhn: Tensor | None, dcn: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    if dy is None and dhn is None and dcn is None:  # as where y was an operand of backward
+        return (None,) * len(ctx.needs_input_grad)
+    if torch.is_grad_enabled() or ops.transformed() or ops.has_modes():
+        return _by_operators(ctx, dy, dhn, dcn)
+    y, saved, overwrite, x, tensors = _saved(ctx)
+    layer, steps, states = ctx.scanned
+    h0, c0, weights = _initial_states(tensors, states)
+    wanted = ctx.needs_input_grad[4:]
+    run = kernels.profiled(layer.backward, layer.mode, " backward")
+    try:
+        gradients, _ = run(x, h0, c0, weights, steps, y, saved, dy, dhn, dcn, wanted, overwrite)
+    except kernels.RefusedError:
+        if ops.are_batches(dy, dhn, dcn):
             return _by_operators(ctx, dy, dhn, dcn)
-        y, saved, overwrite, x, tensors = _saved(ctx)
-        layer, steps, states = ctx.scanned
+        # Saved tensors come back as their hooks return them: any of them may be at fault.
+        dtype = next(g.dtype for g in (dy, dhn, dcn) if g is not None)
+        plain: list[Any] = [
+            None if t is None else dense(t.to(dtype)) for t in (x, y, saved, dy, dhn, dcn, *tensors)
+        ]
+        x, y, saved, dy, dhn, dcn, *tensors = plain
         h0, c0, weights = _initial_states(tensors, states)
-        wanted = ctx.needs_input_grad[4:]
-        run = kernels.profiled(layer.backward, layer.mode, " backward")
-        try:
-            gradients, _ = run(x, h0, c0, weights, steps, y, saved, dy, dhn, dcn, wanted, overwrite)
-        except kernels.RefusedError:
-            if ops.are_batches(dy, dhn, dcn):
-                return _by_operators(ctx, dy, dhn, dcn)
-            # Saved tensors come back as their hooks return them: any of them may be at fault.
-            dtype = next(g.dtype for g in (dy, dhn, dcn) if g is not None)
-            plain: list[Any] = [
-                None if t is None else dense(t.to(dtype))
-                for t in (x, y, saved, dy, dhn, dcn, *tensors)
-            ]
-            x, y, saved, dy, dhn, dcn, *tensors = plain
-            h0, c0, weights = _initial_states(tensors, states)
-            gradients, _ = run(x, h0, c0, weights, steps, y, saved, dy, dhn, dcn, wanted, overwrite)
-        _forget(ctx)
-        return (None, None, None, None, *gradients)
+        gradients, _ = run(x, h0, c0, weights, steps, y, saved, dy, dhn, dcn, wanted, overwrite)
+    _forget(ctx)
+    return (None, None, None, None, *gradients)
 
 
 record: Callable[..., tuple[Tensor, ...]] = super(torch.autograd.Function, Scan).apply
@@ -95,6 +108,9 @@ it is the last part of ``saved``.
 
 ``Scan.apply`` without its look for functorch transforms: the caller has looked already.
 """
+
+record_cell: Callable[..., tuple[Tensor, ...]] = super(torch.autograd.Function, ScanOfCell).apply
+"""The same for a cell."""
 
 
 def _saved(ctx: Any) -> tuple[Any, Any, bool, Tensor, list[Tensor]]:
@@ -111,27 +127,45 @@ def _forget(ctx: Any) -> None:
         ctx.own = None
 
 
-def _by_operators(ctx: Any, *incoming: Tensor | None) -> tuple[Tensor | None, ...]:
+def _by_operators(
+    ctx: Any, dy: Tensor | None, dhn: Tensor | None, dcn: Tensor | None
+) -> tuple[Tensor | None, ...]:
     """Backward for all who look on, and for derivatives of it, which read what was saved later."""
     ctx.is_shared = True
     y, saved, _, x, tensors = _saved(ctx)
     layer, steps, states = ctx.scanned
-    dtype = next(g.dtype for g in incoming if g is not None)
+    dtype = next(g.dtype for g in (dy, dhn, dcn) if g is not None)
     y, saved, x, *tensors = (  # as hooks of saved tensors have returned them
         t if t is None or t.dtype == dtype else t.to(dtype) for t in (y, saved, x, *tensors)
     )
+    h0, c0, weights = _initial_states(tensors, states)
+    shapes = None
+    if layer.is_cell:  # the operators know layers: with an axis of time, and one of the batch
+        shapes = [x.shape, *(w.shape for w in weights), *(s.shape for s in (h0, c0) if s is not None)]
+        rows = 1 if x.dim() == 1 else x.size(0)
+        x, y, h0, c0 = (t if t is None else _one_step(t, rows) for t in (x, y, h0, c0))
     if y is None:
         saved, y = _apart(saved, x, layer, steps)
-    h0, c0, weights = _initial_states(tensors, states)
     kept = x.new_empty(0) if saved is None else saved
     wanted, spec = ctx.needs_input_grad[4:], Spec.of(layer)
 
     def run(*gradients: Tensor | None) -> list[Tensor | None]:
-        return ops.scan_backward(spec, steps, gradients, x, h0, c0, weights, y, kept, wanted)
+        if shapes is not None:
+            gradients = tuple(t if t is None else _one_step(t, rows) for t in gradients)
+        made = ops.scan_backward(spec, steps, gradients, x, h0, c0, weights, y, kept, wanted)[:-1]
+        if shapes is None:
+            return made
+        return [
+            t if t is None else t.reshape(shape) for t, shape in zip(made, shapes, strict=True)
+        ]
 
-    gradients = ops.in_batches(run, *incoming)[:-1]
+    gradients = ops.in_batches(run, dy, dhn, dcn)
     _forget(ctx)
     return (None, None, None, None, *gradients)
+
+
+def _one_step(t: Tensor, rows: int) -> Tensor:
+    return t.reshape(1, rows, t.shape[-1])
 
 
 def _apart(saved: Tensor, x: Tensor, layer: Layer, steps: Steps | None) -> tuple[Tensor, Tensor]:

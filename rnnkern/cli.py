@@ -23,12 +23,16 @@ from rnnkern.workloads import (
     CELLS,
     PASSES,
     PRECISIONS,
+    STEP_CELLS,
     Precision,
+    Workload,
     default_precisions,
+    load_step_workloads,
     load_workloads,
 )
 
 OK, FAILED, INTERRUPTED = 0, 1, 130
+ALL_CELLS = (*CELLS, *STEP_CELLS)
 DTYPES = {"cpu": ("float32", "float64"), "cuda": tuple(PRECISIONS)}
 
 NOTEBOOK_TEXT = (
@@ -47,6 +51,11 @@ backward. Checked first against float64: errors at most {tolerance.FACTOR:g} x t
 of 16-bit types + {tolerance.FLOOR_EPS[torch.bfloat16]:g} eps.
 
 {"cell":5} {"workload":13}{"T":>5}{"N":>5}{"I":>5}{"H":>5} {"dtype":8} {"pass":16}{"torch.nn":>8}\
+{"rnnkern":>10}{"speed-up":>9}{"GFLOP/s":>8}"""
+STEPS_HEADING = f"""\
+One step of a cell, from a given state.
+
+{"cell":9}{"workload":13}{"N":>5}{"I":>5}{"H":>5}  {"dtype":8} {"pass":16}{"torch.nn":>8}\
 {"rnnkern":>10}{"speed-up":>9}{"GFLOP/s":>8}"""
 
 
@@ -89,6 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.set_defaults(command=_compare, parser=sub)
     several: dict[str, Any] = {"action": "extend", "type": _words, "default": []}
     names, gpu_names = (", ".join(load_workloads(device)) for device in ("cpu", "cuda"))
+    step_names = ", ".join(load_step_workloads())
     dtypes = [
         f"on {device}: {', '.join(DTYPES[kind])} (default: "
         f"{', '.join(precision.name for precision in default_precisions(kind))})"
@@ -96,9 +106,12 @@ def _parser() -> argparse.ArgumentParser:
     ]
     passes = ", ".join(map(_slug, PASSES))
     sub.add_argument("--quick", action="store_true", help="seconds instead of minutes, rougher")
-    sub.add_argument("--cell", **several, metavar="C[,C]", help=", ".join(CELLS))
+    sub.add_argument("--cell", **several, metavar="C[,C]", help=", ".join(ALL_CELLS))
     sub.add_argument(
-        "--workload", **several, metavar="W[,W]", help=f"on the CPU: {names}; on a GPU: {gpu_names}"
+        "--workload",
+        **several,
+        metavar="W[,W]",
+        help=f"of layers on the CPU: {names}; on a GPU: {gpu_names}; of cells: {step_names}",
     )
     sub.add_argument("--pass", dest="passes", **several, metavar="P[,P]", help=passes)
     sub.add_argument(
@@ -163,12 +176,13 @@ def _precisions(arguments: argparse.Namespace) -> tuple[Precision, ...]:
 def _options(arguments: argparse.Namespace) -> Options:
     parser, device = arguments.parser, arguments.device
     passes = list(map(_slug, arguments.passes))
-    workloads = _choose(parser, "--workload", arguments.workload, load_workloads(device.type))
+    known = load_workloads(device.type) | load_step_workloads()
+    workloads = _choose(parser, "--workload", arguments.workload, known)
     small = workloads
     if arguments.quick and not arguments.workload:  # who names a large one gets it
         small = compare.quick_workloads(workloads, device.type)
     return Options(
-        cells=_choose(parser, "--cell", arguments.cell, dict(zip(CELLS, CELLS, strict=True))),
+        cells=_choose(parser, "--cell", arguments.cell, {name: name for name in ALL_CELLS}),
         workloads=small,
         passes=_choose(parser, "--pass", passes, {_slug(name): name for name in PASSES}),
         device=device,
@@ -261,6 +275,12 @@ def _progress_bar(total: int) -> Any:
     return tqdm(total=total, file=sys.stderr, leave=False, bar_format=shown)
 
 
+def _sizes(cell: str, w: Workload) -> str:
+    """The columns of a row that name its case."""
+    sizes = f"{w.batch:5}{w.input_size:5}{w.hidden_size:5}"
+    return f"{cell:9}{w.name:13}{sizes}" if w.is_step else f"{cell:5} {w.name:13}{w.steps:5}{sizes}"
+
+
 class Printer:
     """Prints results as they come, with a progress bar on stderr if that is a terminal.
 
@@ -345,16 +365,14 @@ class Printer:
     def row(self, row: Row) -> None:
         """Prints one timing; sizes and dtype only where they are others than in the row above."""
         name = dtype = ""
+        w = next(w for w in self.options.workloads if w.name == row.workload)
         if self._case[:2] != (row.cell, row.workload):
-            w = next(w for w in self.options.workloads if w.name == row.workload)
-            name = (
-                f"{row.cell:5} {w.name:13}{w.steps:5}{w.batch:5}{w.input_size:5}{w.hidden_size:5}"
-            )
+            name = _sizes(row.cell, w)
         if self._case != (row.cell, row.workload, row.dtype):
             dtype = row.dtype
         self._case = (row.cell, row.workload, row.dtype)
         self._print_row(
-            ROWS_HEADING,
+            STEPS_HEADING if w.is_step else ROWS_HEADING,
             f"{name:39} {dtype:8} {row.pass_name:16}{_duration(row.torch_us):>8}"
             f"{_duration(row.us):>10}{_ratio(row.speedup):>9}{_figures(row.gflops):>8}",
         )
@@ -364,12 +382,32 @@ class Printer:
         for f in failures:
             dtype = f"{f.dtype} " if len(self.options.precisions) > 1 else ""
             self._print_row(
-                ROWS_HEADING, f"{f.cell:5} {f.workload:13} FAILED {dtype}{f.what}: {f.problem}"
+                STEPS_HEADING if f.cell in STEP_CELLS else ROWS_HEADING,
+                f"{f.cell:5} {f.workload:13} FAILED {dtype}{f.what}: {f.problem}",
             )
+
+    def _means(self, report: Report, cells: tuple[str, ...]) -> None:
+        """Prints a row for each dtype and pass, a column for each of the cells."""
+        heads = "".join(f"{cell:>9}" for cell in cells)
+        heading = f"\n{'geometric mean of the speed-up':30}{heads}{'all':>9}   the least"
+        for dtype in report.dtypes:
+            for pass_name in self.options.passes:
+                slowest = report.slowest(pass_name, dtype, cells)
+                if slowest is None:
+                    continue
+                label = pass_name if len(report.dtypes) == 1 else f"{dtype:9}{pass_name}"
+                speedups = [report.mean(pass_name, cell, dtype) for cell in cells]
+                speedups.append(report.mean(pass_name, None, dtype, cells))
+                if heading:
+                    print(heading)
+                    heading = ""
+                print(
+                    f"{label:30}{''.join(f'{_ratio(value):>9}' for value in speedups)}   "
+                    f"{_ratio(slowest.speedup)} {slowest.cell} {slowest.workload}"
+                )
 
     def summary(self, report: Report) -> None:
         """Prints the means, and the verdict on all checks."""
-        cells = self.options.cells
         if report.notebook:
             print("\nThe notebook's call, in calls of nn.Linear(3, 3) on the same input")
             for label, beside in (
@@ -379,20 +417,8 @@ class Printer:
                 us = statistics.median(one.linear_us for one in beside.values())
                 parts = ", ".join(f"{cell} {_figures(one.ratio)}" for cell, one in beside.items())
                 print(f"{label:12} ({_duration(us)}): {parts}")
-        if report.rows:
-            heads = "".join(f"{cell:>9}" for cell in cells)
-            print(f"\n{'geometric mean of the speed-up':30}{heads}{'all':>9}   the least")
-        for dtype in report.dtypes:
-            for pass_name in self.options.passes:
-                slowest = report.slowest(pass_name, dtype)
-                if slowest is None:
-                    continue
-                label = pass_name if len(report.dtypes) == 1 else f"{dtype:9}{pass_name}"
-                speedups = [report.mean(pass_name, cell, dtype) for cell in (*cells, None)]
-                print(
-                    f"{label:30}{''.join(f'{_ratio(value):>9}' for value in speedups)}   "
-                    f"{_ratio(slowest.speedup)} {slowest.cell} {slowest.workload}"
-                )
+        for family in (CELLS, STEP_CELLS):
+            self._means(report, tuple(cell for cell in self.options.cells if cell in family))
         if report.not_timed:
             print(
                 f"\nTime was up: {report.not_timed} rows were checked but not timed. "

@@ -25,6 +25,7 @@ from rnnkern.workloads import (
     CELLS,
     FORWARD_BACKWARD,
     PASSES,
+    STEP_CELLS,
     Case,
     Precision,
     Workload,
@@ -33,6 +34,7 @@ from rnnkern.workloads import (
     draw_case,
     flops,
     grad_mode,
+    load_step_workloads,
     load_workloads,
     notebook_case,
     reference_results,
@@ -52,7 +54,7 @@ class Options:
     """What to compare and how.
 
     Attributes:
-        cells: among ``CELLS``.
+        cells: among ``CELLS`` and ``STEP_CELLS``.
         workloads: in the order to run; one named notebook brings the notebook's comparison with it.
         passes: among ``PASSES``.
         device: where both run.
@@ -62,14 +64,27 @@ class Options:
         left_out: names of the workloads that a quick run is too short for.
     """
 
-    cells: tuple[str, ...] = CELLS
-    workloads: tuple[Workload, ...] = tuple(load_workloads().values())
+    cells: tuple[str, ...] = CELLS + STEP_CELLS
+    workloads: tuple[Workload, ...] = (
+        *load_workloads().values(),
+        *load_step_workloads().values(),
+    )
     passes: tuple[str, ...] = PASSES
     device: torch.device = torch.device("cpu")  # noqa: RUF009 - immutable
     precisions: tuple[Precision, ...] = default_precisions()
     threads: int | None = None
     quick: bool = False
     left_out: tuple[str, ...] = ()
+
+    @property
+    def cases(self) -> list[tuple[str, Workload]]:
+        """Each cell with each of its workloads."""
+        return [(cell, w) for cell in self.cells for w in self.workloads if cell in w.cells]
+
+    @property
+    def notebook_cells(self) -> tuple[str, ...]:
+        """The cells that the notebook compares."""
+        return tuple(cell for cell in self.cells if cell in CELLS)
 
     @property
     def notebook_runs(self) -> int:
@@ -217,20 +232,31 @@ class Report:
         return list(dict.fromkeys(row.dtype for row in self.rows))
 
     def mean(
-        self, pass_name: str, cell: str | None = None, dtype: str | None = None
+        self,
+        pass_name: str,
+        cell: str | None = None,
+        dtype: str | None = None,
+        cells: tuple[str, ...] = CELLS,
     ) -> float | None:
-        """Geometric mean of the speed-ups of a pass, of all cells or one, of all dtypes or one;
-        None without rows.
+        """Geometric mean of the speed-ups of a pass, of all cells in ``cells`` or one, of all
+        dtypes or one; None without rows.
         """
-        found = [r.speedup for r in self._rows(pass_name, dtype) if cell in (None, r.cell)]
-        return statistics.geometric_mean(found) if found else None
+        rows = self._rows(pass_name, (cell,) if cell else cells, dtype)
+        return statistics.geometric_mean(r.speedup for r in rows) if rows else None
 
-    def slowest(self, pass_name: str, dtype: str | None = None) -> Row | None:
+    def slowest(
+        self, pass_name: str, dtype: str | None = None, cells: tuple[str, ...] = CELLS
+    ) -> Row | None:
         """The row of a pass with the least speed-up, of all dtypes or one."""
-        return min(self._rows(pass_name, dtype), key=lambda r: r.speedup, default=None)
+        rows = self._rows(pass_name, cells, dtype)
+        return min(rows, key=lambda r: r.speedup, default=None)
 
-    def _rows(self, pass_name: str, dtype: str | None) -> list[Row]:
-        return [r for r in self.rows if r.pass_name == pass_name and dtype in (None, r.dtype)]
+    def _rows(self, pass_name: str, cells: tuple[str, ...], dtype: str | None) -> list[Row]:
+        return [
+            r
+            for r in self.rows
+            if r.pass_name == pass_name and r.cell in cells and dtype in (None, r.dtype)
+        ]
 
     def as_json(self) -> dict[str, Any]:
         """The report as JSON-ready values; a difference that is not finite becomes None."""
@@ -245,6 +271,9 @@ class Report:
             "notebook": notebook,
             "rows": [row.as_json() for row in self.rows],
             "geometric_mean": {name: self.mean(name) for name in PASSES},
+            "geometric_mean_of_steps": {
+                name: self.mean(name, cells=STEP_CELLS) for name in PASSES
+            },
             "geometric_mean_by_dtype": {
                 dtype: {name: self.mean(name, dtype=dtype) for name in PASSES}
                 for dtype in self.dtypes
@@ -263,8 +292,8 @@ def quick_workloads(workloads: tuple[Workload, ...], device_type: str) -> tuple[
 def pieces_of_work(options: Options) -> int:
     """How many times a listener hears of an end: notebook comparisons, checks and rows."""
     per_case = len(options.precisions) * (1 + len(options.passes))
-    notebook = options.notebook_precision is not None
-    return len(options.cells) * (len(options.workloads) * per_case + notebook)
+    notebook = len(options.notebook_cells) * (options.notebook_precision is not None)
+    return len(options.cases) * per_case + notebook
 
 
 def run(options: Options, listener: Listener) -> Report:
@@ -278,15 +307,14 @@ def run(options: Options, listener: Listener) -> Report:
         listener.start(report)
         if options.notebook_precision is not None:
             with tf32_allowed(False):
-                for cell in options.cells:
+                for cell in options.notebook_cells:
                     listener.begin(f"{cell} notebook's comparison")
                     dtype = options.notebook_precision.dtype
                     report.notebook.append(compare_notebook(cell, options, dtype))
                     listener.notebook(report.notebook[-1])
                     listener.end()
-        for cell in options.cells:
-            for workload in options.workloads:
-                _one_case(draw_case(cell, workload), options, report, listener, deadline)
+        for cell, workload in options.cases:
+            _one_case(draw_case(cell, workload), options, report, listener, deadline)
         report.finished = True
     return report
 

@@ -22,7 +22,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn.utils.rnn import PackedSequence
 
 from rnnkern import kernels, ops, reference
-from rnnkern.autograd import record
+from rnnkern.autograd import record, record_cell
 from rnnkern.cells import CELLS
 from rnnkern.derivatives import Spec
 from rnnkern.exporting import to_torch
@@ -353,14 +353,24 @@ def _cell(module: Any, asked: torch.dtype | None, x: Tensor) -> dict[str, Any]:
     }
 
 
-def cell(module: Any, input: Tensor, hx: Any) -> Any:
-    """``forward`` of `rnnkern.RNNCell`, `rnnkern.LSTMCell` and `rnnkern.GRUCell`.
+def cell(self: Any, input: Any, hx: Any = None) -> Any:
+    """``forward`` of `rnnkern.RNNCell`, `rnnkern.LSTMCell` and `rnnkern.GRUCell`."""
+    if not is_compiling():  # as in `forward`
+        try:
+            result = kernels.plain_cell(self, input, hx, record_cell)
+        except kernels.RefusedError:
+            result = None
+        if result is not None:
+            return result
+    return _checked_cell(self, input, hx)
 
-    A scan of one step.
-    """
+
+def _checked_cell(module: Any, input: Any, hx: Any) -> Any:
     compiling = is_compiling()
     if to_torch() if compiling else _tracing_state() is not None:
         return module._torch_forward(input, hx)
+    if isinstance(module, nn.RNNCell) and module.nonlinearity not in ("tanh", "relu"):
+        return module._torch_forward(input, hx)  # torch's error
     mode = mode_of(module)
     states = _cell_states(module, mode, input, hx)
     if states is None:
@@ -373,25 +383,49 @@ def cell(module: Any, input: Tensor, hx: Any) -> Any:
     reason: str | None = "an operand"
     if not compiling:
         reason = kernels.mode_refusal() or kernels.refusal(x, h0, c0, weights)
-    by_operator = reason not in (None, GAPS) and has_operators(x, h0, c0, *weights)
-    if reason == GAPS:
-        x, h0, c0, weights = _dense(x, h0, c0, weights)
-    elif reason is not None and not by_operator:
-        return _warn(reason, module._torch_forward(input, hx))
-    rows = 1 if x.dim() == 1 else x.size(0)
-    x = x.reshape(1, rows, module.input_size)
-    h0, c0 = (None if s is None else s.reshape(1, rows, module.hidden_size) for s in (h0, c0))
-    layer = (
-        Spec(mode, proj=False, **_cell(module, asked, x))
-        if by_operator
-        else layer_of_cell(module, asked, x)
-    )
-    _, hn, cn = _one_layer(layer, x, h0, c0, weights, None, is_last=False)
+    if reason in (None, GAPS):
+        if reason == GAPS:
+            x, h0, c0, weights = _dense(x, h0, c0, weights)
+        outputs = _one_cell(layer_of_cell(module, asked, x), x, h0, c0, weights)
+    elif has_operators(x, h0, c0, *weights):
+        spec = Spec(mode, proj=False, **_cell(module, asked, x))
+        outputs = _cell_by_operators(spec, module.hidden_size, x, h0, c0, weights)
+    else:
+        return _warn(str(reason), module._torch_forward(input, hx))
     if dtype is not None and x.dtype != torch.float64:
-        hn, cn = hn.to(dtype), None if cn is None else cn.to(dtype)
+        outputs = tuple(z.to(dtype) for z in outputs)
+    return outputs if mode == "LSTM" else outputs[0]
+
+
+def _one_cell(
+    layer: Layer, x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: list[Tensor]
+) -> tuple[Tensor, ...]:
+    """``h``, or ``h, c``, on the kernels."""
+    run = kernels.profiled(layer.forward, layer.mode)
+    outputs, training, kept_h, saved = run(x, h0, c0, weights, None, keeps_y=True)
+    if not training:
+        return outputs  # type: ignore[no-any-return]
+    states = [s for s in (h0, c0) if s is not None]
+    return record_cell((layer, None, len(states)), outputs, kept_h, saved, x, *weights, *states)
+
+
+def _cell_by_operators(
+    spec: Spec,
+    hidden: int,
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: list[Tensor],
+) -> tuple[Tensor, ...]:
+    """The same as a layer of one step, in a mode of torch that sees operators only."""
+    *batch, features = x.shape
+    rows = batch[0] if batch else 1
+    h0, c0 = (None if s is None else s.reshape(1, rows, hidden) for s in (h0, c0))
+    x = x.reshape(1, rows, features)
+    _, hn, cn = _one_layer(spec, x, h0, c0, weights, None)
     # No views: torch.nn's are none, and `detach_` refuses those. Nothing else holds their memory.
-    view, shape = torch.ops.aten._unsafe_view.default, (*input.shape[:-1], module.hidden_size)
-    return view(hn, shape) if cn is None else (view(hn, shape), view(cn, shape))
+    view = torch.ops.aten._unsafe_view.default
+    return tuple(view(z, (*batch, hidden)) for z in (hn, cn) if z is not None)
 
 
 def _cell_biases(module: Any) -> tuple[Tensor, ...]:

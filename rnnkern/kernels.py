@@ -30,7 +30,8 @@ Layer = _C.Layer
 """What a layer is, apart from the sizes of its input.
 
 ``forward(x, h0, c0, weights, steps, training=None, keeps_y=False)`` returns the outputs ``(y,
-h_n)`` or ``(y, h_n, c_n)``, whether a gradient is to be recorded, and what backward then needs: y,
+h_n)`` or ``(y, h_n, c_n)``, of a cell whose tensors have no axis of time ``(h,)`` or ``(h, c)``;
+whether a gradient is to be recorded, and what backward then needs: y,
 and one tensor of the activated slots ``[D, rows, S * H]``, cell states ``[D, rows, H]`` and hidden
 states before a projection ``[D, rows, H]``, as far as the cell has them, one after the other, or
 None. A ``training`` of None asks torch's modes and the operands. With ``keeps_y`` the y for
@@ -136,6 +137,10 @@ Raises:
     RefusedError: an operand does not fit, or no kernel covers it.
 """
 
+plain_cell = _C.plain_cell
+"""The same of a cell, whose outputs are ``(h,)`` or ``(h, c)`` and no y besides
+(`rnnkern.autograd.record_cell`).
+"""
 
 CudaDevice = _C.CudaDevice
 """``CudaDevice(*, capability, multiprocessors, shared_bytes)``: a GPU as its plan sees it."""

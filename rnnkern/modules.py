@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import nn
 
 from rnnkern import functional, scripting
 
@@ -81,10 +81,7 @@ class RNNCell(nn.RNNCell):
     _torch_forward = nn.RNNCell.forward
     __prepare_scriptable__ = scripting.prepare
 
-    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
-        if self.nonlinearity not in ("tanh", "relu"):
-            return self._torch_forward(input, hx)
-        return functional.cell(self, input, hx)  # type: ignore[no-any-return]
+    forward = functional.cell
 
 
 class LSTMCell(nn.LSTMCell):
@@ -96,10 +93,7 @@ class LSTMCell(nn.LSTMCell):
     _torch_forward = nn.LSTMCell.forward
     __prepare_scriptable__ = scripting.prepare
 
-    def forward(
-        self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
-    ) -> tuple[Tensor, Tensor]:
-        return functional.cell(self, input, hx)  # type: ignore[no-any-return]
+    forward = functional.cell
 
 
 class GRUCell(nn.GRUCell):
@@ -111,5 +105,4 @@ class GRUCell(nn.GRUCell):
     _torch_forward = nn.GRUCell.forward
     __prepare_scriptable__ = scripting.prepare
 
-    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
-        return functional.cell(self, input, hx)  # type: ignore[no-any-return]
+    forward = functional.cell

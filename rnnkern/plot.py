@@ -70,7 +70,7 @@ def speedup(rows: Sequence[Row], path: Path) -> None:
         for pass_name in PASSES
         if any((r.dtype, r.pass_name) == (dtype, pass_name) for r in rows)
     ]
-    cells = [c for c in CELLS if any(r.cell == c for r in rows)]
+    cells = [c for c in CELLS if any(r.cell in (c, c + "Cell") for r in rows)]
     workloads = list(dict.fromkeys(r.workload for r in rows))
     size = (max(5.0, 1.5 + 0.85 * len(workloads)), 0.9 + 2.4 * len(shown))
     figure = Figure(figsize=size, layout="constrained")
@@ -79,7 +79,9 @@ def speedup(rows: Sequence[Row], path: Path) -> None:
     for panel, (dtype, pass_name) in zip(panels, shown, strict=True):
         for i, cell in enumerate(cells):
             wanted = (dtype, pass_name, cell)
-            found = [r for r in rows if (r.dtype, r.pass_name, r.cell) == wanted]
+            found = [
+                r for r in rows if (r.dtype, r.pass_name, r.cell.removesuffix("Cell")) == wanted
+            ]
             places = [
                 workloads.index(r.workload) + (i - (len(cells) - 1) / 2) * width for r in found
             ]

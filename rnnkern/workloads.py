@@ -23,7 +23,9 @@ import rnnkern
 from rnnkern import tolerance
 
 CELLS = ("RNN", "LSTM", "GRU")
-GATES = {"RNN": 1, "LSTM": 4, "GRU": 3}
+#: The modules of a single step.
+STEP_CELLS = ("RNNCell", "LSTMCell", "GRUCell")
+GATES = {"RNN": 1, "LSTM": 4, "GRU": 3, "RNNCell": 1, "LSTMCell": 4, "GRUCell": 3}
 
 FORWARD = "forward"
 FORWARD_GRAD = "forward (grad)"
@@ -77,7 +79,7 @@ class Workload:
     """Sizes of a layer's job: ``steps`` T, ``batch`` N, ``input_size`` I, ``hidden_size`` H.
 
     ``regime`` is a word for the amount of work and ``origin`` says where the sizes come from;
-    ``nonlinearity`` is for the RNN cell only.
+    ``nonlinearity`` is for the RNN cell only. ``is_step``: of the modules of a single step.
     """
 
     name: str
@@ -88,6 +90,12 @@ class Workload:
     regime: str = ""
     origin: str = ""
     nonlinearity: str = "tanh"
+    is_step: bool = False
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """The modules it is for."""
+        return STEP_CELLS if self.is_step else CELLS
 
 
 def _load() -> Any:
@@ -110,19 +118,27 @@ def load_workloads(device_type: str = "cpu") -> dict[str, Workload]:
     entries = data["workloads" if device_type == "cpu" else "gpu_workloads"]
     if device_type != "cpu":  # the notebook's comparison belongs to every device
         entries = [e for e in data["workloads"] if e["name"] == "notebook"] + entries
-    return {
-        e["name"]: Workload(
-            name=e["name"],
-            steps=e["T"],
-            batch=e["N"],
-            input_size=e["I"],
-            hidden_size=e["H"],
-            regime=e.get("regime", ""),
-            origin=e.get("from", e.get("why", "")),
-            nonlinearity=_NONLINEARITY.get(e["name"], "tanh"),
-        )
-        for e in entries
-    }
+    return {e["name"]: _workload(e) for e in entries}
+
+
+@lru_cache
+def load_step_workloads() -> dict[str, Workload]:
+    """Those of the modules of a single step, on every device, by name and in order of size."""
+    return {e["name"]: _workload(e) for e in _load()["step_workloads"]}
+
+
+def _workload(entry: dict[str, Any]) -> Workload:
+    return Workload(
+        name=entry["name"],
+        steps=entry.get("T", 1),
+        batch=entry["N"],
+        input_size=entry["I"],
+        hidden_size=entry["H"],
+        regime=entry.get("regime", ""),
+        origin=entry.get("from", entry.get("why", "")),
+        nonlinearity=_NONLINEARITY.get(entry["name"], "tanh"),
+        is_step="T" not in entry,
+    )
 
 
 def flops(cell: str, workload: Workload, pass_name: str = FORWARD) -> int:
@@ -147,12 +163,21 @@ def grad_mode(pass_name: str) -> torch.set_grad_enabled:
 class Side:
     """A module of one library with its input and the gradient of its output, ready to run.
 
-    ``x`` is a leaf ``[T, N, I]`` that requires a gradient; ``dy`` is ``[T, N, H]``.
+    ``x`` is a leaf ``[T, N, I]`` that requires a gradient; ``dy`` is ``[T, N, H]``. Of a single
+    step they have no axis of time, and the states before it, ``[N, H]``, are leaves too.
     """
 
-    module: nn.RNNBase
+    module: nn.RNNBase | nn.RNNCellBase
     x: Tensor
     dy: Tensor
+    states: tuple[Tensor, ...] = ()
+
+    @property
+    def operands(self) -> tuple[Any, ...]:
+        """What the module is called with."""
+        if not self.states:
+            return (self.x,)
+        return self.x, self.states[0] if len(self.states) == 1 else self.states
 
     def call(self, pass_name: str) -> Callable[[], object]:
         """What is timed for a pass, to be called within ``grad_mode(pass_name)``.
@@ -160,26 +185,31 @@ class Side:
         The mode is left to the caller because a loop of calls enters it once. Forward+backward
         drops the old gradients first, as ``zero_grad()`` does.
         """
-        module, x, dy = self.module, self.x, self.dy
+        module, operands, dy = self.module, self.operands, self.dy
         if pass_name != FORWARD_BACKWARD:
-            return lambda: module(x)
-        leaves = [x, *module.parameters()]
+            return lambda: module(*operands)
+        leaves = [self.x, *self.states, *module.parameters()]
 
         def forward_backward() -> None:
             for leaf in leaves:
                 leaf.grad = None
-            module(x)[0].backward(dy)
+            _first(module(*operands)).backward(dy)
 
         return forward_backward
 
     def results(self, pass_name: str) -> dict[str, Tensor]:
         """All that a pass computes, by name: output, final states, with backward the gradients."""
         with grad_mode(pass_name):
-            output, state = self.module(self.x)
-        states = state if isinstance(state, tuple) else (state,)
-        found = {"output": output, **dict(zip(("h_n", "c_n"), states, strict=False))}
+            made = self.module(*self.operands)
+        output = _first(made)
+        if self.states:
+            found = {"output": output} | ({"c": made[1]} if isinstance(made, tuple) else {})
+        else:
+            states = made[1] if isinstance(made[1], tuple) else (made[1],)
+            found = {"output": output, **dict(zip(("h_n", "c_n"), states, strict=False))}
         if pass_name == FORWARD_BACKWARD:
             leaves = {"input": self.x, **dict(self.module.named_parameters())}
+            leaves |= dict(zip(("h_0", "c_0"), self.states, strict=False))
             for leaf in leaves.values():
                 leaf.grad = None
             output.backward(self.dy)
@@ -190,9 +220,15 @@ class Side:
         return {name: tensor.detach() for name, tensor in found.items()}
 
 
+def _first(made: Any) -> Tensor:
+    """The output of a layer, or the hidden state of a cell."""
+    return made[0] if isinstance(made, tuple) else made  # type: ignore[no-any-return]
+
+
 @dataclass(frozen=True)
 class Case:
-    """One cell at one workload, as numbers: parameters, input ``x``, output gradient ``dy``.
+    """One cell at one workload, as numbers: parameters, input ``x``, output gradient ``dy``, and of
+    a single step the states before it.
 
     Drawn once, on the CPU, in float32 so that a float64 reference starts from exactly the same
     numbers.
@@ -203,6 +239,7 @@ class Case:
     state: dict[str, Tensor]
     x: Tensor
     dy: Tensor
+    states: tuple[Tensor, ...] = ()
 
     def side(
         self, library: ModuleType, dtype: torch.dtype, device: str | torch.device = "cpu"
@@ -210,8 +247,10 @@ class Case:
         """The module of ``library`` (``torch.nn`` or ``rnnkern``) with these numbers."""
         module = _module(library, self.cell, self.workload, dtype, device)
         module.load_state_dict(self.state)
-        x = self.x.to(device, dtype, copy=True).requires_grad_()
-        return Side(module, x, self.dy.to(device, dtype))
+        x, *states = (
+            leaf.to(device, dtype, copy=True).requires_grad_() for leaf in (self.x, *self.states)
+        )
+        return Side(module, x, self.dy.to(device, dtype), tuple(states))
 
 
 def _module(
@@ -220,9 +259,10 @@ def _module(
     workload: Workload,
     dtype: torch.dtype,
     device: str | torch.device,
-) -> nn.RNNBase:
-    options: dict[str, str] = {"nonlinearity": workload.nonlinearity} if cell == "RNN" else {}
-    build: Callable[..., nn.RNNBase] = getattr(library, cell)
+) -> nn.RNNBase | nn.RNNCellBase:
+    is_elman = cell in ("RNN", "RNNCell")
+    options: dict[str, str] = {"nonlinearity": workload.nonlinearity} if is_elman else {}
+    build: Callable[..., nn.RNNBase | nn.RNNCellBase] = getattr(library, cell)
     return build(workload.input_size, workload.hidden_size, dtype=dtype, device=device, **options)
 
 
@@ -236,9 +276,12 @@ def draw_case(cell: str, workload: Workload) -> Case:
         torch.default_generator.manual_seed(SEED)
         module = _module(nn, cell, workload, torch.float32, "cpu")
         on_cpu: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
-        x = torch.randn(w.steps, w.batch, w.input_size, **on_cpu)
-        dy = torch.randn(w.steps, w.batch, w.hidden_size, **on_cpu)
-    return Case(cell, workload, module.state_dict(), x, dy)
+        rows = (w.batch,) if w.is_step else (w.steps, w.batch)
+        x = torch.randn(*rows, w.input_size, **on_cpu)
+        dy = torch.randn(*rows, w.hidden_size, **on_cpu)
+        count = (2 if cell == "LSTMCell" else 1) if w.is_step else 0
+        states = tuple(torch.randn(*rows, w.hidden_size, **on_cpu) for _ in range(count))
+    return Case(cell, workload, module.state_dict(), x, dy, states)
 
 
 def notebook_case(cell: str) -> Case:

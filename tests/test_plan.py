@@ -50,33 +50,46 @@ def plan(
         backward=backward,
     )
     names = ("threads", "row_blocks", "unit_blocks", "block_steps")
-    packs = {"packs": (found.packs_input, found.packs_recurrent)}
-    return {name: getattr(found, name) for name in names} | packs, text
+    reads = {"reads": (found.input, found.recurrent)}
+    return {name: getattr(found, name) for name in names} | reads, text
+
+
+PACKED, DOTS, BROADCAST, IN_PLACE = "packed", "dots", "broadcast", "in place"
+"""How a matrix of weights is read."""
 
 
 def expect(
-    threads: int, rows: int, units: int, packs: tuple[bool, bool] = (True, True), steps: int = 1
+    threads: int,
+    rows: int,
+    units: int,
+    reads: tuple[str, str] = (PACKED, PACKED),
+    steps: int = 1,
 ) -> dict[str, Any]:
     return {
         "threads": threads,
         "row_blocks": rows,
         "unit_blocks": units,
         "block_steps": steps,
-        "packs": packs,
+        "reads": reads,
     }
 
 
 # mode, (T, N, I, H), threads, the plan of forward
 TABLE = {
     "notebook": ("LSTM", (10, 1, 3, 3), 2, expect(1, 1, 1, steps=10)),
-    "one step": ("LSTM", (1, 1, 64, 256), 2, expect(2, 1, 2, (False, False))),
-    "one step of many rows": ("LSTM", (1, 64, 64, 256), 2, expect(2, 2, 1, (True, False))),
+    "one step": ("LSTM", (1, 1, 64, 256), 2, expect(2, 1, 2, (DOTS, DOTS))),
+    "one step of many rows": (
+        "LSTM",
+        (1, 64, 64, 256),
+        2,
+        expect(2, 1, 2, (BROADCAST, BROADCAST)),
+    ),
     "rows": ("LSTM", (28, 64, 28, 64), 2, expect(2, 2, 1)),
     "rows of eight threads": ("GRU", (28, 2000, 28, 64), 8, expect(8, 8, 1)),
     "one row of few units": ("RNN_TANH", (28, 1, 28, 64), 2, expect(1, 1, 1, steps=28)),
-    "one row of many units": ("LSTM", (16, 1, 80, 512), 2, expect(2, 1, 2, (False, False), 16)),
-    "one row, longer": ("LSTM", (60, 1, 80, 512), 2, expect(2, 1, 2, (True, False), 48)),
-    "one row, longer yet": ("LSTM", (150, 1, 80, 512), 2, expect(2, 1, 2, steps=48)),
+    "one row of many units": ("LSTM", (16, 1, 80, 512), 2, expect(2, 1, 2, (DOTS, DOTS), 16)),
+    "one row, longer": ("LSTM", (60, 1, 80, 512), 2, expect(2, 1, 2, (PACKED, DOTS), 48)),
+    "one row, longer yet": ("LSTM", (200, 1, 80, 512), 2, expect(2, 1, 2, steps=48)),
     "large": ("LSTM", (50, 64, 512, 512), 2, expect(2, 1, 2, steps=4)),
     "large, alone": ("LSTM", (50, 64, 512, 512), 1, expect(1, 1, 1, steps=4)),
     "rows and units": ("LSTM", (50, 64, 512, 512), 64, expect(40, 5, 8, steps=21)),
@@ -126,27 +139,74 @@ def test_no_thread_is_left_idle_where_rows_abound(I: int, H: int, threads: int) 
         assert found["row_blocks"] * found["unit_blocks"] == threads, text
 
 
-def test_weights_are_packed_where_the_order_of_summation_must_be_one() -> None:
-    assert plan("LSTM", (1, 1, 64, 256))[0]["packs"] == (False, False)
-    for backward in (False, True):
-        found = plan("LSTM", (1, 1, 64, 256), deterministic=True, backward=backward)[0]
-        assert found["packs"] == (True, True)
+def test_no_dot_products_where_the_order_of_summation_must_be_one() -> None:
+    assert plan("LSTM", (1, 1, 64, 256))[0]["reads"] == (DOTS, DOTS)
+    assert plan("LSTM", (1, 1, 64, 256), backward=True)[0]["reads"] == (IN_PLACE, IN_PLACE)
+    found = plan("LSTM", (1, 1, 64, 256), deterministic=True, backward=True)[0]
+    assert found["reads"] == (PACKED, PACKED)
+    found = plan("LSTM", (1, 1, 64, 256), deterministic=True)[0]
+    assert DOTS not in found["reads"]
+    # Weights that are broadcast have the bits of packed ones.
+    found = plan("LSTM", (1, 16, 64, 256), deterministic=True)[0]
+    assert found["reads"] == (BROADCAST, BROADCAST)
 
 
-@pytest.mark.parametrize(("cpu", "longest"), [(V4, 32), (V3, 64), (V4_BF16, 16), (V4_DOUBLE, 64)])
-def test_weights_are_packed_where_it_pays(cpu: dict[str, int], longest: int) -> None:
-    """Forward: longer rows repay it later, and rows from afar. Rows and steps count alike."""
-    near = cpu | {"l2_bytes": 2**25}
-    for T, N in ((longest, 1), (longest // 4, 4), (1, longest)):
-        assert plan("GRU", (T, N, 512, 512), 1, near)[0]["packs"] == (False, False)
-        assert plan("GRU", (T, N + 1, 512, 512), 1, near)[0]["packs"] == (True, True)
-        assert plan("GRU", (4 * T, N, 512, 512), 1, cpu)[0]["packs"] == (False, False)
-        assert plan("GRU", (4 * T, N + 1, 512, 512), 1, cpu)[0]["packs"] == (True, True)
+CPUS = [(V4, 16), (V3, 8), (V4_BF16, 16), (V4_DOUBLE, 8)]
+
+
+@pytest.mark.parametrize(("cpu", "lanes"), CPUS)
+def test_weights_are_packed_where_it_pays(cpu: dict[str, int], lanes: int) -> None:
+    """Forward, of a single row: packing is repaid later where rows of weights are longer, and where
+    they come from afar.
+    """
+    for l2_bytes, packing in ((2**27, 8), (2**18, 16)):
+        machine = cpu | {"l2_bytes": l2_bytes}
+        for columns in (256, 512, 1024):
+            longest = packing * columns // (3 * lanes * cpu["group"])
+            sizes = (columns, columns)
+            assert plan("GRU", (longest, 1, *sizes), 1, machine)[0]["reads"] == (DOTS, DOTS)
+            assert plan("GRU", (longest + 1, 1, *sizes), 1, machine)[0]["reads"] == (PACKED, PACKED)
+
+
+@pytest.mark.parametrize(("cpu", "lanes"), CPUS)
+def test_weights_are_broadcast_where_rows_fill_vectors(cpu: dict[str, int], lanes: int) -> None:
+    for rows, wanted in (
+        (1, DOTS),
+        (lanes // 2, DOTS),
+        (lanes, BROADCAST),
+        (4 * lanes, BROADCAST),
+    ):
+        assert plan("LSTM", (1, rows, 512, 512), 1, cpu)[0]["reads"] == (wanted, wanted), rows
+    assert plan("LSTM", (1000, lanes, 512, 512), 1, cpu)[0]["reads"] == (PACKED, PACKED)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 7, 64])
+@pytest.mark.parametrize("T", [1, 3, 30])
+@pytest.mark.parametrize("N", [1, 15, 16, 33, 300])
+@pytest.mark.parametrize("H", [3, 65, 512])
+def test_how_weights_are_read_does_not_depend_on_threads(
+    N: int, T: int, H: int, threads: int
+) -> None:
+    for deterministic in (False, True):
+        own = {"deterministic": deterministic}
+        alone, here = (plan("GRU", (T, N, 40, H), n, **own)[0] for n in (1, threads))
+        assert here["reads"] == alone["reads"]
 
 
 def test_weights_are_packed_where_they_become_fewer_bytes() -> None:
-    assert plan("GRU", (8, 1, 512, 512), 1, V4_BF16)[0]["packs"] == (False, False)
-    assert plan("GRU", (8, 1, 512, 512), 1, V4_BY_BF16)[0]["packs"] == (True, True)
+    assert plan("GRU", (8, 1, 512, 512), 1, V4_BF16)[0]["reads"] == (DOTS, DOTS)
+    for rows in (1, 16):
+        found = plan("GRU", (8, rows, 512, 512), 1, V4_BY_BF16)[0]
+        assert found["reads"] == (PACKED, PACKED)
+
+
+def test_weights_that_are_converted_are_broadcast_later() -> None:
+    """float16 is multiplied as float32."""
+    converted = V4 | {"multiplies_in_place": False}
+    assert plan("GRU", (8, 16, 64, 64), 1, V4)[0]["reads"] == (PACKED, PACKED)
+    assert plan("GRU", (4, 16, 512, 512), 1, V4)[0]["reads"] == (BROADCAST, BROADCAST)
+    assert plan("GRU", (4, 16, 64, 64), 1, converted)[0]["reads"] == (PACKED, PACKED)
+    assert plan("GRU", (1, 16, 64, 64), 1, converted)[0]["reads"] == (BROADCAST, BROADCAST)
 
 
 @pytest.mark.parametrize("rows", [1, 15, 16, 1000])
@@ -164,10 +224,13 @@ def test_float32_is_multiplied_as_bfloat16_where_it_pays(rows: int, deterministi
 
 def test_rows_that_want_one_place_of_the_cache_are_drawn_together() -> None:
     """Backward, where a row of W is 4096 bytes."""
-    assert plan("LSTM", (5, 2, 512, 1024), backward=True)[0]["packs"] == (False, True)
-    assert plan("LSTM", (5, 2, 512, 1030), backward=True)[0]["packs"] == (False, False)
-    assert plan("LSTM", (50, 2, 512, 1030), backward=True)[0]["packs"] == (True, True)
-    assert plan("LSTM", (1, 1, 512, 512), 1, V4_BF16, backward=True)[0]["packs"] == (True, True)
+    for sizes, cpu, wanted in (
+        ((5, 2, 512, 1024), V4, (IN_PLACE, PACKED)),
+        ((5, 2, 512, 1030), V4, (IN_PLACE, IN_PLACE)),
+        ((50, 2, 512, 1030), V4, (PACKED, PACKED)),
+        ((1, 1, 512, 512), V4_BF16, (PACKED, PACKED)),
+    ):
+        assert plan("LSTM", sizes, 1, cpu, backward=True)[0]["reads"] == wanted
 
 
 def test_more_cache_makes_weights_small() -> None:

@@ -33,6 +33,7 @@ SIZES = {
     "rows": (4, 70, 40, 150),
     "odd": (5, 13, 7, 129),
     "as-they-lie": (1, 7, 64, 256),  # an odd row by itself, on one thread or on two
+    "broadcast": (2, 31, 64, 256),  # a vector that is not full
 }
 
 
@@ -60,8 +61,9 @@ def test_outputs_do_not_depend_on_threads(form: str, sizes: str, dtype: torch.dt
 def test_weights_lie_where_the_table_says_so(cpu: dict[str, int], l2_bytes: int) -> None:
     """On any machine."""
     for threads in (1, 2, 64):
-        found, text = plan("LSTM", SIZES["as-they-lie"], threads, cpu | {"l2_bytes": l2_bytes})
-        assert found["packs"][1] is False, text
+        for sizes, wanted in (("as-they-lie", "dots"), ("broadcast", "broadcast")):
+            found, text = plan("LSTM", SIZES[sizes], threads, cpu | {"l2_bytes": l2_bytes})
+            assert found["reads"][1] == wanted, text
 
 
 @pytest.mark.cpu_only

@@ -40,7 +40,7 @@ class BackwardScan {
     barriers_ = carver.take<Barrier>(1 + plan.threads);
     for (int d = 0; d < z.D; ++d) {
       const Weights<T>& w = b.weights[d];
-      const bool packs = plan.packs_recurrent;
+      const bool packs = plan.recurrent == Reading::kPacked;
       recurrent_[d] = {kShape.gates * z.H, z.O, w.w_hh, w.w_hh_row, &kShape, packs, nullptr};
       projection_[d] = {z.O, z.H, w.w_hr, w.w_hr_row, nullptr, packs, nullptr};
       recurrent_[d].packed = carver.take<A>(recurrent_[d].lanes());

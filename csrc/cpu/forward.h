@@ -50,8 +50,10 @@ class ForwardScan {
       const Weights<T>& w = f.weights[d];
       input_[d] = {panels_, w.w_ih, w.w_ih_row, z.I, nullptr};
       recurrent_[d] = {panels_, w.w_hh, w.w_hh_row, z.O, nullptr};
-      if (plan.packs_input) input_[d].packed = carver.take<A>(input_[d].lanes());
-      if (plan.packs_recurrent) recurrent_[d].packed = carver.take<A>(recurrent_[d].lanes());
+      if (plan.input == Reading::kPacked) input_[d].packed = carver.take<A>(input_[d].lanes());
+      if (plan.recurrent == Reading::kPacked) {
+        recurrent_[d].packed = carver.take<A>(recurrent_[d].lanes());
+      }
       if (z.projected) {
         projection_[d] = {z.H, z.O, w.w_hr, w.w_hr_row, nullptr, true, nullptr};
         projection_[d].packed = carver.take<A>(projection_[d].lanes());
@@ -95,12 +97,15 @@ class ForwardScan {
     T *slots, *saved_c;  // saved_c: where c is carried elsewhere
   };
   struct Scratch {
-    A* acc;                 // [panels, or 1 where fused][capacity_][kWidth]
-    LeftRows<T> x;          // [capacity_][I]
-    LeftRows<T> h;          // [block_rows_][O]
-    LeftRows<T> projected;  // [kGroupRows][H]
-    LeftRows<T> output;     // [kGroupRows][O], where there is a readout
-    RowPointers* pointers;  // [block_rows_]
+    A* acc;         // [panels, or 1 where fused][capacity_][kWidth]
+    LeftRows<T> x;  // [capacity_][I]
+    LeftRows<T> h;  // [block_rows_][O]
+    // Of a panel, where the matrix is broadcast.
+    LeftRows<T> rows_of_w_ih;  // [kPanelWidth][I]
+    LeftRows<T> rows_of_w_hh;  // [kPanelWidth][O]
+    LeftRows<T> projected;     // [kGroupRows][H]
+    LeftRows<T> output;        // [kGroupRows][O], where there is a readout
+    RowPointers* pointers;     // [block_rows_]
   };
   // One thread's part of one task.
   struct Part {
@@ -118,8 +123,10 @@ class ForwardScan {
   Scratch scratch(Carver& carver) const {
     const Sizes& z = f_.sizes;
     return {carver.take<A>((fused() ? 1 : panels_.count()) * capacity_ * kWidth),
-            LeftRows<T>(capacity_, z.I, carver),
-            LeftRows<T>(block_rows_, z.O, carver),
+            LeftRows<T>(capacity_, z.I, carver, broadcasts(plan_.input)),
+            LeftRows<T>(block_rows_, z.O, carver, broadcasts(plan_.recurrent)),
+            LeftRows<T>(broadcasts(plan_.input) ? kWidth : 0, z.I, carver),
+            LeftRows<T>(broadcasts(plan_.recurrent) ? kWidth : 0, z.O, carver),
             LeftRows<T>(z.projected ? kGroupRows : 0, z.H, carver),
             LeftRows<T>(f_.readout.w ? kGroupRows : 0, z.O, carver),
             carver.take<RowPointers>(block_rows_)};
@@ -133,8 +140,8 @@ class ForwardScan {
     for (int d = 0; d < f_.sizes.D; ++d) {
       for (int64_t p = thread; p < panels_.count(); p += threads) {
         panels_.pack_bias(p, f_.weights[d], bias_[d] + p * kWidth);
-        if (plan_.packs_input) input_[d].pack(p);
-        if (plan_.packs_recurrent) recurrent_[d].pack(p);
+        if (plan_.input == Reading::kPacked) input_[d].pack(p);
+        if (plan_.recurrent == Reading::kPacked) recurrent_[d].pack(p);
       }
       if (!f_.sizes.projected) continue;
       for (int64_t p = thread; p < projection_[d].count(); p += threads) {
@@ -175,7 +182,7 @@ class ForwardScan {
     for (int64_t i = 0; i < f_.steps.T; i += plan_.block_steps) {
       const int64_t end = min_of(i + plan_.block_steps, f_.steps.T);
       const int64_t count = gather_input(part, i, end);
-      const E* const* x = part.scratch.x.operands(count);
+      const BatchRows<T> x = part.scratch.x.batch(count);
       if (!fused()) {
         for (int64_t p = part.panel_begin; p < part.panel_end; ++p) {
           input_product(part, p, x, count);
@@ -212,11 +219,23 @@ class ForwardScan {
   }
 
   // acc = biases + W_ih x for the units of panel p and the rows gathered.
-  void input_product(const Part& part, int64_t p, const E* const* x, int64_t count) const {
+  void input_product(const Part& part, int64_t p, const BatchRows<T>& x, int64_t count) const {
     A* acc = accumulators(part, p);
     const A* bias = bias_[part.direction] + p * kWidth;
     for (int64_t m = 0; m < count; ++m) copy_vectors(acc + m * kWidth, bias);
-    input_[part.direction].add(p, count, x, acc, kWidth);
+    add(input_[part.direction], p, count, x, part.scratch.rows_of_w_ih, acc);
+  }
+
+  static bool broadcasts(Reading reading) { return reading == Reading::kBroadcast; }
+
+  template <Role role>
+  static void add(const StepWeights<T, Cell, role>& w, int64_t p, int64_t count,
+                  const BatchRows<T>& batch, const LeftRows<T>& rows_of_w, A* acc) {
+    if (batch.across) {
+      w.add_broadcast(p, count, batch.across, rows_of_w, acc, kWidth);
+    } else {
+      w.add(p, count, batch.rows, acc, kWidth);
+    }
   }
 
   static void copy_vectors(A* to, const A* from) {
@@ -227,19 +246,19 @@ class ForwardScan {
   // x: the rows of the input where the step is fused; first: of the step among the accumulators;
   // backwards: from the last panel to the first. Every other step goes that way: it begins with the
   // weights that the step before has read last, which are still in the cache.
-  void step(const Part& part, const Visit& v, const E* const* x, int64_t first,
+  void step(const Part& part, const Visit& v, const BatchRows<T>& x, int64_t first,
             bool backwards) const {
     const int64_t count = v.active_end - part.row_begin;
     for (int64_t k = 0; k < count; ++k) {
       part.scratch.pointers[k] = pointers(part, v.t, part.row_begin + k);
       part.scratch.h[k] = part.scratch.pointers[k].h_prev;
     }
-    const E* const* h = part.scratch.h.operands(count);
+    const BatchRows<T> h = part.scratch.h.batch(count);
     for (int64_t i = part.panel_begin; i < part.panel_end; ++i) {
       const int64_t p = backwards ? part.panel_begin + part.panel_end - 1 - i : i;
       if (fused()) input_product(part, p, x, count);
       A* acc = accumulators(part, p) + first * kWidth;
-      recurrent_[part.direction].add(p, count, h, acc, kWidth);
+      add(recurrent_[part.direction], p, count, h, part.scratch.rows_of_w_hh, acc);
       cells(p, part.scratch.pointers, count, acc);
     }
     if (f_.sizes.projected) project(part, v, count);
@@ -387,8 +406,8 @@ class ForwardScan {
   // The final states of a row that takes part for the last time at step t.
   void finish_row(const Part& part, int64_t t, int64_t slot) const {
     const Steps& s = f_.steps;
-    copy_row(state_at(s, f_.hn, part.direction, slot), row_at(s, part.y, t, slot),
-             part.column_begin, part.column_end);
+    T *const hn = state_at(s, f_.hn, part.direction, slot), *const y = row_at(s, part.y, t, slot);
+    if (hn != y) copy_row(hn, y, part.column_begin, part.column_end);  // of a cell they are one
     if constexpr (kCarriesCells) {
       copy_row(state_at(s, f_.cn, part.direction, slot), carried_row(part.direction, slot),
                unit_begin(part), unit_end(part));

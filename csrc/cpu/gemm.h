@@ -229,45 +229,6 @@ void product_to(int64_t rows, Out* const* out, int64_t width, bool add, AddTo ad
   }
 }
 
-// The left operand of a product: rows of a tensor, by pointers, as they lie; or copies of them
-// where the products take another type.
-template <typename T>
-class LeftRows {
-  using E = Operand<T>;
-  static constexpr bool kCopied = !std::is_same_v<E, T>;
-
- public:
-  LeftRows() = default;
-  LeftRows(int64_t rows, int64_t columns, Carver& carver)
-      : columns_(columns), rows_(carver.take<const T*>(rows)) {
-    if constexpr (kCopied) {
-      copies_ = carver.take<E>(rows * columns);
-      copied_ = carver.take<const E*>(rows);
-    }
-  }
-
-  const T*& operator[](int64_t i) const { return rows_[i]; }
-
-  // The first `count` rows, once they are set.
-  const E* const* operands(int64_t count) const {
-    if constexpr (kCopied) {
-      for (int64_t i = 0; i < count; ++i) {
-        copied_[i] = copies_ + i * columns_;
-        copy_row(copies_ + i * columns_, rows_[i], 0, columns_);
-      }
-      return copied_;
-    } else {
-      return rows_;
-    }
-  }
-
- private:
-  int64_t columns_ = 0;
-  const T** rows_ = nullptr;
-  E* copies_ = nullptr;
-  const E** copied_ = nullptr;
-};
-
 // The n elements at p, n > 0, as one vector of groups: at most lanes of them, zero behind the end.
 template <typename T>
 RNNKERN_INLINE Vec<T> load_groups(const T* p, int64_t n) {
@@ -373,19 +334,21 @@ void dot_rows(int64_t rows, int64_t K, const Operand<T>* const* a, const T* w, i
   }
 }
 
-// panel[group of k][column] = rows[column][k] for `width` <= lanes columns, `count` of them real,
+// panel[group of k][column] = row_of(column)[k] for `width` <= lanes columns, `count` of them real,
 // the others zero; consecutive groups are panel_row lanes apart.
-template <typename T>
-void pack_transposed(int64_t K, const T* rows, int64_t row, int64_t count, Compute<T>* panel,
-                     int64_t panel_row, int64_t width) {
+template <typename T, typename RowOf>
+void pack_transposed(int64_t K, RowOf row_of, int64_t count, Compute<T>* panel, int64_t panel_row,
+                     int64_t width) {
   using E = Operand<T>;
   constexpr int kL = kLanes<T>;
+  const T* rows[kL];
+#pragma GCC unroll 16
+  for (int i = 0; i < kL; ++i) rows[i] = i < count ? row_of(i) : nullptr;
   for (int64_t k = 0; k < K; k += kL * kGroup<E>) {
     const int64_t depth = min_of(kL, groups<E>(K - k));
     Vec<T> block[kL];
 #pragma GCC unroll 16
-    for (int i = 0; i < kL; ++i)
-      block[i] = i < count ? load_groups(rows + i * row + k, K - k) : Vec<T>{};
+    for (int i = 0; i < kL; ++i) block[i] = i < count ? load_groups(rows[i] + k, K - k) : Vec<T>{};
     transpose<Compute<T>>(block);
     Compute<T>* to = panel + groups<E>(k) * panel_row;
 #pragma GCC unroll 16
@@ -395,6 +358,91 @@ void pack_transposed(int64_t K, const T* rows, int64_t row, int64_t count, Compu
     }
   }
 }
+
+// Lanes that rows take in the panel that they begin, if they are across.
+template <typename T>
+constexpr int64_t lanes_across(int64_t rows) {
+  return min_of(kPanelWidth<T>, ceil_div(rows, kLanes<T>) * kLanes<T>);
+}
+
+// to[m][i] += from[i][m] for `count` <= lanes of m and `rows` <= lanes of i; the rows of `to` have
+// `width` lanes.
+template <typename A>
+void add_transposed(const A* from, int64_t from_row, int64_t rows, int64_t count, A* to,
+                    int64_t to_row, int64_t width) {
+  constexpr int kL = kLanes<A>;
+  Vec<A> block[kL];
+#pragma GCC unroll 16
+  for (int i = 0; i < kL; ++i) block[i] = i < rows ? load(from + i * from_row) : Vec<A>{};
+  transpose<A>(block);
+#pragma GCC unroll 16
+  for (int m = 0; m < kL; ++m) {
+    if (m >= count) continue;
+    A* const sum = to + m * to_row;
+    store_up_to(sum, load_up_to(sum, width) + block[m], width);
+  }
+}
+
+// The rows of the batch in a product, either as the left operand, or across: transposed into panels
+// as a right operand, panel p packed as [groups of K][its rows, whole vectors].
+template <typename T>
+struct BatchRows {
+  const Operand<T>* const* rows;  // null where they are across
+  const Compute<T>* across;
+};
+
+// Rows of a tensor, by pointers, for a product: as they lie, or copies of them where the products
+// take another type; or across.
+template <typename T>
+class LeftRows {
+  using E = Operand<T>;
+  static constexpr bool kCopied = !std::is_same_v<E, T>;
+
+ public:
+  LeftRows() = default;
+  LeftRows(int64_t rows, int64_t columns, Carver& carver, bool across = false)
+      : columns_(columns), rows_(carver.take<const T*>(rows)) {
+    if (across) {
+      across_ = carver.take<Compute<T>>(ceil_div(rows, kLanes<T>) * kLanes<T> * groups<E>(columns));
+    } else if constexpr (kCopied) {
+      copies_ = carver.take<E>(rows * columns);
+      copied_ = carver.take<const E*>(rows);
+    }
+  }
+
+  const T*& operator[](int64_t i) const { return rows_[i]; }
+
+  // The first `count` rows, once they are set.
+  const E* const* operands(int64_t count) const {
+    if constexpr (kCopied) {
+      for (int64_t i = 0; i < count; ++i) {
+        copied_[i] = copies_ + i * columns_;
+        copy_row(copies_ + i * columns_, rows_[i], 0, columns_);
+      }
+      return copied_;
+    } else {
+      return rows_;
+    }
+  }
+  BatchRows<T> batch(int64_t count) const {
+    if (!across_) return {operands(count), nullptr};
+    for (int64_t i = 0; i < count; i += kLanes<T>) {
+      const int64_t panel = i / kPanelWidth<T> * kPanelWidth<T>;
+      const int64_t panel_row = lanes_across<T>(count - panel);
+      pack_transposed<T>(
+          columns_, [&](int64_t row) { return rows_[i + row]; }, count - i,
+          across_ + panel * groups<E>(columns_) + (i - panel), panel_row, kLanes<T>);
+    }
+    return {nullptr, across_};
+  }
+
+ private:
+  int64_t columns_ = 0;
+  const T** rows_ = nullptr;
+  E* copies_ = nullptr;
+  const E** copied_ = nullptr;
+  Compute<T>* across_ = nullptr;
+};
 
 // One group of a panel from the rows of its k: row_of(k)[0..width), padded with zeros to whole
 // vectors.

@@ -88,7 +88,8 @@ class Gradients {
     const Sizes& z = of.sizes;
     zeros_ = carver.take<T>(max_of(z.H, z.O));
     each_input([&](ColumnPanels<T>& panels, const Weights<T>& w) {
-      panels = {kShape.gates * z.H, z.I, w.w_ih, w.w_ih_row, nullptr, plan.packs_input, nullptr};
+      const bool packs = plan.input == Reading::kPacked;
+      panels = {kShape.gates * z.H, z.I, w.w_ih, w.w_ih_row, nullptr, packs, nullptr};
       panels.packed = carver.take<A>(panels.lanes());
     });
     for (int d = 0; kNarrow<T> && d < z.D; ++d) {

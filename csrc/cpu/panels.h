@@ -101,9 +101,10 @@ struct StepWeights {
     if (slots_of(width) > kShape.gates) zero_row(panel, 0, groups<E>(K) * panel_row);
     for (int i = 0; i < kShape.gates; ++i) {
       for (int64_t v = 0; v < width; v += kLanes<T>) {
-        pack_transposed(K, w + (gate_of(i) * panels.H + unit + v) * row, row, panels.H - unit - v,
-                        panel + (zeros_before(width) + i) * width + v, panel_row,
-                        min_of(width, kLanes<T>));
+        const T* first = w + (gate_of(i) * panels.H + unit + v) * row;
+        pack_transposed<T>(
+            K, [&](int64_t u) { return first + u * row; }, panels.H - unit - v,
+            panel + (zeros_before(width) + i) * width + v, panel_row, min_of(width, kLanes<T>));
       }
     }
   }
@@ -111,23 +112,62 @@ struct StepWeights {
   // acc[m][the slots of this product] += a[m] x this matrix, for the units of panel p.
   void add(int64_t p, int64_t rows, const E* const* a, Compute<T>* acc, int64_t acc_row) const {
     const int64_t width = panels.width(p);
-    acc += Panels::slot_at(kFirstSlot - zeros_before(width), width);
     if (kRoundedForProducts<T> || packed) {
       const int64_t panel_row = slots_of(width) * width;
       product(int(panel_row / kLanes<T>), rows, 0, K, a, packed + p * Panels::panel_lanes(K),
-              panel_row, acc, acc_row);
+              panel_row, acc + Panels::slot_at(kFirstSlot - zeros_before(width), width), acc_row);
       return;
     }
     if constexpr (!kRoundedForProducts<T>) {
-      acc += zeros_before(width) * width;
+      acc += Panels::slot_at(kFirstSlot, width);
       for (int i = 0; i < kShape.gates; ++i) {
         for (int64_t v = 0; v < width; v += kLanes<T>) {
           const int64_t u = panels.first_unit(p) + v, n = min_of(kLanes<T>, panels.H - u);
-          const T* first = w + (gate_of(i) * panels.H + u) * row;
-          dot_rows(rows, K, a, first, row, n, acc + i * width + v, acc_row);
+          dot_rows(rows, K, a, row_of(i, u), row, n, acc + i * width + v, acc_row);
         }
       }
     }
+  }
+
+  // The same with the batch across: the rows of this matrix are the left operand, and what comes
+  // out is transposed, in blocks of kDepth k, so that every sum is the one of packed weights.
+  // `weights` has room for kPanelWidth rows.
+  void add_broadcast(int64_t p, int64_t rows, const Compute<T>* across, const LeftRows<T>& weights,
+                     Compute<T>* acc, int64_t acc_row) const {
+    constexpr int64_t kWidth = kPanelWidth<T>;
+    const int64_t width = panels.width(p),
+                  units = min_of(Panels::kUnits, panels.H - panels.first_unit(p));
+    for (int i = 0; i < kShape.gates; ++i) {
+      for (int64_t u = 0; u < units; ++u) {
+        weights[i * units + u] = row_of(i, panels.first_unit(p) + u);
+      }
+    }
+    acc += Panels::slot_at(kFirstSlot, width);
+    const int64_t count = kShape.gates * units;
+    const E* const* left = weights.operands(count);
+    alignas(kVectorBytes) Compute<T> sums[kWidth * kWidth];
+    for (int64_t m = 0; m < rows; m += kWidth) {
+      const int64_t lanes = lanes_across<T>(rows - m);
+      for (int64_t k = 0; k < K; k += kDepth) {
+        zero_row(sums, 0, count * lanes);
+        product(int(lanes / kLanes<T>), count, k, min_of(kDepth, K - k), left,
+                across + m * groups<E>(K) + groups<E>(k) * lanes, lanes, sums, lanes);
+        for (int i = 0; i < kShape.gates; ++i) {
+          for (int64_t u = 0; u < units; u += kLanes<T>) {
+            for (int64_t n = 0; n < min_of(lanes, rows - m); n += kLanes<T>) {
+              add_transposed(sums + (i * units + u) * lanes + n, lanes, units - u, rows - m - n,
+                             acc + (m + n) * acc_row + i * width + u, acc_row,
+                             min_of(width, kLanes<T>));
+            }
+          }
+        }
+      }
+    }
+  }
+
+ private:
+  const T* row_of(int gate, int64_t unit) const {
+    return w + (gate_of(gate) * panels.H + unit) * row;
   }
 };
 
@@ -187,8 +227,9 @@ struct ColumnPanels {
   void pack_transpose(int64_t p) const {
     for (int v = 0; v < vectors(p); ++v) {
       const int64_t column = p * kPanelWidth<T> + v * kLanes<T>;
-      pack_transposed(K, w + column * row, row, width - column, panel(p) + v * kLanes<T>,
-                      vectors(p) * kLanes<T>, kLanes<T>);
+      pack_transposed<T>(
+          K, [&](int64_t i) { return w + (column + i) * row; }, width - column,
+          panel(p) + v * kLanes<T>, vectors(p) * kLanes<T>, kLanes<T>);
     }
   }
 

@@ -50,24 +50,27 @@ class SecondOrderScan {
     const Sizes& z = s.sizes;
     const int64_t states = z.D * s.steps.N, rows = z.D * s.steps.total;
     barriers_ = carver.take<Barrier>(1 + plan_.threads);
+    const bool packs = plan_.recurrent == Reading::kPacked;
     for (int d = 0; d < z.D; ++d) {
       bias_[d] = carver.take<T>(panels_.count() * kWidth);
       for (int k : {kValue, kTangent}) {
         const Weights<T>& w = k == kValue ? s.weights[d] : s.tangent_weights[d];
         input_[k][d] = {panels_, w.w_ih, w.w_ih_row, z.I, nullptr};
         recurrent_[k][d] = {panels_, w.w_hh, w.w_hh_row, z.O, nullptr};
-        back_[k][d] = {kShape.gates * z.H,    z.O,    w.w_hh, w.w_hh_row, &kShape,
-                       plan_.packs_recurrent, nullptr};
+        back_[k][d] = {kShape.gates * z.H, z.O, w.w_hh, w.w_hh_row, &kShape, packs, nullptr};
         if (w.w_hr) {
           project_[k][d] = {z.H, z.O, w.w_hr, w.w_hr_row, nullptr, true, nullptr};
           project_[k][d].packed = carver.take<T>(project_[k][d].lanes());
-          unproject_[k][d] = {z.O,    z.H, w.w_hr, w.w_hr_row, nullptr, plan_.packs_recurrent,
-                              nullptr};
+          unproject_[k][d] = {z.O, z.H, w.w_hr, w.w_hr_row, nullptr, packs, nullptr};
           unproject_[k][d].packed = carver.take<T>(unproject_[k][d].lanes());
         }
-        if (w.w_ih && up.packs_input) input_[k][d].packed = carver.take<T>(input_[k][d].lanes());
+        if (w.w_ih && up.input == Reading::kPacked) {
+          input_[k][d].packed = carver.take<T>(input_[k][d].lanes());
+        }
         if (!w.w_hh) continue;
-        if (up.packs_recurrent) recurrent_[k][d].packed = carver.take<T>(recurrent_[k][d].lanes());
+        if (up.recurrent == Reading::kPacked) {
+          recurrent_[k][d].packed = carver.take<T>(recurrent_[k][d].lanes());
+        }
         back_[k][d].packed = carver.take<T>(back_[k][d].lanes());
         if (k == kTangent) crossing_[d] = carver.take<T>(s.steps.total * z.O);
       }

@@ -111,7 +111,8 @@ class Operands {
       : deterministic(is_so(api.deterministic)),
         layer_(layer),
         object_(x),
-        x_(float_view<T>(x, "input")) {
+        x_(float_view<T>(x, "input")),
+        of_a_cell_(layer.is_cell && (x_.tensor.ndim == 1 || x_.tensor.ndim == 2)) {
     read_steps(steps);
     sizes.cell = layer.cell;
     sizes.D = layer.directions;
@@ -126,6 +127,8 @@ class Operands {
   Steps steps;
 
   dlpack::Device device() const { return x_.tensor.device; }
+  // The output of a cell is its state as well: one tensor.
+  bool of_a_cell() const { return of_a_cell_; }
   const Layer& layer() const { return layer_; }
 
   // `list` has size() and []. Where they may miss, None stands for zeros.
@@ -200,8 +203,26 @@ class Operands {
   State<U> state(py::handle object, const char* name, int64_t features) {
     if (object.is_none()) return {};
     const TensorView v = view(object, name);
+    if (of_a_cell_) {
+      const Rows<U> own = rows_of<U>(v, features);
+      return {own.data, 0, own.row};
+    }
     v.expect_shape({sizes.D, steps.N, features});
     return {v.data<U>(), v.stride(0), v.stride(1)};
+  }
+
+  // As state, of a gradient; a dense copy of it where it has gaps, as that of a sum has.
+  State<const T> incoming_state(py::handle object, const char* name, int64_t features) {
+    if (object.is_none()) return {};
+    const TensorView v = view(object, name, true);
+    const int last = v.tensor.ndim - 1;
+    if (last < 0 || v.size(last) <= 1 || v.stride(last) == 1) {
+      return state<const T>(object, name, features);
+    }
+    PyObject* copy = PyObject_CallOneArg(api.contiguous, object.ptr());
+    if (!copy) throw py::error_already_set();
+    copies_.push_back(py::reinterpret_steal<py::object>(copy));
+    return state<const T>(copies_.back(), name, features);
   }
 
   State<const T> initial_cell(py::handle c0) {
@@ -239,7 +260,8 @@ class Operands {
   py::object make_state(int64_t features, State<T>* out) const {
     out->row = features;
     out->direction = steps.N * features;
-    return make(dense({sizes.D, steps.N, features}), &out->data);
+    return make(of_a_cell_ ? rows_shape(features) : dense({sizes.D, steps.N, features}),
+                &out->data);
   }
 
   // What forward saves is one dense buffer of slots [D, total, S*H], cell states [D, total, H] and,
@@ -299,7 +321,8 @@ class Operands {
   }
 
   Shape rows_shape(int64_t features) const {
-    if (steps.start) return dense({steps.total, features});
+    if (of_a_cell_ && x_.tensor.ndim == 1) return dense({features});
+    if (of_a_cell_ || steps.start) return dense({steps.total, features});
     Shape shape = dense({steps.T, steps.N, features});
     // Time first in memory also where the batch is the first axis: as torch.nn's outputs lie, so
     // that views of them work.
@@ -328,6 +351,11 @@ class Operands {
   // steps: None, or (active, order, reset, packed, placed), each tensor or None; as in
   // sequence.Steps.
   void read_steps(py::handle object) {
+    if (of_a_cell_) {
+      steps.T = 1;
+      steps.N = steps.total = x_.tensor.ndim == 1 ? 1 : x_.size(0);
+      return;
+    }
     const bool packed = !object.is_none() &&
                         py::cast<bool>(py::tuple(py::reinterpret_borrow<py::object>(object))[3]);
     const int dims = packed ? 2 : 3;
@@ -423,6 +451,14 @@ class Operands {
 
   template <typename U>
   Rows<U> rows_of(const TensorView& v, int64_t features) const {
+    if (of_a_cell_ && x_.tensor.ndim == 1) {
+      v.expect_shape({features});
+      return {v.data<U>(), 0, features};
+    }
+    if (of_a_cell_) {
+      v.expect_shape({steps.N, features});
+      return {v.data<U>(), 0, v.stride(0)};
+    }
     if (steps.start) {
       v.expect_shape({steps.total, features});
       return {v.data<U>(), 0, v.stride(0)};
@@ -442,7 +478,10 @@ class Operands {
   const Layer& layer_;
   py::handle object_;
   TensorView x_;
+  // One step, whose tensors have no axis of time: [N, F], or [F] of a single row.
+  const bool of_a_cell_;
   std::vector<int64_t> start_;
+  std::vector<py::object> copies_;
 };
 
 }  // namespace rnnkern

@@ -28,7 +28,8 @@ struct PlainModule {
   PlainWeights weights;
 };
 
-struct ModuleAttributes {
+// The attributes of a module that a plain call reads: their places in `kNames`.
+struct LayerAttributes {
   enum Name {
     kMode,
     kLayers,
@@ -43,73 +44,113 @@ struct ModuleAttributes {
     kParameters,
     kCount
   };
-  static PyObject* name(int i) {
-    static const auto interned = [] {
-      std::array<PyObject*, kCount> made;
-      size_t next = 0;
-      for (const char* name :
-           {"mode", "num_layers", "bidirectional", "input_size", "hidden_size", "proj_size", "bias",
-            "batch_first", "_flat_weights_names", "_flat_weights", "_parameters"}) {
-        made[next++] = PyUnicode_InternFromString(name);
-      }
-      return made;
-    }();
-    return interned[size_t(i)];
-  }
+  static constexpr const char* kNames[kCount] = {
+      "mode", "num_layers",  "bidirectional",       "input_size",    "hidden_size", "proj_size",
+      "bias", "batch_first", "_flat_weights_names", "_flat_weights", "_parameters"};
 };
+
+// Of a cell; behind kParameters those that are looked up among the parameters.
+struct CellAttributes {
+  enum Name {
+    kInput,
+    kHidden,
+    kParameters,
+    kWeightIh,
+    kWeightHh,
+    kBiasIh,
+    kBiasHh,
+    kNonlinearity,
+    kCount
+  };
+  static constexpr const char* kNames[kCount] = {"input_size", "hidden_size", "_parameters",
+                                                 "weight_ih",  "weight_hh",   "bias_ih",
+                                                 "bias_hh",    "nonlinearity"};
+};
+
+template <typename Attributes>
+PyObject* name_of(int i) {
+  static const auto interned = [] {
+    std::array<PyObject*, Attributes::kCount> made;
+    for (size_t k = 0; k < made.size(); ++k) {
+      made[k] = PyUnicode_InternFromString(Attributes::kNames[k]);
+    }
+    return made;
+  }();
+  return interned[size_t(i)];
+}
 
 // The methods that torch.nn's forward calls, and that a subclass may have overridden.
 constexpr const char* kCalledByForward[] = {
     "_update_flat_weights",   "check_forward_args", "check_input",   "get_expected_hidden_size",
     "get_expected_cell_size", "check_hidden_size",  "permute_hidden"};
 
-inline bool has_torchs_methods(py::handle type) {
-  py::object theirs;
+// The class of torch.nn that a class of modules derives from, or null.
+inline py::object class_of_torch(py::handle type) {
   for (py::handle base : type.attr("__mro__")) {
     if (base.attr("__module__").cast<std::string>() == "torch.nn.modules.rnn") {
-      theirs = py::reinterpret_borrow<py::object>(base);
-      break;
+      return py::reinterpret_borrow<py::object>(base);
     }
   }
-  if (!theirs) return false;
+  return {};
+}
+
+inline bool has_methods_of(py::handle theirs, py::handle type) {
+  const py::object none = py::none();
   for (const char* name : kCalledByForward) {
-    const py::object none = py::none();
     if (!py::getattr(type, name, none).is(py::getattr(theirs, name, none))) return false;
   }
   return true;
 }
 
-// Whether attributes of such modules are what stands in the module's own namespace, and the methods
-// that forward calls are torch.nn's: the class neither has the attributes, as properties for
-// example, nor looks them up in a way of its own. Asked again only when the class has changed
-// (CPython gives it another version tag then; 0 is none).
-inline bool has_plain_attributes(PyTypeObject* type) {
+// What is asked of a class of modules once.
+struct ModuleClass {
+  // Attributes of such modules are what stands in the module's own namespace, and the methods that
+  // forward calls are torch.nn's: the class neither has the attributes, as properties for example,
+  // nor looks them up in a way of its own.
+  bool plain = false;
+  std::string name;  // of the class of torch.nn
+};
+
+template <typename Attributes>
+ModuleClass look_at_class(py::handle type) {
+  const py::handle base(reinterpret_cast<PyObject*>(&PyBaseObject_Type));
+  const py::object theirs = class_of_torch(type);
+  ModuleClass found;
+  if (!theirs) return found;
+  found.name = theirs.attr("__name__").cast<std::string>();
+  found.plain = type.attr("__getattribute__").is(base.attr("__getattribute__")) &&
+                has_methods_of(theirs, type);
+  for (int i = 0; i < Attributes::kCount; ++i) {
+    found.plain = found.plain && !py::hasattr(type, name_of<Attributes>(i));
+  }
+  return found;
+}
+
+// Asked again only when the class has changed (CPython gives it another version tag then; 0 is
+// none). What it returns is valid until the next call.
+template <typename Attributes>
+const ModuleClass& module_class(PyTypeObject* type) {
   struct Answer {
     py::object type;
     unsigned version;
-    bool plain;
+    ModuleClass found;
   };
   constexpr size_t kKept = 16;
   static auto& kept = *new std::deque<Answer>();  // outlives the interpreter
   for (const Answer& answer : kept) {
     if (answer.type.ptr() == reinterpret_cast<PyObject*>(type) && answer.version &&
         answer.version == type->tp_version_tag) {
-      return answer.plain;
+      return answer.found;
     }
   }
   const auto object = py::reinterpret_borrow<py::object>(reinterpret_cast<PyObject*>(type));
-  const py::handle base(reinterpret_cast<PyObject*>(&PyBaseObject_Type));
-  bool plain = object.attr("__getattribute__").is(base.attr("__getattribute__")) &&
-               has_torchs_methods(object);
-  for (int i = 0; i < ModuleAttributes::kCount; ++i) {
-    plain = plain && !py::hasattr(object, ModuleAttributes::name(i));
-  }
-  kept.push_front({object, unsigned(type->tp_version_tag), plain});
+  const ModuleClass found = look_at_class<Attributes>(object);
+  kept.push_front({object, unsigned(type->tp_version_tag), found});
   while (kept.size() > kKept) {
     const Answer oldest = std::move(kept.back());  // its end may run Python, which may come back
     kept.pop_back();
   }
-  return plain;
+  return kept.front().found;
 }
 
 inline std::optional<int64_t> integer(PyObject* object) {
@@ -124,17 +165,29 @@ inline bool is_same_name(PyObject* a, PyObject* b) {
          (PyUnicode_CheckExact(a) && PyUnicode_CheckExact(b) && PyUnicode_Compare(a, b) == 0);
 }
 
+inline std::string_view text_of(PyObject* object) {
+  Py_ssize_t length = 0;
+  const char* text = PyUnicode_CheckExact(object) ? PyUnicode_AsUTF8AndSize(object, &length) : "";
+  if (text) return {text, size_t(length)};
+  PyErr_Clear();
+  return {};
+}
+
+inline py::object namespace_of(py::handle module) {
+  auto space = py::reinterpret_steal<py::object>(PyObject_GenericGetDict(module.ptr(), nullptr));
+  if (!space) throw py::error_already_set();
+  return space;
+}
+
 // The module's only layer, which takes that many features, and its weights. Nothing where it has
 // several layers, or where one of its attributes or weights is not as torch.nn makes it.
 inline std::optional<PlainModule> plain_module(py::handle module, int64_t features) {
-  using A = ModuleAttributes;
-  if (!has_plain_attributes(Py_TYPE(module.ptr()))) return std::nullopt;
-  const auto space =
-      py::reinterpret_steal<py::object>(PyObject_GenericGetDict(module.ptr(), nullptr));
-  if (!space) throw py::error_already_set();
+  using A = LayerAttributes;
+  if (!module_class<A>(Py_TYPE(module.ptr())).plain) return std::nullopt;
+  const py::object space = namespace_of(module);
   PyObject* found[A::kCount];
   for (int i = 0; i < A::kCount; ++i) {
-    found[i] = find_in(space.ptr(), A::name(i));
+    found[i] = find_in(space.ptr(), name_of<A>(i));
     if (!found[i]) return std::nullopt;
   }
   for (int i : {A::kBidirectional, A::kBias, A::kBatchFirst}) {
@@ -143,17 +196,11 @@ inline std::optional<PlainModule> plain_module(py::handle module, int64_t featur
   const auto layers = integer(found[A::kLayers]), input = integer(found[A::kInput]),
              hidden = integer(found[A::kHidden]), proj = integer(found[A::kProj]);
   if (layers != 1 || input != features || !hidden || !proj ||
-      !PyUnicode_CheckExact(found[A::kMode]) || !PyList_CheckExact(found[A::kWeightNames]) ||
-      !PyList_CheckExact(found[A::kWeights]) || !PyDict_CheckExact(found[A::kParameters])) {
+      !PyList_CheckExact(found[A::kWeightNames]) || !PyList_CheckExact(found[A::kWeights]) ||
+      !PyDict_CheckExact(found[A::kParameters])) {
     return std::nullopt;
   }
-  const auto cell = [&]() -> std::optional<CellId> {
-    Py_ssize_t length = 0;
-    const char* text = PyUnicode_AsUTF8AndSize(found[A::kMode], &length);
-    if (text) return cell_named({text, size_t(length)});
-    PyErr_Clear();
-    return std::nullopt;
-  }();
+  const std::optional<CellId> cell = cell_named(text_of(found[A::kMode]));
   const auto count = size_t(PyList_GET_SIZE(found[A::kWeightNames]));
   if (!cell || count > PlainWeights::kMax ||
       PyList_GET_SIZE(found[A::kWeights]) != Py_ssize_t(count)) {
@@ -180,6 +227,53 @@ inline std::optional<PlainModule> plain_module(py::handle module, int64_t featur
     weights.tensors[weights.count] = py::reinterpret_borrow<py::object>(weight);
   }
   return plain;
+}
+
+// The cell that the class of a module is, and the nonlinearity that it has if it is an Elman RNN.
+inline std::optional<CellId> cell_of(const std::string& name, PyObject* nonlinearity) {
+  if (name == "LSTMCell") return CellId::kLstm;
+  if (name == "GRUCell") return CellId::kGru;
+  if (name != "RNNCell" || !nonlinearity) return std::nullopt;
+  const std::string_view text = text_of(nonlinearity);
+  if (text == "tanh") return CellId::kRnnTanh;
+  if (text == "relu") return CellId::kRnnRelu;
+  return std::nullopt;
+}
+
+// A cell that takes that many features, and its weights; nothing where one of its attributes or
+// weights is not as torch.nn makes it.
+inline std::optional<PlainModule> plain_cell_module(py::handle module, int64_t features) {
+  using A = CellAttributes;
+  const ModuleClass& type = module_class<A>(Py_TYPE(module.ptr()));
+  if (!type.plain) return std::nullopt;
+  const py::object space = namespace_of(module);
+  const auto own = [&](A::Name name) { return find_in(space.ptr(), name_of<A>(name)); };
+  const std::optional<CellId> cell = cell_of(type.name, own(A::kNonlinearity));
+  PyObject *const input = own(A::kInput), *const hidden = own(A::kHidden),
+                  *const parameters = own(A::kParameters);
+  if (!cell || !input || !hidden || !parameters || !PyDict_CheckExact(parameters)) {
+    return std::nullopt;
+  }
+  const std::optional<int64_t> size = integer(hidden);
+  if (integer(input) != features || !size) return std::nullopt;
+  PlainWeights weights;
+  int missing = 0;
+  for (A::Name name : {A::kWeightIh, A::kWeightHh, A::kBiasIh, A::kBiasHh}) {
+    PyObject* weight = find_in(parameters, name_of<A>(name));
+    // Somebody may have put another tensor into the module's namespace.
+    if (!weight || own(name)) return std::nullopt;
+    if (weight == Py_None) {
+      ++missing;
+    } else {
+      weights.tensors[weights.count++] = py::reinterpret_borrow<py::object>(weight);
+    }
+  }
+  // No biases at all, or both.
+  if (missing && (missing != 2 || find_in(parameters, name_of<A>(A::kBiasIh)) != Py_None ||
+                  find_in(parameters, name_of<A>(A::kBiasHh)) != Py_None)) {
+    return std::nullopt;
+  }
+  return PlainModule{Layer(*cell, 1, *size, 0, missing == 0, false, false, true), weights};
 }
 
 }  // namespace rnnkern

@@ -23,7 +23,7 @@ struct TorchApi {
   const dlpack::ExchangeTable* exchange;
   PyTypeObject *tensor, *parameter;
   // Methods of torch.Tensor, as plain functions of a tensor.
-  PyObject *is_neg, *new_empty_strided;
+  PyObject *is_neg, *new_empty_strided, *contiguous;
   // A copy of a tensor that is made when either is written to.
   PyObject* lazy_clone;
   // Questions without arguments.
@@ -104,6 +104,7 @@ inline void bind_torch() {
       reinterpret_cast<PyTypeObject*>(keep(py::module_::import("torch.nn").attr("Parameter")));
   api.is_neg = keep(type.attr("is_neg"));
   api.new_empty_strided = keep(type.attr("new_empty_strided"));
+  api.contiguous = keep(type.attr("contiguous"));
   api.lazy_clone = keep(py::getattr(package, "_lazy_clone", type.attr("clone")));
   api.num_threads = keep(package.attr("get_num_threads"));
   api.deterministic = keep(core.attr("_get_deterministic_algorithms"));

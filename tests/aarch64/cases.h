@@ -47,9 +47,10 @@ constexpr Plan split_in(int threads, int row_blocks, int unit_blocks, int64_t bl
   return plan;
 }
 
-constexpr Plan as_they_lie() {
+constexpr Plan as_they_lie(Reading reading, int64_t block_steps = 1) {
   Plan plan;
-  plan.packs_input = plan.packs_recurrent = false;
+  plan.input = plan.recurrent = reading;
+  plan.block_steps = block_steps;
   return plan;
 }
 
@@ -73,7 +74,21 @@ constexpr Case kCases[] = {
     {"rows on threads", 4, 13, 5, 8, 1, {.form = kRagged, .plan = split_in(2, 2, 1, 2)}},
     {"units on threads", 4, 3, 6, 37, 1, {.plan = split_in(2, 1, 2), .rounds_cells = true}},
     {"all on threads", 3, 7, 4, 21, 2, {.form = kPacked, .plan = split_in(4, 2, 2, 2)}},
-    {"weights as they lie", 2, 7, 18, 21, 2, {.plan = as_they_lie(), .has_gaps = true}},
+    {"weights as they lie",
+     2,
+     7,
+     18,
+     21,
+     2,
+     {.plan = as_they_lie(Reading::kDots), .has_gaps = true}},
+    {"weights broadcast",
+     3,
+     7,
+     18,
+     21,
+     2,
+     {.plan = as_they_lie(Reading::kBroadcast, 2), .has_gaps = true}},
+    {"weights broadcast, many rows", 1, 37, 5, 19, 1, {.plan = as_they_lie(Reading::kBroadcast)}},
     {"long sums", 2, 3, 261, 5, 1},
     {"many rows", 41, 10, 2, 3, 1, {.dy = kUniform}},
     {"NaN and infinity", 4, 6, 3, 6, 2, {.resets = true, .is_special = true}},

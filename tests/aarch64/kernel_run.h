@@ -76,7 +76,11 @@ class KernelRun {
     if (p_.projected) b.dprojected = memory_.take(rows * p_.O);
     new_gradients(&b.dx, &b.dh0, &b.dc0, b.gradients);
     run(b, [&](const auto& kernels, Plan plan, Workspace w) {
-      if (kNarrow<T>) plan.packs_input = plan.packs_recurrent = true;
+      if (kNarrow<T>) {
+        plan.input = plan.recurrent = Reading::kPacked;
+      } else if (plan.input != Reading::kPacked) {
+        plan.input = plan.recurrent = Reading::kInPlace;
+      }
       return kernels.backward(b, plan, w);
     });
     return get_gradients(b.dx, b.dh0, b.dc0, b.gradients, b.dslots);
