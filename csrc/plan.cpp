@@ -30,8 +30,11 @@ constexpr double kSumOfLanes = 3;
 // weights that the products take as another type are converted for each product.
 constexpr double kTransposition = 0.7, kConversion = 1.5;
 // Backward, their rows are rows of a panel already, and packing only draws them together: for many
-// reads; or where they are this far apart, so that all of them want the same places of the cache.
-constexpr int64_t kGatheringReads = 64, kGatheringReadsOfSamePlace = 3, kBytesOfSamePlace = 4096;
+// reads, in one step or in several; or where they are this far apart, so that all of them want the
+// same places of the cache.
+constexpr int64_t kBytesOfSamePlace = 4096;
+constexpr int64_t kReadsInPlace = 64, kReadsInPlaceOfSamePlace = 3;
+constexpr int64_t kReadsInPlaceOfOneStep = 300, kReadsInPlaceOfOneStepOfSamePlace = 48;
 
 // Rounding float32 weights to bfloat16 while they are packed costs some 8 products of one row of
 // float32, and each row then costs half; to round them each time they are read gains nothing.
@@ -118,8 +121,12 @@ Plan plan_backward(const Problem& problem, const Machine& machine, double work) 
   split_work(problem, machine, work * flops_per_row(problem.sizes), &plan);
   const auto reading = [&](int64_t columns) {
     const bool same_place = columns * machine.element_bytes % kBytesOfSamePlace == 0;
-    const bool packed = problem.deterministic || !machine.multiplies_in_place ||
-                        problem.total > (same_place ? kGatheringReadsOfSamePlace : kGatheringReads);
+    const int64_t most =
+        problem.T == 1 ? same_place ? kReadsInPlaceOfOneStepOfSamePlace : kReadsInPlaceOfOneStep
+        : same_place   ? kReadsInPlaceOfSamePlace
+                       : kReadsInPlace;
+    const bool packed =
+        problem.deterministic || !machine.multiplies_in_place || problem.total > most;
     return packed ? Reading::kPacked : Reading::kInPlace;
   };
   plan.input = reading(problem.sizes.I);

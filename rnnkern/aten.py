@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from rnnkern import onnx
-from rnnkern.derivatives import Maybe, Spec, unflatten
+from rnnkern.derivatives import PACKED, Maybe, Spec, unflatten
 from rnnkern.sequence import Steps, active_rows, ranked
 
 _OPERATORS = {
@@ -251,6 +251,14 @@ def _by_episodes(
     return y.transpose(0, 1) if layer.batch_first else y, hn, cn
 
 
+def _kernel(x: Tensor, h0: Maybe, c0: Maybe, weights: list[Tensor], *rest: Any) -> list[Tensor]:
+    """``rnnkern::scan_kernel`` in torch's operators."""
+    *steps, code, training = rest
+    layer = Spec.of_code(code)
+    outputs = _scan(x, h0, c0, weights, *steps, bool(code & PACKED), *layer, training)
+    return list(outputs[: 2 + layer.has_cell_state])
+
+
 def _scan(x: Tensor, h0: Maybe, c0: Maybe, weights: list[Tensor], *rest: Any) -> tuple[Tensor, ...]:
     """``rnnkern::scan`` in torch's operators."""
     active, order, reset, placed, packed, *layer, training = rest
@@ -321,6 +329,7 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     """
     return {
         torch.ops.rnnkern.scan.default: _scan,
+        torch.ops.rnnkern.scan_kernel.default: _kernel,
         torch.ops.rnnkern.ranked.default: ranked,
         **{each.input: _of_torch(mode, False) for mode, each in _OPERATORS.items()},
         **{each.data: _of_torch(mode, True) for mode, each in _OPERATORS.items()},

@@ -31,6 +31,11 @@ from rnnkern.sequence import Steps, active_rows
 
 Maybe = Tensor | None
 
+PACKED = 1
+"""Added to the code of a layer: its input is a packed sequence."""
+
+_MODES = tuple(CELLS)
+
 
 class Spec(NamedTuple):
     """What a layer is, as `rnnkern.kernels.Layer`, in values that torch can trace."""
@@ -47,6 +52,21 @@ class Spec(NamedTuple):
     def of(cls, layer: Any) -> Spec:
         """Of a `rnnkern.kernels.Layer`."""
         return cls(*(getattr(layer, name) for name in cls._fields))
+
+    @property
+    def code(self) -> int:
+        """The same as one number, with room for `PACKED`."""
+        code = _MODES.index(self.mode) + len(_MODES) * (self.directions - 1)
+        for flag in self[2:]:
+            code = 2 * code + flag  # type: ignore[operator]
+        return 2 * code
+
+    @classmethod
+    def of_code(cls, code: int) -> Spec:
+        """Of a number, whether `PACKED` is in it or not."""
+        flags = [bool(code >> place & 1) for place in range(len(cls._fields) - 2, 0, -1)]
+        directions, mode = divmod(code >> (len(flags) + 1), len(_MODES))
+        return cls(_MODES[mode], directions + 1, *flags)
 
     @property
     def tensors(self) -> int:

@@ -10,6 +10,7 @@ Operators take no alias of what they return and change nothing in place.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,15 +22,11 @@ from torch.compiler import is_compiling
 from torch.utils.flop_counter import register_flop_formula
 
 from rnnkern import aten, derivatives, kernels, reference
-from rnnkern.derivatives import Gradients, Maybe, Point, Spec, dense
+from rnnkern.cells import CELLS
+from rnnkern.derivatives import PACKED, Gradients, Maybe, Point, Spec, dense
 from rnnkern.exporting import to_torch
 from rnnkern.sequence import Steps, active_rows, check_range, ranked
 
-_STEPS = "Tensor? active, Tensor? order, Tensor? reset, Tensor? placed, bool packed"
-_SPEC = (
-    "str mode, int directions, bool bias, bool batch_first, bool proj, bool by_bfloat16, "
-    "bool is_cell"
-)
 _OPERANDS = "Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights"
 STEPS, SPEC = 5, 7  # arguments of each
 
@@ -156,17 +153,31 @@ def _steps(active: Maybe, order: Maybe, reset: Maybe, placed: Maybe, packed: boo
     return Steps(active, order, reset, packed, placed)
 
 
-def _kernel(layer: Spec, weights: Sequence[Tensor]) -> kernels.Layer:
+def _kernel(code: int, weights: Sequence[Tensor]) -> kernels.Layer:
+    """The layer of that code, of the sizes that its weights have."""
+    return _layer(code, *weights[1].shape)
+
+
+@functools.lru_cache(maxsize=256)
+def _layer(code: int, rows: int, columns: int) -> kernels.Layer:
+    layer = Spec.of_code(code)
     return kernels.layer(
         layer.mode,
         directions=layer.directions,
-        hidden=layer.hidden(weights),
-        proj=weights[layer.tensors - 1].shape[0] if layer.proj else 0,
+        hidden=rows // CELLS[layer.mode].gates,
+        proj=columns if layer.proj else 0,
         bias=layer.bias,
         batch_first=layer.batch_first,
         by_bfloat16=layer.by_bfloat16,
         is_cell=layer.is_cell,
     )
+
+
+@functools.cache
+def _saves(code: int) -> bool:
+    """Whether forward saves something for backward besides its outputs."""
+    layer = Spec.of_code(code)
+    return layer.saves_slots or layer.proj
 
 
 def _ended(steps: Steps | None) -> Maybe:
@@ -176,50 +187,64 @@ def _ended(steps: Steps | None) -> Maybe:
     return ~active_rows(steps).reshape(-1, 1)
 
 
-@torch.library.custom_op(
-    "rnnkern::scan",
-    mutates_args=(),
-    schema=f"({_OPERANDS}, {_STEPS}, {_SPEC}, bool training) -> (Tensor, Tensor, Tensor, Tensor)",
-)
-def _scan_op(
-    x: Tensor, h0: Maybe, c0: Maybe, weights: list[Tensor], *rest: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y, h_n, c_n and what backward needs; without elements where there is none."""
-    steps, layer, training = _steps(*rest[:STEPS]), Spec(*rest[STEPS:-1]), rest[-1]
-    kernel = _kernel(layer, weights)
-    x, h0, c0, *weights = (dense(t) for t in (x, h0, c0, *weights))
-    run = kernels.profiled(kernel.forward, layer.mode)
-    outputs, _, _, saved = run(x, h0, c0, weights, steps, training)
-    y, hn, *cn = outputs
+# What runs the kernels, and what compiled programs call: without derivatives, what a layer is as one
+# number, and no more outputs than there are, for each argument and output costs time.
+
+
+def _run(
+    x: Tensor,
+    h0: Maybe,
+    c0: Maybe,
+    weights: list[Tensor],
+    active: Maybe,
+    order: Maybe,
+    reset: Maybe,
+    placed: Maybe,
+    code: int,
+    training: bool,
+) -> list[Tensor]:
+    """y, h_n, c_n if there is one, and what backward needs if that is anything."""
+    kernel = _kernel(code, weights)
+    steps = _steps(active, order, reset, placed, bool(code & PACKED))
+    run = kernels.profiled(kernel.forward, kernel.mode)
+    try:
+        outputs, _, _, saved = run(x, h0, c0, weights, steps, training)
+    except kernels.RefusedError:
+        x, h0, c0, *weights = (dense(t) for t in (x, h0, c0, *weights))
+        outputs, _, _, saved = run(x, h0, c0, weights, steps, training)
+    if saved is None:  # nothing, or nothing of anything
+        return [*outputs, x.new_empty(0)] if training and _saves(code) else list(outputs)
     ended = _ended(steps)
-    if saved is not None and ended is not None:
+    if ended is not None:
+        layer = Spec.of_code(code)
         for piece in derivatives.pieces(saved, layer, layer.hidden(weights)):
             piece.masked_fill_(ended, 0)
-    return (
-        y,
-        hn,
-        cn[0] if cn else x.new_empty(0),
-        x.new_empty(0) if saved is None else saved,
-    )
+    return [*outputs, saved]
 
 
-@_scan_op.register_fake
-def _(
-    x: Tensor, h0: Maybe, c0: Maybe, weights: list[Tensor], *rest: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    packed, layer, training = rest[STEPS - 1], Spec(*rest[STEPS:-1]), rest[-1]
+def _fake_run(
+    x: Tensor,
+    h0: Maybe,
+    c0: Maybe,
+    weights: list[Tensor],
+    active: Maybe,
+    order: Maybe,
+    reset: Maybe,
+    placed: Maybe,
+    code: int,
+    training: bool,
+) -> list[Tensor]:
+    layer, packed = Spec.of_code(code), bool(code & PACKED)
     H, O = layer.hidden(weights), weights[1].shape[1]
     D = layer.directions
-    N = _batch(layer, x, rest[0], rest[1], h0, packed)
-    rows = _count(x)
-    of_cells = layer.has_cell_state
-    saved = D * rows * H * (layer.slots * layer.saves_slots + of_cells + layer.proj)
-    return (
-        _rows_like(layer, x, D * O, packed),
-        x.new_empty(D, N, O),
-        x.new_empty(D, N, H) if of_cells else x.new_empty(0),
-        x.new_empty(saved if training else 0),
-    )
+    N = _batch(layer, x, active, order, h0, packed)
+    made = [_rows_like(layer, x, D * O, packed), x.new_empty(D, N, O)]
+    if layer.has_cell_state:
+        made.append(x.new_empty(D, N, H))
+    if training and _saves(code):
+        widths = layer.slots * layer.saves_slots + layer.has_cell_state + layer.proj
+        made.append(x.new_empty(D * _count(x) * H * widths))
+    return made
 
 
 def _batch(layer: Spec, x: Tensor, active: Maybe, order: Maybe, h0: Maybe, packed: bool) -> Any:
@@ -253,35 +278,34 @@ def _run_backward(
     c0: Maybe,
     weights: list[Tensor],
     y: Tensor,
-    saved: Tensor,
-    *rest: Any,
+    saved: Maybe,
+    active: Maybe,
+    order: Maybe,
+    reset: Maybe,
+    placed: Maybe,
+    code: int,
+    wanted: Sequence[bool],
 ) -> list[Tensor]:
-    """As `scan_backward`; without elements where not wanted."""
-    steps, layer, wanted = _steps(*rest[:STEPS]), Spec(*rest[STEPS:-1]), rest[-1]
-    run = kernels.profiled(_kernel(layer, weights).backward, layer.mode, " backward")
-    x, h0, c0, *weights = (dense(t) for t in (x, h0, c0, *weights))
-    y, saved, dy, dhn, dcn = (dense(t) for t in (y, saved, dy, dhn, dcn))
-    made, slots = run(x, h0, c0, weights, steps, y, saved, dy, dhn, dcn, wanted, False)
-    parts = [x.new_empty(0) if part is None else part for part in made]
-    size = layer.directions * _count(x) * layer.slots * layer.hidden(weights)
-    slots = slots[:size].view(layer.directions, _count(x), layer.slots * layer.hidden(weights))
+    """Gradients of ``x, *weights`` and the initial states, as far as wanted; and of the slots."""
+    kernel = _kernel(code, weights)
+    steps = _steps(active, order, reset, placed, bool(code & PACKED))
+    run = kernels.profiled(kernel.backward, kernel.mode, " backward")
+    try:
+        made, slots = run(x, h0, c0, weights, steps, y, saved, dy, dhn, dcn, wanted, False)
+    except kernels.RefusedError:
+        x, h0, c0, *weights = (dense(t) for t in (x, h0, c0, *weights))
+        y, saved, dy, dhn, dcn = (dense(t) for t in (y, saved, dy, dhn, dcn))
+        made, slots = run(x, h0, c0, weights, steps, y, saved, dy, dhn, dcn, wanted, False)
+    layer = Spec.of_code(code)
+    rows, width = _count(x), layer.slots * layer.hidden(weights)
+    slots = slots.view(layer.directions, rows, width)
     ended = _ended(steps)
     if ended is not None:
         slots.masked_fill_(ended, 0)
-    return [*parts, slots]
+    return [*(part for part in made if part is not None), slots]
 
 
-_scan_backward_op = torch.library.custom_op(
-    "rnnkern::scan_backward",
-    _run_backward,
-    mutates_args=(),
-    schema=f"(Tensor? dy, Tensor? dhn, Tensor? dcn, {_OPERANDS}, Tensor y, Tensor saved, {_STEPS}, "
-    f"{_SPEC}, bool[] wanted) -> Tensor[]",
-)
-
-
-@_scan_backward_op.register_fake
-def _(
+def _fake_run_backward(
     dy: Maybe,
     dhn: Maybe,
     dcn: Maybe,
@@ -290,28 +314,150 @@ def _(
     c0: Maybe,
     weights: list[Tensor],
     y: Tensor,
+    saved: Maybe,
+    active: Maybe,
+    order: Maybe,
+    reset: Maybe,
+    placed: Maybe,
+    code: int,
+    wanted: Sequence[bool],
+) -> list[Tensor]:
+    layer = Spec.of_code(code)
+    shapes = [w.shape for w in weights] + [s.shape for s in (h0, c0) if s is not None]
+    made = [_rows_like(layer, x, x.shape[-1], bool(code & PACKED))] if wanted[0] else []
+    made += [
+        x.new_empty(shape) for shape, flag in zip(shapes, wanted[1:], strict=True) if flag
+    ]
+    width = layer.slots * layer.hidden(weights)
+    return [*made, x.new_empty(layer.directions, _count(x), width)]
+
+
+_LIBRARY = torch.library.Library("rnnkern", "DEF")
+_CODED = "Tensor? active, Tensor? order, Tensor? reset, Tensor? placed, int layer"
+_INCOMING = "Tensor? dy, Tensor? dhn, Tensor? dcn"
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
+"""The kernels take operands as they lie."""
+
+
+def _define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    name = schema.partition("(")[0]
+    _LIBRARY.define(schema, tags=_TAGS)
+    for key in ("CPU", "CUDA"):
+        _LIBRARY.impl(name, run, key)
+    torch.library.register_fake(f"rnnkern::{name}", fake, lib=_LIBRARY)
+
+
+_define(f"scan_kernel({_OPERANDS}, {_CODED}, bool training) -> Tensor[]", _run, _fake_run)
+_define(
+    f"scan_backward_kernel({_INCOMING}, {_OPERANDS}, Tensor y, Tensor? saved, {_CODED}, "
+    "bool[] wanted) -> Tensor[]",
+    _run_backward,
+    _fake_run_backward,
+)
+
+
+# The same with derivatives.
+
+
+def _code(layer: Spec, packed: bool) -> int:
+    return layer.code + PACKED * packed
+
+
+def _forward(
+    x: Tensor, h0: Maybe, c0: Maybe, weights: Sequence[Tensor], *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y, h_n, c_n and what backward needs; without elements where there is none."""
+    *steps, packed = rest[:STEPS]
+    layer, training = Spec(*rest[STEPS:-1]), rest[-1]
+    made = torch.ops.rnnkern.scan_kernel(
+        x, h0, c0, weights, *steps, _code(layer, packed), training
+    )
+    y, hn, *others = made
+    cn = others.pop(0) if layer.has_cell_state else x.new_empty(0)
+    return y, hn, cn, others[0] if others else x.new_empty(0)
+
+
+def _backward(
+    dy: Maybe,
+    dhn: Maybe,
+    dcn: Maybe,
+    x: Tensor,
+    h0: Maybe,
+    c0: Maybe,
+    weights: Sequence[Tensor],
+    y: Tensor,
     saved: Tensor,
     *rest: Any,
+    run: Callable[..., list[Tensor]] | None = None,
 ) -> list[Tensor]:
-    packed, layer, wanted = rest[STEPS - 1], Spec(*rest[STEPS:-1]), rest[-1]
-    parts = [_rows_like(layer, x, x.shape[-1], packed)]
-    parts += [w.new_empty(w.shape) for w in weights]
-    parts += [s.new_empty(s.shape) for s in (h0, c0) if s is not None]
-    parts = [p if flag else x.new_empty(0) for p, flag in zip(parts, wanted, strict=True)]
-    width = layer.slots * layer.hidden(weights)
-    return [*parts, x.new_empty(layer.directions, _count(x), width)]
+    """As `scan_backward`; without elements where not wanted."""
+    *steps, packed = rest[:STEPS]
+    layer, wanted = Spec(*rest[STEPS:-1]), rest[-1]
+    kept = saved if _saves(layer.code) else None
+    run = run or torch.ops.rnnkern.scan_backward_kernel
+    made = iter(
+        run(dy, dhn, dcn, x, h0, c0, weights, y, kept, *steps, _code(layer, packed), wanted)
+    )
+    return [next(made) if flag else x.new_empty(0) for flag in (*wanted, True)]
 
 
-@torch.library.custom_op("rnnkern::ranked", mutates_args=())
-def _ranked_op(lengths: Tensor, T: int) -> tuple[Tensor, Tensor]:
+_STEPS = "Tensor? active, Tensor? order, Tensor? reset, Tensor? placed, bool packed"
+_SPEC = (
+    "str mode, int directions, bool bias, bool batch_first, bool proj, bool by_bfloat16, "
+    "bool is_cell"
+)
+_LIBRARY.define(
+    f"scan({_OPERANDS}, {_STEPS}, {_SPEC}, bool training) -> (Tensor, Tensor, Tensor, Tensor)",
+    tags=_TAGS,
+)
+_LIBRARY.define(
+    f"scan_backward({_INCOMING}, {_OPERANDS}, Tensor y, Tensor saved, {_STEPS}, {_SPEC}, "
+    "bool[] wanted) -> Tensor[]",
+    tags=_TAGS,
+)
+
+
+def _scan_of_autograd(
+    x: Tensor, h0: Maybe, c0: Maybe, weights: list[Tensor], *rest: Any
+) -> tuple[Tensor, ...]:
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(x, h0, c0, weights):
+        layer = Spec(*rest[STEPS:-1])
+        return _apply(_Scan, layer, x, h0, c0, *rest[:STEPS], *weights)  # type: ignore[no-any-return]
+    with torch._C._AutoDispatchBelowAutograd():
+        return _forward(x, h0, c0, weights, *rest)
+
+
+def _scan_backward_of_autograd(*operands: Any) -> list[Tensor]:
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(*operands):
+        *incoming, x, h0, c0, weights, y, saved = operands[:9]
+        steps, spec, wanted = operands[9 : 9 + STEPS], operands[9 + STEPS : -1], operands[-1]
+        layer, flags = Spec(*spec), tuple(wanted)
+        data = (x, h0, c0, y, saved)
+        return list(_apply(_ScanBackward, layer, flags, *incoming, *data, *steps, *weights))
+    with torch._C._AutoDispatchBelowAutograd():
+        return _backward(*operands)
+
+
+for _name, _run_it, _differentiate_it in (
+    ("scan", _forward, _scan_of_autograd),
+    ("scan_backward", _backward, _scan_backward_of_autograd),
+):
+    _LIBRARY.impl(_name, _run_it, "CompositeExplicitAutograd")
+    _LIBRARY.impl(_name, _differentiate_it, "Autograd")
+    torch.library.register_fake(f"rnnkern::{_name}", _run_it, lib=_LIBRARY)
+
+
+def _ranked(lengths: Tensor, T: int) -> tuple[Tensor, Tensor]:
     """As `rnnkern.sequence.ranked`, of lengths that nobody has checked."""
     check_range(lengths, T)
     return ranked(lengths, T)
 
 
-@_ranked_op.register_fake
-def _(lengths: Tensor, T: int) -> tuple[Tensor, Tensor]:
+def _fake_ranked(lengths: Tensor, T: int) -> tuple[Tensor, Tensor]:
     return lengths.new_empty(T), lengths.new_empty(lengths.shape)
+
+
+_define("ranked(Tensor lengths, SymInt T) -> (Tensor, Tensor)", _ranked, _fake_ranked)
 
 
 def _products(x: Any, weights: Any) -> int:
@@ -320,12 +466,12 @@ def _products(x: Any, weights: Any) -> int:
     return sum(2 * rows * w[0] * w[1] for w in weights if len(w) == 2)
 
 
-@register_flop_formula(torch.ops.rnnkern.scan)
+@register_flop_formula(torch.ops.rnnkern.scan_kernel)
 def _scan_flops(x: Any, h0: Any, c0: Any, weights: Any, *rest: Any, **_: Any) -> int:
     return _products(x, weights)
 
 
-@register_flop_formula(torch.ops.rnnkern.scan_backward)
+@register_flop_formula(torch.ops.rnnkern.scan_backward_kernel)
 def _scan_backward_flops(
     dy: Any, dhn: Any, dcn: Any, x: Any, h0: Any, c0: Any, weights: Any, *rest: Any, **_: Any
 ) -> int:
@@ -455,7 +601,7 @@ def second_order(
     of_x, of_h0, of_c0, *of_weights = wanted or [True] * (3 + len(at.weights))
     flags = [of_x, *of_weights]
     flags += [flag for s, flag in ((at.h0, of_h0), (at.c0, of_c0)) if s is not None]
-    kernel = _kernel(layer, at.weights)  # type: ignore[arg-type]
+    kernel = _kernel(layer.code, at.weights)  # type: ignore[arg-type]
     run = kernels.profiled(kernel.second_order, layer.mode, " second order")
     outputs, made, slots = run(point, direction, flags)
     ended = _ended(steps)
@@ -492,57 +638,13 @@ def _backward_of_backward(
     )
 
 
-def _setup_scan(ctx: Any, inputs: Any, output: Any) -> None:
-    x, h0, c0, weights, *rest = inputs
-    y, _, _, saved = output
-    _keep(ctx, Spec(*rest[STEPS:-1]), rest[:STEPS], (x, h0, c0, y, saved), weights)
-
-
-def _scan_op_backward(ctx: Any, dy: Maybe, dhn: Maybe, dcn: Maybe, _: Maybe) -> tuple[Any, ...]:
-    needs = ctx.needs_input_grad
-    data, of_weights = _backward_of_scan(ctx, [*needs[:3], *_each(needs[3], ctx)], (dy, dhn, dcn))
-    return (*data, of_weights, *[None] * (STEPS + SPEC + 1))
-
-
-def _each(needed: Any, ctx: Any) -> list[bool]:
-    """One flag a weight."""
-    count = ctx.layer.tensors * ctx.layer.directions
-    return list(needed) if isinstance(needed, (list, tuple)) else [bool(needed)] * count
-
-
-_scan_op.register_autograd(_scan_op_backward, setup_context=_setup_scan)
-
-
-def _setup_scan_backward(ctx: Any, inputs: Any, output: Any) -> None:
-    dy, dhn, dcn, x, h0, c0, weights, y, saved, *rest = inputs
-    _keep(
-        ctx,
-        Spec(*rest[STEPS:-1]),
-        rest[:STEPS],
-        (x, h0, c0, y, saved),
-        weights,
-        (dy, dhn, dcn, output[-1]),
-    )
-    ctx.wanted = rest[-1]
-
-
-def _scan_backward_op_backward(ctx: Any, incoming: Sequence[Maybe]) -> tuple[Any, ...]:
-    needs = ctx.needs_input_grad
-    wanted = [*needs[3:6], *_each(needs[6], ctx)]
-    (y, hn, cn), (x, h0, c0, weights) = _backward_of_backward(ctx, incoming, wanted)
-    return (y, hn, cn, x, h0, c0, weights, None, None, *[None] * (STEPS + SPEC + 1))
-
-
-_scan_backward_op.register_autograd(_scan_backward_op_backward, setup_context=_setup_scan_backward)
-
-
 class _Scan(torch.autograd.Function):
     """``scan`` for the transforms of `torch.func` and forward mode."""
 
     @staticmethod
     def forward(layer: Spec, x: Tensor, h0: Maybe, c0: Maybe, *rest: Any) -> tuple[Tensor, ...]:
         steps, weights = rest[:STEPS], rest[STEPS:]
-        return torch.ops.rnnkern.scan(x, h0, c0, weights, *steps, *layer, True)  # type: ignore[no-any-return]
+        return _forward(x, h0, c0, weights, *steps, *layer, True)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -601,8 +703,8 @@ class _ScanBackward(torch.autograd.Function):
         steps, weights = others[:STEPS], others[STEPS:]
         # Where nobody looks, not the operator: it costs more than the kernels of a small layer.
         is_seen = has_modes() or _refusal(x)
-        run = torch.ops.rnnkern.scan_backward if is_seen else _run_backward
-        return tuple(run(dy, dhn, dcn, x, h0, c0, weights, y, saved, *steps, *layer, list(wanted)))
+        operands = (dy, dhn, dcn, x, h0, c0, weights, y, saved, *steps, *layer, list(wanted))
+        return tuple(_backward(*operands, run=None if is_seen else _run_backward))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:

@@ -47,6 +47,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 import rnnkern
+from rnnkern.derivatives import PACKED, Spec
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -247,7 +248,7 @@ def operands(form: str, setting: str, dtype: torch.dtype = torch.float64) -> tup
         def __torch_dispatch__(
             self, function: Any, types: Any, args: Any = (), kwargs: Any = None
         ) -> Any:
-            if function is torch.ops.rnnkern.scan.default:
+            if function is torch.ops.rnnkern.scan_kernel.default:
                 caught.append(args)
             return function(*args, **(kwargs or {}))
 
@@ -261,8 +262,14 @@ def operands(form: str, setting: str, dtype: torch.dtype = torch.float64) -> tup
         copy = tensor.detach().clone(memory_format=torch.preserve_format)
         return copy.requires_grad_(copy.is_floating_point())
 
-    args = caught[0]
-    return (*tree_map(lambda t: fresh(t) if isinstance(t, Tensor) else t, args)[:-1], True)
+    *args, code, _ = tree_map(lambda t: fresh(t) if isinstance(t, Tensor) else t, caught[0])
+    return (*args, bool(code & PACKED), *Spec.of_code(code), True)
+
+
+def of_kernel(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The same for ``scan_kernel``, whose tensors ask for no gradients."""
+    *tensors, packed = tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, args[:9])
+    return (*tensors, Spec(*args[9:-1]).code + PACKED * packed, args[-1])
 
 
 @pytest.mark.parametrize("setting", [name for name in SETTINGS if name != "layers2"])
@@ -283,6 +290,13 @@ def test_opcheck(form: str, setting: str) -> None:
     incoming.append(torch.randn_like(cn).requires_grad_() if cn.numel() else None)
     backward = (*incoming, x, h0, c0, weights, y, saved, *rest[:-1], flags)
     torch.library.opcheck(torch.ops.rnnkern.scan_backward, backward, test_utils=utils)
+    utils = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.rnnkern.scan_kernel, of_kernel(args), test_utils=utils)
+    *own, code, _ = of_kernel(args)
+    kept = saved if saved.numel() else None
+    incoming = [None if z is None else z.detach() for z in incoming]
+    backward = (*incoming, *own[:4], y, kept, *own[4:], code, flags)
+    torch.library.opcheck(torch.ops.rnnkern.scan_backward_kernel, backward, test_utils=utils)
 
 
 @pytest.mark.cpu_only
@@ -301,7 +315,7 @@ def test_operators_in_every_dtype(form: str, dtype: torch.dtype) -> None:
     def watched(m: nn.Module, own: Any) -> Any:
         with Seen() as seen:
             result = plain(m, own)
-        assert seen.names == ["scan"]
+        assert seen.names == ["scan_kernel"]
         return result
 
     assert_bitwise(evaluate(module, leaves, watched), evaluate(module, leaves))
@@ -321,8 +335,8 @@ def test_make_fx(kind: str) -> None:
     )
     names = [str(node.target) for node in graph.graph.nodes]
     assert [name for name in names if "rnnkern" in name] == [
-        "rnnkern.scan.default",
-        "rnnkern.scan_backward.default",
+        "rnnkern.scan_kernel.default",
+        "rnnkern.scan_backward_kernel.default",
     ]
     other = torch.randn(7, 2, 4, requires_grad=True)
     assert torch.equal(graph(other), loss(other))
@@ -462,7 +476,7 @@ def test_per_sample_gradients_take_one_pass(kind: str) -> None:
     module, xs = build(kind, 4, 6), torch.randn(8, 5, 1, 4)
     with Seen() as seen:
         vmap(grad(loss_of(module)), (None, 0))(weights_of(module), xs)
-    assert seen.names == ["scan", "scan_backward"]
+    assert seen.names == ["scan_kernel", "scan_backward_kernel"]
 
 
 @pytest.mark.parametrize("option", OPTIONS)

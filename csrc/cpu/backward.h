@@ -43,7 +43,7 @@ class BackwardScan {
       const bool packs = plan.recurrent == Reading::kPacked;
       recurrent_[d] = {kShape.gates * z.H, z.O, w.w_hh, w.w_hh_row, &kShape, packs, nullptr};
       projection_[d] = {z.O, z.H, w.w_hr, w.w_hr_row, nullptr, packs, nullptr};
-      recurrent_[d].packed = carver.take<A>(recurrent_[d].lanes());
+      if (reads_recurrent()) recurrent_[d].packed = carver.take<A>(recurrent_[d].lanes());
       if (z.projected) projection_[d].packed = carver.take<A>(projection_[d].lanes());
     }
     h_row_ = ceil_div(z.O, kWidth) * kWidth;
@@ -114,9 +114,14 @@ class BackwardScan {
     return scratch(carver);
   }
 
+  // Nobody asks what a single step passes on.
+  bool reads_recurrent() const { return b_.steps.T > 1 || b_.dh0.data; }
+
   void pack(int thread, int threads) {
     for (int d = 0; d < b_.sizes.D; ++d) {
-      for (int64_t p = thread; p < recurrent_[d].count(); p += threads) recurrent_[d].pack(p);
+      for (int64_t p = thread; reads_recurrent() && p < recurrent_[d].count(); p += threads) {
+        recurrent_[d].pack(p);
+      }
       if (!b_.sizes.projected) continue;
       for (int64_t p = thread; p < projection_[d].count(); p += threads) projection_[d].pack(p);
     }

@@ -112,7 +112,8 @@ RNNKERN_INLINE Vec<Bf16> multiply_add<Bf16>(Pair a, Vec<Bf16> b, Vec<Bf16> c) {
 }
 #endif
 
-template <typename E, int kVectors, int kRows>
+// kAdds: to what acc holds; else acc is written.
+template <typename E, int kVectors, int kRows, bool kAdds>
 void tile(int64_t k_begin, int64_t k_count, const E* const* a, const Compute<E>* panel,
           int64_t panel_row, Compute<E>* acc, int64_t acc_row) {
   using V = Vec<E>;
@@ -148,7 +149,7 @@ void tile(int64_t k_begin, int64_t k_count, const E* const* a, const Compute<E>*
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
       Compute<E>* to = acc + m * acc_row + v * kLanes<E>;
-      store(to, load(to) + c[m][v]);
+      store(to, kAdds ? load(to) + c[m][v] : c[m][v]);
     }
   }
 }
@@ -157,52 +158,59 @@ template <typename E>
 using TileFunction = void (*)(int64_t, int64_t, const E* const*, const Compute<E>*, int64_t,
                               Compute<E>*, int64_t);
 
-template <typename E, int kVectors>
+template <typename E, int kVectors, bool kAdds>
 TileFunction<E> tile_of(int64_t rows) {
   static_assert(kTileRows <= 6, "extend the table");
   constexpr auto at_most = [](int rows) { return rows < kTileRows ? rows : kTileRows; };
   static constexpr TileFunction<E> kTable[6] = {
-      tile<E, kVectors, at_most(1)>, tile<E, kVectors, at_most(2)>, tile<E, kVectors, at_most(3)>,
-      tile<E, kVectors, at_most(4)>, tile<E, kVectors, at_most(5)>, tile<E, kVectors, at_most(6)>};
+      tile<E, kVectors, at_most(1), kAdds>, tile<E, kVectors, at_most(2), kAdds>,
+      tile<E, kVectors, at_most(3), kAdds>, tile<E, kVectors, at_most(4), kAdds>,
+      tile<E, kVectors, at_most(5), kAdds>, tile<E, kVectors, at_most(6), kAdds>};
   return kTable[rows - 1];
 }
 
-template <typename E>
+template <typename E, bool kAdds>
 TileFunction<E> tile_of(int vectors, int64_t rows) {
   switch (vectors) {
     case 1:
-      return tile_of<E, 1>(rows);
+      return tile_of<E, 1, kAdds>(rows);
     case 2:
-      return tile_of<E, 2>(rows);
+      return tile_of<E, 2, kAdds>(rows);
     case 3:
-      return tile_of<E, 3>(rows);
+      return tile_of<E, 3, kAdds>(rows);
     default:
-      return tile_of<E, 4>(rows);
+      return tile_of<E, 4, kAdds>(rows);
   }
 }
 
 // acc[m][..] += a[m][first..first+K) x panel for `rows` rows; the rows of acc are padded to whole
-// vectors. Groups of the panel are panel_row lanes apart.
-template <typename E>
+// vectors. Groups of the panel are panel_row lanes apart. With kAdds false, acc is written.
+template <typename E, bool kAdds = true>
 void product(int vectors, int64_t rows, int64_t first, int64_t K, const E* const* a,
              const Compute<E>* panel, int64_t panel_row, Compute<E>* acc, int64_t acc_row) {
   static_assert(kDepth % kGroup<E> == 0, "a block is whole groups");
 #ifdef RNNKERN_AMX
   if constexpr (std::is_same_v<E, Bf16>) {
+    for (int64_t m = 0; !kAdds && m < rows; ++m)
+      zero_row(acc + m * acc_row, 0, vectors * kLanes<E>);
     TileProduct(vectors, rows, first, K, a, panel, panel_row, acc, acc_row).run();
     return;
   }
 #endif
   const int64_t whole = rows / kTileRows * kTileRows;
-  const TileFunction<E> full = tile_of<E>(vectors, kTileRows);
-  for (int64_t k = 0; k < K; k += kDepth) {
+  const auto add_block = [&](auto tile_for, int64_t k) {
     const int64_t depth = min_of(kDepth, K - k);
     const Compute<E>* block = panel + groups<E>(k) * panel_row;
-    for (int64_t m = 0; m < whole; m += kTileRows)
-      full(first + k, depth, a + m, block, panel_row, acc + m * acc_row, acc_row);
-    if (whole < rows) {
-      tile_of<E>(vectors, rows - whole)(first + k, depth, a + whole, block, panel_row,
-                                        acc + whole * acc_row, acc_row);
+    for (int64_t m = 0; m < rows; m += kTileRows) {
+      tile_for(m < whole ? kTileRows : rows - whole)(first + k, depth, a + m, block, panel_row,
+                                                     acc + m * acc_row, acc_row);
+    }
+  };
+  for (int64_t k = 0; k < K || (k == 0 && !kAdds); k += kDepth) {  // a sum of nothing is written too
+    if (kAdds || k) {
+      add_block([&](int64_t n) { return tile_of<E, true>(vectors, n); }, k);
+    } else {
+      add_block([&](int64_t n) { return tile_of<E, false>(vectors, n); }, k);
     }
   }
 }

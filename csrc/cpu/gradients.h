@@ -24,7 +24,7 @@ namespace rnnkern {
 namespace RNNKERN_NAMESPACE {
 
 constexpr int64_t kBlockRows = 384;
-constexpr int64_t kOuterRows = 4;  // at most, of a block that is not worth panels
+constexpr int kOuterRows = 4;  // at most, of a block that is not worth panels
 
 // Walks all active rows, step by step.
 class ActiveRows {
@@ -270,51 +270,85 @@ class Gradients {
                   bool add) const {
     const Range own = own_rows(target, thread, threads);
     if (own.begin == own.end) return;
-    if (count <= kOuterRows) {
-      for (int64_t j = own.begin; j < own.end; ++j) add_outer_products(target, count, j, s, add);
-      for (int64_t j = own.begin; target.bias && j < own.end; j += kGroupRows) {
-        add_bias(target, count, j, min_of(kGroupRows, own.end - j), s, add);
-      }
-      return;
-    }
+    const bool few = count > 0 && count <= kOuterRows;
     const ColumnPanels<T> right = {count, target.width, nullptr, 0, nullptr, true, s.right};
-    for (int64_t p = 0; target.weight && p < right.count(); ++p) {
+    for (int64_t p = 0; target.weight && !few && p < right.count(); ++p) {
       right.pack_rows(p, [&](int64_t r) { return s.right_rows[r]; });
     }
     const E* left[kGroupRows];
     A* out[kGroupRows];
     for (int64_t i = 0; i < kGroupRows; ++i) left[i] = s.left + i * block_rows_;
-    for (int64_t j = own.begin; j < own.end; j += kGroupRows) {
-      const int64_t rows = min_of(kGroupRows, own.end - j);
+    for (int64_t j = own.begin, rows; j < own.end; j += rows) {
+      // Of one gate: rows that stand side by side in the result as well.
+      rows = min_of(min_of(kGroupRows, own.end - j), target.H - j % target.H);
       if (target.bias) add_bias(target, count, j, rows, s, add);
       if (!target.weight) continue;
+      A* const to = target.weight + target.row_of(j) * target.width;
+      if (few) {
+        outer_products(count, target.width, j, rows, to, s, add);
+        continue;
+      }
       transpose_left(count, j, rows, s);
       for (int64_t p = 0; p < right.count(); ++p) {
-        for (int64_t i = 0; i < rows; ++i)
-          out[i] = target.weight + target.row_of(j + i) * target.width + p * kWidth;
+        if (!add && right.columns(p) % kLanes<T> == 0) {
+          right.write(p, rows, left, to + p * kWidth, target.width);
+          continue;
+        }
+        for (int64_t i = 0; i < rows; ++i) out[i] = to + i * target.width + p * kWidth;
         right.multiply(p, rows, left, out, add);
       }
     }
   }
 
-  // Row j of one weight gradient, of few rows: no panels, for they are written once and read once.
-  void add_outer_products(const Target& target, int64_t count, int64_t j, const Scratch& s,
-                          bool add) const {
-    if (!target.weight) return;
-    A* to = target.weight + target.row_of(j) * target.width;
-    A left[kOuterRows];
-    for (int64_t r = 0; r < count; ++r) left[r] = value(s.left_rows[r][j]);
-    for (int64_t i = 0; i < target.width; i += kLanes<T>) {
-      const int64_t n = target.width - i;
-      Vec<T> sum{};
-      for (int64_t r = 0; r < count; ++r) sum = left[r] * load_up_to(s.right_rows[r] + i, n) + sum;
-      if (add) sum += load_up_to(to + i, n);
-      store_up_to(to + i, sum, n);
+  // Of few rows, which are written once: nothing is packed.
+  static void outer_products(int64_t count, int64_t width, int64_t j, int64_t rows, A* to,
+                             const Scratch& s, bool add) {
+    static_assert(kOuterRows == 4, "extend the switch");
+    switch (count) {
+      case 1:
+        return outer_products<1>(width, j, rows, to, s, add);
+      case 2:
+        return outer_products<2>(width, j, rows, to, s, add);
+      case 3:
+        return outer_products<3>(width, j, rows, to, s, add);
+      default:
+        return outer_products<4>(width, j, rows, to, s, add);
+    }
+  }
+  template <int kRows>
+  static void outer_products(int64_t width, int64_t j, int64_t rows, A* to, const Scratch& s,
+                             bool add) {
+    for (int64_t i = 0; i < width; i += kWidth) {
+      const int64_t n = min_of(kWidth, width - i);
+      Vec<T> right[kRows][kPanelVectors] = {};
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+        for (int v = 0; v < kPanelVectors; ++v) {
+          const int64_t first = v * kLanes<T>;
+          if (first < n) right[r][v] = load_up_to(s.right_rows[r] + i + first, n - first);
+        }
+      }
+      for (int64_t k = 0; k < rows; ++k) {
+        A* const row = to + k * width + i;
+#pragma GCC unroll 4
+        for (int v = 0; v < kPanelVectors; ++v) {
+          const int64_t first = v * kLanes<T>;
+          if (first >= n) break;
+          Vec<T> sum{};
+#pragma GCC unroll 4
+          for (int r = 0; r < kRows; ++r) sum = value(s.left_rows[r][j + k]) * right[r][v] + sum;
+          if (add) sum += load_up_to(row + first, n - first);
+          store_up_to(row + first, sum, n - first);
+        }
+      }
     }
   }
 
+  // Rows j to j + rows, of one gate.
   void add_bias(const Target& target, int64_t count, int64_t j, int64_t rows, const Scratch& s,
                 bool add) const {
+    A* const to = target.bias + target.row_of(j);
     for (int64_t i = 0; i < rows; i += kLanes<T>) {
       constexpr int64_t kPart = 16;  // rows of one sum, so that rounding grows slowly
       Vec<T> sum{};
@@ -324,12 +358,8 @@ class Gradients {
         for (int64_t q = r; q < end; ++q) part += load_up_to(s.left_rows[q] + j + i, rows - i);
         sum += part;
       }
-      alignas(kVectorBytes) A lanes[kLanes<T>];
-      store(lanes, sum);
-      for (int64_t lane = 0; lane < min_of(kLanes<T>, rows - i); ++lane) {
-        A& to = target.bias[target.row_of(j + i + lane)];
-        to = add ? to + lanes[lane] : lanes[lane];
-      }
+      if (add) sum += load_up_to(to + i, rows - i);
+      store_up_to(to + i, sum, rows - i);
     }
   }
 

@@ -149,9 +149,8 @@ struct StepWeights {
     for (int64_t m = 0; m < rows; m += kWidth) {
       const int64_t lanes = lanes_across<T>(rows - m);
       for (int64_t k = 0; k < K; k += kDepth) {
-        zero_row(sums, 0, count * lanes);
-        product(int(lanes / kLanes<T>), count, k, min_of(kDepth, K - k), left,
-                across + m * groups<E>(K) + groups<E>(k) * lanes, lanes, sums, lanes);
+        product<E, false>(int(lanes / kLanes<T>), count, k, min_of(kDepth, K - k), left,
+                          across + m * groups<E>(K) + groups<E>(k) * lanes, lanes, sums, lanes);
         for (int i = 0; i < kShape.gates; ++i) {
           for (int64_t u = 0; u < units; u += kLanes<T>) {
             for (int64_t n = 0; n < min_of(lanes, rows - m); n += kLanes<T>) {
@@ -245,6 +244,12 @@ struct ColumnPanels {
       }
     }
     product(vectors(p), rows, 0, K, a, panel(p), vectors(p) * kLanes<T>, acc, acc_row);
+  }
+
+  // acc[m][columns of p] = a[m] x this matrix, of panels that have been packed and whose vectors
+  // are whole.
+  void write(int64_t p, int64_t rows, const E* const* a, Compute<T>* acc, int64_t acc_row) const {
+    product<E, false>(vectors(p), rows, 0, K, a, panel(p), vectors(p) * kLanes<T>, acc, acc_row);
   }
 
   // out[m][columns of p] = or += a[m] x this matrix.
