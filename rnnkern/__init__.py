@@ -5,24 +5,54 @@
 >>> output, (h_n, c_n) = lstm(torch.randn(10, 1, 3))
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 import torch  # noqa: F401  first: its OpenMP runtime is the one that the kernels share
 
-from rnnkern import inspect, onnx, plot
-from rnnkern.aten import decompositions
-from rnnkern.build import build_info, explain
 from rnnkern.by_type import be_found_by_type
-from rnnkern.checkpoint import checkpointed
-from rnnkern.closed_loop import generate
 from rnnkern.convert import convert, revert
 from rnnkern.dynamo import open_to_rnnkern
 from rnnkern.exporting import exporting_kernels
 from rnnkern.functional import FallbackWarning
 from rnnkern.modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 
+if TYPE_CHECKING:
+    from rnnkern import inspect, onnx, plot
+    from rnnkern.aten import decompositions
+    from rnnkern.build import __version__, build_info, explain
+    from rnnkern.checkpoint import checkpointed
+    from rnnkern.closed_loop import generate
+
 open_to_rnnkern()
 be_found_by_type()
 
-__version__ = str(build_info()["version"])
+_MADE_IN = {
+    "__version__": "build",
+    "build_info": "build",
+    "checkpointed": "checkpoint",
+    "decompositions": "aten",
+    "explain": "build",
+    "generate": "closed_loop",
+}
+"""Where else a public name is made. Whoever runs a layer needs none of these."""
+_MODULES = ("inspect", "onnx", "plot")
+
+
+def __getattr__(name: str) -> Any:
+    """A public name that is imported when it is asked for."""
+    if name in _MODULES:
+        return import_module(f"rnnkern.{name}")
+    if name not in _MADE_IN:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = getattr(import_module(f"rnnkern.{_MADE_IN[name]}"), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
 
 __all__ = [
     "GRU",

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from rnnkern import onnx
-from rnnkern.derivatives import PACKED, Maybe, Spec, unflatten
 from rnnkern.sequence import Steps, active_rows, ranked
+from rnnkern.spec import PACKED, Maybe, Spec, unflatten
 
 _OPERATORS = {
     "LSTM": torch.ops.aten.lstm,

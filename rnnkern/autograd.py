@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from rnnkern import kernels, ops
-from rnnkern.derivatives import Spec, dense
 from rnnkern.kernels import Layer
 from rnnkern.sequence import Steps
+from rnnkern.spec import Spec, dense
 
 Scanned = tuple[Layer, Steps | None, int]
 """A layer, its steps, and the number of initial states given: 0, or as many as the cell has."""

@@ -19,6 +19,9 @@ def _version() -> str:
         return "unknown"
 
 
+__version__ = _version()
+
+
 def build_info() -> dict[str, Any]:
     """Version, compiler, CUDA, and the instruction sets compiled and in use.
 
@@ -30,7 +33,7 @@ def build_info() -> dict[str, Any]:
         ``RNNKERN_ISA`` forces a lower one), ``openmp``, ``torch``, ``threads``.
     """
     return {
-        "version": _version(),
+        "version": __version__,
         "compiler": kernels.compiler,
         "cuda": kernels.cuda_version(),
         "cuda_architectures": (kernels.cuda_architectures() or "").split(),

@@ -15,7 +15,6 @@ from typing import Any
 
 from torch import nn
 
-from rnnkern import aten
 from rnnkern.modules import GRU, LSTM, RNN
 from rnnkern.on_import import on_import
 
@@ -58,6 +57,8 @@ def _allow(config: ModuleType) -> None:
 
 
 def _leave_exports(dynamo: Any) -> None:
+    from rnnkern import aten
+
     dynamo.allow_in_graph(aten.exported)
 
 

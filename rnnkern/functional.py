@@ -21,13 +21,13 @@ from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn.utils.rnn import PackedSequence
 
-from rnnkern import kernels, ops, reference
+from rnnkern import kernels, ops
 from rnnkern.autograd import record, record_cell
 from rnnkern.cells import CELLS
-from rnnkern.derivatives import Spec
 from rnnkern.exporting import to_torch
 from rnnkern.kernels import GAPS, Layer
 from rnnkern.sequence import Steps, packed_steps, padded_steps, place_of
+from rnnkern.spec import Spec
 
 
 class FallbackWarning(UserWarning):
@@ -680,6 +680,8 @@ def _elsewhere(module: Any, input: Any, hx: Any, lengths: Any, reset: Any, reaso
 
 
 def _by_reference(module: Any, x: Tensor, hx: Any, lengths: Any, reset: Any) -> Any:
+    from rnnkern import reference
+
     module.check_input(x, None)
     batch_first = module.batch_first
     T, N = (x.size(1), x.size(0)) if batch_first else (x.size(0), x.size(1))

@@ -15,8 +15,8 @@ from torch.nn.utils.rnn import PackedSequence
 
 from rnnkern import derivatives, functional, kernels, ops
 from rnnkern.cells import CELLS
-from rnnkern.derivatives import Gradients, Point
 from rnnkern.sequence import Steps, packed_steps, padded_steps, place_of
+from rnnkern.spec import Gradients, Point, pieces
 
 
 class DirectionTrace(NamedTuple):
@@ -242,11 +242,11 @@ def _of_direction(run: _Run, layer: _Layer, d: int) -> DirectionTrace:
     spec, H = run.spec, run.module.hidden_size
     width = layer.y.shape[-1] // spec.directions
     h = layer.y[..., d * width : (d + 1) * width]
-    pieces = [run.as_rows(piece[d]) for piece in derivatives.pieces(layer.saved, spec, H)]
+    parts = [run.as_rows(piece[d]) for piece in pieces(layer.saved, spec, H)]
     if not spec.saves_slots:
         return DirectionTrace({}, h, None)
-    gates = list(torch.split(pieces[0], H, -1))[spec.slots - len(CELLS[spec.mode].names) :]
-    c = pieces[1] if spec.has_cell_state else None
+    gates = list(torch.split(parts[0], H, -1))[spec.slots - len(CELLS[spec.mode].names) :]
+    c = parts[1] if spec.has_cell_state else None
     if torch.is_grad_enabled() and layer.y.requires_grad:
         scan = derivatives.direction(spec, run.steps, layer.at, d)
         formulas = scan.gates()[-len(gates) :]

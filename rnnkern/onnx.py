@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rnnkern.derivatives import Maybe, Spec
+from rnnkern.spec import Maybe, Spec
 
 
 class _Operator(NamedTuple):

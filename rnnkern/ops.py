@@ -19,13 +19,13 @@ from torch import Tensor
 from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
-from torch.utils.flop_counter import register_flop_formula
 
-from rnnkern import aten, derivatives, kernels, reference
+from rnnkern import kernels
 from rnnkern.cells import CELLS
-from rnnkern.derivatives import PACKED, Gradients, Maybe, Point, Spec, dense
 from rnnkern.exporting import to_torch
+from rnnkern.on_import import on_import
 from rnnkern.sequence import Steps, active_rows, check_range, ranked
+from rnnkern.spec import PACKED, Gradients, Maybe, Point, Spec, dense, pieces, unflatten
 
 _OPERANDS = "Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights"
 STEPS, SPEC = 5, 7  # arguments of each
@@ -43,11 +43,15 @@ def scan(
     """``y, h_n, c_n`` of a layer, in a mode of torch that sees operators only."""
     if to_torch():
         lengths, reset = (None, None) if steps is None else (steps.lengths, steps.reset)
+        from rnnkern import aten
+
         y, hn, cn = aten.exported(x, h0, c0, list(weights), lengths, reset, *layer, training)
         return y, hn, cn if layer.has_cell_state else None
     own = arguments(steps)
     if transformed() and not is_compiling() and _forward_levels() > 1:
         # torch runs the jvp of a Function with the outer levels switched off.
+        from rnnkern import reference
+
         y, hn, *cns = reference.layer(
             layer.mode,
             x,
@@ -174,6 +178,13 @@ def _layer(code: int, rows: int, columns: int) -> kernels.Layer:
 
 
 @functools.cache
+def _width_of_slots(code: int, rows: int) -> int:
+    """Of all units, of weights that have that many rows."""
+    layer = Spec.of_code(code)
+    return layer.slots * (rows // CELLS[layer.mode].gates)
+
+
+@functools.cache
 def _saves(code: int) -> bool:
     """Whether forward saves something for backward besides its outputs."""
     layer = Spec.of_code(code)
@@ -217,7 +228,7 @@ def _run(
     ended = _ended(steps)
     if ended is not None:
         layer = Spec.of_code(code)
-        for piece in derivatives.pieces(saved, layer, layer.hidden(weights)):
+        for piece in pieces(saved, layer, layer.hidden(weights)):
             piece.masked_fill_(ended, 0)
     return [*outputs, saved]
 
@@ -296,9 +307,7 @@ def _run_backward(
         x, h0, c0, *weights = (dense(t) for t in (x, h0, c0, *weights))
         y, saved, dy, dhn, dcn = (dense(t) for t in (y, saved, dy, dhn, dcn))
         made, slots = run(x, h0, c0, weights, steps, y, saved, dy, dhn, dcn, wanted, False)
-    layer = Spec.of_code(code)
-    rows, width = _count(x), layer.slots * layer.hidden(weights)
-    slots = slots.view(layer.directions, rows, width)
+    slots = slots.view(kernel.directions, _count(x), _width_of_slots(code, weights[1].shape[0]))
     ended = _ended(steps)
     if ended is not None:
         slots.masked_fill_(ended, 0)
@@ -344,7 +353,7 @@ def _define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> N
     _LIBRARY.define(schema, tags=_TAGS)
     for key in ("CPU", "CUDA"):
         _LIBRARY.impl(name, run, key)
-    torch.library.register_fake(f"rnnkern::{name}", fake, lib=_LIBRARY)
+    _LIBRARY.impl(name, fake, "Meta")  # `register_fake` reads this source, which takes a millisecond
 
 
 _define(f"scan_kernel({_OPERANDS}, {_CODED}, bool training) -> Tensor[]", _run, _fake_run)
@@ -444,7 +453,6 @@ for _name, _run_it, _differentiate_it in (
 ):
     _LIBRARY.impl(_name, _run_it, "CompositeExplicitAutograd")
     _LIBRARY.impl(_name, _differentiate_it, "Autograd")
-    torch.library.register_fake(f"rnnkern::{_name}", _run_it, lib=_LIBRARY)
 
 
 def _ranked(lengths: Tensor, T: int) -> tuple[Tensor, Tensor]:
@@ -466,16 +474,22 @@ def _products(x: Any, weights: Any) -> int:
     return sum(2 * rows * w[0] * w[1] for w in weights if len(w) == 2)
 
 
-@register_flop_formula(torch.ops.rnnkern.scan_kernel)
 def _scan_flops(x: Any, h0: Any, c0: Any, weights: Any, *rest: Any, **_: Any) -> int:
     return _products(x, weights)
 
 
-@register_flop_formula(torch.ops.rnnkern.scan_backward_kernel)
 def _scan_backward_flops(
     dy: Any, dhn: Any, dcn: Any, x: Any, h0: Any, c0: Any, weights: Any, *rest: Any, **_: Any
 ) -> int:
     return 2 * _products(x, weights)  # with the operands, and with the weights
+
+
+def _count_operations(counter: Any) -> None:
+    counter.register_flop_formula(torch.ops.rnnkern.scan_kernel)(_scan_flops)
+    counter.register_flop_formula(torch.ops.rnnkern.scan_backward_kernel)(_scan_backward_flops)
+
+
+on_import("torch.utils.flop_counter", _count_operations)
 
 
 # What both doors of autograd keep and do.
@@ -557,6 +571,8 @@ def _derivative_of_backward(
     direction = Point(change[0], change[1], change[2], of_weights)
     if has_second_order(x):
         return second_order(ctx.layer, steps, at, saved, gradients, direction, changes, wanted)
+    from rnnkern import derivatives
+
     return derivatives.of_backward(ctx.layer, steps, at, gradients, direction, changes)
 
 
@@ -666,6 +682,8 @@ class _Scan(torch.autograd.Function):
     def jvp(ctx: Any, *changes: Any) -> tuple[Maybe, ...]:
         (x, h0, c0, y, _), _, steps, weights = _kept(ctx)
         change = Point(changes[1], changes[2], changes[3], changes[4 + STEPS :])
+        from rnnkern import derivatives
+
         y, hn, cn = derivatives.tangent(ctx.layer, steps, Point(x, h0, c0, weights, y), change)
         return y, hn, cn, None
 
@@ -775,6 +793,8 @@ class _ScanBackward(torch.autograd.Function):
         parts[-1], out_dims[-1] = fold.from_states(made[-1]), 0
         if any(of_weights):
             at = Point(own_x, own_h0, own_c0, weights, own_y)
+            from rnnkern import derivatives
+
             found = derivatives.weight_gradients(
                 layer, _steps(*own_steps), at, made[-1], info.batch_size
             )
@@ -823,14 +843,14 @@ class _Fold:
         return self._first(z, dim).movedim(0, self.axis + 1).flatten(self.axis, self.axis + 1)
 
     def from_rows(self, z: Tensor) -> Tensor:
-        return derivatives.unflatten(z, self.axis, (-1, self.size)).movedim(self.axis + 1, 0)
+        return unflatten(z, self.axis, (-1, self.size)).movedim(self.axis + 1, 0)
 
     def states(self, z: Maybe, dim: int | None) -> Maybe:
         return None if z is None else self._first(z, dim).movedim(0, 2).flatten(1, 2)
 
     def from_states(self, z: Tensor) -> Tensor:
         """Of ``[D, N, ...]``, and of what is saved, ``[D, rows, ...]``."""
-        return derivatives.unflatten(z, 1, (-1, self.size)).movedim(2, 0)
+        return unflatten(z, 1, (-1, self.size)).movedim(2, 0)
 
     def steps(self, steps: Sequence[Any], dim: int | None) -> tuple[Any, ...]:
         active, order, reset, placed, packed = steps
@@ -843,9 +863,9 @@ class _Fold:
         return active, order, reset, placed, packed
 
     def saved(self, z: Tensor, dim: int | None, layer: Spec, hidden: int) -> Tensor:
-        parts = derivatives.pieces(self._first(z, dim), layer, hidden)
+        parts = pieces(self._first(z, dim), layer, hidden)
         return torch.cat([part.movedim(0, 2).flatten() for part in parts] or [z.new_empty(0)])
 
     def from_saved(self, z: Tensor, layer: Spec, hidden: int) -> Tensor:
-        parts = [self.from_states(part).flatten(1) for part in derivatives.pieces(z, layer, hidden)]
+        parts = [self.from_states(part).flatten(1) for part in pieces(z, layer, hidden)]
         return torch.cat(parts or [z.new_empty(self.size, 0)], -1)

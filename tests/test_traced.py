@@ -47,7 +47,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 import rnnkern
-from rnnkern.derivatives import PACKED, Spec
+from rnnkern.spec import PACKED, Spec
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
