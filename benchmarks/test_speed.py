@@ -33,6 +33,7 @@ from rnnkern.workloads import (
     draw_case,
     flops,
     grad_mode,
+    load_step_workloads,
     load_workloads,
     notebook_case,
     tf32_allowed,
@@ -111,8 +112,8 @@ def checked_notebook(request: pytest.FixtureRequest) -> Checked:
 def cases() -> Iterator[tuple[str, str, str, Precision]]:
     """Cell, name of the workload, device and dtype of every case."""
     for device in DEVICES:
-        for name in load_workloads(device):
-            for cell in CELLS:
+        for name, workload in (load_workloads(device) | load_step_workloads()).items():
+            for cell in workload.cells:
                 for precision in default_precisions(device):
                     yield cell, name, device, precision
 
@@ -127,7 +128,7 @@ def name_of(param: tuple[str, str, str, Precision]) -> str:
 def checked_case(request: pytest.FixtureRequest) -> Checked:
     """A case that has passed the check of ``rnnkern compare``."""
     cell, name, device, precision = request.param
-    case = draw_case(cell, load_workloads(device)[name])
+    case = draw_case(cell, (load_workloads(device) | load_step_workloads())[name])
     with tf32_allowed(precision.tf32):
         verdicts = check_case(case, precision.dtype, device)
     assert not {what: str(verdict) for what, verdict in verdicts.items() if not verdict}

@@ -67,7 +67,9 @@ class ScanOfCell(Scan):
     """The same of a cell, whose outputs are ``h`` or ``h, c``."""
 
     @staticmethod
-    def backward(ctx: Any, dh: Tensor | None, dc: Tensor | None = None) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, dh: Tensor | None, dc: Tensor | None = None
+    ) -> tuple[Tensor | None, ...]:
         return _backward(ctx, dh, None, dc)
 
 
@@ -141,7 +143,11 @@ def _by_operators(
     h0, c0, weights = _initial_states(tensors, states)
     shapes = None
     if layer.is_cell:  # the operators know layers: with an axis of time, and one of the batch
-        shapes = [x.shape, *(w.shape for w in weights), *(s.shape for s in (h0, c0) if s is not None)]
+        shapes = [
+            x.shape,
+            *(w.shape for w in weights),
+            *(s.shape for s in (h0, c0) if s is not None),
+        ]
         rows = 1 if x.dim() == 1 else x.size(0)
         x, y, h0, c0 = (t if t is None else _one_step(t, rows) for t in (x, y, h0, c0))
     if y is None:
@@ -155,9 +161,7 @@ def _by_operators(
         made = ops.scan_backward(spec, steps, gradients, x, h0, c0, weights, y, kept, wanted)[:-1]
         if shapes is None:
             return made
-        return [
-            t if t is None else t.reshape(shape) for t, shape in zip(made, shapes, strict=True)
-        ]
+        return [t if t is None else t.reshape(shape) for t, shape in zip(made, shapes, strict=True)]
 
     gradients = ops.in_batches(run, dy, dhn, dcn)
     _forget(ctx)

@@ -271,9 +271,7 @@ class Report:
             "notebook": notebook,
             "rows": [row.as_json() for row in self.rows],
             "geometric_mean": {name: self.mean(name) for name in PASSES},
-            "geometric_mean_of_steps": {
-                name: self.mean(name, cells=STEP_CELLS) for name in PASSES
-            },
+            "geometric_mean_of_steps": {name: self.mean(name, cells=STEP_CELLS) for name in PASSES},
             "geometric_mean_by_dtype": {
                 dtype: {name: self.mean(name, dtype=dtype) for name in PASSES}
                 for dtype in self.dtypes

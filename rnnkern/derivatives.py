@@ -28,7 +28,7 @@ from torch.nn.functional import linear, pad
 
 from rnnkern.cells import CELLS
 from rnnkern.sequence import Steps, active_rows
-from rnnkern.spec import Gradients, Maybe, Point, Spec, unflatten
+from rnnkern.spec import Gradients, Maybe, Point, Spec
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 

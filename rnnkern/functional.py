@@ -365,6 +365,9 @@ def cell(self: Any, input: Any, hx: Any = None) -> Any:
     return _checked_cell(self, input, hx)
 
 
+cell.__name__ = cell.__qualname__ = "forward"  # what errors and pickles of bound methods call it
+
+
 def _checked_cell(module: Any, input: Any, hx: Any) -> Any:
     compiling = is_compiling()
     if to_torch() if compiling else _tracing_state() is not None:

@@ -1,9 +1,10 @@
 """The traced door: the scan of a layer and its backward pass as operators of torch.
 
-``torch.ops.rnnkern.scan`` and ``scan_backward`` are what `torch.compile`, `torch.export` and
-dispatch modes see. Under the transforms of `torch.func` and in forward mode the same operators run
-inside functions that know those (`_Scan`, `_ScanBackward`): torch's operators cannot carry such
-rules, its compiler cannot trace them. Both save the same and differentiate the same.
+``torch.ops.rnnkern.scan`` and ``scan_backward`` are differentiable: they are what Dynamo and
+`torch.export` see. Their derivatives are those of `_Scan` and `_ScanBackward`, which also run under
+the transforms of `torch.func` and in forward mode, because torch's operators cannot carry such
+rules. Inside, ``scan_kernel`` and ``scan_backward_kernel`` run the kernels: they are what compiled
+graphs call, and what dispatch modes see.
 
 Operators take no alias of what they return and change nothing in place.
 """
@@ -198,8 +199,8 @@ def _ended(steps: Steps | None) -> Maybe:
     return ~active_rows(steps).reshape(-1, 1)
 
 
-# What runs the kernels, and what compiled programs call: without derivatives, what a layer is as one
-# number, and no more outputs than there are, for each argument and output costs time.
+# What runs the kernels, and what compiled programs call. Each argument and each output costs time:
+# so what a layer is is one number, there are no more outputs than needed, and no derivatives.
 
 
 def _run(
@@ -334,9 +335,7 @@ def _fake_run_backward(
     layer = Spec.of_code(code)
     shapes = [w.shape for w in weights] + [s.shape for s in (h0, c0) if s is not None]
     made = [_rows_like(layer, x, x.shape[-1], bool(code & PACKED))] if wanted[0] else []
-    made += [
-        x.new_empty(shape) for shape, flag in zip(shapes, wanted[1:], strict=True) if flag
-    ]
+    made += [x.new_empty(shape) for shape, flag in zip(shapes, wanted[1:], strict=True) if flag]
     width = layer.slots * layer.hidden(weights)
     return [*made, x.new_empty(layer.directions, _count(x), width)]
 
@@ -353,7 +352,9 @@ def _define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> N
     _LIBRARY.define(schema, tags=_TAGS)
     for key in ("CPU", "CUDA"):
         _LIBRARY.impl(name, run, key)
-    _LIBRARY.impl(name, fake, "Meta")  # `register_fake` reads this source, which takes a millisecond
+    _LIBRARY.impl(
+        name, fake, "Meta"
+    )  # `register_fake` reads this source, which takes a millisecond
 
 
 _define(f"scan_kernel({_OPERANDS}, {_CODED}, bool training) -> Tensor[]", _run, _fake_run)
@@ -378,9 +379,7 @@ def _forward(
     """y, h_n, c_n and what backward needs; without elements where there is none."""
     *steps, packed = rest[:STEPS]
     layer, training = Spec(*rest[STEPS:-1]), rest[-1]
-    made = torch.ops.rnnkern.scan_kernel(
-        x, h0, c0, weights, *steps, _code(layer, packed), training
-    )
+    made = torch.ops.rnnkern.scan_kernel(x, h0, c0, weights, *steps, _code(layer, packed), training)
     y, hn, *others = made
     cn = others.pop(0) if layer.has_cell_state else x.new_empty(0)
     return y, hn, cn, others[0] if others else x.new_empty(0)

@@ -7,10 +7,21 @@ from typing import Any
 
 import pytest
 import torch
-from support import CELLS, DTYPES, Leaves, build, check, initial_states, plain, states_of
+from support import (
+    CELLS,
+    DTYPES,
+    Leaves,
+    build,
+    check,
+    initial_states,
+    on_threads,
+    plain,
+    states_of,
+)
 from torch import Tensor, nn
 
 import rnnkern
+from rnnkern import kernels
 
 FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "RNNCell": ("RNNCell", {}),
@@ -179,3 +190,184 @@ def test_one_bias_missing(kind: str) -> None:
         wanted = as_tuple(theirs.cpu()(x.cpu()))
         for mine, other in zip(as_tuple(cell(x)), wanted, strict=True):
             torch.testing.assert_close(mine, other.to(x.device))
+
+
+# How a step reads its weights (`csrc/plan.h`)
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("rows", "I", "H"),
+    [(16, 40, 33), (31, 300, 65), (64, 65, 129), (70, 3, 70), (130, 17, 20)],
+    ids=str,
+)
+@pytest.mark.parametrize("form", FORMS)
+def test_rows_that_fill_vectors(
+    form: str, rows: int, I: int, H: int, dtype: torch.dtype, threads: int
+) -> None:
+    """Weights are broadcast; the last vector of rows, panel of rows or panel of units is not full,
+    and sums are longer than a block of k.
+    """
+    kind, own = FORMS[form]
+    cell = build(kind, I, H, dtype=dtype, **own)
+    check(cell, leaves_for(cell, rows), on_threads(plain, threads))
+
+
+@pytest.mark.cpu_only
+@pytest.mark.kernel
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["RNN", "LSTM", "GRU"])
+def test_broadcast_weights_have_the_bits_of_packed_ones(kind: str, dtype: torch.dtype) -> None:
+    """One step reads them as they lie, a long sequence packs them."""
+    torch.use_deterministic_algorithms(True)
+    module = build(kind, 300, 70, dtype=dtype)
+    x = torch.randn(200, 47, 300).to(dtype)
+    assert "each weight times a vector" in rnnkern.explain(module, x[:1])
+    assert "each weight times a vector" not in rnnkern.explain(module, x)
+    with torch.no_grad():
+        long, _ = module(x)
+        one, _ = module(x[:1])
+    assert torch.equal(long[:1], one)
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("form", FORMS)
+def test_gradients_of_few_rows(form: str, rows: int) -> None:
+    """Weight gradients are outer products, of whole and partial vectors."""
+    kind, own = FORMS[form]
+    for I, H in ((64, 48), (70, 37)):
+        cell = build(kind, I, H, **own)
+        check(cell, leaves_for(cell, rows))
+
+
+# The plain call: one crossing of the boundary
+
+
+def is_plain(cell: nn.Module, x: Tensor, hx: Any = None) -> bool:
+    """Whether a call without a gradient is one crossing."""
+    with torch.no_grad():
+        try:
+            return kernels.plain_cell(cell, x, hx, None) is not None
+        except kernels.RefusedError:
+            return False
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("rows", [3, None], ids=["batched", "unbatched"])
+def test_a_plain_call_is_one_crossing(form: str, rows: int | None) -> None:
+    kind, own = FORMS[form]
+    for bias in (True, False):
+        cell = build(kind, 4, 6, bias=bias, **own)
+        leaves = leaves_for(cell, rows)
+        assert is_plain(cell, leaves["x"], states_of(leaves))
+        assert is_plain(cell, leaves["x"])
+    assert not is_plain(cell, torch.randn(2, 3, 4))
+    assert not is_plain(cell, torch.randn(3, 5))
+    assert not is_plain(cell, torch.randn(3, 4).double())
+
+
+@pytest.mark.parametrize("kind", CELLS)
+def test_what_only_python_sees_is_no_plain_call(kind: str) -> None:
+    """And has the results of torch.nn."""
+    x = torch.randn(3, 4)
+
+    class Own(getattr(rnnkern, kind)):  # type: ignore[misc]
+        @property
+        def weight_hh(self) -> Tensor:
+            return self._parameters["weight_hh"] * 2
+
+    doubled = build(kind, 4, 6)
+    doubled.__class__ = Own
+    shadowed = build(kind, 4, 6)
+    shadowed.__dict__["weight_hh"] = shadowed._parameters["weight_hh"].detach() * 2
+    parametrized = build(kind, 4, 6)
+    nn.utils.parametrizations.weight_norm(parametrized, "weight_hh")
+    for cell in (doubled, shadowed, parametrized):
+        assert not is_plain(cell, x)
+        theirs = getattr(nn, kind)(4, 6)
+        with torch.no_grad():
+            for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"):
+                getattr(theirs, name).copy_(getattr(cell, name))
+        for mine, other in zip(as_tuple(cell(x)), as_tuple(theirs.to(x.device)(x)), strict=True):
+            torch.testing.assert_close(mine, other)
+
+
+@pytest.mark.parametrize("nonlinearity", ["sigmoid", "TANH", None])
+def test_an_unknown_nonlinearity_has_torchs_error(nonlinearity: str | None) -> None:
+    ours, theirs = build("RNNCell", 4, 6), nn.RNNCell(4, 6)
+    messages = []
+    for cell in (ours, theirs):
+        cell.nonlinearity = nonlinearity
+        with pytest.raises(RuntimeError) as caught:
+            cell(torch.randn(3, 4))
+        messages.append(str(caught.value))
+    assert messages[0] == messages[1]
+
+
+# Gradients
+
+
+@pytest.mark.parametrize("rows", [3, 200, None], ids=["few-rows", "many-rows", "unbatched"])
+@pytest.mark.parametrize("kind", CELLS)
+def test_states_changed_in_place(kind: str, rows: int | None) -> None:
+    """Whatever becomes of h and c after the call, gradients are those of before."""
+    cell = build(kind, 4, 40)
+    leaves = leaves_for(cell, rows)
+
+    def gradients(change: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
+        own = {name: leaf.clone().requires_grad_() for name, leaf in leaves.items()}
+        changed = [change(state) for state in as_tuple(plain(cell, own))]
+        loss = sum((state * (i + 2)).sum() for i, state in enumerate(changed))
+        return torch.autograd.grad(loss, [*own.values(), *cell.parameters()])
+
+    for mine, other in zip(gradients(lambda z: z.mul_(3)), gradients(lambda z: z * 3), strict=True):
+        assert torch.equal(mine, other)
+
+
+@pytest.mark.parametrize("rows", [3, None], ids=["batched", "unbatched"])
+@pytest.mark.parametrize("form", FORMS)
+def test_second_derivatives(form: str, rows: int | None) -> None:
+    kind, own = FORMS[form]
+    cell = build(kind, 3, 4, dtype=torch.float64, **own)
+    leaves = {k: v.double().requires_grad_() for k, v in leaves_for(cell, rows).items()}
+    names = list(leaves)
+
+    def call(*given: Tensor) -> Any:
+        return plain(cell, dict(zip(names, given, strict=True)))
+
+    assert torch.autograd.gradcheck(call, tuple(leaves.values()))
+    assert torch.autograd.gradgradcheck(call, tuple(leaves.values()))
+
+
+@pytest.mark.parametrize("kind", CELLS)
+def test_batched_gradients(kind: str) -> None:
+    cell, x = build(kind, 3, 4), torch.randn(2, 3, requires_grad=True)
+    h = as_tuple(cell(x))[0]
+    many = torch.randn(5, 2, 4)
+    (found,) = torch.autograd.grad(h, x, many, is_grads_batched=True, retain_graph=True)
+    wanted = [torch.autograd.grad(h, x, one, retain_graph=True)[0] for one in many]
+    torch.testing.assert_close(found, torch.stack(wanted))
+
+
+@pytest.mark.parametrize("kind", CELLS)
+@pytest.mark.cpu_only
+def test_what_a_step_keeps_for_backward(kind: str) -> None:
+    """Besides operands and outputs: the gates and the new cell state, and h where it is small."""
+    rows, H = 64, 128
+    cell = build(kind, 32, H)
+    leaves = {k: v.requires_grad_() for k, v in leaves_for(cell, rows).items()}
+    known = {leaf.data_ptr() for leaf in (*leaves.values(), *cell.parameters())}
+    kept: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.data_ptr() not in known:
+            kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        plain(cell, leaves)
+    slots = {"RNNCell": 0, "LSTMCell": 4 + 1, "GRUCell": 4}[kind]
+    assert sum(tensor.numel() for tensor in kept) <= (slots + 1) * rows * H

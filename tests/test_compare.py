@@ -27,6 +27,7 @@ from rnnkern.workloads import (
     PASSES,
     PRECISIONS,
     Workload,
+    load_step_workloads,
     load_workloads,
 )
 
@@ -95,6 +96,27 @@ def test_a_quick_run_passes_and_reads_well(capsys: pytest.CaptureFixture[str]) -
         # a row for each cell and workload, and the mean
         assert sum(line.split("  ")[0] == pass_name for line in lines) == 1
         assert sum(bool(re.search(rf" {re.escape(pass_name)} +\d", line)) for line in lines) == 6
+
+
+def test_steps_of_cells_have_a_table_of_their_own(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--cell", "LSTM,LSTMCell,GRUCell", "--workload", "sine,step_h20,step_h129"]
+    assert cli.main(["compare", "--quick", *arguments]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 100
+    assert lines[-1] == "All checks passed."
+    begins = [line.split()[:3] for line in lines if line.startswith(("LSTM", "GRU"))]
+    assert begins == [
+        ["LSTM", "sine", "29"],
+        ["LSTMCell", "step_h20", "1"],
+        ["LSTMCell", "step_h129", "64"],
+        ["GRUCell", "step_h20", "1"],
+        ["GRUCell", "step_h129", "64"],
+    ]
+    means = [line.split()[5:] for line in lines if line.startswith("geometric mean")]
+    assert means == [
+        ["LSTM", "all", "the", "least"],
+        ["LSTMCell", "GRUCell", "all", "the", "least"],
+    ]
 
 
 @pytest.mark.usefixtures("no_clock")
@@ -219,7 +241,8 @@ def options(*arguments: str) -> compare.Options:
 
 
 def test_selections_repeat_or_take_commas_in_any_case_and_keep_the_known_order() -> None:
-    assert options().cells == ("RNN", "LSTM", "GRU")
+    assert options().cells == ("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell")
+    assert options("--cell", "lstmcell,RNN").cells == ("RNN", "LSTMCell")
     assert options("--cell", "gru,LSTM").cells == ("LSTM", "GRU")
     assert options("--cell", "GRU", "--cell", "rnn").cells == ("RNN", "GRU")
     assert options("--pass", "forward+backward,forward").passes == (FORWARD, FORWARD_BACKWARD)
@@ -234,13 +257,17 @@ def names(precisions: tuple[Any, ...]) -> list[str]:
     return [precision.name for precision in precisions]
 
 
+def known_workloads(device_type: str) -> set[str]:
+    return {*load_workloads(device_type), *load_step_workloads()}
+
+
 def test_what_is_compared_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """The workloads and dtypes of its own, in minutes."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     whole, quick = options("--device", "cuda"), options("--device", "cuda:1", "--quick")
     assert whole.device == torch.device("cuda")
     assert quick.device == torch.device("cuda:1")
-    assert {w.name for w in whole.workloads} == load_workloads("cuda").keys()
+    assert {w.name for w in whole.workloads} == known_workloads("cuda")
     assert "h2048" in quick.left_out
     assert names(whole.precisions) == ["float32", "tf32", "bfloat16", "float16"]
     chosen = options("--device", "cuda", "--dtype", "float64,TF32", "--dtype", "float16")
@@ -363,9 +390,9 @@ def test_the_driver_where_nvidia_smi_tells_it(monkeypatch: pytest.MonkeyPatch) -
 
 def test_quick_leaves_out_the_largest_unless_asked_for_them() -> None:
     quick, full = options("--quick"), options()
-    assert {w.name for w in full.workloads} == load_workloads().keys()
+    assert {w.name for w in full.workloads} == known_workloads("cpu")
     assert {"large", "xlarge", "long"} <= set(quick.left_out)
-    assert {w.name for w in quick.workloads} | set(quick.left_out) == load_workloads().keys()
+    assert {w.name for w in quick.workloads} | set(quick.left_out) == known_workloads("cpu")
     assert [w.name for w in options("--quick", "--workload", "xlarge").workloads] == ["xlarge"]
     assert options("--quick", "--workload", "xlarge").left_out == ()
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+import rnnkern
 from rnnkern.on_import import on_import
 
 pytestmark = pytest.mark.cpu_only
@@ -47,3 +49,32 @@ def test_a_look_is_no_import(seen: list[int]) -> None:
     assert seen == []
     importlib.import_module(NAME)
     assert seen == [3]
+
+
+def test_what_runs_a_layer_is_imported_and_no_more() -> None:
+    """What else there is, is imported when it is asked for."""
+    program = """
+import sys, torch
+before = set(sys.modules)
+import rnnkern
+print(*sorted(set(sys.modules) - before))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=100
+    )
+    kept = "_C autograd by_type cells convert dynamo exporting functional kernels modules"
+    kept += " on_import ops scripting sequence spec"
+    assert done.stdout.split() == ["rnnkern", *(f"rnnkern.{name}" for name in kept.split())]
+
+
+@pytest.mark.parametrize("name", rnnkern.__all__)
+def test_public_names(name: str) -> None:
+    assert name in dir(rnnkern)
+    found = getattr(rnnkern, name)
+    assert found is getattr(rnnkern, name)
+    assert isinstance(found, str) or found.__name__.removeprefix("rnnkern.") == name
+
+
+def test_no_other_name() -> None:
+    with pytest.raises(AttributeError, match="module 'rnnkern' has no attribute 'compares'"):
+        rnnkern.compares  # noqa: B018
