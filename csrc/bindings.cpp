@@ -224,8 +224,14 @@ py::object plain_call(py::handle module, py::handle x, py::handle hx, py::handle
   return py::make_tuple(outputs[0], py::make_tuple(outputs[1], outputs[2]));
 }
 
-// The same of a cell: a row or a batch of them, a state or none.
-py::object plain_cell(py::handle module, py::handle x, py::handle hx, py::handle record) {
+// Elements of weight_hh from which on it pays that the steps of a loop add their gradients to one
+// sum: it costs some 3 us a step, which is what autograd takes to add so many (rnnkern/loops.py).
+constexpr int64_t kWorthSums = 1 << 14;
+
+// The same of a cell: a row or a batch of them, a state or none. `record_in_loop` in place of
+// `record` where sums pay.
+py::object plain_cell(py::handle module, py::handle x, py::handle hx, py::handle record,
+                      py::handle record_in_loop) {
   if (!is_tensor(x)) return py::none();
   const dlpack::Tensor input = view_of(x, "input").tensor;
   if (input.ndim != 1 && input.ndim != 2) return py::none();
@@ -233,8 +239,11 @@ py::object plain_cell(py::handle module, py::handle x, py::handle hx, py::handle
   if (!plain) return py::none();
   const std::optional<PlainStates> states = plain_states(plain->layer, hx);
   if (!states || !allows_plain_calls(input.device)) return py::none();
-  py::tuple outputs = run_plain(*plain, x, *states, record);
-  if (plain->layer.has_cell_state()) return outputs;
+  const Layer& layer = plain->layer;
+  const bool is_large = cell_shape(layer.cell).gates * layer.hidden * layer.hidden >= kWorthSums &&
+                        input.device.type == dlpack::kCpu && !cuda::kIsStandIn;
+  py::tuple outputs = run_plain(*plain, x, *states, is_large ? record_in_loop : record);
+  if (layer.has_cell_state()) return outputs;
   return outputs[0];
 }
 
@@ -253,13 +262,14 @@ py::tuple closed_loop(Layer layer, py::handle inputs, py::handle h0, py::handle 
   return py::make_tuple(outputs.hn, outputs.cn);
 }
 
-// Gradients of x, the weights, and the initial states that there are, None where not wanted; and
+// Gradients of x, the weights, and the initial states that there are, None where not wanted, those
+// of the weights added to `sums` if there are any, and then None; and
 // those of the slots, which with `overwrite` take the place of what was saved.
 template <typename T>
 py::tuple backward_of(const Layer& layer, py::handle x, py::handle h0, py::handle c0,
                       const py::sequence& weights, py::handle steps, py::handle y, py::handle saved,
                       py::handle dy, py::handle dhn, py::handle dcn, const py::sequence& wanted,
-                      bool overwrite) {
+                      bool overwrite, const py::sequence& sums) {
   Operands<T> o(layer, x, steps);
   Backward<T> b;
   o.read_weights(weights, b.weights);
@@ -268,6 +278,11 @@ py::tuple backward_of(const Layer& layer, py::handle x, py::handle h0, py::handl
   if (wanted.size() != 1 + weights.size() + states) {
     throw Refused("wanted: one flag per input, weight and initial state");
   }
+  if (sums.size() > 0 &&
+      (sums.size() != weights.size() || o.device().type != dlpack::kCpu || cuda::kIsStandIn)) {
+    throw Refused("sums: one per weight, on the CPU");
+  }
+  b.adds = sums.size() > 0;
   b.x = o.input();
   b.h0 = o.template state<const T>(h0, "h_0", z.O);
   b.c0 = o.initial_cell(c0);
@@ -290,7 +305,7 @@ py::tuple backward_of(const Layer& layer, py::handle x, py::handle h0, py::handl
   py::list made;
   const auto is_wanted = [&](size_t i) { return wanted[i].template cast<bool>(); };
   made.append(is_wanted(0) ? o.make_rows(z.I, &b.dx) : py::none());
-  o.make_gradients(is_wanted, &made, b.gradients);
+  o.make_gradients(is_wanted, sums, &made, b.gradients);
   if (!h0.is_none()) made.append(is_wanted(made.size()) ? o.make_state(z.O, &b.dh0) : py::none());
   if (!c0.is_none()) made.append(is_wanted(made.size()) ? o.make_state(z.H, &b.dc0) : py::none());
   b.sizes = z;
@@ -354,16 +369,20 @@ PYBIND11_MODULE(_C, m) {
           py::arg("x"), py::arg("h0"), py::arg("c0"), py::arg("weights"), py::arg("steps"),
           py::arg("training") = py::none(), py::arg("keeps_y") = false)
       .def("closed_loop", &closed_loop)
-      .def("backward",
-           [](const Layer& layer, py::handle x, py::handle h0, py::handle c0,
-              const py::sequence& weights, py::handle steps, py::handle y, py::handle saved,
-              py::handle dy, py::handle dhn, py::handle dcn, const py::sequence& wanted,
-              bool overwrite) {
-             return with_element_of(layer, x, [&](auto element) {
-               return backward_of<decltype(element)>(layer, x, h0, c0, weights, steps, y, saved, dy,
-                                                     dhn, dcn, wanted, overwrite);
-             });
-           })
+      .def(
+          "backward",
+          [](const Layer& layer, py::handle x, py::handle h0, py::handle c0,
+             const py::sequence& weights, py::handle steps, py::handle y, py::handle saved,
+             py::handle dy, py::handle dhn, py::handle dcn, const py::sequence& wanted,
+             bool overwrite, const py::sequence& sums) {
+            return with_element_of(layer, x, [&](auto element) {
+              return backward_of<decltype(element)>(layer, x, h0, c0, weights, steps, y, saved, dy,
+                                                    dhn, dcn, wanted, overwrite, sums);
+            });
+          },
+          py::arg("x"), py::arg("h0"), py::arg("c0"), py::arg("weights"), py::arg("steps"),
+          py::arg("y"), py::arg("saved"), py::arg("dy"), py::arg("dhn"), py::arg("dcn"),
+          py::arg("wanted"), py::arg("overwrite"), py::arg("sums") = py::tuple())
       .def("second_order", &second_order);
   m.def(
       "layer",
@@ -388,6 +407,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("mode_refusal", &mode_refusal);
   m.def("plain_call", &plain_call);
   m.def("plain_cell", &plain_cell);
+  m.attr("WORTH_SUMS") = kWorthSums;
   py::class_<Machine>(m, "Machine")
       .def(py::init([](int threads, int lanes, int tile_rows, int element_bytes, int group,
                        bool multiplies_in_place, bool rounded_for_products, int64_t l2_bytes) {

@@ -145,6 +145,7 @@ struct Backward {
   Rows<T> dx;               // [T, N, I] or null
   State<T> dh0, dc0;        // or null
   WeightGradients<T> gradients[kMaxDirections];
+  bool adds = false;  // those of the weights to what is there
 };
 
 // The derivative of forward and backward pass in a direction. Names with tangent_ are derivatives;

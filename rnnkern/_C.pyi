@@ -64,6 +64,7 @@ class Layer:
         dcn: Tensor | None,
         wanted: Sequence[bool],
         overwrite: bool,
+        sums: Sequence[Tensor | None] = (),
     ) -> tuple[list[Tensor | None], Tensor]: ...
     def second_order(
         self, point: tuple[Any, ...], direction: tuple[Any, ...], wanted: Sequence[bool]
@@ -86,8 +87,15 @@ def mode_refusal() -> str | None: ...
 def plain_call(
     module: Any, x: Tensor, hx: Any, record: Callable[..., tuple[Tensor, ...]]
 ) -> Any: ...
+
+WORTH_SUMS: int
+
 def plain_cell(
-    module: Any, x: Tensor, hx: Any, record: Callable[..., tuple[Tensor, ...]]
+    module: Any,
+    x: Tensor,
+    hx: Any,
+    record: Callable[..., tuple[Tensor, ...]],
+    record_in_loop: Callable[..., tuple[Tensor, ...]],
 ) -> Any: ...
 
 class Machine:

@@ -11,11 +11,15 @@ from torch import Tensor
 
 from rnnkern import kernels, ops
 from rnnkern.kernels import Layer
+from rnnkern.loops import loop_of
 from rnnkern.sequence import Steps
 from rnnkern.spec import Spec, dense
 
-Scanned = tuple[Layer, Steps | None, int]
-"""A layer, its steps, and the number of initial states given: 0, or as many as the cell has."""
+Scanned = tuple[Any, ...]
+"""A layer, its steps, and the number of initial states given: 0, or as many as the cell has.
+
+Of a cell also its `Loop`, and the `Sums` of the graph, or None.
+"""
 
 
 def _graph_is_kept() -> bool:
@@ -81,10 +85,15 @@ def _backward(
     if torch.is_grad_enabled() or ops.transformed() or ops.has_modes():
         return _by_operators(ctx, dy, dhn, dcn)
     y, saved, overwrite, x, tensors = _saved(ctx)
-    layer, steps, states = ctx.scanned
+    layer, steps, states, *of_loop = ctx.scanned
     h0, c0, weights = _initial_states(tensors, states)
     wanted = ctx.needs_input_grad[4:]
     run = kernels.profiled(layer.backward, layer.mode, " backward")
+    if of_loop:
+        loop, sums = of_loop
+        loop.is_recorded = False
+        if sums is not None:
+            run = sums.adding(run, layer.tensors)
     try:
         gradients, _ = run(x, h0, c0, weights, steps, y, saved, dy, dhn, dcn, wanted, overwrite)
     except kernels.RefusedError:
@@ -112,7 +121,29 @@ it is the last part of ``saved``.
 """
 
 record_cell: Callable[..., tuple[Tensor, ...]] = super(torch.autograd.Function, ScanOfCell).apply
-"""The same for a cell."""
+"""As `record`, for a cell."""
+
+
+def record_cell_in_loop(
+    scanned: Scanned,
+    outputs: tuple[Tensor, ...],
+    y: Tensor | None,
+    saved: Tensor | None,
+    x: Tensor,
+    *tensors: Tensor,
+) -> tuple[Tensor, ...]:
+    """As `record_cell`, of a call that may be one of many in a graph (`rnnkern.loops`)."""
+    layer, _, states = scanned
+    weight = tensors[0]
+    if not weight.requires_grad:
+        return record_cell(scanned, outputs, y, saved, x, *tensors)
+    loop = loop_of(weight)
+    sums = None
+    if loop.is_recorded:  # not by the first call, which may be the only one
+        sums, views = loop.sums_of(tensors[: layer.tensors])
+        tensors = (*views, *tensors[layer.tensors :])
+    loop.is_recorded = True
+    return record_cell((layer, None, states, loop, sums), outputs, y, saved, x, *tensors)
 
 
 def _saved(ctx: Any) -> tuple[Any, Any, bool, Tensor, list[Tensor]]:
@@ -135,7 +166,7 @@ def _by_operators(
     """Backward for all who look on, and for derivatives of it, which read what was saved later."""
     ctx.is_shared = True
     y, saved, _, x, tensors = _saved(ctx)
-    layer, steps, states = ctx.scanned
+    layer, steps, states = ctx.scanned[:3]
     dtype = next(g.dtype for g in (dy, dhn, dcn) if g is not None)
     y, saved, x, *tensors = (  # as hooks of saved tensors have returned them
         t if t is None or t.dtype == dtype else t.to(dtype) for t in (y, saved, x, *tensors)

@@ -22,7 +22,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn.utils.rnn import PackedSequence
 
 from rnnkern import kernels, ops
-from rnnkern.autograd import record, record_cell
+from rnnkern.autograd import record, record_cell, record_cell_in_loop
 from rnnkern.cells import CELLS
 from rnnkern.exporting import to_torch
 from rnnkern.kernels import GAPS, Layer
@@ -357,7 +357,7 @@ def cell(self: Any, input: Any, hx: Any = None) -> Any:
     """``forward`` of `rnnkern.RNNCell`, `rnnkern.LSTMCell` and `rnnkern.GRUCell`."""
     if not is_compiling():  # as in `forward`
         try:
-            result = kernels.plain_cell(self, input, hx, record_cell)
+            result = kernels.plain_cell(self, input, hx, record_cell, record_cell_in_loop)
         except kernels.RefusedError:
             result = None
         if result is not None:
@@ -409,7 +409,9 @@ def _one_cell(
     if not training:
         return outputs  # type: ignore[no-any-return]
     states = [s for s in (h0, c0) if s is not None]
-    return record_cell((layer, None, len(states)), outputs, kept_h, saved, x, *weights, *states)
+    is_large = x.device.type == "cpu" and weights[1].numel() >= kernels.WORTH_SUMS
+    recorded = record_cell_in_loop if is_large and not kernels.IS_STAND_IN else record_cell
+    return recorded((layer, None, len(states)), outputs, kept_h, saved, x, *weights, *states)
 
 
 def _cell_by_operators(

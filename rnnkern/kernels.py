@@ -42,9 +42,9 @@ last part of that tensor; a large one is copied by torch when one of the two is 
 the readout makes of its outputs, writes that to ``inputs[1:]``, and returns ``h_n, c_n``. On the
 CPU, not where ``IS_STAND_IN``.
 
-``backward(x, h0, c0, weights, steps, y, saved, dy, dhn, dcn, wanted, overwrite)`` returns a list of
-gradients of ``x, *weights`` and the initial states that are not None, None where not ``wanted``
-(one flag each); and those of the slots before their activation, ``[D, rows, S * H]`` first of all
+``backward(x, h0, c0, weights, steps, y, saved, dy, dhn, dcn, wanted, overwrite, sums=())`` returns
+a list of gradients of ``x, *weights`` and the initial states that are not None, None where not
+``wanted`` (one flag each), and of the weights where there are ``sums`` to add them to; and those of the slots before their activation, ``[D, rows, S * H]`` first of all
 in a flat tensor. None for ``dy``, ``dhn`` or ``dcn`` stands for zeros, and
 for ``y`` for the last part of ``saved``. With ``overwrite``,
 gradients of the slots take the place of what was saved, where the cell saves slots.
@@ -138,9 +138,12 @@ Raises:
 """
 
 plain_cell = _C.plain_cell
-"""The same of a cell, whose outputs are ``(h,)`` or ``(h, c)`` and no y besides
-(`rnnkern.autograd.record_cell`).
+"""The same of a cell, whose outputs are ``(h,)`` or ``(h, c)`` and no y besides:
+``plain_cell(module, x, hx, record, record_in_loop)``, the last for cells whose ``weight_hh`` has at
+least ``WORTH_SUMS`` elements (`rnnkern.autograd.record_cell`, `record_cell_in_loop`).
 """
+
+WORTH_SUMS: int = _C.WORTH_SUMS
 
 CudaDevice = _C.CudaDevice
 """``CudaDevice(*, capability, multiprocessors, shared_bytes)``: a GPU as its plan sees it."""

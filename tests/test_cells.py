@@ -250,7 +250,7 @@ def is_plain(cell: nn.Module, x: Tensor, hx: Any = None) -> bool:
     """Whether a call without a gradient is one crossing."""
     with torch.no_grad():
         try:
-            return kernels.plain_cell(cell, x, hx, None) is not None
+            return kernels.plain_cell(cell, x, hx, None, None) is not None
         except kernels.RefusedError:
             return False
 

@@ -78,7 +78,7 @@ class BackwardScan {
  private:
   static GradientProducts<T> products_of(const Backward<T>& b) {
     const GradientTerm<T> term = {b.dslots, b.x, b.y, b.h0, b.weights, b.dprojected, b.unprojected};
-    return {b.sizes, b.steps, 1, {term}, b.dx, b.gradients};
+    return {b.sizes, b.steps, 1, {term}, b.dx, b.gradients, b.adds};
   }
 
   struct RowPointers {

@@ -71,6 +71,7 @@ struct GradientProducts {
   GradientTerm<T> term[2];
   Rows<T> dx;
   const WeightGradients<T>* gradients;
+  bool adds;  // to what the gradients of the weights hold
 };
 
 template <typename T, typename Cell>
@@ -203,10 +204,10 @@ class Gradients {
   void weight_gradients(int d, int thread, int threads, const Scratch& s) const {
     const Sizes& z = of_.sizes;
     ActiveRows rows(of_.steps);
-    bool add = false;
-    do {
+    bool add = of_.adds && !kNarrow<T>;
+    for (bool first = true;; first = false) {
       const int64_t count = rows.next(s.t, s.slot, block_rows_);
-      if (count == 0 && add) break;
+      if (count == 0 && !first) break;
       const auto gather = [&](const T** to, auto row) {
         for (int64_t r = 0; r < count; ++r) to[r] = row(s.t[r], s.slot[r]);
       };
@@ -241,7 +242,7 @@ class Gradients {
         }
       }
       add = true;
-    } while (true);
+    }
     if constexpr (kNarrow<T>) {
       for (Matrix m : {kInput, kRecurrent, kProjection}) round(d, m, thread, threads);
     }
@@ -254,10 +255,17 @@ class Gradients {
     const Range own = own_rows(from, thread, threads);
     for (int64_t j = own.begin; from.weight && j < own.end; ++j) {
       const int64_t row = from.row_of(j) * from.width;
-      copy_row(to.weight + row, from.weight + row, 0, from.width);
+      round_row(to.weight + row, from.weight + row, 0, from.width);
     }
     for (int64_t j = own.begin; from.bias && j < own.end; ++j) {
-      copy_row(to.bias, from.bias, from.row_of(j), from.row_of(j) + 1);
+      round_row(to.bias, from.bias, from.row_of(j), from.row_of(j) + 1);
+    }
+  }
+  void round_row(T* to, const A* from, int64_t begin, int64_t end) const {
+    for (int64_t i = begin; i < end; i += kLanes<T>) {
+      Vec<T> sum = load_up_to(from + i, end - i);
+      if (of_.adds) sum += load_up_to(to + i, end - i);
+      store_up_to(to + i, sum, end - i);
     }
   }
 
@@ -290,8 +298,8 @@ class Gradients {
       }
       transpose_left(count, j, rows, s);
       for (int64_t p = 0; p < right.count(); ++p) {
-        if (!add && right.columns(p) % kLanes<T> == 0) {
-          right.write(p, rows, left, to + p * kWidth, target.width);
+        if (right.columns(p) % kLanes<T> == 0 && (!add || count <= kDepth)) {
+          right.write(p, rows, left, to + p * kWidth, target.width, add);
           continue;
         }
         for (int64_t i = 0; i < rows; ++i) out[i] = to + i * target.width + p * kWidth;

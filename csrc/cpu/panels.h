@@ -246,10 +246,16 @@ struct ColumnPanels {
     product(vectors(p), rows, 0, K, a, panel(p), vectors(p) * kLanes<T>, acc, acc_row);
   }
 
-  // acc[m][columns of p] = a[m] x this matrix, of panels that have been packed and whose vectors
-  // are whole.
-  void write(int64_t p, int64_t rows, const E* const* a, Compute<T>* acc, int64_t acc_row) const {
-    product<E, false>(vectors(p), rows, 0, K, a, panel(p), vectors(p) * kLanes<T>, acc, acc_row);
+  // acc[m][columns of p] = or += a[m] x this matrix, of panels that have been packed and whose
+  // vectors are whole.
+  void write(int64_t p, int64_t rows, const E* const* a, Compute<T>* acc, int64_t acc_row,
+             bool adds) const {
+    const int64_t panel_row = vectors(p) * kLanes<T>;
+    if (adds) {
+      product<E, true>(vectors(p), rows, 0, K, a, panel(p), panel_row, acc, acc_row);
+    } else {
+      product<E, false>(vectors(p), rows, 0, K, a, panel(p), panel_row, acc, acc_row);
+    }
   }
 
   // out[m][columns of p] = or += a[m] x this matrix.

@@ -153,7 +153,8 @@ class SecondOrderScan {
     const GradientTerm<T> by_values = {s.dslots,           s.tangent_x,       constant(s.tangent_y),
                                        s.tangent_h0,       s.tangent_weights, projected.dh,
                                        projected.tangent_h};
-    return {s.sizes, s.steps, 2, {by_tangents, by_values}, s.tangent_dx, s.tangent_gradients};
+    return {s.sizes, s.steps, 2, {by_tangents, by_values}, s.tangent_dx, s.tangent_gradients,
+            false};
   }
 
   static Rows<const T> constant(const Rows<T>& rows) { return {rows.data, rows.step, rows.row}; }

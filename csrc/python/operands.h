@@ -300,14 +300,27 @@ class Operands {
   py::object make_slots(T** data) const { return make(slots_shape(), data); }
 
   // Makes the gradients of the weights that are wanted, in the order of the weights:
-  // is_wanted(their place behind what has been made).
+  // is_wanted(their place behind what has been made). Or takes those of a sequence, unless it is
+  // empty, and makes none.
   template <typename IsWanted>
-  void make_gradients(IsWanted is_wanted, py::list* made, WeightGradients<T>* out) const {
+  void make_gradients(IsWanted is_wanted, const py::sequence& given, py::list* made,
+                      WeightGradients<T>* out) const {
     const int64_t rows = cell_shape(sizes.cell).gates * sizes.H;
+    const bool takes = given.size() > 0;
+    size_t taken = 0;
     const auto add = [&](std::initializer_list<int64_t> shape) -> T* {
       T* data = nullptr;
-      made->append(is_wanted(made->size()) ? make(dense(shape), &data) : py::none());
-      return data;
+      const bool wanted = is_wanted(made->size());
+      made->append(wanted && !takes ? make(dense(shape), &data) : py::none());
+      if (!wanted || !takes) {
+        ++taken;
+        return data;
+      }
+      const py::object held = given[taken++];
+      const TensorView v = view(held, "sum of gradients");
+      v.expect_shape(shape);
+      if (v.tensor.ndim == 2 && v.size(0) > 1 && v.stride(0) != v.size(1)) v.fail("is not dense");
+      return v.template data<T>();
     };
     for (int d = 0; d < layer_.directions; ++d) {
       out[d].w_ih = add({rows, sizes.I});

@@ -67,7 +67,7 @@ py::tuple second_order_of(const Layer& layer, const SecondOrderOperands& at,
   const auto is_wanted = [&](size_t i) { return wanted[i].template cast<bool>(); };
   py::list made;
   made.append(is_wanted(0) ? o.make_rows(z.I, &s.tangent_dx) : py::none());
-  o.make_gradients(is_wanted, &made, s.tangent_gradients);
+  o.make_gradients(is_wanted, py::tuple(), &made, s.tangent_gradients);
   if (!at.h0.is_none()) {
     made.append(is_wanted(made.size()) ? o.make_state(z.O, &s.tangent_dh0) : py::none());
   }

@@ -1,0 +1,322 @@
+"""A cell called many times in one graph: the gradients of its weights are summed in one place."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import math
+import pickle
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from support import CELLS, DTYPES, GATES, Leaves, build, check, initial_states, states_of
+from torch import Tensor, nn
+
+from rnnkern import kernels, loops
+
+pytestmark = pytest.mark.cpu_only
+
+
+def run(cell: nn.Module, x: Tensor, state: Any = None) -> Tensor:
+    """All outputs of a loop over the steps of x."""
+    outputs = []
+    for step in x:
+        state = cell(step, state)
+        outputs.append(state if isinstance(state, Tensor) else state[0])
+    return torch.stack(outputs)
+
+
+def twin(cell: nn.Module, kind: str) -> nn.Module:
+    theirs = getattr(nn, kind)(cell.input_size, cell.hidden_size).to(cell.weight_ih.dtype)
+    theirs.load_state_dict(cell.state_dict())
+    return theirs
+
+
+def gradients(cell: nn.Module) -> list[Tensor]:
+    return [p.grad.clone() for p in cell.parameters()]
+
+
+def assert_same(found: list[Tensor], wanted: list[Tensor]) -> None:
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+def hidden_of(kind: str) -> int:
+    """The least that makes sums worth while."""
+    return math.ceil(math.sqrt(kernels.WORTH_SUMS / GATES[kind]))
+
+
+def pair(kind: str) -> tuple[nn.Module, nn.Module, Tensor]:
+    cell = build(kind, 5, hidden_of(kind), dtype=torch.float64)
+    return cell, twin(cell, kind), torch.randn(6, 3, 5, dtype=torch.float64)
+
+
+@pytest.fixture
+def sums(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """For each backward step of a loop, whether it added to a sum."""
+    seen: list[bool] = []
+    found = loops.Sums._found
+
+    def watched(self: loops.Sums, wanted: Any) -> Any:
+        result = found(self, wanted)
+        seen.append(result is not None)
+        return result
+
+    monkeypatch.setattr(loops.Sums, "_found", watched)
+    return seen
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("rows", [1, 5, 40])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", CELLS)
+def test_numbers(kind: str, dtype: torch.dtype, rows: int) -> None:
+    cell = build(kind, 5, hidden_of(kind) + 1, dtype=dtype)
+    leaves = {"x": torch.randn(7, rows, 5)} | initial_states(cell, rows)
+
+    def call(module: nn.Module, own: Leaves) -> Tensor:
+        return run(module, own["x"], states_of(own))
+
+    check(cell, {name: leaf.to(dtype) for name, leaf in leaves.items()}, call)
+
+
+@pytest.mark.parametrize("kind", CELLS)
+def test_all_steps_but_two_add_to_a_sum(kind: str, sums: list[bool]) -> None:
+    """The first call of a graph knows of no other, and the last one begins the sum."""
+    cell, theirs, x = pair(kind)
+    for _ in range(2):
+        for module in (cell, theirs):
+            module.zero_grad()
+            run(module, x).square().sum().backward()
+        assert sums == [False, *[True] * 4]
+        assert_same(gradients(cell), gradients(theirs))
+        sums.clear()
+
+
+@pytest.mark.parametrize("kind", CELLS)
+def test_small_cells_have_none(kind: str, sums: list[bool]) -> None:
+    cell = build(kind, 5, hidden_of(kind) - 1)
+    run(cell, torch.randn(6, 3, 5)).sum().backward()
+    assert sums == []
+
+
+@pytest.mark.parametrize("kind", CELLS)
+def test_a_single_call_has_none(kind: str, sums: list[bool]) -> None:
+    cell, _, x = pair(kind)
+    for _ in range(3):
+        run(cell, x[:1]).sum().backward()
+    assert sums == []
+
+
+def twice(loss: Callable[[nn.Module], Tensor]) -> Callable[[nn.Module], None]:
+    def backward(module: nn.Module) -> None:
+        made = loss(module)
+        made.backward(retain_graph=True)
+        made.backward()
+
+    return backward
+
+
+def several(module: nn.Module, x: Tensor) -> None:
+    """Graphs that are there at once, in another order."""
+    first, second = run(module, x), run(module, x * 2)
+    (first.sum() + second.square().sum()).backward(retain_graph=True)
+    second.sum().backward(retain_graph=True)
+    first.square().sum().backward()
+
+
+def of_weights_too(module: nn.Module, x: Tensor) -> None:
+    """Others have gradients of the same weights, before and after."""
+    before = module.weight_hh.square().sum()
+    made = run(module, x)
+    (before + made.sum() + (module.weight_ih * 3).sum() + module.bias_ih.exp().sum()).backward()
+
+
+def a_part(module: nn.Module, x: Tensor) -> None:
+    made = run(module, x)
+    made[3].sum().backward(retain_graph=True)
+    wanted = [module.weight_hh, module.bias_hh]
+    found = torch.autograd.grad(made.square().sum(), wanted, retain_graph=True)
+    for weight, gradient in zip(wanted, found, strict=True):
+        weight.grad += gradient
+    made[1].sum().backward()
+
+
+def frozen(module: nn.Module, x: Tensor) -> None:
+    module.weight_hh.requires_grad_(False)
+    run(module, x).sum().backward()
+    module.weight_hh.requires_grad_(True)
+    run(module, x).square().sum().backward()
+
+
+def truncated(module: nn.Module, x: Tensor) -> None:
+    """Backward passes between the steps of a loop."""
+    state: Any = None
+    for i, step in enumerate(x):
+        state = module(step, state)
+        h = state if isinstance(state, Tensor) else state[0]
+        if i % 3 == 2:
+            h.square().sum().backward()
+            state = h.detach() if isinstance(state, Tensor) else tuple(s.detach() for s in state)
+
+
+def in_a_backward_pass(module: nn.Module, x: Tensor) -> None:
+    """A hook runs another backward pass through the same cell."""
+    other = run(module, x * 0.5).square().sum()
+    made = run(module, x)
+    made.register_hook(lambda g: other.backward() and None)
+    made.sum().backward()
+
+
+def checkpointed(module: nn.Module, x: Tensor) -> None:
+    checkpoint = torch.utils.checkpoint.checkpoint
+    state = run(module, x[:3])[-1]
+    made = checkpoint(
+        lambda a, s: run(module, a, s), x[3:], _state(module, state), use_reentrant=False
+    )
+    made.sum().backward()
+
+
+def _state(module: nn.Module, h: Tensor) -> Any:
+    return (h, h * 0.5) if isinstance(module, nn.LSTMCell) else h
+
+
+def hooked(module: nn.Module, x: Tensor) -> None:
+    handle = module.weight_hh.register_hook(lambda g: g * 2)
+    run(module, x).sum().backward()
+    handle.remove()
+
+
+def saved_elsewhere(module: nn.Module, x: Tensor) -> None:
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), lambda t: t):
+        made = run(module, x)
+    made.square().sum().backward()
+
+
+def second_derivatives(module: nn.Module, x: Tensor) -> None:
+    made = run(module, x)
+    (g,) = torch.autograd.grad(made.square().sum(), module.weight_ih, create_graph=True)
+    g.square().sum().backward()
+
+
+def other_memory(module: nn.Module, x: Tensor) -> None:
+    first = run(module, x)
+    module.weight_hh.data = module.weight_hh.data * 1.5
+    (first.sum() + run(module, x).square().sum()).backward()
+
+
+PROGRAMS = {
+    "twice": lambda module, x: twice(lambda m: run(m, x).square().sum())(module),
+    "several": several,
+    "of-weights-too": of_weights_too,
+    "a-part": a_part,
+    "frozen": frozen,
+    "truncated": truncated,
+    "in-a-backward-pass": in_a_backward_pass,
+    "checkpointed": checkpointed,
+    "hooked": hooked,
+    "saved-elsewhere": saved_elsewhere,
+    "second-derivatives": second_derivatives,
+    "other-memory": other_memory,
+}
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize("kind", CELLS)
+def test_as_torch_nn(kind: str, program: str) -> None:
+    cell, theirs, x = pair(kind)
+    for module in (cell, theirs):
+        PROGRAMS[program](module, x)
+    assert_same(gradients(cell), gradients(theirs))
+
+
+@pytest.mark.parametrize("kind", CELLS)
+def test_cells_that_share_a_weight(kind: str) -> None:
+    ours, theirs, x = pair(kind)
+    found = []
+    for module in (ours, theirs):
+        other = copy.deepcopy(module)
+        other.weight_ih = module.weight_ih
+        made = torch.stack([run(module, x), run(other, x), run(module, x)])
+        made.square().sum().backward()
+        found.append([*gradients(module), *gradients(other)])
+    assert_same(*found)
+
+
+@pytest.mark.parametrize("kind", CELLS)
+def test_after_a_backward_pass_that_failed(kind: str) -> None:
+    cell, theirs, x = pair(kind)
+    for module in (cell, theirs):
+        made = run(module, x)
+
+        def fail(_: Tensor) -> None:
+            raise KeyError("some reason")
+
+        state = module(x[0])
+        h = state if isinstance(state, Tensor) else state[0]
+        h.register_hook(fail)
+        with pytest.raises(KeyError):
+            (made.sum() + run(module, x, _state(module, h)).sum()).backward(retain_graph=True)
+        module.zero_grad()
+        made.square().sum().backward()
+    assert_same(gradients(cell), gradients(theirs))
+
+
+@pytest.mark.parametrize("kind", CELLS)
+def test_changed_weights_are_an_error(kind: str) -> None:
+    """As in torch.nn: backward would take the new ones for the old."""
+    for module in pair(kind)[:2]:
+        made = run(module, torch.randn(4, 3, 5, dtype=torch.float64))
+        with torch.no_grad():
+            module.weight_hh.mul_(2)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            made.sum().backward()
+
+
+def test_threads_have_sums_of_their_own() -> None:
+    cell, theirs, x = pair("LSTMCell")
+    for module in (cell, theirs):
+        graphs = [run(module, x * (i + 1)).square().sum() for i in range(4)]
+        workers = [threading.Thread(target=graph.backward) for graph in graphs]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+    assert_same(gradients(cell), gradients(theirs))
+
+
+def test_nothing_is_kept() -> None:
+    """Not the graph, not the sums, not the module; and a module in a loop can be pickled."""
+    cell, _, x = pair("GRUCell")
+    made = run(cell, x)
+    pickle.loads(pickle.dumps(copy.deepcopy(cell)))
+    weight, count = weakref.ref(cell.weight_ih), len(loops._loops)
+    sums = loops.loop_of(cell.weight_ih)._sums
+    views = [view() for view in sums._views]
+    assert all(view is not None for view in views)
+    del views
+    made.sum().backward()
+    assert not any(each() for refs in sums._sums.values() for each in refs)
+    del made
+    gc.collect()
+    assert not any(view() is not None for view in sums._views)
+    del cell
+    gc.collect()
+    assert weight() is None
+    assert len(loops._loops) == count - 1
+
+
+def test_wrong_sums() -> None:
+    layer = kernels.layer("GRU", 1, 4, 0, True, False, False, True)
+    x, weights = torch.randn(2, 3), [torch.randn(12, 3), torch.randn(12, 4), *torch.randn(2, 12)]
+    outputs, _, y, saved = layer.forward(x, None, None, weights, None, True, True)
+    operands = (x, None, None, weights, None, y, saved, outputs[0], None, None, [True] * 5, False)
+    for sums in (weights[:3], [w.double() for w in weights], [w[:-1] for w in weights]):
+        with pytest.raises(kernels.RefusedError):
+            layer.backward(*operands, sums)
+    with pytest.raises(kernels.RefusedError, match="dense"):
+        layer.backward(*operands, [torch.randn(12, 5)[:, :3], *weights[1:]])
