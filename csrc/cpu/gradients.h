@@ -326,30 +326,22 @@ class Gradients {
   template <int kRows>
   static void outer_products(int64_t width, int64_t j, int64_t rows, A* to, const Scratch& s,
                              bool add) {
-    for (int64_t i = 0; i < width; i += kWidth) {
-      const int64_t n = min_of(kWidth, width - i);
-      Vec<T> right[kRows][kPanelVectors] = {};
+    const int64_t whole = width / kLanes<T> * kLanes<T>;
+    for (int64_t k = 0; k < rows; ++k, to += width) {
+      A left[kRows];
 #pragma GCC unroll 4
-      for (int r = 0; r < kRows; ++r) {
+      for (int r = 0; r < kRows; ++r) left[r] = value(s.left_rows[r][j + k]);
+      const auto sum_at = [&](int64_t i, int64_t n) __attribute__((always_inline)) {
+        Vec<T> sum{};
 #pragma GCC unroll 4
-        for (int v = 0; v < kPanelVectors; ++v) {
-          const int64_t first = v * kLanes<T>;
-          if (first < n) right[r][v] = load_up_to(s.right_rows[r] + i + first, n - first);
+        for (int r = 0; r < kRows; ++r) {
+          sum = left[r] * load_up_to(s.right_rows[r] + i, n) + sum;
         }
-      }
-      for (int64_t k = 0; k < rows; ++k) {
-        A* const row = to + k * width + i;
-#pragma GCC unroll 4
-        for (int v = 0; v < kPanelVectors; ++v) {
-          const int64_t first = v * kLanes<T>;
-          if (first >= n) break;
-          Vec<T> sum{};
-#pragma GCC unroll 4
-          for (int r = 0; r < kRows; ++r) sum = value(s.left_rows[r][j + k]) * right[r][v] + sum;
-          if (add) sum += load_up_to(row + first, n - first);
-          store_up_to(row + first, sum, n - first);
-        }
-      }
+        if (add) sum += load_up_to(to + i, n);
+        store_up_to(to + i, sum, n);
+      };
+      for (int64_t i = 0; i < whole; i += kLanes<T>) sum_at(i, kLanes<T>);
+      if (whole < width) sum_at(whole, width - whole);
     }
   }
 
