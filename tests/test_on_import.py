@@ -62,7 +62,7 @@ print(*sorted(set(sys.modules) - before))
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=100
     )
-    kept = "_C autograd by_type cells convert dynamo exporting functional kernels modules"
+    kept = "_C autograd by_type cells convert dynamo exporting functional kernels loops modules"
     kept += " on_import ops scripting sequence spec"
     assert done.stdout.split() == ["rnnkern", *(f"rnnkern.{name}" for name in kept.split())]
 

@@ -29,6 +29,7 @@ from support import (
 )
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.testing import CompileCounter
 from torch.autograd import forward_ad
 from torch.func import (
     functional_call,
@@ -159,6 +160,36 @@ def test_a_layer_is_few_operators_to_a_compiler(kind: str) -> None:
     assert len(sizes) == 4
     assert sizes[:2] == sizes[2:]
     assert max(sizes) <= 10
+
+
+@pytest.mark.cpu_only
+@pytest.mark.parametrize("kind", [*LAYERS, *CELLS])
+def test_many_sizes_recompile_as_those_of_linear(kind: str) -> None:
+    """One graph a size; and a model of many layers is one graph."""
+
+    def graphs(make: Callable[[int], nn.Module], *shape: int) -> int:
+        torch._dynamo.reset()
+        seen = CompileCounter()
+        for size in range(2, 8):
+            torch.compile(make(size), backend=seen)(torch.randn(*shape, size))
+        return seen.frame_count
+
+    shape = (3,) if kind in CELLS else (5, 3)
+    ours = graphs(lambda size: build(kind, size, size + 1), *shape)
+    assert ours <= graphs(lambda size: nn.Linear(size, size + 1), *shape)
+
+    torch._dynamo.reset()
+    layers = nn.ModuleList(build(kind, size, size + 1) for size in range(2, 14))
+
+    def model(x: Tensor) -> Tensor:
+        for layer in layers:
+            made = layer(x)
+            x = made[0] if isinstance(made, tuple) else made
+        return x
+
+    seen = CompileCounter()
+    torch.compile(model, backend=seen, fullgraph=True)(torch.randn(*shape, 2))
+    assert seen.frame_count == 1
 
 
 @pytest.mark.cpu_only
