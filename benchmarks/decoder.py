@@ -60,11 +60,21 @@ def calls(model: Decoder, embedded: Tensor, source: Tensor) -> tuple[Callable[[]
 
 
 def check(ours: Decoder, theirs: Decoder, embedded: Tensor, source: Tensor) -> None:
-    """By the rule for layers, from torch.nn in float64."""
-    exact = copy.deepcopy(theirs).double()(embedded.double(), source.double())
-    verdict = tolerance.check(ours(embedded, source), theirs(embedded, source), exact)
-    if not verdict:
-        raise SystemExit(f"wrong results: {verdict}")
+    """Outputs and gradients by the rule for layers, from torch.nn in float64."""
+
+    def results(model: Decoder, *operands: Tensor) -> list[Tensor]:
+        made = model(*operands)
+        gradients = torch.autograd.grad(made.square().mean(), list(model.parameters()))
+        return [made.detach(), *gradients]
+
+    exact = results(copy.deepcopy(theirs).double(), embedded.double(), source.double())
+    pairs = zip(
+        results(ours, embedded, source), results(theirs, embedded, source), exact, strict=True
+    )
+    for found in pairs:
+        verdict = tolerance.check(*found)
+        if not verdict:
+            raise SystemExit(f"wrong results: {verdict}")
 
 
 def main() -> None:

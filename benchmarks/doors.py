@@ -251,14 +251,6 @@ def bfloat16_cell(p: Place) -> Call:
     return no_grad(lambda: cell(x))
 
 
-def profiled(p: Place) -> Call:
-    def call() -> object:
-        with torch.autograd.profiler.profile():
-            return p.layer(p.x)
-
-    return no_grad(call)
-
-
 DOORS: dict[str, Callable[[Place], Call]] = {
     door.__name__: door
     for door in (
@@ -289,7 +281,6 @@ DOORS: dict[str, Callable[[Place], Call]] = {
         float64,
         float16,
         bfloat16_cell,
-        profiled,
     )
 }
 

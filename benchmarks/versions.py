@@ -51,6 +51,7 @@ def serve() -> None:
 
         return both if backward else lambda: module(*operands)
 
+    print(Path(rnnkern.__file__).parent, flush=True)
     gc.disable()
     cpus = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     call: Any = None
@@ -88,10 +89,14 @@ class Version:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )
+        assert self.process.stdout
+        loaded = self.process.stdout.readline().strip()
+        if Path(loaded) != checkout / "rnnkern":
+            raise SystemExit(f"the process has loaded {loaded}, wanted {checkout / 'rnnkern'}")
 
     def ask(self, **what: Any) -> float:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
+        assert self.process.stdin
+        assert self.process.stdout
         print(json.dumps(what), file=self.process.stdin, flush=True)
         answer = self.process.stdout.readline()
         if not answer:
@@ -125,6 +130,13 @@ def main() -> None:
     options = parser.parse_args()
     if not list((options.checkout / "rnnkern").glob("_C*.so")):
         parser.error(f"{options.checkout}: no built checkout of rnnkern")
+    for name, given, wanted in (
+        ("--cell", options.cell, {cell for w in known.values() for cell in w.cells}),
+        ("--workload", options.workload, known),
+        ("--pass", options.passes, passes),
+    ):
+        if unknown := sorted(set(given.split(",")) - set(wanted)):
+            parser.error(f"{name}: unknown {unknown[0]!r}, known are: {', '.join(wanted)}")
     this, other = Version(HERE), Version(options.checkout.resolve())
     print(f"{timing.cpu_name()}; us a call\n")
     print(f"{'':22}{'pass':18}{'threads':>7}{'other':>10}{'this':>10}  speed-up")

@@ -224,11 +224,17 @@ py::object plain_call(py::handle module, py::handle x, py::handle hx, py::handle
   return py::make_tuple(outputs[0], py::make_tuple(outputs[1], outputs[2]));
 }
 
-// Elements of weight_hh from which on it pays that the steps of a loop add their gradients to one
-// sum: it costs some 3 us a step, which is what autograd takes to add so many (rnnkern/loops.py).
-constexpr int64_t kWorthSums = 1 << 14;
+// Whether it pays that the steps of a loop add the gradients of these weights to one sum
+// (rnnkern/loops.py), which costs some 3 us a step. Autograd takes as long to add that many.
+bool are_worth_sums(const Layer& layer, py::handle x) {
+  constexpr double kElements = 1 << 14;  // of weight_hh
+  const double elements =
+      double(cell_shape(layer.cell).gates) * double(layer.hidden) * double(layer.hidden);
+  return elements >= kElements && !cuda::kIsStandIn &&
+         view_of(x, "input").tensor.device.type == dlpack::kCpu;
+}
 
-// The same of a cell: a row or a batch of them, a state or none. `record_in_loop` in place of
+// As plain_call, of a cell: a row or a batch of them, a state or none. `record_in_loop` in place of
 // `record` where sums pay.
 py::object plain_cell(py::handle module, py::handle x, py::handle hx, py::handle record,
                       py::handle record_in_loop) {
@@ -240,9 +246,8 @@ py::object plain_cell(py::handle module, py::handle x, py::handle hx, py::handle
   const std::optional<PlainStates> states = plain_states(plain->layer, hx);
   if (!states || !allows_plain_calls(input.device)) return py::none();
   const Layer& layer = plain->layer;
-  const bool is_large = cell_shape(layer.cell).gates * layer.hidden * layer.hidden >= kWorthSums &&
-                        input.device.type == dlpack::kCpu && !cuda::kIsStandIn;
-  py::tuple outputs = run_plain(*plain, x, *states, is_large ? record_in_loop : record);
+  py::tuple outputs =
+      run_plain(*plain, x, *states, are_worth_sums(layer, x) ? record_in_loop : record);
   if (layer.has_cell_state()) return outputs;
   return outputs[0];
 }
@@ -262,8 +267,8 @@ py::tuple closed_loop(Layer layer, py::handle inputs, py::handle h0, py::handle 
   return py::make_tuple(outputs.hn, outputs.cn);
 }
 
-// Gradients of x, the weights, and the initial states that there are, None where not wanted, those
-// of the weights added to `sums` if there are any, and then None; and
+// Gradients of x, the weights, and the initial states that there are, None where not wanted. If
+// there are `sums`, those of the weights are added to them, and None stands in their place. And
 // those of the slots, which with `overwrite` take the place of what was saved.
 template <typename T>
 py::tuple backward_of(const Layer& layer, py::handle x, py::handle h0, py::handle c0,
@@ -407,7 +412,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("mode_refusal", &mode_refusal);
   m.def("plain_call", &plain_call);
   m.def("plain_cell", &plain_cell);
-  m.attr("WORTH_SUMS") = kWorthSums;
+  m.def("are_worth_sums", &are_worth_sums);
   py::class_<Machine>(m, "Machine")
       .def(py::init([](int threads, int lanes, int tile_rows, int element_bytes, int group,
                        bool multiplies_in_place, bool rounded_for_products, int64_t l2_bytes) {

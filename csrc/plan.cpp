@@ -154,9 +154,11 @@ std::string describe(const Plan& plan, const Problem& problem, const Machine& ma
         return "packed into panels";
       case Reading::kBroadcast:
         return "as they lie, each weight times a vector of rows: packing the rows costs less";
-      default:
-        return "as they lie: too few reads to repay packing";
+      case Reading::kDots:
+      case Reading::kInPlace:
+        break;
     }
+    return "as they lie: too few reads to repay packing";
   };
   std::snprintf(
       line, sizeof(line),

@@ -87,9 +87,7 @@ def mode_refusal() -> str | None: ...
 def plain_call(
     module: Any, x: Tensor, hx: Any, record: Callable[..., tuple[Tensor, ...]]
 ) -> Any: ...
-
-WORTH_SUMS: int
-
+def are_worth_sums(layer: Layer, x: Tensor) -> bool: ...
 def plain_cell(
     module: Any,
     x: Tensor,

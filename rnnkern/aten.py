@@ -252,7 +252,10 @@ def _by_episodes(
 
 
 def _kernel(x: Tensor, h0: Maybe, c0: Maybe, weights: list[Tensor], *rest: Any) -> list[Tensor]:
-    """``rnnkern::scan_kernel`` in torch's operators."""
+    """``rnnkern::scan_kernel`` in torch's operators.
+
+    Without what our backward pass would need: torch's operators have their own.
+    """
     *steps, code, training = rest
     layer = Spec.of_code(code)
     outputs = _scan(x, h0, c0, weights, *steps, bool(code & PACKED), *layer, training)

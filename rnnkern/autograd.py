@@ -67,8 +67,10 @@ class Scan(torch.autograd.Function):
         return _backward(ctx, dy, dhn, dcn)
 
 
-class ScanOfCell(Scan):
+class ScanOfCell(torch.autograd.Function):
     """The same of a cell, whose outputs are ``h`` or ``h, c``."""
+
+    forward = Scan.forward
 
     @staticmethod
     def backward(
@@ -180,7 +182,8 @@ def _by_operators(
             *(s.shape for s in (h0, c0) if s is not None),
         ]
         rows = 1 if x.dim() == 1 else x.size(0)
-        x, y, h0, c0 = (t if t is None else _one_step(t, rows) for t in (x, y, h0, c0))
+        x = _one_step(x, rows)
+        y, h0, c0 = (None if t is None else _one_step(t, rows) for t in (y, h0, c0))
     if y is None:
         saved, y = _apart(saved, x, layer, steps)
     kept = x.new_empty(0) if saved is None else saved

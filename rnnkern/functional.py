@@ -13,6 +13,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -365,17 +366,29 @@ def cell(self: Any, input: Any, hx: Any = None) -> Any:
     return _checked_cell(self, input, hx)
 
 
-cell.__name__ = cell.__qualname__ = "forward"  # what errors and pickles of bound methods call it
+def method(function: Any, kind: str) -> Any:
+    """A function as the method ``forward`` of that class of `rnnkern.modules`, by name too: errors
+    and pickles call it so.
+    """
+    made = FunctionType(function.__code__, function.__globals__, "forward", function.__defaults__)
+    made.__module__, made.__qualname__ = "rnnkern.modules", f"{kind}.forward"
+    made.__doc__, made.__annotations__ = function.__doc__, function.__annotations__
+    return made
 
 
 def _checked_cell(module: Any, input: Any, hx: Any) -> Any:
     compiling = is_compiling()
     if to_torch() if compiling else _tracing_state() is not None:
         return module._torch_forward(input, hx)
-    if isinstance(module, nn.RNNCell) and module.nonlinearity not in ("tanh", "relu"):
+    is_elman = isinstance(module, nn.RNNCell)
+    if is_elman and module.nonlinearity not in ("tanh", "relu"):
         return module._torch_forward(input, hx)  # torch's error
     mode = mode_of(module)
     states = _cell_states(module, mode, input, hx)
+    # torch.func takes 2 ms for a gradient of ours, and a fraction for those of torch's operators,
+    # which have no rules for its other transforms.
+    if states and not compiling and ops.only_differentiated() and input.device.type == "cpu":
+        return module._torch_forward(input, hx)
     if states is None:
         _refuse_what_torch_does_not(module, mode, input, hx)
         return _warn(WRONG, module._torch_forward(input, hx))
@@ -407,10 +420,9 @@ def _one_cell(
     run = kernels.profiled(layer.forward, layer.mode)
     outputs, training, kept_h, saved = run(x, h0, c0, weights, None, keeps_y=True)
     if not training:
-        return outputs  # type: ignore[no-any-return]
+        return outputs
     states = [s for s in (h0, c0) if s is not None]
-    is_large = x.device.type == "cpu" and weights[1].numel() >= kernels.WORTH_SUMS
-    recorded = record_cell_in_loop if is_large and not kernels.IS_STAND_IN else record_cell
+    recorded = record_cell_in_loop if kernels.are_worth_sums(layer, x) else record_cell
     return recorded((layer, None, len(states)), outputs, kept_h, saved, x, *weights, *states)
 
 

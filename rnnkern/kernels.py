@@ -29,14 +29,14 @@ def profiled(kernel: _F, mode: str, part: str = "") -> _F:
 Layer = _C.Layer
 """What a layer is, apart from the sizes of its input.
 
-``forward(x, h0, c0, weights, steps, training=None, keeps_y=False)`` returns the outputs ``(y,
-h_n)`` or ``(y, h_n, c_n)``, of a cell whose tensors have no axis of time ``(h,)`` or ``(h, c)``;
-whether a gradient is to be recorded, and what backward then needs: y,
-and one tensor of the activated slots ``[D, rows, S * H]``, cell states ``[D, rows, H]`` and hidden
-states before a projection ``[D, rows, H]``, as far as the cell has them, one after the other, or
-None. A ``training`` of None asks torch's modes and the operands. With ``keeps_y`` the y for
-backward stays as it is whatever becomes of the output: a small one is None, and a copy of it the
-last part of that tensor; a large one is copied by torch when one of the two is written to.
+``forward(x, h0, c0, weights, steps, training=None, keeps_y=False)`` returns four things. The
+outputs: ``(y, h_n)`` or ``(y, h_n, c_n)``; of a cell whose tensors have no axis of time, ``(h,)``
+or ``(h, c)``. Whether a gradient is to be recorded. And what backward then needs: y, and one tensor
+of the activated slots ``[D, rows, S * H]``, cell states ``[D, rows, H]`` and hidden states before a
+projection ``[D, rows, H]``, as far as the cell has them, one after the other, or None. A
+``training`` of None asks torch's modes and the operands. With ``keeps_y`` the y for backward stays
+as it is whatever becomes of the output: a small one is None, and a copy of it the last part of that
+tensor; a large one is copied by torch when one of the two is written to.
 
 ``closed_loop(inputs, h0, c0, weights, readout, bias)`` takes ``inputs[0]``, feeds the layer what
 the readout makes of its outputs, writes that to ``inputs[1:]``, and returns ``h_n, c_n``. On the
@@ -44,10 +44,11 @@ CPU, not where ``IS_STAND_IN``.
 
 ``backward(x, h0, c0, weights, steps, y, saved, dy, dhn, dcn, wanted, overwrite, sums=())`` returns
 a list of gradients of ``x, *weights`` and the initial states that are not None, None where not
-``wanted`` (one flag each), and of the weights where there are ``sums`` to add them to; and those of the slots before their activation, ``[D, rows, S * H]`` first of all
-in a flat tensor. None for ``dy``, ``dhn`` or ``dcn`` stands for zeros, and
-for ``y`` for the last part of ``saved``. With ``overwrite``,
-gradients of the slots take the place of what was saved, where the cell saves slots.
+``wanted`` (one flag each); and those of the slots before their activation, ``[D, rows, S * H]``
+first of all in a flat tensor. None for ``dy``, ``dhn`` or ``dcn`` stands for zeros, and for ``y``
+for the last part of ``saved``. With ``overwrite``, gradients of the slots take the place of what
+was saved, where the cell saves slots. ``sums``, one for each weight, on the CPU: the gradients of
+the weights are added to them, and the list has None in their place.
 
 ``second_order(point, direction, wanted)`` returns the derivatives of both passes in a direction: a
 tuple of ``(y, h_n, c_n)``; a list of those of the gradients, as backward's; and those of the
@@ -138,12 +139,14 @@ Raises:
 """
 
 plain_cell = _C.plain_cell
-"""The same of a cell, whose outputs are ``(h,)`` or ``(h, c)`` and no y besides:
-``plain_cell(module, x, hx, record, record_in_loop)``, the last for cells whose ``weight_hh`` has at
-least ``WORTH_SUMS`` elements (`rnnkern.autograd.record_cell`, `record_cell_in_loop`).
+"""``plain_cell(module, x, hx, record, record_in_loop)``: as `plain_call`, for a cell.
+
+Its outputs are ``(h,)`` or ``(h, c)`` and no y besides. ``record_in_loop`` in place of ``record``
+where `are_worth_sums` (`rnnkern.autograd.record_cell`, `record_cell_in_loop`).
 """
 
-WORTH_SUMS: int = _C.WORTH_SUMS
+are_worth_sums = _C.are_worth_sums
+"""``are_worth_sums(layer, x)``: of a cell, whether `rnnkern.loops` is to sum its gradients."""
 
 CudaDevice = _C.CudaDevice
 """``CudaDevice(*, capability, multiprocessors, shared_bytes)``: a GPU as its plan sees it."""

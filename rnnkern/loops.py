@@ -6,12 +6,15 @@ that moves more memory than the products do. Here the kernel of a step adds its 
 
 The sum is the tensor that the first step of a backward pass has returned, while it waits in
 autograd's buffer; the later steps return nothing. It waits there until the last step is done,
-because all of them, and nobody else, hand their gradients to views of the weights that are made for
-this purpose; and nobody but the buffer holds it, so when it has gone on, there is none.
+because all of them hand their gradients to views of the weights that are made for this purpose, and
+nobody else does. A step adds to it only if the buffer alone holds it: a hook may have kept it, or
+put something else in its place. How many references that is, torch is asked once (`_alone`).
 """
 
 from __future__ import annotations
 
+import functools
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 from weakref import ref
@@ -20,20 +23,28 @@ import torch
 from torch import Tensor
 
 _task: Callable[[], int] = torch._C._current_graph_task_id
+_use_count: Callable[[Tensor], int] | None = getattr(Tensor, "_use_count", None)
 
 
 class Sums:
     """Of the gradients of some weights, in each backward pass that is under way."""
 
-    def __init__(self, views: Sequence[Tensor]) -> None:
+    def __init__(self, weights: Sequence[Tensor], views: Sequence[Tensor]) -> None:
+        self._weights = [ref(weight) for weight in weights]
         self._views = [ref(view) for view in views]
         self._sums: dict[int, list[ref[Tensor] | None]] = {}
 
     def views_of(self, weights: Sequence[Tensor]) -> list[Tensor] | None:
         """The views, if they are those of these weights as they are now; else None."""
         views = [view() for view in self._views]
-        for view, weight in zip(views, weights, strict=True):
-            if view is None or view.data_ptr() != weight.data_ptr() or view.shape != weight.shape:
+        for view, own, weight in zip(views, self._weights, weights, strict=True):
+            if (
+                view is None
+                or own() is not weight
+                or view.requires_grad != weight.requires_grad
+                or view.data_ptr() != weight.data_ptr()
+                or view.shape != weight.shape
+            ):
                 return None
         return views  # type: ignore[return-value]
 
@@ -53,18 +64,25 @@ class Sums:
 
     def _found(self, wanted: Sequence[bool]) -> list[Tensor | None] | None:
         refs = self._sums.get(_task())
-        if refs is None:
+        if refs is None or torch.is_anomaly_enabled():  # which looks at what each step returns
             return None
-        found = [None if each is None else each() for each in refs]
-        is_there = all(z is not None or not flag for z, flag in zip(found, wanted, strict=True))
-        return found if is_there else None
+        alone = _alone()
+        for each, flag in zip(refs, wanted, strict=True):
+            if flag and (each is None or alone is None or _holders(each) != alone):
+                return None
+        return [
+            each() if each is not None and flag else None
+            for each, flag in zip(refs, wanted, strict=True)
+        ]
 
     def _keep(self, gradients: Sequence[Tensor | None]) -> None:
-        waiting = self._sums.items()
-        self._sums = {
-            task: refs for task, refs in waiting if any(r and r() is not None for r in refs)
+        sums = {
+            task: refs
+            for task, refs in list(self._sums.items())
+            if any(each is not None and each() is not None for each in refs)
         }
-        self._sums[_task()] = [None if each is None else ref(each) for each in gradients]
+        sums[_task()] = [None if each is None else ref(each) for each in gradients]
+        self._sums = sums  # at once: backward passes may run in several threads
 
 
 class Loop:
@@ -84,8 +102,9 @@ class Loop:
         """
         views = None if self._sums is None else self._sums.views_of(weights)
         if views is None:
-            views = [weight.view_as(weight) for weight in weights]
-            self._sums = Sums(views)
+            views = [w.view_as(w) if w.requires_grad else w for w in weights]
+            self._sums = Sums(weights, views)
+            _alone()  # asked outside of any backward pass
         assert self._sums is not None
         return self._sums, views
 
@@ -99,3 +118,42 @@ def loop_of(weight: Tensor) -> Loop:
     if loop is None or loop.weight() is not weight:
         loop = _loops[id(weight)] = Loop(weight)
     return loop
+
+
+def _holders(tensor: ref[Tensor]) -> tuple[int, int] | None:
+    """How many hold a tensor, in Python and in C++."""
+    found = tensor()
+    if found is None or _use_count is None:
+        return None
+    return sys.getrefcount(found), _use_count(found)
+
+
+@functools.cache
+def _alone() -> tuple[int, int] | None:
+    """The holders of a gradient that waits in autograd's buffer and that nobody else holds.
+
+    None if this torch does not tell.
+    """
+    first: list[ref[Tensor]] = []
+    counted: list[tuple[int, int] | None] = []
+
+    class Step(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, weight: Tensor) -> Tensor:
+            return weight.new_zeros(())
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> Tensor | None:
+            if first:
+                counted.append(_holders(first[0]))
+                return None
+            made = torch.zeros(1, device="cpu")
+            first.append(ref(made))
+            return made
+
+    with torch.enable_grad():
+        weight = torch.zeros(1, device="cpu", requires_grad=True)
+        view = weight.view_as(weight)
+        loss = Step.apply(view) + Step.apply(view)  # type: ignore[no-untyped-call]
+        torch.autograd.grad(loss, weight)
+    return counted[0]

@@ -81,7 +81,7 @@ class RNNCell(nn.RNNCell):
     _torch_forward = nn.RNNCell.forward
     __prepare_scriptable__ = scripting.prepare
 
-    forward = functional.cell
+    forward = functional.method(functional.cell, "RNNCell")
 
 
 class LSTMCell(nn.LSTMCell):
@@ -93,7 +93,7 @@ class LSTMCell(nn.LSTMCell):
     _torch_forward = nn.LSTMCell.forward
     __prepare_scriptable__ = scripting.prepare
 
-    forward = functional.cell
+    forward = functional.method(functional.cell, "LSTMCell")
 
 
 class GRUCell(nn.GRUCell):
@@ -105,4 +105,4 @@ class GRUCell(nn.GRUCell):
     _torch_forward = nn.GRUCell.forward
     __prepare_scriptable__ = scripting.prepare
 
-    forward = functional.cell
+    forward = functional.method(functional.cell, "GRUCell")

@@ -114,6 +114,14 @@ def _forward_levels() -> int:
     return sum(each.key() == torch._C._functorch.TransformType.Jvp for each in stack)
 
 
+def only_differentiated() -> bool:
+    """Under transforms of `torch.func` that are gradients, and no others."""
+    if not torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return False
+    stack = torch._C._functorch.get_interpreter_stack() or ()
+    return all(each.key() == torch._C._functorch.TransformType.Grad for each in stack)
+
+
 def are_batches(*gradients: Maybe) -> bool:
     """Of ``torch.autograd.grad(..., is_grads_batched=True)``, which has a vmap of its own."""
     return any(g is not None and torch._C._functorch.is_legacy_batchedtensor(g) for g in gradients)
@@ -178,7 +186,7 @@ def _layer(code: int, rows: int, columns: int) -> kernels.Layer:
     )
 
 
-@functools.cache
+@functools.lru_cache(maxsize=256)
 def _width_of_slots(code: int, rows: int) -> int:
     """Of all units, of weights that have that many rows."""
     layer = Spec.of_code(code)
@@ -340,7 +348,7 @@ def _fake_run_backward(
     return [*made, x.new_empty(layer.directions, _count(x), width)]
 
 
-_LIBRARY = torch.library.Library("rnnkern", "DEF")
+_LIBRARY: Any = torch.library.Library("rnnkern", "DEF")  # type: ignore[no-untyped-call]
 _CODED = "Tensor? active, Tensor? order, Tensor? reset, Tensor? placed, int layer"
 _INCOMING = "Tensor? dy, Tensor? dhn, Tensor? dcn"
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
@@ -352,9 +360,8 @@ def _define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> N
     _LIBRARY.define(schema, tags=_TAGS)
     for key in ("CPU", "CUDA"):
         _LIBRARY.impl(name, run, key)
-    _LIBRARY.impl(
-        name, fake, "Meta"
-    )  # `register_fake` reads this source, which takes a millisecond
+    # `register_fake` would read this source, which takes a millisecond.
+    _LIBRARY.impl(name, fake, "Meta")
 
 
 _define(f"scan_kernel({_OPERANDS}, {_CODED}, bool training) -> Tensor[]", _run, _fake_run)

@@ -39,7 +39,7 @@ class Spec(NamedTuple):
         """The same as one number, with room for `PACKED`."""
         code = _MODES.index(self.mode) + len(_MODES) * (self.directions - 1)
         for flag in self[2:]:
-            code = 2 * code + flag  # type: ignore[operator]
+            code = 2 * code + flag
         return 2 * code
 
     @classmethod

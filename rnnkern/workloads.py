@@ -193,7 +193,7 @@ class Side:
         def forward_backward() -> None:
             for leaf in leaves:
                 leaf.grad = None
-            _first(module(*operands)).backward(dy)
+            torch.autograd.backward(_first(module(*operands)), dy)
 
         return forward_backward
 
@@ -212,7 +212,7 @@ class Side:
             leaves |= dict(zip(("h_0", "c_0"), self.states, strict=False))
             for leaf in leaves.values():
                 leaf.grad = None
-            output.backward(self.dy)
+            torch.autograd.backward(output, self.dy)
             for name, leaf in leaves.items():
                 if leaf.grad is not None:
                     found[f"grad of {name}"] = leaf.grad

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import math
 import pickle
 import threading
 import weakref
@@ -13,8 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from support import CELLS, DTYPES, GATES, Leaves, build, check, initial_states, states_of
+from support import CELLS, DTYPES, Leaves, build, check, initial_states, states_of
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from rnnkern import kernels, loops
 
@@ -47,7 +47,13 @@ def assert_same(found: list[Tensor], wanted: list[Tensor]) -> None:
 
 def hidden_of(kind: str) -> int:
     """The least that makes sums worth while."""
-    return math.ceil(math.sqrt(kernels.WORTH_SUMS / GATES[kind]))
+    mode = "RNN_TANH" if kind == "RNNCell" else kind.removesuffix("Cell")
+    x = torch.zeros(1, 1)
+    return next(
+        H
+        for H in range(1, 1000)
+        if kernels.are_worth_sums(kernels.layer(mode, 1, H, 0, True, False, is_cell=True), x)
+    )
 
 
 def pair(kind: str) -> tuple[nn.Module, nn.Module, Tensor]:
@@ -209,7 +215,97 @@ def other_memory(module: nn.Module, x: Tensor) -> None:
     (first.sum() + run(module, x).square().sum()).backward()
 
 
+def with_another_parameter(module: nn.Module, x: Tensor) -> None:
+    """On the same memory, while a graph with the one before is alive."""
+    before = run(module, x[:3])
+    module.weight_hh = nn.Parameter(module.weight_hh.data)
+    (before.sum() + run(module, x[3:]).square().sum()).backward()
+
+
+def with_an_alias(module: nn.Module, x: Tensor) -> None:
+    before = run(module, x)
+    alias = module.weight_hh.detach().requires_grad_()
+    step = module(x[0])
+    made = functional_call(module, {"weight_hh": alias}, (x[1], step))
+    made = functional_call(module, {"weight_hh": alias}, (x[2], made))
+    h = made if isinstance(made, Tensor) else made[0]
+    (before.sum() + h.square().sum()).backward()
+    module.weight_hh.grad += 3 * alias.grad
+
+
+def frozen_at_first(module: nn.Module, x: Tensor) -> None:
+    module.weight_hh.requires_grad_(False)
+    before = run(module, x[:3])
+    module.weight_hh.requires_grad_(True)
+    (before.sum() + run(module, x[3:]).square().sum()).backward()
+
+
+def frozen_between(module: nn.Module, x: Tensor) -> None:
+    parts = [run(module, x[:2])]
+    for weight in (module.weight_hh, module.bias_ih):
+        weight.requires_grad_(False)
+    parts.append(run(module, x[2:4], _state(module, parts[0][-1])))
+    for weight in (module.weight_hh, module.bias_ih):
+        weight.requires_grad_(True)
+    parts.append(run(module, x[4:], _state(module, parts[1][-1])))
+    torch.cat(parts).square().sum().backward()
+
+
+def kept_by_hooks(module: nn.Module, x: Tensor) -> None:
+    """Of nodes: one keeps the gradients, one puts others in their place."""
+    made = [module(x[0])]
+    for step in x[1:]:
+        made.append(module(step, made[-1]))
+    hs = [each if isinstance(each, Tensor) else each[0] for each in made]
+    kept: list[Any] = []
+    hs[-1].grad_fn.register_hook(lambda given, _: kept.append(given))
+    hs[3].grad_fn.register_hook(
+        lambda given, _: (kept.append(given), tuple(g if g is None else g * 1 for g in given))[1]
+    )
+    sum(h.square().sum() for h in hs).backward()
+    copies = [[g if g is None else g.clone() for g in each] for each in kept]
+    for each, copy_of_each in zip(kept, copies, strict=True):
+        for a, b in zip(each, copy_of_each, strict=True):
+            assert a is None or torch.equal(a, b)
+
+
+def under_anomaly_mode(module: nn.Module, x: Tensor) -> None:
+    with torch.autograd.set_detect_anomaly(True):
+        run(module, x).square().sum().backward()
+
+
+def both_kinds(module: nn.Module, x: Tensor) -> None:
+    """Differentiable backward passes and plain ones of one graph."""
+    made = run(module, x).square().sum()
+    gs = torch.autograd.grad(made, list(module.parameters()), create_graph=True)
+    made.backward(retain_graph=True)
+    sum(g.square().sum() for g in gs).backward()
+
+
+def accumulated_hooks(module: nn.Module, x: Tensor) -> None:
+    seen: list[int] = []
+    for weight in module.parameters():
+        weight.register_post_accumulate_grad_hook(lambda p: seen.append(p.numel()))
+    run(module, x).square().sum().backward()
+    assert seen == [p.numel() for p in sorted_by_call(module, seen)]
+
+
+def sorted_by_call(module: nn.Module, seen: list[int]) -> list[Tensor]:
+    """Once each, in any order."""
+    assert sorted(seen) == sorted(p.numel() for p in module.parameters())
+    by_size = {p.numel(): p for p in module.parameters()}
+    return [by_size[n] for n in seen]
+
+
 PROGRAMS = {
+    "with-another-parameter": with_another_parameter,
+    "with-an-alias": with_an_alias,
+    "frozen-at-first": frozen_at_first,
+    "frozen-between": frozen_between,
+    "kept-by-hooks": kept_by_hooks,
+    "under-anomaly-mode": under_anomaly_mode,
+    "both-kinds": both_kinds,
+    "accumulated-hooks": accumulated_hooks,
     "twice": lambda module, x: twice(lambda m: run(m, x).square().sum())(module),
     "several": several,
     "of-weights-too": of_weights_too,
@@ -275,6 +371,24 @@ def test_changed_weights_are_an_error(kind: str) -> None:
             module.weight_hh.mul_(2)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             made.sum().backward()
+
+
+@pytest.mark.parametrize("kind", CELLS)
+def test_saved_tensors_that_come_back_changed(kind: str, sums: list[bool]) -> None:
+    """The kernel refuses the first try; the sum is none the worse."""
+    cell, theirs, x = pair(kind)
+
+    def spread(t: Tensor) -> Tensor:
+        return torch.stack([t, t], -1)
+
+    made = []
+    for module in (cell, theirs):
+        states = run(module, x[:2])  # the views are alive
+        with torch.autograd.graph.saved_tensors_hooks(spread, lambda t: t[..., 0]):
+            made.append(states.sum() + run(module, x[2:]).square().sum())
+    for loss in made:
+        loss.backward()
+    assert_same(gradients(cell), gradients(theirs))
 
 
 def test_threads_have_sums_of_their_own() -> None:

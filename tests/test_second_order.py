@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from rnnkern import derivatives, kernels, ops
+from rnnkern.spec import Gradients, Point, Spec
 
 pytestmark = [
     pytest.mark.cpu_only,
@@ -50,7 +51,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     made: list[str] = []
     run = ops.second_order
 
-    def counted(layer: derivatives.Spec, *rest: Any) -> Any:
+    def counted(layer: Spec, *rest: Any) -> Any:
         made.append(layer.mode)
         return run(layer, *rest)
 
@@ -211,15 +212,15 @@ def at_a_point() -> tuple[Any, ...]:
     module = build("LSTM", 3, 5, dtype=torch.float64)
     x = torch.randn(4, 2, 3, dtype=torch.float64)
     weights = [w.detach() for w in module.parameters()]
-    layer = derivatives.Spec("LSTM", 1, True, False, False, False, False)
+    layer = Spec("LSTM", 1, True, False, False, False, False)
     nothing = (*[None] * 4, False, *layer)
     y, _, _, saved = torch.ops.rnnkern.scan(x, None, None, weights, *nothing, True)
     dy = torch.ones_like(y)
     *_, slots = torch.ops.rnnkern.scan_backward(
         dy, None, None, x, None, None, weights, y, saved, *nothing, [True] * 5
     )
-    at = derivatives.Point(x, None, None, weights, y)
-    return layer, None, at, saved, derivatives.Gradients(dy, None, None, slots)
+    at = Point(x, None, None, weights, y)
+    return layer, None, at, saved, Gradients(dy, None, None, slots)
 
 
 def test_gradients_of_the_gradients_of_the_slots() -> None:
@@ -227,8 +228,8 @@ def test_gradients_of_the_gradients_of_the_slots() -> None:
     layer, steps, at, saved, gradients = at_a_point()
     moved = torch.randn_like(gradients.slots)
     before = moved.clone()
-    nothing = derivatives.Point(None, None, None, [None] * 4)
-    changes = derivatives.Gradients(None, None, None, moved)
+    nothing = Point(None, None, None, [None] * 4)
+    changes = Gradients(None, None, None, moved)
     found = ops.second_order(layer, steps, at, saved, gradients, nothing, changes)
     assert torch.equal(moved, before)
     expected = derivatives.of_backward(layer, steps, at, gradients, nothing, changes)

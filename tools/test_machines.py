@@ -24,6 +24,7 @@ PYTEST = Path(sys.executable).with_name("pytest")
 KIB = 1024
 
 LEFT_OUT = {
+    "benchmarks",
     "compare",
     "cuda",
     "cuda_plan",

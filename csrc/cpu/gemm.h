@@ -206,8 +206,8 @@ void product(int vectors, int64_t rows, int64_t first, int64_t K, const E* const
                                                      acc + m * acc_row, acc_row);
     }
   };
-  for (int64_t k = 0; k < K || (k == 0 && !kAdds);
-       k += kDepth) {  // a sum of nothing is written too
+  // A sum of nothing is written too.
+  for (int64_t k = 0; k < K || (k == 0 && !kAdds); k += kDepth) {
     if (kAdds || k) {
       add_block([&](int64_t n) { return tile_of<E, true>(vectors, n); }, k);
     } else {

@@ -299,7 +299,7 @@ class Gradients {
       transpose_left(count, j, rows, s);
       for (int64_t p = 0; p < right.count(); ++p) {
         if (right.columns(p) % kLanes<T> == 0 && (!add || count <= kDepth)) {
-          right.write(p, rows, left, to + p * kWidth, target.width, add);
+          right.put(p, rows, left, to + p * kWidth, target.width, add);
           continue;
         }
         for (int64_t i = 0; i < rows; ++i) out[i] = to + i * target.width + p * kWidth;

@@ -248,8 +248,8 @@ struct ColumnPanels {
 
   // acc[m][columns of p] = or += a[m] x this matrix, of panels that have been packed and whose
   // vectors are whole.
-  void write(int64_t p, int64_t rows, const E* const* a, Compute<T>* acc, int64_t acc_row,
-             bool adds) const {
+  void put(int64_t p, int64_t rows, const E* const* a, Compute<T>* acc, int64_t acc_row,
+           bool adds) const {
     const int64_t panel_row = vectors(p) * kLanes<T>;
     if (adds) {
       product<E, true>(vectors(p), rows, 0, K, a, panel(p), panel_row, acc, acc_row);

@@ -280,7 +280,8 @@ void run(const SecondOrder<T>& scan, int threads, bool deterministic) {
   const Problem problem = problem_of(scan, deterministic);
   const Machine machine = machine_for<T>(threads);
   constexpr double kWork = 6.5;
-  const Plan up = plan_forward(problem, machine, false), down = plan_backward(problem, machine, kWork);
+  const Plan up = plan_forward(problem, machine, false),
+             down = plan_backward(problem, machine, kWork);
   const Kernels<T>& kernels = std::get<Kernels<T>>(kernels_in_use());
   with_workspace([&](Workspace w) { return kernels.second_order(scan, up, down, w); });
 }

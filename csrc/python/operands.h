@@ -299,25 +299,25 @@ class Operands {
   }
   py::object make_slots(T** data) const { return make(slots_shape(), data); }
 
-  // Makes the gradients of the weights that are wanted, in the order of the weights:
-  // is_wanted(their place behind what has been made). Or takes those of a sequence, unless it is
-  // empty, and makes none.
+  // The gradients of the weights that are wanted, in the order of the weights: is_wanted(their
+  // place behind what has been made). New tensors, or those of `sums` if there are any; then None
+  // is made.
   template <typename IsWanted>
-  void make_gradients(IsWanted is_wanted, const py::sequence& given, py::list* made,
+  void make_gradients(IsWanted is_wanted, const py::sequence& sums, py::list* made,
                       WeightGradients<T>* out) const {
     const int64_t rows = cell_shape(sizes.cell).gates * sizes.H;
-    const bool takes = given.size() > 0;
-    size_t taken = 0;
+    size_t next = 0;
     const auto add = [&](std::initializer_list<int64_t> shape) -> T* {
       T* data = nullptr;
+      const size_t i = next++;
       const bool wanted = is_wanted(made->size());
-      made->append(wanted && !takes ? make(dense(shape), &data) : py::none());
-      if (!wanted || !takes) {
-        ++taken;
+      if (!wanted || sums.size() == 0) {
+        made->append(wanted ? make(dense(shape), &data) : py::none());
         return data;
       }
-      const py::object held = given[taken++];
-      const TensorView v = view(held, "sum of gradients");
+      made->append(py::none());
+      const py::object sum = sums[i];
+      const TensorView v = view(sum, "sum of gradients");
       v.expect_shape(shape);
       if (v.tensor.ndim == 2 && v.size(0) > 1 && v.stride(0) != v.size(1)) v.fail("is not dense");
       return v.template data<T>();

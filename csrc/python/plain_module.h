@@ -49,22 +49,22 @@ struct LayerAttributes {
       "bias", "batch_first", "_flat_weights_names", "_flat_weights", "_parameters"};
 };
 
-// Of a cell; behind kParameters those that are looked up among the parameters.
+// Of a cell, its weights among them.
 struct CellAttributes {
   enum Name {
     kInput,
     kHidden,
+    kNonlinearity,
     kParameters,
     kWeightIh,
     kWeightHh,
     kBiasIh,
     kBiasHh,
-    kNonlinearity,
     kCount
   };
-  static constexpr const char* kNames[kCount] = {"input_size", "hidden_size", "_parameters",
-                                                 "weight_ih",  "weight_hh",   "bias_ih",
-                                                 "bias_hh",    "nonlinearity"};
+  static constexpr const char* kNames[kCount] = {"input_size",  "hidden_size", "nonlinearity",
+                                                 "_parameters", "weight_ih",   "weight_hh",
+                                                 "bias_ih",     "bias_hh"};
 };
 
 template <typename Attributes>
@@ -108,7 +108,8 @@ struct ModuleClass {
   // forward calls are torch.nn's: the class neither has the attributes, as properties for example,
   // nor looks them up in a way of its own.
   bool plain = false;
-  std::string name;  // of the class of torch.nn
+  // Of a cell that is no Elman RNN, whose nonlinearity its modules tell.
+  std::optional<CellId> cell;
 };
 
 template <typename Attributes>
@@ -117,7 +118,9 @@ ModuleClass look_at_class(py::handle type) {
   const py::object theirs = class_of_torch(type);
   ModuleClass found;
   if (!theirs) return found;
-  found.name = theirs.attr("__name__").cast<std::string>();
+  const auto name = theirs.attr("__name__").cast<std::string>();
+  if (name == "LSTMCell") found.cell = CellId::kLstm;
+  if (name == "GRUCell") found.cell = CellId::kGru;
   found.plain = type.attr("__getattribute__").is(base.attr("__getattribute__")) &&
                 has_methods_of(theirs, type);
   for (int i = 0; i < Attributes::kCount; ++i) {
@@ -127,9 +130,9 @@ ModuleClass look_at_class(py::handle type) {
 }
 
 // Asked again only when the class has changed (CPython gives it another version tag then; 0 is
-// none). What it returns is valid until the next call.
+// none).
 template <typename Attributes>
-const ModuleClass& module_class(PyTypeObject* type) {
+ModuleClass module_class(PyTypeObject* type) {
   struct Answer {
     py::object type;
     unsigned version;
@@ -150,7 +153,7 @@ const ModuleClass& module_class(PyTypeObject* type) {
     const Answer oldest = std::move(kept.back());  // its end may run Python, which may come back
     kept.pop_back();
   }
-  return kept.front().found;
+  return found;
 }
 
 inline std::optional<int64_t> integer(PyObject* object) {
@@ -229,11 +232,8 @@ inline std::optional<PlainModule> plain_module(py::handle module, int64_t featur
   return plain;
 }
 
-// The cell that the class of a module is, and the nonlinearity that it has if it is an Elman RNN.
-inline std::optional<CellId> cell_of(const std::string& name, PyObject* nonlinearity) {
-  if (name == "LSTMCell") return CellId::kLstm;
-  if (name == "GRUCell") return CellId::kGru;
-  if (name != "RNNCell" || !nonlinearity) return std::nullopt;
+inline std::optional<CellId> elman_cell(PyObject* nonlinearity) {
+  if (!nonlinearity) return std::nullopt;
   const std::string_view text = text_of(nonlinearity);
   if (text == "tanh") return CellId::kRnnTanh;
   if (text == "relu") return CellId::kRnnRelu;
@@ -244,11 +244,11 @@ inline std::optional<CellId> cell_of(const std::string& name, PyObject* nonlinea
 // weights is not as torch.nn makes it.
 inline std::optional<PlainModule> plain_cell_module(py::handle module, int64_t features) {
   using A = CellAttributes;
-  const ModuleClass& type = module_class<A>(Py_TYPE(module.ptr()));
+  const ModuleClass type = module_class<A>(Py_TYPE(module.ptr()));
   if (!type.plain) return std::nullopt;
   const py::object space = namespace_of(module);
   const auto own = [&](A::Name name) { return find_in(space.ptr(), name_of<A>(name)); };
-  const std::optional<CellId> cell = cell_of(type.name, own(A::kNonlinearity));
+  const std::optional<CellId> cell = type.cell ? type.cell : elman_cell(own(A::kNonlinearity));
   PyObject *const input = own(A::kInput), *const hidden = own(A::kHidden),
                   *const parameters = own(A::kParameters);
   if (!cell || !input || !hidden || !parameters || !PyDict_CheckExact(parameters)) {
