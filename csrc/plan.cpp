@@ -153,7 +153,7 @@ std::string describe(const Plan& plan, const Problem& problem, const Machine& ma
       case Reading::kPacked:
         return "packed into panels";
       case Reading::kBroadcast:
-        return "as they lie, each weight times a vector of rows: packing the rows costs less";
+        return "as they lie, each weight times a vector of rows: it costs less to transpose these";
       case Reading::kDots:
       case Reading::kInPlace:
         break;
