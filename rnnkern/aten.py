@@ -251,13 +251,23 @@ def _by_episodes(
     return y.transpose(0, 1) if layer.batch_first else y, hn, cn
 
 
-def _kernel(x: Tensor, h0: Maybe, c0: Maybe, weights: list[Tensor], *rest: Any) -> list[Tensor]:
+def _kernel(
+    x: Tensor,
+    weights: list[Tensor],
+    code: int,
+    training: bool,
+    h0: Maybe = None,
+    c0: Maybe = None,
+    active: Maybe = None,
+    order: Maybe = None,
+    reset: Maybe = None,
+    placed: Maybe = None,
+) -> list[Tensor]:
     """``rnnkern::scan_kernel`` in torch's operators.
 
     Without what our backward pass would need: torch's operators have their own.
     """
-    *steps, code, training = rest
-    layer = Spec.of_code(code)
+    layer, steps = Spec.of_code(code), (active, order, reset, placed)
     outputs = _scan(x, h0, c0, weights, *steps, bool(code & PACKED), *layer, training)
     return list(outputs[: 2 + layer.has_cell_state])
 

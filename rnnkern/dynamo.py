@@ -56,13 +56,15 @@ def _allow(config: ModuleType) -> None:
         config.allow_rnn = _OfRnnkern()  # type: ignore[attr-defined]
 
 
-def _leave_exports(dynamo: Any) -> None:
-    from rnnkern import aten
+def _leave(dynamo: Any) -> None:
+    """What Dynamo is not to trace."""
+    from rnnkern import aten, functional
 
     dynamo.allow_in_graph(aten.exported)
+    dynamo.assume_constant_result(functional.own_method)
 
 
 def open_to_rnnkern() -> None:
     """Now, if Dynamo is imported already, or as soon as it is: it takes a second to import."""
     on_import("torch._dynamo.config", _allow)
-    on_import("torch._dynamo", _leave_exports)
+    on_import("torch._dynamo", _leave)

@@ -115,13 +115,30 @@ def refusal_of(module: Any) -> str | None:
 
     ``torch.nn``'s forward calls methods that a subclass may override. The kernels call none.
     """
-    kind, space = type(module), vars(module)
-    base = next(base for base in _METHODS if isinstance(module, base))
+    own = own_method(type(module))
+    if own is None:
+        space = vars(module)
+        for name in kernels.CALLED_BY_FORWARD:
+            if name in space:
+                own = name
+    if own is not None:
+        return f"a method {own} of the module's own"
+    if isinstance(module, nn.RNN) and module.mode not in ("RNN_TANH", "RNN_RELU"):
+        return WRONG
+    return None
+
+
+def own_method(kind: type) -> str | None:
+    """The method of a class in place of one that torch.nn's forward calls, or None.
+
+    Dynamo asks once for each class and keeps no guards for it (`rnnkern.dynamo`): they would take
+    longer at each call than all others.
+    """
+    base = next(base for base in _METHODS if issubclass(kind, base))
     for name, method in _METHODS[base].items():
-        if name in space or getattr(kind, name) is not method:
-            return f"a method {name} of the module's own"
-    is_known = base is not nn.RNN or module.mode in ("RNN_TANH", "RNN_RELU")
-    return None if is_known else WRONG
+        if getattr(kind, name) is not method:
+            return name
+    return None
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -396,18 +413,15 @@ def _checked_cell(module: Any, input: Any, hx: Any) -> Any:
     asked = autocast_dtype(x)
     dtype = asked and _dtype_of_cell(module, asked, x, h0, c0)
     x, h0, c0, *weights = operands(module, asked, x, h0, c0)
-    reason: str | None = "an operand"
+    outputs: tuple[Tensor, ...] | str = "an operand"
     if not compiling:
-        reason = kernels.mode_refusal() or kernels.refusal(x, h0, c0, weights)
-    if reason in (None, GAPS):
-        if reason == GAPS:
-            x, h0, c0, weights = _dense(x, h0, c0, weights)
-        outputs = _one_cell(layer_of_cell(module, asked, x), x, h0, c0, weights)
-    elif has_operators(x, h0, c0, *weights):
+        layer = layer_of_cell(module, asked, x)
+        outputs = kernels.mode_refusal() or _one_cell(layer, x, h0, c0, weights)
+    if isinstance(outputs, str):
+        if not has_operators(x, h0, c0, *weights):
+            return _warn(outputs, module._torch_forward(input, hx))
         spec = Spec(mode, proj=False, **_cell(module, asked, x))
         outputs = _cell_by_operators(spec, module.hidden_size, x, h0, c0, weights)
-    else:
-        return _warn(str(reason), module._torch_forward(input, hx))
     if dtype is not None and x.dtype != torch.float64:
         outputs = tuple(z.to(dtype) for z in outputs)
     return outputs if mode == "LSTM" else outputs[0]
@@ -415,10 +429,17 @@ def _checked_cell(module: Any, input: Any, hx: Any) -> Any:
 
 def _one_cell(
     layer: Layer, x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: list[Tensor]
-) -> tuple[Tensor, ...]:
-    """``h``, or ``h, c``, on the kernels."""
+) -> tuple[Tensor, ...] | str:
+    """``h``, or ``h, c``, on the kernels; or why none covers the call."""
     run = kernels.profiled(layer.forward, layer.mode)
-    outputs, training, kept_h, saved = run(x, h0, c0, weights, None, keeps_y=True)
+    try:
+        outputs, training, kept_h, saved = run(x, h0, c0, weights, None, keeps_y=True)
+    except kernels.RefusedError:
+        reason = kernels.refusal(x, h0, c0, weights)
+        if reason != GAPS:
+            return reason or "an operand"
+        x, h0, c0, weights = _dense(x, h0, c0, weights)
+        outputs, training, kept_h, saved = run(x, h0, c0, weights, None, keeps_y=True)
     if not training:
         return outputs
     states = [s for s in (h0, c0) if s is not None]

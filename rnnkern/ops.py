@@ -208,20 +208,21 @@ def _ended(steps: Steps | None) -> Maybe:
 
 
 # What runs the kernels, and what compiled programs call. Each argument and each output costs time:
-# so what a layer is is one number, there are no more outputs than needed, and no derivatives.
+# so what a layer is is one number, what there may not be is left out at the end, there are no more
+# outputs than needed, and no derivatives.
 
 
 def _run(
     x: Tensor,
-    h0: Maybe,
-    c0: Maybe,
     weights: list[Tensor],
-    active: Maybe,
-    order: Maybe,
-    reset: Maybe,
-    placed: Maybe,
     code: int,
     training: bool,
+    h0: Maybe = None,
+    c0: Maybe = None,
+    active: Maybe = None,
+    order: Maybe = None,
+    reset: Maybe = None,
+    placed: Maybe = None,
 ) -> list[Tensor]:
     """y, h_n, c_n if there is one, and what backward needs if that is anything."""
     kernel = _kernel(code, weights)
@@ -244,15 +245,15 @@ def _run(
 
 def _fake_run(
     x: Tensor,
-    h0: Maybe,
-    c0: Maybe,
     weights: list[Tensor],
-    active: Maybe,
-    order: Maybe,
-    reset: Maybe,
-    placed: Maybe,
     code: int,
     training: bool,
+    h0: Maybe = None,
+    c0: Maybe = None,
+    active: Maybe = None,
+    order: Maybe = None,
+    reset: Maybe = None,
+    placed: Maybe = None,
 ) -> list[Tensor]:
     layer, packed = Spec.of_code(code), bool(code & PACKED)
     H, O = layer.hidden(weights), weights[1].shape[1]
@@ -290,21 +291,21 @@ def _rows_like(layer: Spec, x: Tensor, features: Any, packed: bool) -> Tensor:
 
 
 def _run_backward(
-    dy: Maybe,
-    dhn: Maybe,
-    dcn: Maybe,
     x: Tensor,
-    h0: Maybe,
-    c0: Maybe,
     weights: list[Tensor],
     y: Tensor,
-    saved: Maybe,
-    active: Maybe,
-    order: Maybe,
-    reset: Maybe,
-    placed: Maybe,
     code: int,
     wanted: Sequence[bool],
+    dy: Maybe = None,
+    dhn: Maybe = None,
+    dcn: Maybe = None,
+    saved: Maybe = None,
+    h0: Maybe = None,
+    c0: Maybe = None,
+    active: Maybe = None,
+    order: Maybe = None,
+    reset: Maybe = None,
+    placed: Maybe = None,
 ) -> list[Tensor]:
     """Gradients of ``x, *weights`` and the initial states, as far as wanted; and of the slots."""
     kernel = _kernel(code, weights)
@@ -324,21 +325,21 @@ def _run_backward(
 
 
 def _fake_run_backward(
-    dy: Maybe,
-    dhn: Maybe,
-    dcn: Maybe,
     x: Tensor,
-    h0: Maybe,
-    c0: Maybe,
     weights: list[Tensor],
     y: Tensor,
-    saved: Maybe,
-    active: Maybe,
-    order: Maybe,
-    reset: Maybe,
-    placed: Maybe,
     code: int,
     wanted: Sequence[bool],
+    dy: Maybe = None,
+    dhn: Maybe = None,
+    dcn: Maybe = None,
+    saved: Maybe = None,
+    h0: Maybe = None,
+    c0: Maybe = None,
+    active: Maybe = None,
+    order: Maybe = None,
+    reset: Maybe = None,
+    placed: Maybe = None,
 ) -> list[Tensor]:
     layer = Spec.of_code(code)
     shapes = [w.shape for w in weights] + [s.shape for s in (h0, c0) if s is not None]
@@ -349,8 +350,11 @@ def _fake_run_backward(
 
 
 _LIBRARY: Any = torch.library.Library("rnnkern", "DEF")  # type: ignore[no-untyped-call]
-_CODED = "Tensor? active, Tensor? order, Tensor? reset, Tensor? placed, int layer"
 _INCOMING = "Tensor? dy, Tensor? dhn, Tensor? dcn"
+_IF_GIVEN = (
+    "Tensor? h0=None, Tensor? c0=None, Tensor? active=None, Tensor? order=None, "
+    "Tensor? reset=None, Tensor? placed=None"
+)
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
 """The kernels take operands as they lie."""
 
@@ -364,10 +368,15 @@ def _define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> N
     _LIBRARY.impl(name, fake, "Meta")
 
 
-_define(f"scan_kernel({_OPERANDS}, {_CODED}, bool training) -> Tensor[]", _run, _fake_run)
 _define(
-    f"scan_backward_kernel({_INCOMING}, {_OPERANDS}, Tensor y, Tensor? saved, {_CODED}, "
-    "bool[] wanted) -> Tensor[]",
+    f"scan_kernel(Tensor x, Tensor[] weights, int layer, bool training, {_IF_GIVEN}) -> Tensor[]",
+    _run,
+    _fake_run,
+)
+_define(
+    "scan_backward_kernel(Tensor x, Tensor[] weights, Tensor y, int layer, bool[] wanted, "
+    "Tensor? dy=None, Tensor? dhn=None, Tensor? dcn=None, Tensor? saved=None, "
+    f"{_IF_GIVEN}) -> Tensor[]",
     _run_backward,
     _fake_run_backward,
 )
@@ -386,7 +395,7 @@ def _forward(
     """y, h_n, c_n and what backward needs; without elements where there is none."""
     *steps, packed = rest[:STEPS]
     layer, training = Spec(*rest[STEPS:-1]), rest[-1]
-    made = torch.ops.rnnkern.scan_kernel(x, h0, c0, weights, *steps, _code(layer, packed), training)
+    made = torch.ops.rnnkern.scan_kernel(x, weights, _code(layer, packed), training, h0, c0, *steps)
     y, hn, *others = made
     cn = others.pop(0) if layer.has_cell_state else x.new_empty(0)
     return y, hn, cn, others[0] if others else x.new_empty(0)
@@ -410,9 +419,9 @@ def _backward(
     layer, wanted = Spec(*rest[STEPS:-1]), rest[-1]
     kept = saved if _saves(layer.code) else None
     run = run or torch.ops.rnnkern.scan_backward_kernel
-    made = iter(
-        run(dy, dhn, dcn, x, h0, c0, weights, y, kept, *steps, _code(layer, packed), wanted)
-    )
+    incoming = (dy, dhn, dcn)
+    code = _code(layer, packed)
+    made = iter(run(x, weights, y, code, wanted, *incoming, kept, h0, c0, *steps))
     return [next(made) if flag else x.new_empty(0) for flag in (*wanted, True)]
 
 
@@ -480,13 +489,11 @@ def _products(x: Any, weights: Any) -> int:
     return sum(2 * rows * w[0] * w[1] for w in weights if len(w) == 2)
 
 
-def _scan_flops(x: Any, h0: Any, c0: Any, weights: Any, *rest: Any, **_: Any) -> int:
+def _scan_flops(x: Any, weights: Any, *rest: Any, **_: Any) -> int:
     return _products(x, weights)
 
 
-def _scan_backward_flops(
-    dy: Any, dhn: Any, dcn: Any, x: Any, h0: Any, c0: Any, weights: Any, *rest: Any, **_: Any
-) -> int:
+def _scan_backward_flops(x: Any, weights: Any, *rest: Any, **_: Any) -> int:
     return 2 * _products(x, weights)  # with the operands, and with the weights
 
 

@@ -293,14 +293,17 @@ def operands(form: str, setting: str, dtype: torch.dtype = torch.float64) -> tup
         copy = tensor.detach().clone(memory_format=torch.preserve_format)
         return copy.requires_grad_(copy.is_floating_point())
 
-    *args, code, _ = tree_map(lambda t: fresh(t) if isinstance(t, Tensor) else t, caught[0])
-    return (*args, bool(code & PACKED), *Spec.of_code(code), True)
+    given = tree_map(lambda t: fresh(t) if isinstance(t, Tensor) else t, caught[0])
+    x, weights, code, _, *rest = given
+    h0, c0, *steps = (*rest, *[None] * (6 - len(rest)))
+    return (x, h0, c0, weights, *steps, bool(code & PACKED), *Spec.of_code(code), True)
 
 
 def of_kernel(args: tuple[Any, ...]) -> tuple[Any, ...]:
     """The same for ``scan_kernel``, whose tensors ask for no gradients."""
-    *tensors, packed = tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, args[:9])
-    return (*tensors, Spec(*args[9:-1]).code + PACKED * packed, args[-1])
+    plain = tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, args[:9])
+    x, h0, c0, weights, *steps, packed = plain
+    return (x, weights, Spec(*args[9:-1]).code + PACKED * packed, args[-1], h0, c0, *steps)
 
 
 @pytest.mark.parametrize("setting", [name for name in SETTINGS if name != "layers2"])
@@ -323,10 +326,10 @@ def test_opcheck(form: str, setting: str) -> None:
     torch.library.opcheck(torch.ops.rnnkern.scan_backward, backward, test_utils=utils)
     utils = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.rnnkern.scan_kernel, of_kernel(args), test_utils=utils)
-    *own, code, _ = of_kernel(args)
+    own_x, own_weights, code, _, *given = of_kernel(args)
     kept = saved if saved.numel() else None
     incoming = [None if z is None else z.detach() for z in incoming]
-    backward = (*incoming, *own[:4], y, kept, *own[4:], code, flags)
+    backward = (own_x, own_weights, y, code, flags, *incoming, kept, *given)
     torch.library.opcheck(torch.ops.rnnkern.scan_backward_kernel, backward, test_utils=utils)
 
 
