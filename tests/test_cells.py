@@ -195,6 +195,7 @@ def test_one_bias_missing(kind: str) -> None:
 # How a step reads its weights (`csrc/plan.h`)
 
 
+@pytest.mark.cpu_only
 @pytest.mark.kernel
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

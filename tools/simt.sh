@@ -16,7 +16,7 @@ RNNKERN_SIMT=ON "$python" setup.py --quiet build --build-base "$base" --build-li
 # The script and not `python -m pytest`, which would put the repository's own package first.
 run_tests() {
   PYTHONPATH="$lib:$PWD/tools:$PWD/tests" RNNKERN_LOADED_FROM="$lib" RNNKERN_TEST_DEVICES=cpu \
-    "$(dirname "$python")/pytest" -m kernel -p loaded_from "$@"
+    "$(dirname "$python")/pytest" -m 'kernel and not cpu_only' -p loaded_from "$@"
 }
 tests="tests/test_cells.py tests/test_sequences.py"
 run_tests tests/simt/check_tiers.py "$@"
