@@ -436,8 +436,10 @@ def _one_cell(
         outputs, training, kept_h, saved = run(x, h0, c0, weights, None, keeps_y=True)
     except kernels.RefusedError:
         reason = kernels.refusal(x, h0, c0, weights)
+        if reason is None:
+            raise
         if reason != GAPS:
-            return reason or "an operand"
+            return reason
         x, h0, c0, weights = _dense(x, h0, c0, weights)
         outputs, training, kept_h, saved = run(x, h0, c0, weights, None, keeps_y=True)
     if not training:
