@@ -191,65 +191,57 @@ py::tuple recorded(py::handle record, const Layer& layer, py::handle x, const Pl
   return py::reinterpret_steal<py::tuple>(result);
 }
 
-// Whether torch is in no mode that forbids a plain call: other modes see every operator, and a
-// profiler is told of kernels by name.
-bool allows_plain_calls(dlpack::Device device) {
-  return !mode_refusal() && !is_autocast(device) && !is_profiled();
+// Whether it pays that the steps of a loop add the gradients of these weights to one sum
+// (rnnkern/loops.py), which costs some 3 us a step. Autograd takes as long to add that many.
+bool are_worth_sums(const Layer& layer, dlpack::Device device) {
+  constexpr double kElements = 1 << 14;  // of weight_hh
+  const double elements =
+      double(cell_shape(layer.cell).gates) * double(layer.hidden) * double(layer.hidden);
+  return elements >= kElements && !cuda::kIsStandIn && device.type == dlpack::kCpu;
 }
 
-// What a plain call computes. `record` makes the outputs differentiable.
-py::tuple run_plain(const PlainModule& plain, py::handle x, const PlainStates& states,
-                    py::handle record) {
-  const auto& [layer, weights] = plain;
+// The outputs of a plain call, of a state or none. Nothing where it is another call, or one that a
+// mode of torch or a profiler is to see. `record` makes the outputs differentiable;
+// `record_in_loop` does it where sums pay, unless it is null.
+std::optional<py::tuple> plain_outputs(const std::optional<PlainModule>& plain, py::handle x,
+                                       py::handle hx, dlpack::Device device, py::handle record,
+                                       py::handle record_in_loop = {}) {
+  if (!plain) return std::nullopt;
+  const auto& [layer, weights] = *plain;
+  const std::optional<PlainStates> states = plain_states(layer, hx);
+  if (!states || mode_refusal() || is_autocast(device) || is_profiled()) return std::nullopt;
   const bool training = wants_gradient(weights) || wants_gradient(std::array<py::handle, 1>{x}) ||
-                        wants_gradient(states);
+                        wants_gradient(*states);
   Outputs made =
-      forward_any(layer, x, states[0], states[1], weights, py::none(), {training, training});
-  return training ? recorded(record, layer, x, weights, states, std::move(made))
-                  : outputs_of(std::move(made));
+      forward_any(layer, x, (*states)[0], (*states)[1], weights, py::none(), {training, training});
+  if (!training) return outputs_of(std::move(made));
+  const bool sums = record_in_loop && are_worth_sums(layer, device);
+  return recorded(sums ? record_in_loop : record, layer, x, weights, *states, std::move(made));
 }
 
-// The plain call of a module: one layer, a batch, an initial state or none. What the module
-// returns; or None where it is another call, or one that a profiler is to see.
+// The plain call of a module of one layer, of a batch. What the module returns, or None.
 py::object plain_call(py::handle module, py::handle x, py::handle hx, py::handle record) {
   if (!is_tensor(x)) return py::none();
   const dlpack::Tensor input = view_of(x, "input").tensor;
   if (input.ndim != 3) return py::none();
-  const std::optional<PlainModule> plain = plain_module(module, input.shape[2]);
-  if (!plain) return py::none();
-  const std::optional<PlainStates> states = plain_states(plain->layer, hx);
-  if (!states || !allows_plain_calls(input.device)) return py::none();
-  const py::tuple outputs = run_plain(*plain, x, *states, record);
-  if (!plain->layer.has_cell_state()) return outputs;
-  return py::make_tuple(outputs[0], py::make_tuple(outputs[1], outputs[2]));
+  const auto outputs =
+      plain_outputs(plain_module(module, input.shape[2]), x, hx, input.device, record);
+  if (!outputs) return py::none();
+  if (outputs->size() == 2) return *outputs;
+  return py::make_tuple((*outputs)[0], py::make_tuple((*outputs)[1], (*outputs)[2]));
 }
 
-// Whether it pays that the steps of a loop add the gradients of these weights to one sum
-// (rnnkern/loops.py), which costs some 3 us a step. Autograd takes as long to add that many.
-bool are_worth_sums(const Layer& layer, py::handle x) {
-  constexpr double kElements = 1 << 14;  // of weight_hh
-  const double elements =
-      double(cell_shape(layer.cell).gates) * double(layer.hidden) * double(layer.hidden);
-  return elements >= kElements && !cuda::kIsStandIn &&
-         view_of(x, "input").tensor.device.type == dlpack::kCpu;
-}
-
-// As plain_call, of a cell: a row or a batch of them, a state or none. `record_in_loop` in place of
-// `record` where sums pay.
+// The plain call of a cell, of a row or a batch of them.
 py::object plain_cell(py::handle module, py::handle x, py::handle hx, py::handle record,
                       py::handle record_in_loop) {
   if (!is_tensor(x)) return py::none();
   const dlpack::Tensor input = view_of(x, "input").tensor;
   if (input.ndim != 1 && input.ndim != 2) return py::none();
-  const std::optional<PlainModule> plain = plain_cell_module(module, input.shape[input.ndim - 1]);
-  if (!plain) return py::none();
-  const std::optional<PlainStates> states = plain_states(plain->layer, hx);
-  if (!states || !allows_plain_calls(input.device)) return py::none();
-  const Layer& layer = plain->layer;
-  py::tuple outputs =
-      run_plain(*plain, x, *states, are_worth_sums(layer, x) ? record_in_loop : record);
-  if (layer.has_cell_state()) return outputs;
-  return outputs[0];
+  const auto outputs = plain_outputs(plain_cell_module(module, input.shape[input.ndim - 1]), x, hx,
+                                     input.device, record, record_in_loop);
+  if (!outputs) return py::none();
+  if (outputs->size() == 2) return *outputs;
+  return (*outputs)[0];
 }
 
 // The steps of a layer that is fed what the readout makes of its output: h_n, c_n. `inputs`, time
@@ -412,7 +404,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("mode_refusal", &mode_refusal);
   m.def("plain_call", &plain_call);
   m.def("plain_cell", &plain_cell);
-  m.def("are_worth_sums", &are_worth_sums);
+  m.def("are_worth_sums", [](const Layer& layer, py::handle x) {
+    return are_worth_sums(layer, view_of(x, "input").tensor.device);
+  });
   py::class_<Machine>(m, "Machine")
       .def(py::init([](int threads, int lanes, int tile_rows, int element_bytes, int group,
                        bool multiplies_in_place, bool rounded_for_products, int64_t l2_bytes) {

@@ -13,7 +13,7 @@ from rnnkern import kernels, ops
 from rnnkern.kernels import Layer
 from rnnkern.loops import loop_of
 from rnnkern.sequence import Steps
-from rnnkern.spec import Spec, dense
+from rnnkern.spec import Spec, dense, one_step
 
 Scanned = tuple[Any, ...]
 """A layer, its steps, and the number of initial states given: 0, or as many as the cell has.
@@ -181,9 +181,7 @@ def _by_operators(
             *(w.shape for w in weights),
             *(s.shape for s in (h0, c0) if s is not None),
         ]
-        rows = 1 if x.dim() == 1 else x.size(0)
-        x = _one_step(x, rows)
-        y, h0, c0 = (None if t is None else _one_step(t, rows) for t in (y, h0, c0))
+        x, y, h0, c0 = map(one_step, (x, y, h0, c0))
     if y is None:
         saved, y = _apart(saved, x, layer, steps)
     kept = x.new_empty(0) if saved is None else saved
@@ -191,7 +189,7 @@ def _by_operators(
 
     def run(*gradients: Tensor | None) -> list[Tensor | None]:
         if shapes is not None:
-            gradients = tuple(t if t is None else _one_step(t, rows) for t in gradients)
+            gradients = tuple(map(one_step, gradients))
         made = ops.scan_backward(spec, steps, gradients, x, h0, c0, weights, y, kept, wanted)[:-1]
         if shapes is None:
             return made
@@ -200,10 +198,6 @@ def _by_operators(
     gradients = ops.in_batches(run, dy, dhn, dcn)
     _forget(ctx)
     return (None, None, None, None, *gradients)
-
-
-def _one_step(t: Tensor, rows: int) -> Tensor:
-    return t.reshape(1, rows, t.shape[-1])
 
 
 def _apart(saved: Tensor, x: Tensor, layer: Layer, steps: Steps | None) -> tuple[Tensor, Tensor]:

@@ -396,8 +396,8 @@ class Printer:
                 if slowest is None:
                     continue
                 label = pass_name if len(report.dtypes) == 1 else f"{dtype:9}{pass_name}"
-                speedups = [report.mean(pass_name, cell, dtype) for cell in cells]
-                speedups.append(report.mean(pass_name, None, dtype, cells))
+                groups = (*((cell,) for cell in cells), cells)
+                speedups = [report.mean(pass_name, dtype, group) for group in groups]
                 if heading:
                     print(heading)
                     heading = ""

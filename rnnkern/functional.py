@@ -28,7 +28,7 @@ from rnnkern.cells import CELLS
 from rnnkern.exporting import to_torch
 from rnnkern.kernels import GAPS, Layer
 from rnnkern.sequence import Steps, packed_steps, padded_steps, place_of
-from rnnkern.spec import Spec
+from rnnkern.spec import Spec, one_step
 
 
 class FallbackWarning(UserWarning):
@@ -458,14 +458,11 @@ def _cell_by_operators(
     weights: list[Tensor],
 ) -> tuple[Tensor, ...]:
     """The same as a layer of one step, in a mode of torch that sees operators only."""
-    *batch, features = x.shape
-    rows = batch[0] if batch else 1
-    h0, c0 = (None if s is None else s.reshape(1, rows, hidden) for s in (h0, c0))
-    x = x.reshape(1, rows, features)
-    _, hn, cn = _one_layer(spec, x, h0, c0, weights, None)
+    h0, c0 = one_step(h0), one_step(c0)
+    _, hn, cn = _one_layer(spec, one_step(x), h0, c0, weights, None)
     # No views: torch.nn's are none, and `detach_` refuses those. Nothing else holds their memory.
     view = torch.ops.aten._unsafe_view.default
-    return tuple(view(z, (*batch, hidden)) for z in (hn, cn) if z is not None)
+    return tuple(view(z, (*x.shape[:-1], hidden)) for z in (hn, cn) if z is not None)
 
 
 def _cell_biases(module: Any) -> tuple[Tensor, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -61,14 +60,13 @@ and float64, not where ``IS_STAND_IN``.
 All raise `RefusedError` before anything is written.
 """
 
-layer = functools.lru_cache(maxsize=256)(_C.layer)
+layer = _C.layer
 """``layer(mode, directions, hidden, proj, bias, batch_first, by_bfloat16=False, is_cell=False)``.
 
-Equal ones are mostly one object, because a layer is asked for at each call. With ``by_bfloat16``,
-products may take float32 as bfloat16: on a CPU that multiplies those, from 16 rows on (of all
-steps), and always under deterministic algorithms; on a GPU as TF32. Without, float32 is TF32 on a
-GPU where torch.nn's would be: of a cell (``is_cell``) where torch's products may, of a layer where
-cuDNN's recurrent layers may.
+Equal ones are mostly one object. With ``by_bfloat16``, products may take float32 as bfloat16: on a
+CPU that multiplies those, from 16 rows on (of all steps), and always under deterministic
+algorithms; on a GPU as TF32. Without, float32 is TF32 on a GPU where torch.nn's would be: of a cell
+(``is_cell``) where torch's products may, of a layer where cuDNN's recurrent layers may.
 """
 
 IS_STAND_IN: bool = _C.IS_STAND_IN

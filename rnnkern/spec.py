@@ -114,6 +114,13 @@ def pieces(saved: Tensor, layer: Spec, hidden: int) -> list[Tensor]:
     ]
 
 
+def one_step(z: Maybe) -> Any:
+    """What a cell has, ``[N, F]`` or ``[F]``, as a layer of one step has it: ``[1, N, F]``."""
+    if z is None:
+        return None
+    return z.unsqueeze(0) if z.dim() == 2 else z.unsqueeze(0).unsqueeze(0)
+
+
 def dense(z: Any) -> Any:
     """Without gaps or lazy signs; of None none."""
     return None if z is None else z.resolve_neg().contiguous()

@@ -257,16 +257,21 @@ def kept_by_hooks(module: nn.Module, x: Tensor) -> None:
     for step in x[1:]:
         made.append(module(step, made[-1]))
     hs = [each if isinstance(each, Tensor) else each[0] for each in made]
-    kept: list[Any] = []
-    hs[-1].grad_fn.register_hook(lambda given, _: kept.append(given))
-    hs[3].grad_fn.register_hook(
-        lambda given, _: (kept.append(given), tuple(g if g is None else g * 1 for g in given))[1]
-    )
+    kept: list[tuple[Tensor, Tensor]] = []
+
+    def keep(given: Any, _: Any) -> None:
+        kept.extend((g, g.clone()) for g in given if g is not None)
+
+    def replace(given: Any, _: Any) -> Any:
+        keep(given, _)
+        return tuple(g if g is None else g * 1 for g in given)
+
+    hs[-1].grad_fn.register_hook(keep)
+    hs[3].grad_fn.register_hook(replace)
     sum(h.square().sum() for h in hs).backward()
-    copies = [[g if g is None else g.clone() for g in each] for each in kept]
-    for each, copy_of_each in zip(kept, copies, strict=True):
-        for a, b in zip(each, copy_of_each, strict=True):
-            assert a is None or torch.equal(a, b)
+    assert kept
+    for now, then in kept:
+        assert torch.equal(now, then)
 
 
 def under_anomaly_mode(module: nn.Module, x: Tensor) -> None:
@@ -287,14 +292,7 @@ def accumulated_hooks(module: nn.Module, x: Tensor) -> None:
     for weight in module.parameters():
         weight.register_post_accumulate_grad_hook(lambda p: seen.append(p.numel()))
     run(module, x).square().sum().backward()
-    assert seen == [p.numel() for p in sorted_by_call(module, seen)]
-
-
-def sorted_by_call(module: nn.Module, seen: list[int]) -> list[Tensor]:
-    """Once each, in any order."""
     assert sorted(seen) == sorted(p.numel() for p in module.parameters())
-    by_size = {p.numel(): p for p in module.parameters()}
-    return [by_size[n] for n in seen]
 
 
 PROGRAMS = {

@@ -183,6 +183,11 @@ TileFunction<E> tile_of(int vectors, int64_t rows) {
   }
 }
 
+template <typename E>
+TileFunction<E> tile_of(int vectors, int64_t rows, bool adds) {
+  return adds ? tile_of<E, true>(vectors, rows) : tile_of<E, false>(vectors, rows);
+}
+
 // acc[m][..] += a[m][first..first+K) x panel for `rows` rows; the rows of acc are padded to whole
 // vectors. Groups of the panel are panel_row lanes apart. With kAdds false, acc is written.
 template <typename E, bool kAdds = true>
@@ -197,21 +202,19 @@ void product(int vectors, int64_t rows, int64_t first, int64_t K, const E* const
     return;
   }
 #endif
-  const int64_t whole = rows / kTileRows * kTileRows;
-  const auto add_block = [&](auto tile_for, int64_t k) {
-    const int64_t depth = min_of(kDepth, K - k);
-    const Compute<E>* block = panel + groups<E>(k) * panel_row;
-    for (int64_t m = 0; m < rows; m += kTileRows) {
-      tile_for(m < whole ? kTileRows : rows - whole)(first + k, depth, a + m, block, panel_row,
-                                                     acc + m * acc_row, acc_row);
-    }
-  };
+  const int64_t whole = rows / kTileRows * kTileRows, rest = max_of(1, rows - whole);
   // A sum of nothing is written too.
   for (int64_t k = 0; k < K || (k == 0 && !kAdds); k += kDepth) {
-    if (kAdds || k) {
-      add_block([&](int64_t n) { return tile_of<E, true>(vectors, n); }, k);
-    } else {
-      add_block([&](int64_t n) { return tile_of<E, false>(vectors, n); }, k);
+    const bool adds = kAdds || k > 0;
+    const TileFunction<E> full = tile_of<E>(vectors, kTileRows, adds),
+                          last = tile_of<E>(vectors, rest, adds);
+    const int64_t depth = min_of(kDepth, K - k);
+    const Compute<E>* block = panel + groups<E>(k) * panel_row;
+    for (int64_t m = 0; m < whole; m += kTileRows) {
+      full(first + k, depth, a + m, block, panel_row, acc + m * acc_row, acc_row);
+    }
+    if (whole < rows) {
+      last(first + k, depth, a + whole, block, panel_row, acc + whole * acc_row, acc_row);
     }
   }
 }

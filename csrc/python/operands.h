@@ -88,8 +88,9 @@ inline const char* refusal_of(py::handle object, const TensorView* like, TensorV
 }
 
 // A view of an operand that a kernel covers; the caller finds out with `refusal` why one is not.
+// With `gaps` it may have some, and that says whether it has.
 template <typename T>
-TensorView float_view(py::handle object, const char* name, bool allow_gaps = false) {
+TensorView float_view(py::handle object, const char* name, bool* gaps = nullptr) {
   TensorView view;
   view.name = name;
   if (!PyObject_TypeCheck(object.ptr(), api.tensor)) {
@@ -97,8 +98,8 @@ TensorView float_view(py::handle object, const char* name, bool allow_gaps = fal
                          Py_TYPE(object.ptr())->tp_name);
   }
   const char* reason = refusal_of(object, nullptr, &view);
-  if (reason && !(allow_gaps && reason == kGaps))
-    view.fail(std::string("is not covered: ") + reason);
+  if (gaps) *gaps = reason == kGaps;
+  if (reason && !(gaps && *gaps)) view.fail(std::string("is not covered: ") + reason);
   if (view.tensor.dtype != dlpack::kDataType<T>) view.fail("has another dtype than the input");
   return view;
 }
@@ -192,7 +193,8 @@ class Operands {
   Rows<const T> incoming_rows(py::handle object, const char* name, int64_t features,
                               bool* uniform) {
     if (object.is_none()) return {};
-    const TensorView v = view(object, name, true);
+    bool gaps = false;
+    const TensorView v = view(object, name, &gaps);
     const int64_t stride = v.tensor.ndim ? v.stride(v.tensor.ndim - 1) : 1;
     *uniform = features > 1 && stride == 0;
     if (features > 1 && stride > 1 && steps.total) v.fail(std::string("is not covered: ") + kGaps);
@@ -202,23 +204,15 @@ class Operands {
   template <typename U>
   State<U> state(py::handle object, const char* name, int64_t features) {
     if (object.is_none()) return {};
-    const TensorView v = view(object, name);
-    if (of_a_cell_) {
-      const Rows<U> own = rows_of<U>(v, features);
-      return {own.data, 0, own.row};
-    }
-    v.expect_shape({sizes.D, steps.N, features});
-    return {v.data<U>(), v.stride(0), v.stride(1)};
+    return state_of<U>(view(object, name), features);
   }
 
   // As state, of a gradient; a dense copy of it where it has gaps, as that of a sum has.
   State<const T> incoming_state(py::handle object, const char* name, int64_t features) {
     if (object.is_none()) return {};
-    const TensorView v = view(object, name, true);
-    const int last = v.tensor.ndim - 1;
-    if (last < 0 || v.size(last) <= 1 || v.stride(last) == 1) {
-      return state<const T>(object, name, features);
-    }
+    bool gaps = false;
+    const TensorView v = view(object, name, &gaps);
+    if (!gaps) return state_of<const T>(v, features);
     PyObject* copy = PyObject_CallOneArg(api.contiguous, object.ptr());
     if (!copy) throw py::error_already_set();
     copies_.push_back(py::reinterpret_steal<py::object>(copy));
@@ -347,8 +341,8 @@ class Operands {
   }
 
  private:
-  TensorView view(py::handle object, const char* name, bool allow_gaps = false) const {
-    const TensorView v = float_view<T>(object, name, allow_gaps);
+  TensorView view(py::handle object, const char* name, bool* gaps = nullptr) const {
+    const TensorView v = float_view<T>(object, name, gaps);
     v.expect_device(device());
     return v;
   }
@@ -481,6 +475,16 @@ class Operands {
       return {v.data<U>(), v.stride(1), v.stride(0)};
     }
     v.expect_shape({steps.T, steps.N, features});
+    return {v.data<U>(), v.stride(0), v.stride(1)};
+  }
+
+  template <typename U>
+  State<U> state_of(const TensorView& v, int64_t features) const {
+    if (of_a_cell_) {
+      const Rows<U> own = rows_of<U>(v, features);
+      return {own.data, 0, own.row};
+    }
+    v.expect_shape({sizes.D, steps.N, features});
     return {v.data<U>(), v.stride(0), v.stride(1)};
   }
 
