@@ -111,6 +111,16 @@ def test_small_cells_have_none(kind: str, sums: list[bool]) -> None:
 
 
 @pytest.mark.parametrize("kind", CELLS)
+def test_anomaly_mode_has_none(kind: str, sums: list[bool]) -> None:
+    """It looks at what each step returns."""
+    cell, _, x = pair(kind)
+    with torch.autograd.set_detect_anomaly(True):
+        run(cell, x).sum().backward()
+    assert sums
+    assert not any(sums)
+
+
+@pytest.mark.parametrize("kind", CELLS)
 def test_a_single_call_has_none(kind: str, sums: list[bool]) -> None:
     cell, _, x = pair(kind)
     for _ in range(3):
