@@ -37,6 +37,15 @@ static_assert(kGroupRows % kTileRows == 0, "row groups are whole tiles");
 static_assert(kDepth * kPanelVectors * kVectorBytes <= 64 * 1024,
               "a panel block fits a quarter of a small L2 cache");
 
+// Products of operands E are made of tiles, which add to the result every 32 k.
+#ifdef RNNKERN_AMX
+template <typename E>
+constexpr bool kByTiles = std::is_same_v<E, Bf16>;
+#else
+template <typename E>
+constexpr bool kByTiles = false;
+#endif
+
 // Lanes of a panel.
 template <typename T>
 constexpr int64_t kPanelWidth = kPanelVectors * kLanes<T>;
@@ -195,7 +204,7 @@ void product(int vectors, int64_t rows, int64_t first, int64_t K, const E* const
              const Compute<E>* panel, int64_t panel_row, Compute<E>* acc, int64_t acc_row) {
   static_assert(kDepth % kGroup<E> == 0, "a block is whole groups");
 #ifdef RNNKERN_AMX
-  if constexpr (std::is_same_v<E, Bf16>) {
+  if constexpr (kByTiles<E>) {
     for (int64_t m = 0; !kAdds && m < rows; ++m)
       zero_row(acc + m * acc_row, 0, vectors * kLanes<E>);
     TileProduct(vectors, rows, first, K, a, panel, panel_row, acc, acc_row).run();
@@ -377,11 +386,11 @@ constexpr int64_t lanes_across(int64_t rows) {
   return min_of(kPanelWidth<T>, ceil_div(rows, kLanes<T>) * kLanes<T>);
 }
 
-// to[m][i] += from[i][m] for `count` <= lanes of m and `rows` <= lanes of i; the rows of `to` have
-// `width` lanes.
-template <typename A>
-void add_transposed(const A* from, int64_t from_row, int64_t rows, int64_t count, A* to,
-                    int64_t to_row, int64_t width) {
+// to[m][i] = or += from[i][m] for `count` <= lanes of m and `rows` <= lanes of i; the rows of `to`
+// have `width` lanes.
+template <bool kAdds, typename A>
+void transpose_to(const A* from, int64_t from_row, int64_t rows, int64_t count, A* to,
+                  int64_t to_row, int64_t width) {
   constexpr int kL = kLanes<A>;
   Vec<A> block[kL];
 #pragma GCC unroll 16
@@ -390,8 +399,8 @@ void add_transposed(const A* from, int64_t from_row, int64_t rows, int64_t count
 #pragma GCC unroll 16
   for (int m = 0; m < kL; ++m) {
     if (m >= count) continue;
-    A* const sum = to + m * to_row;
-    store_up_to(sum, load_up_to(sum, width) + block[m], width);
+    A* const row = to + m * to_row;
+    store_up_to(row, kAdds ? load_up_to(row, width) + block[m] : block[m], width);
   }
 }
 

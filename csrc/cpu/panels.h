@@ -130,8 +130,9 @@ struct StepWeights {
   }
 
   // The same with the batch across: the rows of this matrix are the left operand, and what comes
-  // out is transposed, in blocks of kDepth k, so that every sum is the one of packed weights.
-  // `weights` has room for kPanelWidth rows.
+  // out is transposed. So that every sum is the one of packed weights, products by tiles begin with
+  // what acc holds, and the others are added to it in blocks of kDepth k. `weights` has room for
+  // kPanelWidth rows.
   void add_broadcast(int64_t p, int64_t rows, const Compute<T>* across, const LeftRows<T>& weights,
                      Compute<T>* acc, int64_t acc_row) const {
     constexpr int64_t kWidth = kPanelWidth<T>;
@@ -146,20 +147,35 @@ struct StepWeights {
     const int64_t count = kShape.gates * units;
     const E* const* left = weights.operands(count);
     alignas(kVectorBytes) Compute<T> sums[kWidth * kWidth];
+    constexpr bool kFromAcc = kByTiles<E>;
     for (int64_t m = 0; m < rows; m += kWidth) {
       const int64_t lanes = lanes_across<T>(rows - m);
-      for (int64_t k = 0; k < K; k += kDepth) {
-        product<E, false>(int(lanes / kLanes<T>), count, k, min_of(kDepth, K - k), left,
-                          across + m * groups<E>(K) + groups<E>(k) * lanes, lanes, sums, lanes);
+      // block(sums, units left, acc, rows left) for each block of vectors by vectors.
+      const auto for_blocks = [&](auto block) __attribute__((always_inline)) {
         for (int i = 0; i < kShape.gates; ++i) {
           for (int64_t u = 0; u < units; u += kLanes<T>) {
             for (int64_t n = 0; n < min_of(lanes, rows - m); n += kLanes<T>) {
-              add_transposed(sums + (i * units + u) * lanes + n, lanes, units - u, rows - m - n,
-                             acc + (m + n) * acc_row + i * width + u, acc_row,
-                             min_of(width, kLanes<T>));
+              block(sums + (i * units + u) * lanes + n, units - u,
+                    acc + (m + n) * acc_row + i * width + u, rows - m - n);
             }
           }
         }
+      };
+      if constexpr (kFromAcc) {
+        for_blocks(
+            [&](Compute<T>* sum, int64_t units_left, const Compute<T>* of, int64_t rows_left) {
+              transpose_to<false>(of, acc_row, rows_left, units_left, sum, lanes, kLanes<T>);
+            });
+      }
+      const int64_t depth = kFromAcc ? K : kDepth;
+      for (int64_t k = 0; k < K; k += depth) {
+        product<E, kFromAcc>(int(lanes / kLanes<T>), count, k, min_of(depth, K - k), left,
+                             across + m * groups<E>(K) + groups<E>(k) * lanes, lanes, sums, lanes);
+        for_blocks(
+            [&](const Compute<T>* sum, int64_t units_left, Compute<T>* to, int64_t rows_left) {
+              transpose_to<!kFromAcc>(sum, lanes, units_left, rows_left, to, acc_row,
+                                      min_of(width, kLanes<T>));
+            });
       }
     }
   }
