@@ -129,19 +129,24 @@ Outputs forward_any(const Layer& layer, py::handle x, py::handle h0, py::handle 
   });
 }
 
-// A gradient of these operands is to be recorded: the modes of torch ask for it, and one of them.
 template <typename Operands>
-bool wants_gradient(const Operands& operands) {
+bool requires_gradient(const Operands& operands) {
   static PyObject* const name = PyUnicode_InternFromString("requires_grad");
-  if (!is_so(api.grad_enabled)) return false;
   for (size_t i = 0; i < operands.size(); ++i) {
     const py::handle operand = operands[i];
     if (operand.is_none()) continue;
     PyObject* answer = PyObject_GetAttr(operand.ptr(), name);
     if (!answer) throw py::error_already_set();
-    if (is_true(py::reinterpret_steal<py::object>(answer))) return !is_so(api.inference_mode);
+    if (is_true(py::reinterpret_steal<py::object>(answer))) return true;
   }
   return false;
+}
+
+// A gradient of these operands is to be recorded: the modes of torch ask for it, and one of them.
+template <typename... Operands>
+bool wants_gradient(const Operands&... operands) {
+  return is_so(api.grad_enabled) && (requires_gradient(operands) || ...) &&
+         !is_so(api.inference_mode);
 }
 
 py::tuple outputs_of(Outputs&& made) {
@@ -176,14 +181,15 @@ std::optional<PlainStates> plain_states(const Layer& layer, py::handle hx) {
 }
 
 // record((layer, None, number of states), outputs, kept y, saved, x, *weights, *states)
+constexpr size_t kRecordedBefore = 4;  // x
 py::tuple recorded(py::handle record, const Layer& layer, py::handle x, const PlainWeights& weights,
                    const PlainStates& states, Outputs&& made) {
   const py::object kept_y = std::move(made.kept_y), saved = std::move(made.saved),
                    outputs = outputs_of(std::move(made)),
                    scanned = py::make_tuple(object_of(layer), py::none(), states.size());
-  PyObject* operands[5 + PlainWeights::kMax + 2] = {scanned.ptr(), outputs.ptr(), kept_y.ptr(),
-                                                    saved.ptr(), x.ptr()};
-  size_t count = 5;
+  PyObject* operands[kRecordedBefore + 1 + PlainWeights::kMax + 2] = {
+      scanned.ptr(), outputs.ptr(), kept_y.ptr(), saved.ptr(), x.ptr()};
+  size_t count = kRecordedBefore + 1;
   for (size_t i = 0; i < weights.size(); ++i) operands[count++] = weights[i].ptr();
   for (size_t i = 0; i < states.size(); ++i) operands[count++] = states[i].ptr();
   PyObject* result = PyObject_Vectorcall(record.ptr(), operands, count, nullptr);
@@ -210,8 +216,7 @@ std::optional<py::tuple> plain_outputs(const std::optional<PlainModule>& plain, 
   const auto& [layer, weights] = *plain;
   const std::optional<PlainStates> states = plain_states(layer, hx);
   if (!states || mode_refusal() || is_autocast(device) || is_profiled()) return std::nullopt;
-  const bool training = wants_gradient(weights) || wants_gradient(std::array<py::handle, 1>{x}) ||
-                        wants_gradient(*states);
+  const bool training = wants_gradient(weights, std::array<py::handle, 1>{x}, *states);
   Outputs made =
       forward_any(layer, x, (*states)[0], (*states)[1], weights, py::none(), {training, training});
   if (!training) return outputs_of(std::move(made));
@@ -312,6 +317,66 @@ py::tuple backward_of(const Layer& layer, py::handle x, py::handle h0, py::handl
                         workspace ? workspace : py::reinterpret_borrow<py::object>(saved));
 }
 
+py::tuple backward_any(const Layer& layer, py::handle x, py::handle h0, py::handle c0,
+                       const py::sequence& weights, py::handle steps, py::handle y,
+                       py::handle saved, py::handle dy, py::handle dhn, py::handle dcn,
+                       const py::sequence& wanted, bool overwrite, const py::sequence& sums) {
+  return with_element_of(layer, x, [&](auto element) {
+    return backward_of<decltype(element)>(layer, x, h0, c0, weights, steps, y, saved, dy, dhn, dcn,
+                                          wanted, overwrite, sums);
+  });
+}
+
+// The backward pass of a recorded call: what autograd wants of `ctx` (rnnkern/autograd.py), or None
+// where a derivative of it is wanted, a mode of torch or a profiler is to see it, a hook has the
+// saved tensors, the gradients of a loop are summed, or an operand is refused.
+py::object plain_backward(py::handle ctx, py::handle dy, py::handle dhn, py::handle dcn) {
+  static PyObject* const scanned_name = PyUnicode_InternFromString("scanned");
+  static PyObject* const own_name = PyUnicode_InternFromString("own");
+  static PyObject* const shared_name = PyUnicode_InternFromString("is_shared");
+  if ((dy.is_none() && dhn.is_none() && dcn.is_none()) || is_so(api.grad_enabled) ||
+      mode_refusal() || is_profiled()) {
+    return py::none();
+  }
+  const py::object space = namespace_of(ctx);
+  PyObject *const scanned = find_in(space.ptr(), scanned_name), *const own =
+                                                                    find_in(space.ptr(), own_name);
+  if (!scanned || !own || find_in(space.ptr(), shared_name) || PyTuple_GET_SIZE(scanned) != 3) {
+    return py::none();
+  }
+  const auto item = [](PyObject* tuple, Py_ssize_t i) {
+    return py::reinterpret_borrow<py::object>(PyTuple_GET_ITEM(tuple, i));
+  };
+  const auto part = [](const py::tuple& tuple, size_t begin, size_t end) {
+    return py::reinterpret_steal<py::tuple>(
+        PyTuple_GetSlice(tuple.ptr(), Py_ssize_t(begin), Py_ssize_t(end)));
+  };
+  const py::object layer = item(scanned, 0), steps = item(scanned, 1),
+                   saved = py::reinterpret_borrow<py::object>(own);
+  const auto states = item(scanned, 2).cast<size_t>();
+  const py::tuple tensors = ctx.attr("saved_tensors"), needed = ctx.attr("needs_input_grad");
+  const size_t weights_end = tensors.size() - states;  // y, x, weights, states
+  const auto state = [&](size_t i) -> py::object {
+    if (i < states) return tensors[weights_end + i];
+    return py::none();
+  };
+  const bool is_kept = is_so(api.graph_is_kept);
+  py::list made;
+  try {
+    made = backward_any(layer.cast<const Layer&>(), tensors[1], state(0), state(1),
+                        part(tensors, 2, weights_end), steps, tensors[0], saved, dy, dhn, dcn,
+                        part(needed, kRecordedBefore, needed.size()), !is_kept, py::tuple())[0];
+  } catch (const Refused&) {
+    return py::none();
+  }
+  if (!is_kept && PyDict_SetItem(space.ptr(), own_name, Py_None) != 0)
+    throw py::error_already_set();
+  py::tuple gradients(kRecordedBefore + made.size());
+  for (size_t i = 0; i < kRecordedBefore; ++i) gradients[i] = py::none();
+  for (size_t i = 0; i < made.size(); ++i) gradients[kRecordedBefore + i] = made[i];
+  return gradients;
+}
+
 Sizes sizes_of(const Layer& layer, int64_t I) {
   return {layer.cell, I, layer.hidden, layer.out, layer.directions, layer.projected};
 }
@@ -355,9 +420,8 @@ PYBIND11_MODULE(_C, m) {
           [](const Layer& layer, py::handle x, py::handle h0, py::handle c0,
              const py::sequence& weights, py::handle steps, std::optional<bool> asked,
              bool keeps_y) {
-            const bool training = asked ? *asked
-                                        : wants_gradient(weights) ||
-                                              wants_gradient(std::array<py::handle, 3>{x, h0, c0});
+            const bool training =
+                asked ? *asked : wants_gradient(weights, std::array<py::handle, 3>{x, h0, c0});
             Outputs made = forward_any(layer, x, h0, c0, weights, steps, {training, keeps_y});
             py::object kept_y = std::move(made.kept_y), saved = std::move(made.saved);
             return py::make_tuple(outputs_of(std::move(made)), training, std::move(kept_y),
@@ -366,20 +430,10 @@ PYBIND11_MODULE(_C, m) {
           py::arg("x"), py::arg("h0"), py::arg("c0"), py::arg("weights"), py::arg("steps"),
           py::arg("training") = py::none(), py::arg("keeps_y") = false)
       .def("closed_loop", &closed_loop)
-      .def(
-          "backward",
-          [](const Layer& layer, py::handle x, py::handle h0, py::handle c0,
-             const py::sequence& weights, py::handle steps, py::handle y, py::handle saved,
-             py::handle dy, py::handle dhn, py::handle dcn, const py::sequence& wanted,
-             bool overwrite, const py::sequence& sums) {
-            return with_element_of(layer, x, [&](auto element) {
-              return backward_of<decltype(element)>(layer, x, h0, c0, weights, steps, y, saved, dy,
-                                                    dhn, dcn, wanted, overwrite, sums);
-            });
-          },
-          py::arg("x"), py::arg("h0"), py::arg("c0"), py::arg("weights"), py::arg("steps"),
-          py::arg("y"), py::arg("saved"), py::arg("dy"), py::arg("dhn"), py::arg("dcn"),
-          py::arg("wanted"), py::arg("overwrite"), py::arg("sums") = py::tuple())
+      .def("backward", &backward_any, py::arg("x"), py::arg("h0"), py::arg("c0"),
+           py::arg("weights"), py::arg("steps"), py::arg("y"), py::arg("saved"), py::arg("dy"),
+           py::arg("dhn"), py::arg("dcn"), py::arg("wanted"), py::arg("overwrite"),
+           py::arg("sums") = py::tuple())
       .def("second_order", &second_order);
   m.def(
       "layer",
@@ -404,6 +458,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("mode_refusal", &mode_refusal);
   m.def("plain_call", &plain_call);
   m.def("plain_cell", &plain_cell);
+  m.def("plain_backward", &plain_backward);
   m.def("are_worth_sums", [](const Layer& layer, py::handle x) {
     return are_worth_sums(layer, view_of(x, "input").tensor.device);
   });

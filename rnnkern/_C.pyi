@@ -95,6 +95,9 @@ def plain_cell(
     record: Callable[..., tuple[Tensor, ...]],
     record_in_loop: Callable[..., tuple[Tensor, ...]],
 ) -> Any: ...
+def plain_backward(
+    ctx: Any, dy: Tensor | None, dhn: Tensor | None, dcn: Tensor | None
+) -> tuple[Tensor | None, ...] | None: ...
 
 class Machine:
     @property

@@ -64,7 +64,7 @@ class Scan(torch.autograd.Function):
     def backward(
         ctx: Any, dy: Tensor | None, dhn: Tensor | None, dcn: Tensor | None = None
     ) -> tuple[Tensor | None, ...]:
-        return _backward(ctx, dy, dhn, dcn)
+        return kernels.plain_backward(ctx, dy, dhn, dcn) or _backward(ctx, dy, dhn, dcn)
 
 
 class ScanOfCell(torch.autograd.Function):
@@ -76,7 +76,7 @@ class ScanOfCell(torch.autograd.Function):
     def backward(
         ctx: Any, dh: Tensor | None, dc: Tensor | None = None
     ) -> tuple[Tensor | None, ...]:
-        return _backward(ctx, dh, None, dc)
+        return kernels.plain_backward(ctx, dh, None, dc) or _backward(ctx, dh, None, dc)
 
 
 def _backward(

@@ -145,6 +145,13 @@ Its outputs are ``(h,)`` or ``(h, c)`` and no y besides. ``record_in_loop`` in p
 where `are_worth_sums` (`rnnkern.autograd.record_cell`, `record_cell_in_loop`).
 """
 
+plain_backward = _C.plain_backward
+"""``plain_backward(ctx, dy, dhn, dcn)``: the gradients of all that ``record`` was given.
+
+None where the backward pass is not a plain one: a derivative of it is wanted, a mode of torch or a
+profiler is to see it, a hook has what was saved, a loop sums its gradients, an operand is refused.
+"""
+
 are_worth_sums = _C.are_worth_sums
 """``are_worth_sums(layer, x)``: of a cell, whether `rnnkern.loops` is to sum its gradients."""
 

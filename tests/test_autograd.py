@@ -35,7 +35,7 @@ from support import (
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from rnnkern import inspect, tolerance
+from rnnkern import autograd, inspect, tolerance
 
 
 @pytest.mark.kernel
@@ -437,6 +437,47 @@ def test_one_initial_state_for_all_rows(kind: str) -> None:
         return m(own["x"], states_of(starts))
 
     check(module, leaves, call)
+
+
+@pytest.mark.parametrize("kind", [*LAYERS, *CELLS])
+def test_a_plain_backward_pass_is_one_crossing(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python has a part in it only where something of torch's is to see it."""
+    by_python: list[Any] = []
+    run = autograd._backward
+
+    def noted(*operands: Any) -> Any:
+        by_python.append(operands)
+        return run(*operands)
+
+    monkeypatch.setattr(autograd, "_backward", noted)
+    module = build(kind, 3, 4)
+    leaves = {"x": torch.randn(2, 3) if kind in CELLS else torch.randn(5, 2, 3)}
+
+    def loss() -> Tensor:
+        return weighted_sum(flatten(plain(module, leaves)))
+
+    loss().backward()
+    first = [p.grad.clone() for p in module.parameters() if p.grad is not None]
+    assert not by_python
+    module.zero_grad()
+    value = loss()
+    value.backward(retain_graph=True)
+    module.zero_grad()
+    value.backward()
+    assert not by_python
+    for parameter, grad_of_first in zip(module.parameters(), first, strict=True):
+        assert parameter.grad is not None
+        assert torch.equal(parameter.grad, grad_of_first)
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+        loss().backward()
+    assert len(by_python) == 1
+    value = loss()
+    with torch.profiler.profile():
+        value.backward()
+    assert len(by_python) == 2
+    torch.autograd.grad(loss(), list(module.parameters()), create_graph=True)
+    assert len(by_python) == 3
 
 
 def test_a_wrong_gradient_would_be_noticed() -> None:

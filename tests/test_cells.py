@@ -249,6 +249,26 @@ def test_gradients_of_few_rows(form: str, rows: int) -> None:
         check(cell, leaves_for(cell, rows))
 
 
+@pytest.mark.cpu_only
+@pytest.mark.kernel
+@pytest.mark.parametrize("form", FORMS)
+def test_rows_of_weights_are_apart_in_backward(form: str) -> None:
+    """It reads vectors that reach into the next row, and nothing of that row is seen."""
+    kind, own = FORMS[form]
+    cell = build(kind, 37, 20, **own)
+    leaves = leaves_for(cell, 2)
+    for leaf in leaves.values():
+        leaf.requires_grad_()
+    outputs = as_tuple(cell(leaves["x"], states_of(leaves)))
+    for weight in (cell.weight_ih, cell.weight_hh):
+        weight.data[:, 0] = torch.inf
+    sum(output.sum() for output in outputs).backward()
+    for leaf in (leaves["x"], leaves["h0"]):
+        assert leaf.grad is not None
+        assert not leaf.grad[:, 0].isfinite().all()
+        assert leaf.grad[:, 1:].isfinite().all()
+
+
 # The plain call: one crossing of the boundary
 
 

@@ -187,9 +187,10 @@ struct StepWeights {
 };
 
 // A matrix [K, width] as the other products read it: its columns in panels of kPanelWidth, panel p
-// packed as [groups of K][its columns, whole vectors]. A panel of whole vectors of elements that
-// are multiplied as they are may also be read where it lies: where `packs` is false, each such
-// panel is, and the last one is packed if its vectors are not whole.
+// packed as [groups of K][its columns, whole vectors]. Where elements are multiplied as they are
+// and `packs` is false, the panels are read where they lie. The vectors of the last one may then
+// reach into the next row, whose products nobody wants; only the last row is copied, because there
+// is nothing behind it.
 //
 // Row k is w + k*row; with `shape`, the rows of a weight matrix of gates in the order of the
 // recurrent slots.
@@ -205,18 +206,17 @@ struct ColumnPanels {
   Compute<T>* packed;
 
   int64_t count() const { return ceil_div(width, kPanelWidth<T>); }
-  int64_t lanes() const { return panels_packed() * kPanelWidth<T> * groups<E>(K); }
+  int64_t lanes() const {
+    if (lies()) return copies_last_row() ? kPanelWidth<T> : 0;
+    return count() * kPanelWidth<T> * groups<E>(K);
+  }
   int64_t columns(int64_t p) const { return min_of(kPanelWidth<T>, width - p * kPanelWidth<T>); }
   int vectors(int64_t p) const { return int(ceil_div(columns(p), kLanes<T>)); }
-  Compute<T>* panel(int64_t p) const {
-    return packed + (p - count() + panels_packed()) * kPanelWidth<T> * groups<E>(K);
-  }
-  bool lies(int64_t p) const { return p < count() - panels_packed(); }
-  // The last ones.
-  int64_t panels_packed() const {
-    if (packs) return count();
-    return width % kLanes<T> ? 1 : 0;
-  }
+  Compute<T>* panel(int64_t p) const { return packed + p * kPanelWidth<T> * groups<E>(K); }
+  // No vector reaches beyond the next row.
+  bool lies() const { return !packs && row >= kLanes<T>; }
+  bool copies_last_row() const { return width % kLanes<T> != 0; }
+  const T* last_row() const { return w + (K - 1) * row; }
 
   const T* row_of(int64_t k) const {
     if (!shape) return w + k * row;
@@ -225,8 +225,12 @@ struct ColumnPanels {
   }
 
   void pack(int64_t p) const {
-    if (lies(p)) return;
-    pack_rows(p, [&](int64_t k) { return row_of(k); });
+    if (!lies()) {
+      pack_rows(p, [&](int64_t k) { return row_of(k); });
+    } else if (p == count() - 1 && copies_last_row()) {
+      pack_group<T>(
+          0, 1, [&](int64_t) { return last_row() + p * kPanelWidth<T>; }, columns(p), packed);
+    }
   }
   // From rows that lie anywhere: row k begins at rows(k).
   template <typename RowsOf>
@@ -251,10 +255,17 @@ struct ColumnPanels {
   // acc[m][columns of p, whole vectors] += a[m] x this matrix.
   void add(int64_t p, int64_t rows, const E* const* a, Compute<T>* acc, int64_t acc_row) const {
     if constexpr (kMultipliedInPlace<T>) {
-      if (lies(p)) {
+      if (lies()) {
+        const bool copied = p == count() - 1 && copies_last_row();
         const int64_t depth = shape ? K / shape->gates : K;  // rows in a row
         for (int64_t k = 0; k < K; k += depth) {
-          product(vectors(p), rows, k, depth, a, row_of(k) + p * kPanelWidth<T>, row, acc, acc_row);
+          const T* first = row_of(k);
+          const int64_t last = copied && first + (depth - 1) * row == last_row();
+          product(vectors(p), rows, k, depth - last, a, first + p * kPanelWidth<T>, row, acc,
+                  acc_row);
+          if (last) {
+            product(vectors(p), rows, k + depth - 1, 1, a, packed, kPanelWidth<T>, acc, acc_row);
+          }
         }
         return;
       }

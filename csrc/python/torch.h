@@ -28,6 +28,7 @@ struct TorchApi {
   PyObject* lazy_clone;
   // Questions without arguments.
   PyObject *num_threads, *deterministic, *grad_enabled, *inference_mode;
+  PyObject* graph_is_kept;  // by the backward pass under way
   PyObject *autocast_on_cpu, *autocast_on_cuda;
   // How float32 is multiplied there by recurrent layers of cuDNN, and by all else: strings.
   PyObject *cudnn_enabled, *float32_of_layers, *float32_of_products;
@@ -110,6 +111,7 @@ inline void bind_torch() {
   api.deterministic = keep(core.attr("_get_deterministic_algorithms"));
   api.grad_enabled = keep(package.attr("is_grad_enabled"));
   api.inference_mode = keep(package.attr("is_inference_mode_enabled"));
+  api.graph_is_kept = keep(core.attr("_autograd").attr("_get_current_graph_task_keep_graph"));
   const py::object partial = py::module_::import("functools").attr("partial"),
                    autocast = package.attr("is_autocast_enabled");
   api.autocast_on_cpu = keep(partial(autocast, "cpu"));
