@@ -16,10 +16,8 @@ myst_heading_anchors = 3
 default_role = "code"  # a name in single backticks
 highlight_language = "text"
 
-autodoc_class_signature = "separated"  # the constructors are torch.nn's
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
-autodoc_use_legacy_class_based = True
 napoleon_use_param = True
 napoleon_use_rtype = False
 python_maximum_signature_line_length = 80
