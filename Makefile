@@ -43,7 +43,7 @@ endef
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install compare test test-ecosystem test-machines test-torch bench bench-smoke report lint format \
+.PHONY: help install compare test test-ecosystem test-machines test-torch bench bench-smoke report docs lint format \
   wheels wheels-cuda test-aarch64 sanitize cuda-check cuda-sanitize simt simt-coverage clean distclean
 
 help:  ## show this list
@@ -77,6 +77,9 @@ report: $(BUILT) $(call group,peers)  ## measure beside ONNX Runtime and OpenVIN
 
 bench-smoke: $(TESTS)  ## run every benchmark once, untimed: its check and its code
 	$(PYTEST) benchmarks $(SPREAD) --benchmark-disable $(ARGS)
+
+docs: $(NATIVE) $(call group,docs)  ## build README.md and docs/ as a site in build/site; a broken link is an error
+	$(BIN)/python tools/build_docs.py $(ARGS)
 
 lint: $(WITH_TORCH) $(call group,lint)  ## ruff, mypy, clang-format and the workflow's linters, changing nothing
 	$(BIN)/ruff check .

@@ -512,7 +512,7 @@ def test_autocast_of_the_cpu_does_not_matter(dtype: torch.dtype, kind: str) -> N
 
 @pytest.mark.parametrize("kind", LAYERS)
 def test_second_derivatives_where_torch_nn_has_none(kind: str) -> None:
-    """For the table of the README."""
+    """For the table of docs/torch.md."""
     x = torch.randn(T, N, I, requires_grad=True)
 
     def penalty(module: nn.Module) -> Tensor:

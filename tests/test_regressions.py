@@ -245,7 +245,7 @@ def test_the_warning_names_the_line_of_the_call(kind: str) -> None:
 
 @pytest.mark.cpu_only
 def test_small_results_cannot_be_resized() -> None:
-    """README says so; it is no crash, and large ones can."""
+    """docs/differences.md says so; it is no crash, and large ones can."""
     module = build("LSTM", 4, 6)
     small, large = module(torch.randn(3, 2, 4))[0], module(torch.randn(400, 2, 4))[0]
     small.sum().backward()

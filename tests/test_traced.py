@@ -642,7 +642,7 @@ def test_cells_under_transforms(kind: str) -> None:
     assert_near(ours, looped(lambda x: grad(loss_of(theirs))(weights, x), xs))
 
 
-# What torch.nn cannot do, for the table of the README: rnnkern's part is tested above and in
+# What torch.nn cannot do, for the table of docs/torch.md: rnnkern's part is tested above and in
 # test_inspect.py, test_checkpoint.py. A test that fails here is good news, and a row to be changed.
 
 
