@@ -444,11 +444,24 @@ PYBIND11_MODULE(_C, m) {
         if (directions < 1 || directions > kMaxDirections) {
           throw py::value_error("a layer has 1 or 2 directions, got " + std::to_string(directions));
         }
+        if (proj && !cell_shape(*cell).may_be_projected()) {
+          throw py::value_error("a layer of the cell '" + mode + "' has no projection");
+        }
         return object_of(
             Layer(*cell, directions, hidden, proj, bias, batch_first, by_bfloat16, is_cell));
       },
       py::arg("mode"), py::arg("directions"), py::arg("hidden"), py::arg("proj"), py::arg("bias"),
       py::arg("batch_first"), py::arg("by_bfloat16") = false, py::arg("is_cell") = false);
+  py::dict cells;
+  for (const auto& [mode, gate_names, shape] : kCellInfos) {
+    py::list names;
+    for (const char* name : gate_names) names.append(name);
+    cells[mode] =
+        py::dict(py::arg("gates") = shape.gates, py::arg("slots") = shape.slots,
+                 py::arg("names") = py::tuple(names), py::arg("has_cell_state") = shape.cell_state,
+                 py::arg("saves_slots") = shape.saves_slots, py::arg("reads_h") = shape.reads_h);
+  }
+  m.attr("CELLS") = cells;
   m.attr("IS_STAND_IN") = cuda::kIsStandIn;
   m.attr("GAPS") = kGaps;
   py::list called;

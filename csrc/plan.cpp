@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cstdio>
 
+#include "cells/cells.h"
+
 namespace rnnkern {
 
 double flops_per_row(const Sizes& z) {

@@ -1,9 +1,8 @@
-// What one scan is: one recurrent layer, all its directions, over all its steps. Plain data, no
-// behaviour.
+// What one scan is: one recurrent layer, all its directions, over all its steps. This is plain data
+// without behaviour.
 //
 // T time, N batch, I input, H hidden, O output (H, or the projected size P), D directions, G gates,
-// S slots (what a cell keeps per unit: its gates, and for GRU one more). Strides are in elements;
-// the last axis of every tensor is contiguous.
+// S slots (cells/cell.h). Strides are in elements; the last axis of every tensor is contiguous.
 #pragma once
 
 #include <cstdint>
@@ -12,43 +11,19 @@
 
 namespace rnnkern {
 
-enum class CellId : int { kRnnTanh = 0, kRnnRelu = 1, kLstm = 2, kGru = 3 };
-// As torch.nn calls them.
-constexpr const char* kCellModes[] = {"RNN_TANH", "RNN_RELU", "LSTM", "GRU"};
+enum class CellId : int {};  // the place in the list of cells/list.h
 
-constexpr int kMaxSlots = 4;
 constexpr int kMaxDirections = 2;
 
-// Of S slots the recurrent product owns the first G, the input product G from input_slot on.
-struct CellShape {
-  int gates, slots, input_slot;
-  bool cell_state;   // c beside h
-  bool saves_slots;  // backward needs the slots (else the output is enough)
-  bool reads_h;      // the cell itself reads h_prev, and has dh_direct
-
-  // Which gate (block of H rows of the weight matrix) stands in a slot of the recurrent or the
-  // input product.
-  constexpr int recurrent_gate(int slot) const { return (slot - input_slot + gates) % gates; }
-  constexpr int input_gate(int slot) const { return slot - input_slot; }
-};
-
-constexpr CellShape kElmanShape = {1, 1, 0, false, false, false};
-constexpr CellShape kLstmShape = {4, 4, 0, true, true, false};
-constexpr CellShape kGruShape = {3, 4, 1, false, true, true};
-
-constexpr CellShape cell_shape(CellId id) {
-  return id == CellId::kLstm ? kLstmShape : id == CellId::kGru ? kGruShape : kElmanShape;
-}
-
-// Which rows are active at which step, and in which order they stand. The kernel works on slots
-// 0..N-1 sorted so that the active ones are always the first active[t].
+// Which rows are active at which step, and their order. The kernel works on slots 0..N-1, sorted so
+// that the active ones are always the first active[t].
 struct Steps {
   int64_t T = 0, N = 0;
   int64_t total = 0;  // rows over all steps that have storage: T*N, or the packed length
   const int64_t* active = nullptr;  // [T] rows active at step t, not increasing; null: all N
   const int64_t* start =
       nullptr;  // [T] packed layout: storage row of the first row of step t; null: padded layout
-  const int64_t* order = nullptr;  // [N] batch row that stands in slot k; null: k itself
+  const int64_t* order = nullptr;  // [N] the batch row of slot k; null: k itself
   const bool* reset = nullptr;     // [T, N] an episode begins at step t of row n; null: never
   int64_t reset_step = 0, reset_row = 0;
 };
@@ -61,8 +36,7 @@ struct Rows {
   int64_t step = 0, row = 0;
 };
 
-// A [D, N, F] tensor; data null stands for zeros where it is read, and for "not wanted" where it is
-// written.
+// A [D, N, F] tensor. If data is null, then it is zeros to read, and not wanted to write.
 template <typename T>
 struct State {
   T* data = nullptr;
@@ -79,7 +53,7 @@ struct Weights {
   int64_t w_ih_row = 0, w_hh_row = 0, w_hr_row = 0;
 };
 
-// Same shapes, contiguous; null: not wanted.
+// The same shapes, contiguous. A null one is not wanted.
 template <typename T>
 struct WeightGradients {
   T* w_ih = nullptr;
@@ -90,13 +64,13 @@ struct WeightGradients {
 };
 
 struct Sizes {
-  CellId cell = CellId::kRnnTanh;
+  CellId cell{};
   int64_t I = 0, H = 0, O = 0;
   int D = 1;
   bool projected = false;
 };
 
-// What makes inputs of outputs: W y + b.
+// Makes the next input from an output: W y + b.
 template <typename T>
 struct Readout {
   const T* w = nullptr;  // [I, D*O], or null: there is none
@@ -148,8 +122,8 @@ struct Backward {
   bool adds = false;  // those of the weights to what is there
 };
 
-// The derivative of forward and backward pass in a direction. Names with tangent_ are derivatives;
-// null stands for zeros.
+// The derivative of forward and backward pass in a direction. Names with tangent_ are derivatives.
+// Null means zeros.
 template <typename T>
 struct SecondOrder {
   using Element = T;

@@ -3,6 +3,7 @@ from typing import Any, Literal, overload
 
 from torch import Tensor
 
+CELLS: dict[str, dict[str, Any]]
 GAPS: str
 CALLED_BY_FORWARD: tuple[str, ...]
 IS_STAND_IN: bool

@@ -1,7 +1,4 @@
-"""The registry of cells: one row each, with the step in plain PyTorch.
-
-Adding a cell: a header in ``csrc/cells`` and its line in ``cells.h``, a row here, a module class.
-"""
+"""The cells: what their headers in ``csrc/cells`` know, and their steps in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -11,26 +8,38 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rnnkern import kernels
+
 State = tuple[Tensor, ...]
 Step = Callable[[Tensor, Tensor, State], State]
 
 
 @dataclass(frozen=True)
 class Cell:
-    """What the Python side must know of a cell.
+    """What the Python side must know of a cell: all but the step is the header's.
 
     Attributes:
         gates: blocks of ``hidden_size`` rows in the weights.
-        names: of the gates, in torch's order; none where there is one that is the state itself.
-        states: 1 for ``h``, 2 for ``(h, c)``.
+        slots: numbers that the cell makes of its sums for each unit.
+        names: of the gates, in the order of the weights; none if the only one is the state itself.
+        has_cell_state: the state is ``(h, c)``, else ``h``.
+        saves_slots: backward needs the slots.
+        reads_h: the cell itself reads h, beside the product with it.
         step: ``step(a, b, state) -> state`` with ``a = W_ih x + b_ih`` and ``b = W_hh h + b_hh``,
             both ``[N, gates * H]``; ``state`` as ``[N, H]`` tensors (``h`` before any projection).
     """
 
     gates: int
+    slots: int
     names: tuple[str, ...]
-    states: int
+    has_cell_state: bool
+    saves_slots: bool
+    reads_h: bool
     step: Step
+
+    @property
+    def states(self) -> int:
+        return 1 + self.has_cell_state
 
 
 def _tanh(a: Tensor, b: Tensor, state: State) -> State:
@@ -55,10 +64,20 @@ def _gru(a: Tensor, b: Tensor, state: State) -> State:
     return ((1 - z) * n + z * state[0],)
 
 
-CELLS: dict[str, Cell] = {
-    "RNN_TANH": Cell(gates=1, names=(), states=1, step=_tanh),
-    "RNN_RELU": Cell(gates=1, names=(), states=1, step=_relu),
-    "LSTM": Cell(gates=4, names=("i", "f", "g", "o"), states=2, step=_lstm),
-    "GRU": Cell(gates=3, names=("r", "z", "n"), states=1, step=_gru),
+_STEPS: dict[str, Step] = {
+    "RNN_TANH": _tanh,
+    "RNN_RELU": _relu,
+    "LSTM": _lstm,
+    "GRU": _gru,
 }
-"""Cells by the ``mode`` that ``torch.nn`` calls them."""
+
+if _STEPS.keys() != kernels.CELLS.keys():
+    raise ImportError(
+        f"rnnkern/cells.py has steps of {sorted(_STEPS)}, csrc/cells/list.h has "
+        f"{sorted(kernels.CELLS)}: they must be the same cells"
+    )
+
+CELLS: dict[str, Cell] = {
+    mode: Cell(step=_STEPS[mode], **own) for mode, own in kernels.CELLS.items()
+}
+"""Cells by their ``mode``, for those that ``torch.nn`` has its name for it."""

@@ -26,6 +26,9 @@ def profiled(kernel: _F, mode: str, part: str = "") -> _F:
     return recorded  # type: ignore[return-value]
 
 
+CELLS: dict[str, dict[str, Any]] = _C.CELLS
+"""What a header in `csrc/cells` knows of its cell, by ``mode``: fields of `rnnkern.cells.Cell`."""
+
 Layer = _C.Layer
 """What a layer is, apart from the sizes of its input.
 

@@ -56,16 +56,16 @@ class Spec(NamedTuple):
 
     @property
     def has_cell_state(self) -> bool:
-        return CELLS[self.mode].states == 2
+        return CELLS[self.mode].has_cell_state
 
     @property
     def slots(self) -> int:
         """Numbers that the cell makes of its sums for each unit."""
-        return 4 if self.mode in ("LSTM", "GRU") else 1
+        return CELLS[self.mode].slots
 
     @property
     def saves_slots(self) -> bool:
-        return self.slots > 1
+        return CELLS[self.mode].saves_slots
 
     def hidden(self, weights: Sequence[Tensor]) -> int:
         return weights[1].shape[0] // CELLS[self.mode].gates

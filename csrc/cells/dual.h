@@ -1,5 +1,5 @@
-// Dual numbers a + a' eps, eps^2 = 0: what is computed with them carries its derivative in one
-// direction along. A cell's backward on dual numbers is its second derivative.
+// Dual numbers a + a' eps with eps^2 = 0. A computation with them also computes its derivative in
+// one direction. So a cell's backward on dual numbers is its second derivative.
 #pragma once
 
 #include "cells/math.h"
@@ -45,7 +45,7 @@ RNNKERN_INLINE Dual<V> where_above_zero(const Dual<V>& y, const Dual<V>& x) {
   return {where_above_zero(y.value, x.value), where_above_zero(y.value, x.tangent)};
 }
 
-// The results of the functions, which are known, with the tangents of their arguments.
+// The function's result y is known. The tangent is that of its argument.
 template <typename V>
 RNNKERN_INLINE Dual<V> known_sigmoid(const V& y, const V& tangent) {
   return {y, tangent * y * (typename ValueTraits<V>::Element(1) - y)};

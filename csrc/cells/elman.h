@@ -1,16 +1,18 @@
 // Elman RNN: h' = f(W_ih x + b_ih + W_hh h + b_hh), f = tanh or relu.
 //
-// One slot per unit. Nothing but h' is saved: both derivatives are functions of the output.
+// There is one slot per unit. Only h' is saved, because both derivatives are functions of it.
 #pragma once
 
-#include "cells/dual.h"
-#include "cells/math.h"
-#include "cells/step.h"
+#include <array>
+
+#include "cells/cell.h"
 
 namespace rnnkern {
 namespace RNNKERN_NAMESPACE {
 
 struct Tanh {
+  static constexpr const char* kMode = "RNN_TANH";
+
   template <typename V>
   static RNNKERN_INLINE V forward(V x) {
     return tanh(x);
@@ -23,6 +25,8 @@ struct Tanh {
 };
 
 struct Relu {
+  static constexpr const char* kMode = "RNN_RELU";
+
   template <typename V>
   static RNNKERN_INLINE V forward(V x) {
     return relu(x);
@@ -35,7 +39,9 @@ struct Relu {
 
 template <typename Activation>
 struct Elman {
-  static constexpr CellShape kShape = kElmanShape;
+  static constexpr const char* kMode = Activation::kMode;
+  static constexpr std::array<const char*, 0> kGateNames = {};  // the only one is h itself
+  static constexpr CellShape kShape = {.gates = 1};
 
   template <typename V>
   static RNNKERN_INLINE void forward(Step<V>& s) {

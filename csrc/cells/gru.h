@@ -4,50 +4,54 @@
 //   m = W_hn h + b_hn                               n = tanh(W_in x + b_in + r m)
 //   h' = (1 - z) n + z h
 //
-// Four slots m, r, z, n: the recurrent product owns slots 0-2, the input product slots 1-3, so that
-// each is one contiguous range, in the accumulators as in the saved buffer. Saved for backward: all
-// four.
+// There are four slots m, r, z, n. The recurrent product owns the first three and the input product
+// the last three. So each product has one contiguous range, in the accumulators and in the saved
+// buffer. All four are saved for backward.
 #pragma once
 
-#include "cells/dual.h"
-#include "cells/math.h"
-#include "cells/step.h"
+#include <array>
+
+#include "cells/cell.h"
 
 namespace rnnkern {
 namespace RNNKERN_NAMESPACE {
 
 struct Gru {
-  static constexpr CellShape kShape = kGruShape;
+  static constexpr const char* kMode = "GRU";
+  static constexpr std::array kGateNames = {"r", "z", "n"};
+  static constexpr CellShape kShape = {
+      .gates = 3, .slots = 4, .saves_slots = true, .reads_h = true};
+  enum Slot { kM, kR, kZ, kN };
 
   template <typename V>
   static RNNKERN_INLINE void forward(Step<V>& s) {
-    const V r = sigmoid(s.slot[1]), z = sigmoid(s.slot[2]);
-    const V n = tanh(s.slot[3] + r * s.slot[0]);
+    const V r = sigmoid(s.slot[kR]), z = sigmoid(s.slot[kZ]);
+    const V n = tanh(s.slot[kN] + r * s.slot[kM]);
     s.h = z * (s.h_prev - n) + n;
-    s.slot[1] = r;
-    s.slot[2] = z;
-    s.slot[3] = n;
+    s.slot[kR] = r;
+    s.slot[kZ] = z;
+    s.slot[kN] = n;
   }
 
   template <typename V>
   static RNNKERN_INLINE void backward(Step<V>& s) {
     using Element = typename ValueTraits<V>::Element;
     constexpr Element kOne = 1;
-    const V m = s.slot[0], r = s.slot[1], z = s.slot[2], n = s.slot[3];
+    const V m = s.slot[kM], r = s.slot[kR], z = s.slot[kZ], n = s.slot[kN];
     const V dn = s.dh * (kOne - z) * (kOne - n * n);
-    s.slot[0] = dn * r;
-    s.slot[1] = dn * m * r * (kOne - r);
-    s.slot[2] = s.dh * (s.h_prev - n) * z * (kOne - z);
-    s.slot[3] = dn;
+    s.slot[kM] = dn * r;
+    s.slot[kR] = dn * m * r * (kOne - r);
+    s.slot[kZ] = s.dh * (s.h_prev - n) * z * (kOne - z);
+    s.slot[kN] = dn;
     s.dh_direct = s.dh * z;
   }
 
   template <typename V>
   static RNNKERN_INLINE void tangent(Step<Dual<V>>& s) {
-    for (int k : {1, 2}) s.slot[k] = known_sigmoid(s.slot[k].value, s.slot[k].tangent);
-    const Dual<V> recurrent = s.slot[1] * s.slot[0];
-    s.slot[3] = known_tanh(s.slot[3].value, s.slot[3].tangent + recurrent.tangent);
-    s.h = s.slot[2] * (s.h_prev - s.slot[3]) + s.slot[3];
+    for (int k : {kR, kZ}) s.slot[k] = known_sigmoid(s.slot[k].value, s.slot[k].tangent);
+    const Dual<V> recurrent = s.slot[kR] * s.slot[kM];
+    s.slot[kN] = known_tanh(s.slot[kN].value, s.slot[kN].tangent + recurrent.tangent);
+    s.h = s.slot[kZ] * (s.h_prev - s.slot[kN]) + s.slot[kN];
   }
 };
 

@@ -15,7 +15,7 @@ bool start_any(const Scan& scan, Queue& queue) {
 template <typename Scan>
 std::string name_of(const Scan& scan) {
   const Sizes& z = scan.sizes;
-  return std::string(kCellModes[int(z.cell)]) + " (T=" + std::to_string(scan.steps.T) +
+  return std::string(cell_info(z.cell).mode) + " (T=" + std::to_string(scan.steps.T) +
          " N=" + std::to_string(scan.steps.N) + " I=" + std::to_string(z.I) +
          " H=" + std::to_string(z.H) + ")";
 }

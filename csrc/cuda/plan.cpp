@@ -6,6 +6,7 @@
 #include <iterator>
 #include <string_view>
 
+#include "cells/cells.h"
 #include "cuda/kinds.h"
 
 namespace rnnkern::cuda {
@@ -155,19 +156,7 @@ Plan plan_for(const Problem& p, const Device& device) {
     }
   };
   if (p.numbers.tensor_cores) {
-    switch (p.backward ? 0 : cell_shape(p.sizes.cell).gates) {
-      case 0:
-        try_all(kBackwardTiles);
-        break;
-      case 1:
-        try_all(kForwardTiles<1>);
-        break;
-      case 3:
-        try_all(kForwardTiles<3>);
-        break;
-      default:
-        try_all(kForwardTiles<4>);
-    }
+    p.backward ? try_all(kBackwardTiles) : try_all(forward_tiles(cell_shape(p.sizes.cell).gates));
   } else {
     p.backward ? try_all(kOneByOneBackwardTiles) : try_all(kOneByOneForwardTiles);
   }

@@ -2,6 +2,7 @@
 // is laid out.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <string>
 #include <type_traits>
@@ -120,9 +121,9 @@ constexpr int room_for(int chunks) { return chunks; }
 
 // Register tiles that there are kernels for. Forward, the largest has 16 units of a cell with
 // several gates, 32 of one with one.
-template <int kGates>
-constexpr TileShape kForwardTiles[] = {
-    {2, 1, 6}, {2, 2, room_for(3)}, {kGates == 1 ? 2 : kGates, 4, 0}};
+constexpr std::array<TileShape, 3> forward_tiles(int gates) {
+  return {{{2, 1, 6}, {2, 2, room_for(3)}, {gates == 1 ? 2 : gates, 4, 0}}};
+}
 constexpr TileShape kBackwardTiles[] = {
     {1, 1, room_for(12)}, {1, 2, room_for(9)}, {2, 4, room_for(2)}};
 // Without tensor cores, where a lane has sums of all rows and no registers to spare.

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <iterator>
+#include <stdexcept>
 #include <utility>
 
 #include "cuda/gradients.cuh"
@@ -30,6 +31,9 @@ cuda::Plan plan_of(const Sizes& z, const Steps& s, bool backward, const Queue& q
                         queue.device);
 }
 
+template <typename Cell>
+constexpr auto kForwardTiles = cuda::forward_tiles(Cell::kShape.gates);
+
 // Calls f with the register tile of the plan, as a type.
 template <cuda::TileShape kShape>
 struct TileOf {
@@ -39,7 +43,9 @@ template <const auto& kShapes, typename F>
 bool with_tile(const cuda::Plan& plan, F f) {
   const auto pick = [&]<size_t... i>(std::index_sequence<i...>) {
     bool result = false;
-    ((plan.tile == kShapes[i] && (result = f(TileOf<kShapes[i]>{}), true)) || ...);
+    if (!((plan.tile == kShapes[i] && (result = f(TileOf<kShapes[i]>{}), true)) || ...)) {
+      throw std::logic_error("no kernel has the tile that was planned");
+    }
     return result;
   };
   return pick(std::make_index_sequence<std::size(kShapes)>{});
@@ -50,7 +56,7 @@ bool with_tile_of(const cuda::Plan& plan, F f) {
     if constexpr (kBackward) {
       return with_tile<cuda::kBackwardTiles>(plan, f);
     } else {
-      return with_tile<cuda::kForwardTiles<Cell::kShape.gates>>(plan, f);
+      return with_tile<kForwardTiles<Cell>>(plan, f);
     }
   } else if constexpr (kBackward) {
     return with_tile<cuda::kOneByOneBackwardTiles>(plan, f);

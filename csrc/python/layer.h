@@ -2,22 +2,12 @@
 #pragma once
 
 #include <deque>
-#include <iterator>
-#include <optional>
-#include <string_view>
 #include <utility>
 
+#include "cells/cells.h"
 #include "python/torch.h"
-#include "scan.h"
 
 namespace rnnkern {
-
-inline std::optional<CellId> cell_named(std::string_view mode) {
-  for (size_t i = 0; i < std::size(kCellModes); ++i) {
-    if (mode == kCellModes[i]) return CellId(i);
-  }
-  return std::nullopt;
-}
 
 struct Layer {
   CellId cell;
@@ -44,7 +34,7 @@ struct Layer {
 
   int tensors() const { return 2 + 2 * bias + projected; }  // per direction
   bool has_cell_state() const { return cell_shape(cell).cell_state; }
-  const char* mode() const { return kCellModes[int(cell)]; }
+  const char* mode() const { return cell_info(cell).mode; }
 };
 
 // Whether float32 may be multiplied as TF32, on a GPU.

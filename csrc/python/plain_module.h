@@ -108,7 +108,7 @@ struct ModuleClass {
   // forward calls are torch.nn's: the class neither has the attributes, as properties for example,
   // nor looks them up in a way of its own.
   bool plain = false;
-  // Of a cell that is no Elman RNN, whose nonlinearity its modules tell.
+  // Of a class such as LSTMCell; nothing for RNNCell, because its modules have the nonlinearity.
   std::optional<CellId> cell;
 };
 
@@ -118,9 +118,10 @@ ModuleClass look_at_class(py::handle type) {
   const py::object theirs = class_of_torch(type);
   ModuleClass found;
   if (!theirs) return found;
+  constexpr std::string_view kSuffix = "Cell";
   const auto name = theirs.attr("__name__").cast<std::string>();
-  if (name == "LSTMCell") found.cell = CellId::kLstm;
-  if (name == "GRUCell") found.cell = CellId::kGru;
+  if (name.ends_with(kSuffix))
+    found.cell = cell_named(name.substr(0, name.size() - kSuffix.size()));
   found.plain = type.attr("__getattribute__").is(base.attr("__getattribute__")) &&
                 has_methods_of(theirs, type);
   for (int i = 0; i < Attributes::kCount; ++i) {
@@ -235,8 +236,8 @@ inline std::optional<PlainModule> plain_module(py::handle module, int64_t featur
 inline std::optional<CellId> elman_cell(PyObject* nonlinearity) {
   if (!nonlinearity) return std::nullopt;
   const std::string_view text = text_of(nonlinearity);
-  if (text == "tanh") return CellId::kRnnTanh;
-  if (text == "relu") return CellId::kRnnRelu;
+  if (text == "tanh") return cell_named("RNN_TANH");
+  if (text == "relu") return cell_named("RNN_RELU");
   return std::nullopt;
 }
 

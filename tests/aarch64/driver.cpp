@@ -34,11 +34,11 @@ struct CellCase {
   CellId cell;
   bool projected;
 };
-constexpr CellCase kCells[] = {{"RNN tanh", CellId::kRnnTanh, false},
-                               {"RNN relu", CellId::kRnnRelu, false},
-                               {"LSTM", CellId::kLstm, false},
-                               {"LSTM, projected", CellId::kLstm, true},
-                               {"GRU", CellId::kGru, false}};
+constexpr CellCase kCells[] = {{"RNN tanh", reference::kRnnTanh, false},
+                               {"RNN relu", reference::kRnnRelu, false},
+                               {"LSTM", reference::kLstm, false},
+                               {"LSTM, projected", reference::kLstm, true},
+                               {"GRU", reference::kGru, false}};
 
 // The same numbers on every machine.
 class Random {

@@ -10,7 +10,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "scan.h"
+#include "cells/cells.h"
 
 namespace rnnkern::reference {
 
@@ -76,6 +76,9 @@ struct Plain {
   static Number stored(Number x) { return x; }
 };
 
+constexpr CellId kRnnTanh = *cell_named("RNN_TANH"), kRnnRelu = *cell_named("RNN_RELU"),
+                 kLstm = *cell_named("LSTM"), kGru = *cell_named("GRU");
+
 struct Problem {
   CellId cell;
   int64_t T, N, I, H, O;
@@ -84,9 +87,9 @@ struct Problem {
   std::vector<int64_t> lengths;  // [N] row n takes part in the steps before lengths[n]
   std::vector<bool> reset;       // [T, N] the state of row n is zeroed before step t; or empty
 
-  int gates() const { return cell == CellId::kLstm ? 4 : cell == CellId::kGru ? 3 : 1; }
-  int slots() const { return cell == CellId::kGru ? 4 : gates(); }
-  bool has_cell_state() const { return cell == CellId::kLstm; }
+  int gates() const { return cell == kLstm ? 4 : cell == kGru ? 3 : 1; }
+  int slots() const { return cell == kGru ? 4 : gates(); }
+  bool has_cell_state() const { return cell == kLstm; }
 };
 
 template <typename N>
@@ -237,10 +240,10 @@ class Reference {
     for (int64_t u = 0; u < H; ++u) {
       const auto sum = [&](int k) { return of_x[k * H + u] + of_h[k * H + u] + more[k * H + u]; };
       N& h = s->unprojected[u];
-      if (p_.cell == CellId::kRnnTanh || p_.cell == CellId::kRnnRelu) {
-        h = p_.cell == CellId::kRnnTanh ? hyperbolic(sum(0)) : relu(sum(0));
+      if (p_.cell == kRnnTanh || p_.cell == kRnnRelu) {
+        h = p_.cell == kRnnTanh ? hyperbolic(sum(0)) : relu(sum(0));
         s->slots[u] = h;
-      } else if (p_.cell == CellId::kLstm) {
+      } else if (p_.cell == kLstm) {
         const N i = sigmoid(sum(0)), f = sigmoid(sum(1)), g = hyperbolic(sum(2)),
                 o = sigmoid(sum(3));
         s->c[u] = f * s->c_prev[u] + i * g;
@@ -305,7 +308,7 @@ class Reference {
     Vector of_x(p_.gates() * H), of_h(p_.gates() * H);
     for (int64_t u = 0; u < H; ++u) cell_backward(s, u, du[u], dsums, dc, &direct);
     for (int64_t i = 0; i < p_.slots() * H; ++i) dsums[i] = A::stored(dsums[i]);
-    const bool is_gru = p_.cell == CellId::kGru;
+    const bool is_gru = p_.cell == kGru;
     for (int64_t i = 0; i < p_.gates() * H; ++i) of_x[i] = of_h[i] = dsums[is_gru ? H + i : i];
     for (int64_t u = 0; is_gru && u < H; ++u) of_h[2 * H + u] = dsums[u];
     add_outer(of_x, row(layer_.x, row_of_x, p_.I), p_.I, &g.w_ih);
@@ -320,11 +323,11 @@ class Reference {
     const int64_t H = p_.H;
     const N one(1);
     const auto slot = [&](int k) { return s.slots[k * H + u]; };
-    if (p_.cell == CellId::kRnnTanh) {
+    if (p_.cell == kRnnTanh) {
       dsums[u] = dh * (one - s.unprojected[u] * s.unprojected[u]);
-    } else if (p_.cell == CellId::kRnnRelu) {
+    } else if (p_.cell == kRnnRelu) {
       dsums[u] = relu_gradient(s.unprojected[u], dh);
-    } else if (p_.cell == CellId::kLstm) {
+    } else if (p_.cell == kLstm) {
       const N i = slot(0), f = slot(1), g = slot(2), o = slot(3), tanh_c = hyperbolic(s.c[u]);
       const N d = (*dc)[u] + dh * o * (one - tanh_c * tanh_c);
       dsums[u] = d * g * i * (one - i);
