@@ -186,8 +186,8 @@ class BackwardScan {
       r.c = row_at(s, part.cells, t, slot);
       r.c_prev = previous_state(s, d, t, slot, part.cells, b_.c0, gradients_.zeros());
       r.dc = dc_row(d, slot);
-      if (b_.sizes.projected) r.dm = dm_ + (d * s.N + slot) * u_row_;
     }
+    if (b_.sizes.projected) r.dm = dm_ + (d * s.N + slot) * u_row_;
     return r;
   }
 
@@ -260,7 +260,7 @@ class BackwardScan {
       const int64_t n = H - u;
       Step<Vec<T>> s;
       if constexpr (kShape.saves_slots) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int i = 0; i < kShape.slots; ++i) s.slot[i] = load_up_to(row.slots + i * H + u, n);
       } else {
         s.h = load_up_to(row.h + u, n);
@@ -277,7 +277,7 @@ class BackwardScan {
         s.dh = load(row.dh + u) + dy_at(row, u, n);
       }
       Cell::backward(s);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int i = 0; i < kShape.slots; ++i) store_up_to(row.dslots + i * H + u, s.slot[i], n);
       if constexpr (kShape.cell_state) store(row.dc + u, s.dc);
       if constexpr (kShape.reads_h) store(row.dh + u, s.dh_direct);

@@ -34,6 +34,7 @@ class ForwardScan {
   using E = Operand<T>;
   static constexpr CellShape kShape = Cell::kShape;
   static constexpr int64_t kWidth = kPanelWidth<T>;
+  static constexpr int64_t kAccWidth = Panels::kAccWidth;
   // Cell states of narrow types are carried from step to step as what is computed with.
   static constexpr bool kCarriesCells = kShape.cell_state && kNarrow<T>;
   using Carried = std::conditional_t<kCarriesCells, A, T>;  // else as they are stored
@@ -46,7 +47,7 @@ class ForwardScan {
     zeros_ = carver.take<T>(max_of(z.H, z.O));
     barriers_ = carver.take<Barrier>(1 + plan.threads);
     for (int d = 0; d < z.D; ++d) {
-      bias_[d] = carver.take<A>(panels_.count() * kWidth);
+      bias_[d] = carver.take<A>(panels_.count() * kAccWidth);
       const Weights<T>& w = f.weights[d];
       input_[d] = {panels_, w.w_ih, w.w_ih_row, z.I, nullptr};
       recurrent_[d] = {panels_, w.w_hh, w.w_hh_row, z.O, nullptr};
@@ -97,7 +98,7 @@ class ForwardScan {
     T *slots, *saved_c;  // saved_c: where c is carried elsewhere
   };
   struct Scratch {
-    A* acc;         // [panels, or 1 where fused][capacity_][kWidth]
+    A* acc;         // [panels, or 1 where fused][capacity_][kAccWidth]
     LeftRows<T> x;  // [capacity_][I]
     LeftRows<T> h;  // [block_rows_][O]
     // Of a panel, where the matrix is broadcast.
@@ -122,11 +123,11 @@ class ForwardScan {
 
   Scratch scratch(Carver& carver) const {
     const Sizes& z = f_.sizes;
-    return {carver.take<A>((fused() ? 1 : panels_.count()) * capacity_ * kWidth),
+    return {carver.take<A>((fused() ? 1 : panels_.count()) * capacity_ * kAccWidth),
             LeftRows<T>(capacity_, z.I, carver, broadcasts(plan_.input)),
             LeftRows<T>(block_rows_, z.O, carver, broadcasts(plan_.recurrent)),
-            LeftRows<T>(broadcasts(plan_.input) ? kWidth : 0, z.I, carver),
-            LeftRows<T>(broadcasts(plan_.recurrent) ? kWidth : 0, z.O, carver),
+            LeftRows<T>(broadcasts(plan_.input) ? kAccWidth : 0, z.I, carver),
+            LeftRows<T>(broadcasts(plan_.recurrent) ? kAccWidth : 0, z.O, carver),
             LeftRows<T>(z.projected ? kGroupRows : 0, z.H, carver),
             LeftRows<T>(f_.readout.w ? kGroupRows : 0, z.O, carver),
             carver.take<RowPointers>(block_rows_)};
@@ -139,7 +140,7 @@ class ForwardScan {
   void pack(int thread, int threads) {
     for (int d = 0; d < f_.sizes.D; ++d) {
       for (int64_t p = thread; p < panels_.count(); p += threads) {
-        panels_.pack_bias(p, f_.weights[d], bias_[d] + p * kWidth);
+        panels_.pack_bias(p, f_.weights[d], bias_[d] + p * kAccWidth);
         if (plan_.input == Reading::kPacked) input_[d].pack(p);
         if (plan_.recurrent == Reading::kPacked) recurrent_[d].pack(p);
       }
@@ -202,7 +203,7 @@ class ForwardScan {
   // cache.
   bool fused() const { return plan_.block_steps == 1; }
   A* accumulators(const Part& part, int64_t p) const {
-    return part.scratch.acc + (fused() ? 0 : p * capacity_ * kWidth);
+    return part.scratch.acc + (fused() ? 0 : p * capacity_ * kAccWidth);
   }
 
   // The input rows of all active rows of the steps [begin, end), one step after the other; returns
@@ -221,8 +222,8 @@ class ForwardScan {
   // acc = biases + W_ih x for the units of panel p and the rows gathered.
   void input_product(const Part& part, int64_t p, const BatchRows<T>& x, int64_t count) const {
     A* acc = accumulators(part, p);
-    const A* bias = bias_[part.direction] + p * kWidth;
-    for (int64_t m = 0; m < count; ++m) copy_vectors(acc + m * kWidth, bias);
+    const A* bias = bias_[part.direction] + p * kAccWidth;
+    for (int64_t m = 0; m < count; ++m) copy_vectors(acc + m * kAccWidth, bias);
     add(input_[part.direction], p, count, x, part.scratch.rows_of_w_ih, acc);
   }
 
@@ -232,15 +233,15 @@ class ForwardScan {
   static void add(const StepWeights<T, Cell, role>& w, int64_t p, int64_t count,
                   const BatchRows<T>& batch, const LeftRows<T>& rows_of_w, A* acc) {
     if (batch.across) {
-      w.add_broadcast(p, count, batch.across, rows_of_w, acc, kWidth);
+      w.add_broadcast(p, count, batch.across, rows_of_w, acc, kAccWidth);
     } else {
-      w.add(p, count, batch.rows, acc, kWidth);
+      w.add(p, count, batch.rows, acc, kAccWidth);
     }
   }
 
   static void copy_vectors(A* to, const A* from) {
-#pragma GCC unroll 4
-    for (int64_t i = 0; i < kWidth; i += kLanes<T>) store(to + i, load(from + i));
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < kAccWidth; i += kLanes<T>) store(to + i, load(from + i));
   }
 
   // x: the rows of the input where the step is fused; first: of the step among the accumulators;
@@ -257,7 +258,7 @@ class ForwardScan {
     for (int64_t i = part.panel_begin; i < part.panel_end; ++i) {
       const int64_t p = backwards ? part.panel_begin + part.panel_end - 1 - i : i;
       if (fused()) input_product(part, p, x, count);
-      A* acc = accumulators(part, p) + first * kWidth;
+      A* acc = accumulators(part, p) + first * kAccWidth;
       add(recurrent_[part.direction], p, count, h, part.scratch.rows_of_w_hh, acc);
       cells(p, part.scratch.pointers, count, acc);
     }
@@ -318,10 +319,11 @@ class ForwardScan {
       const int64_t u = panels_.first_unit(p) + v, n = f_.sizes.H - u;
       int64_t k = 0;
       if (n >= kLanes<T>) {
-        for (; k + 2 <= count; k += 2) cell<2>(rows + k, u, kLanes<T>, acc + k * kWidth + v, width);
-        if (k < count) cell<1>(rows + k, u, kLanes<T>, acc + k * kWidth + v, width);
+        for (; k + 2 <= count; k += 2)
+          cell<2>(rows + k, u, kLanes<T>, acc + k * kAccWidth + v, width);
+        if (k < count) cell<1>(rows + k, u, kLanes<T>, acc + k * kAccWidth + v, width);
       } else {
-        for (; k < count; ++k) cell<1>(rows + k, u, n, acc + k * kWidth + v, width);
+        for (; k < count; ++k) cell<1>(rows + k, u, n, acc + k * kAccWidth + v, width);
       }
     }
   }
@@ -334,9 +336,9 @@ class ForwardScan {
 #pragma GCC unroll 2
     for (int k = 0; k < kRows; ++k) {
       Step<Vec<T>>& s = steps[k];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int i = 0; i < kShape.slots; ++i) {
-        s.slot[i] = load(acc + k * kWidth + Panels::slot_at(i, width));
+        s.slot[i] = load(acc + k * kAccWidth + Panels::slot_at(i, width));
       }
       if constexpr (kShape.reads_h) s.h_prev = load_up_to(rows[k].h_prev + u, n);
       if constexpr (kShape.cell_state) s.c_prev = load_up_to(rows[k].c_prev + u, n);
@@ -354,7 +356,7 @@ class ForwardScan {
       }
       if constexpr (kShape.cell_state) store_up_to(row.c + u, s.c, n);
       if (kShape.saves_slots && row.slots) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int i = 0; i < kShape.slots; ++i) {
           store_up_to(row.slots + i * f_.sizes.H + u, s.slot[i], n);
         }

@@ -1,13 +1,14 @@
-// Weight matrices as the step products read them: panels of units with all their gates side by
-// side, so that one register tile holds every slot of its units and the cell can finish them
-// without leaving the cache.
+// Weight matrices as the products of a step read them: in panels of units, with all gates of a unit
+// side by side. So one register tile holds every slot of its units, and the cell can finish them
+// while they are in the cache.
 //
 //   panel p = units [p*kUnits, ...): [groups of K][gates][width]       acc row = [slots][width]
 //
-// width is that of a slot: whole vectors. Only where four slots stand side by side and the units of
-// the last panel fill no more than half or a quarter of a vector, it is that half or quarter, and
-// the slots share vectors; a product that owns three of them then has a fourth of zeros, before or
-// behind, for its range to be whole vectors.
+// width is that of a slot: whole vectors. Up to four slots share a register tile of four vectors;
+// what is left of it is not used. More slots take a second tile. There is one exception. If a cell
+// has four slots and the units of the last panel fill no more than half or a quarter of a vector,
+// then width is that half or quarter, and the slots share vectors. A product that owns fewer of
+// them then has zeros in place of the others, before or behind, so that its range is whole vectors.
 #pragma once
 
 #include "cpu/gemm.h"
@@ -20,10 +21,11 @@ namespace RNNKERN_NAMESPACE {
 template <typename T, typename Cell>
 struct UnitPanels {
   static constexpr CellShape kShape = Cell::kShape;
-  static constexpr int kUnitVectors = kPanelVectors / kShape.slots;
+  static constexpr int kTiles = int(ceil_div(kShape.slots, kPanelVectors));
+  static constexpr int kUnitVectors = kTiles * kPanelVectors / kShape.slots;
   static constexpr int64_t kUnits = kUnitVectors * kLanes<T>;
   static constexpr int64_t kGroupLanes = kShape.gates * kUnits;  // of one group of a whole panel
-  static_assert(kPanelVectors % kShape.slots == 0, "all slots of a unit stand in one tile");
+  static constexpr int64_t kAccWidth = kTiles * kPanelWidth<T>;  // a row of accumulators
 
   int64_t H;
 
@@ -47,11 +49,11 @@ struct UnitPanels {
     return (slot + (shares_vectors(width) ? kShape.slots - kShape.gates : 0)) * width;
   }
 
-  // The row of accumulators that products start from: the biases of each slot, b_ih + b_hh where
-  // both products meet.
+  // The row of accumulators that products start from: the biases of each slot, which are b_ih +
+  // b_hh if both products enter it.
   void pack_bias(int64_t p, const Weights<T>& w, Compute<T>* to) const {
     const int64_t lanes = width(p);
-    zero_row(to, 0, kPanelWidth<T>);
+    zero_row(to, 0, kAccWidth);
     for (int slot = 0; slot < kShape.slots; ++slot) {
       for (int64_t i = 0; i < lanes; ++i) {
         const int64_t u = first_unit(p) + i;
@@ -67,7 +69,7 @@ struct UnitPanels {
 
 enum class Role { kInput, kRecurrent };
 
-// One of W_ih and W_hh: packed, or as it lies where `packed` is null.
+// One of W_ih and W_hh: packed, or as it is in memory if `packed` is null.
 template <typename T, typename Cell, Role role>
 struct StepWeights {
   using Panels = UnitPanels<T, Cell>;
@@ -86,7 +88,7 @@ struct StepWeights {
     return role == Role::kInput ? kShape.input_gate(i + kFirstSlot) : kShape.recurrent_gate(i);
   }
 
-  // The range of slots that the product adds to, with the fourth of zeros where there is one.
+  // The number of slots that the product adds to, with those of zeros.
   static constexpr int slots_of(int64_t width) {
     return Panels::shares_vectors(width) ? kShape.slots : kShape.gates;
   }
@@ -114,8 +116,14 @@ struct StepWeights {
     const int64_t width = panels.width(p);
     if (kRoundedForProducts<T> || packed) {
       const int64_t panel_row = slots_of(width) * width;
-      product(int(panel_row / kLanes<T>), rows, 0, K, a, packed + p * Panels::panel_lanes(K),
-              panel_row, acc + Panels::slot_at(kFirstSlot - zeros_before(width), width), acc_row);
+      const Compute<T>* panel = packed + p * Panels::panel_lanes(K);
+      acc += Panels::slot_at(kFirstSlot - zeros_before(width), width);
+      auto vectors = int(panel_row / kLanes<T>);
+      if constexpr (kShape.gates > kPanelVectors) {
+        product(kPanelVectors, rows, 0, K, a, panel, panel_row, acc, acc_row);
+        vectors -= kPanelVectors, panel += kPanelWidth<T>, acc += kPanelWidth<T>;
+      }
+      product(vectors, rows, 0, K, a, panel, panel_row, acc, acc_row);
       return;
     }
     if constexpr (!kRoundedForProducts<T>) {
@@ -129,10 +137,10 @@ struct StepWeights {
     }
   }
 
-  // The same with the batch across: the rows of this matrix are the left operand, and what comes
-  // out is transposed. So that every sum is the one of packed weights, products by tiles begin with
-  // what acc holds, and the others are added to it in blocks of kDepth k. `weights` has room for
-  // kPanelWidth rows.
+  // The same with the batch across: the rows of this matrix are the left operand, and the result is
+  // transposed. Every sum has to be that of packed weights. So products by AMX tiles begin with the
+  // contents of acc, and other products are added to it in blocks of kDepth k. `weights` has room
+  // for kAccWidth rows.
   void add_broadcast(int64_t p, int64_t rows, const Compute<T>* across, const LeftRows<T>& weights,
                      Compute<T>* acc, int64_t acc_row) const {
     constexpr int64_t kWidth = kPanelWidth<T>;
@@ -146,7 +154,7 @@ struct StepWeights {
     acc += Panels::slot_at(kFirstSlot, width);
     const int64_t count = kShape.gates * units;
     const E* const* left = weights.operands(count);
-    alignas(kVectorBytes) Compute<T> sums[kWidth * kWidth];
+    alignas(kVectorBytes) Compute<T> sums[Panels::kAccWidth * kWidth];
     constexpr bool kFromAcc = kByTiles<E>;
     for (int64_t m = 0; m < rows; m += kWidth) {
       const int64_t lanes = lanes_across<T>(rows - m);
@@ -187,10 +195,10 @@ struct StepWeights {
 };
 
 // A matrix [K, width] as the other products read it: its columns in panels of kPanelWidth, panel p
-// packed as [groups of K][its columns, whole vectors]. Where elements are multiplied as they are
-// and `packs` is false, the panels are read where they lie. The vectors of the last one may then
-// reach into the next row, whose products nobody wants; only the last row is copied, because there
-// is nothing behind it.
+// packed as [groups of K][its columns, whole vectors]. If elements are multiplied as they are and
+// `packs` is false, then the panels are read in place. The vectors of the last panel may then reach
+// into the next row, and those products are not used. Only the last row is copied, because there is
+// no row behind it.
 //
 // Row k is w + k*row; with `shape`, the rows of a weight matrix of gates in the order of the
 // recurrent slots.
@@ -232,7 +240,7 @@ struct ColumnPanels {
           0, 1, [&](int64_t) { return last_row() + p * kPanelWidth<T>; }, columns(p), packed);
     }
   }
-  // From rows that lie anywhere: row k begins at rows(k).
+  // From rows anywhere in memory: row k begins at rows(k).
   template <typename RowsOf>
   void pack_rows(int64_t p, RowsOf rows) const {
     const int64_t panel_row = vectors(p) * kLanes<T>;

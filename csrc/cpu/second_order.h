@@ -33,6 +33,7 @@ class SecondOrderScan {
   using Panels = UnitPanels<T, Cell>;
   static constexpr CellShape kShape = Cell::kShape;
   static constexpr int64_t kWidth = kPanelWidth<T>;
+  static constexpr int64_t kAccWidth = Panels::kAccWidth;
   static_assert(std::is_same_v<T, Compute<T>>, "tangents are not rounded from step to step");
 
  public:
@@ -52,7 +53,7 @@ class SecondOrderScan {
     barriers_ = carver.take<Barrier>(1 + plan_.threads);
     const bool packs = plan_.recurrent == Reading::kPacked;
     for (int d = 0; d < z.D; ++d) {
-      bias_[d] = carver.take<T>(panels_.count() * kWidth);
+      bias_[d] = carver.take<T>(panels_.count() * kAccWidth);
       for (int k : {kValue, kTangent}) {
         const Weights<T>& w = k == kValue ? s.weights[d] : s.tangent_weights[d];
         input_[k][d] = {panels_, w.w_ih, w.w_ih_row, z.I, nullptr};
@@ -116,7 +117,7 @@ class SecondOrderScan {
     T *dh, *dc, *dm;  // of the value, with that of the tangent behind
   };
   struct Scratch {
-    T* acc;                         // [panels][capacity][kWidth]
+    T* acc;                         // [panels][capacity][kAccWidth]
     const T **x, **tangent_x, **h;  // [capacity]
     const T** left;                 // [2 * block_rows_]
     RowPointers* pointers;          // [block_rows_]
@@ -161,7 +162,7 @@ class SecondOrderScan {
 
   Scratch scratch(Carver& carver) const {
     const int64_t capacity = block_steps_ * block_rows_;
-    return {carver.take<T>(panels_.count() * capacity * kWidth),
+    return {carver.take<T>(panels_.count() * capacity * kAccWidth),
             carver.take<const T*>(capacity),
             carver.take<const T*>(capacity),
             carver.take<const T*>(capacity),
@@ -176,7 +177,7 @@ class SecondOrderScan {
   void pack(int thread, int threads) const {
     for (int d = 0; d < s_.sizes.D; ++d) {
       for (int64_t p = thread; p < panels_.count(); p += threads) {
-        panels_.pack_bias(p, s_.tangent_weights[d], bias_[d] + p * kWidth);
+        panels_.pack_bias(p, s_.tangent_weights[d], bias_[d] + p * kAccWidth);
         for (int k : {kValue, kTangent}) {
           if (input_[k][d].packed) input_[k][d].pack(p);
           if (recurrent_[k][d].packed) recurrent_[k][d].pack(p);
@@ -264,8 +265,8 @@ class SecondOrderScan {
       r.c_prev = before(part.cells, s_.c0);
       r.tangent_c_prev = before(constant(part.tangent_cells), s_.tangent_c0);
       r.dc = dc_row(d, slot);
-      if (s_.sizes.projected) r.dm = dm_ + 2 * (d * s.N + slot) * u_row_;
     }
+    if (s_.sizes.projected) r.dm = dm_ + 2 * (d * s.N + slot) * u_row_;
     return r;
   }
 
@@ -305,10 +306,10 @@ class SecondOrderScan {
     const int d = part.direction;
     for_panels(part, [&](int64_t p, T* acc) {
       for (int64_t m = 0; m < count; ++m) {
-        copy_row(acc + m * kWidth, bias_[d] + p * kWidth, 0, kWidth);
+        copy_row(acc + m * kAccWidth, bias_[d] + p * kAccWidth, 0, kAccWidth);
       }
       const auto add = [&](const auto& weights, const T* const* rows) {
-        if (weights.w) weights.add(p, count, rows, acc, kWidth);
+        if (weights.w) weights.add(p, count, rows, acc, kAccWidth);
       };
       if (s_.tangent_x.data) add(input_[kValue][d], part.scratch.tangent_x);
       add(input_[kTangent][d], part.scratch.x);
@@ -319,7 +320,7 @@ class SecondOrderScan {
   // f(panel, its accumulators) for those of the member's units.
   template <typename F>
   void for_panels(const Part& part, F f) const {
-    const int64_t lanes = block_steps_ * block_rows_ * kWidth;
+    const int64_t lanes = block_steps_ * block_rows_ * kAccWidth;
     for (int64_t p = part.units.begin / Panels::kUnits; panels_.first_unit(p) < part.units.end;
          ++p) {
       f(p, part.scratch.acc + p * lanes);
@@ -336,9 +337,9 @@ class SecondOrderScan {
       part.scratch.left[k] = part.scratch.pointers[k].tangent_h_prev;
     }
     for_panels(part, [&](int64_t p, T* acc) {
-      acc += first * kWidth;
-      recurrent_[kValue][d].add(p, count, part.scratch.left, acc, kWidth);
-      for (int64_t k = 0; k < count; ++k) tangent(p, part.scratch.pointers[k], acc + k * kWidth);
+      acc += first * kAccWidth;
+      recurrent_[kValue][d].add(p, count, part.scratch.left, acc, kAccWidth);
+      for (int64_t k = 0; k < count; ++k) tangent(p, part.scratch.pointers[k], acc + k * kAccWidth);
     });
     if (s_.sizes.projected) project(part, v, count);
     for (int64_t slot = v.active_end; s.active && !s.start && slot < part.rows.end; ++slot) {
@@ -394,7 +395,7 @@ class SecondOrderScan {
     const int64_t H = s_.sizes.H, n = H - u;
     Step<D> s;
     if constexpr (kShape.saves_slots) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int k = 0; k < kShape.slots; ++k) s.slot[k].value = load_up_to(row.slots + k * H + u, n);
     } else {
       s.h.value = load_up_to(row.h + u, n);
@@ -410,7 +411,7 @@ class SecondOrderScan {
 
   void store_slots(const RowPointers& row, int64_t u, const Step<D>& s) const {
     const int64_t H = s_.sizes.H;
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int k = 0; k < kShape.slots; ++k) {
       store_up_to(row.tangent_slots + k * H + u, s.slot[k].tangent, H - u);
     }
@@ -422,7 +423,7 @@ class SecondOrderScan {
     for (int64_t v = 0; v < width; v += kLanes<T>) {
       const int64_t u = panels_.first_unit(p) + v, n = H - u;
       Step<D> s = load_step(row, u);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int k = 0; k < kShape.slots; ++k) {
         s.slot[k].tangent = load(acc + Panels::slot_at(k, width) + v);
         if (row.tangent_sums) s.slot[k].tangent += load_up_to(row.tangent_sums + k * H + u, n);
@@ -540,7 +541,7 @@ class SecondOrderScan {
       const int64_t n = H - u;
       Step<D> s = load_step(row, u);
       if constexpr (kShape.saves_slots) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int k = 0; k < kShape.slots; ++k) {
           s.slot[k].tangent = load_up_to(row.tangent_slots + k * H + u, n);
         }

@@ -1,0 +1,97 @@
+// Cells of any number of gates on the CUDA kernels, on the stand-in of tests/simt: in both tiers,
+// with the tiles of tensor cores and without.
+#define RNNKERN_ELEMENT float
+#define RNNKERN_CELL WeightedSum<1, 1>
+
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+
+#include "check.h"
+#include "cuda/product.cu"
+#include "cuda/scan.cu"
+
+namespace rnnkern {
+namespace cuda {
+
+void clear(char* memory, size_t bytes, void*) { std::memset(memory, 0, bytes); }
+
+}  // namespace cuda
+namespace RNNKERN_NAMESPACE {
+namespace {
+
+class OnTheStandIn {
+ public:
+  OnTheStandIn(bool tf32, int multiprocessors, int shared_kib)
+      : call_{.device = 0, .stream = nullptr, .tf32 = tf32, .deterministic = false} {
+    device_.multiprocessors = device_.blocks_at_once = multiprocessors;
+    device_.shared_bytes = shared_kib << 10;
+  }
+
+  void forward(const Forward<float>& f) const {
+    with_cell(f.sizes.cell, [&](auto cell) {
+      using Cell = decltype(cell);
+      run([&](Queue& queue) {
+        const cuda::Plan plan = plan_of<float>(f.sizes, f.steps, false, queue);
+        if (plan.resident) {
+          resident<float, Cell>(f, plan, queue);
+        } else {
+          stepwise<float, Cell>(f, queue);
+        }
+      });
+    });
+  }
+  void backward(const Backward<float>& b) const {
+    with_cell(b.sizes.cell, [&](auto cell) {
+      using Cell = decltype(cell);
+      run([&](Queue& queue) {
+        const cuda::Plan plan = plan_of<float>(b.sizes, b.steps, true, queue);
+        const float* zeros = nullptr;
+        if (plan.resident) {
+          resident<float, Cell>(b, plan, &zeros, queue);
+        } else {
+          stepwise<float, Cell>(b, &zeros, queue);
+        }
+        gradients<float, Cell>(b, zeros, queue);
+      });
+    });
+  }
+
+ private:
+  template <typename Start>
+  void run(Start start) const {
+    constexpr size_t kAlignment = 256;
+    Queue counts(call_, device_, nullptr, "");
+    start(counts);
+    const size_t bytes = (counts.bytes() + kAlignment - 1) / kAlignment * kAlignment;
+    const std::unique_ptr<char, decltype(&std::free)> memory(
+        static_cast<char*>(std::aligned_alloc(kAlignment, bytes)), &std::free);
+    std::memset(memory.get(), 0xff, bytes);  // NaN
+    Queue runs(call_, device_, memory.get(), "a layer");
+    start(runs);
+  }
+
+  const cuda::Call call_;
+  cuda::Device device_;
+};
+
+}  // namespace
+}  // namespace RNNKERN_NAMESPACE
+}  // namespace rnnkern
+
+int main() {
+  using namespace rnnkern;
+  using namespace RNNKERN_NAMESPACE;
+  // One tile of rows, two, and as many as there are gates.
+  const Case small[] = {{2, 3, 2, 33}}, rows[] = {{2, 12, 2, 9}}, large[] = {{2, 31, 2, 40}};
+  int wrong = 0;
+  for (const char* tier : {"stepwise", "resident"}) {
+    setenv("RNNKERN_CUDA_TIER", tier, 1);
+    for (bool tf32 : {true, false}) {
+      wrong += check_all<float>(tier, small, OnTheStandIn(tf32, 5, 40));
+      wrong += check_all<float>(tier, rows, OnTheStandIn(tf32, 1, 60));
+      wrong += check_all<float>(tier, large, OnTheStandIn(tf32, 4, 90));
+    }
+  }
+  return wrong != 0;
+}
