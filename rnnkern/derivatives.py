@@ -28,9 +28,10 @@ from torch.nn.functional import linear, pad
 
 from rnnkern.cells import CELLS
 from rnnkern.sequence import Steps, active_rows
-from rnnkern.spec import Gradients, Maybe, Point, Spec
+from rnnkern.spec import Gradients, Maybe, Point, Spec, unflatten
 
 _F = TypeVar("_F", bound=Callable[..., Any])
+_vjp: Any = torch.func.vjp
 
 
 def _without_autocast(function: _F) -> _F:
@@ -344,7 +345,7 @@ class _Direction:
         self.h_before = self.before(self.h, frames.state(at.h0, d, self.x, self.O))
         if linearized:
             c0 = frames.state(at.c0, d, self.x, self.H)
-            self.cell: Any = _CELLS[layer.mode](self, c0)
+            self.cell: Any = _CELLS.get(layer.mode, _OfStep)(self, c0)
             self.gains = self.cell.gain.unbind(0)
 
     # Operands
@@ -361,9 +362,7 @@ class _Direction:
 
     def _in_slots(self, w: Any, sign: int = 1, axis: int = 0) -> Any:
         """Gates of a recurrent weight in the order of the slots; or back."""
-        if w is None or self.layer.mode != "GRU":
-            return w
-        return torch.roll(w, sign * self.H, axis)
+        return torch.roll(w, sign * self.free, axis) if self.free and w is not None else w
 
     def change_of(self, change: Point) -> _Change:
         return _Change(
@@ -403,13 +402,10 @@ class _Direction:
         return pad(w, zeros if w.dim() == 1 else (0, 0, *zeros))
 
     def gates(self) -> tuple[Tensor, ...]:
-        """Of LSTM i, f, g, o; of GRU the recurrent part of n, then r, z, n: for all steps."""
-        sums = self.sums([(self.x, self.w.ih)], self.w).chunk(4, -1)
-        if self.layer.mode == "LSTM":
-            i, f, o = (torch.sigmoid(sums[k]) for k in (0, 1, 3))
-            return i, f, torch.tanh(sums[2]), o
-        m, r, z = sums[0], torch.sigmoid(sums[1]), torch.sigmoid(sums[2])
-        return m, r, z, torch.tanh(sums[3] + r * m)
+        """The slots as the cell saves them, for all steps."""
+        sums = self.sums([(self.x, self.w.ih)], self.w)
+        kind: Any = _CELLS.get(self.layer.mode, _OfStep)
+        return kind.activated(*sums.chunk(self.layer.slots, -1))  # type: ignore[no-any-return]
 
     # Episodes and ends
 
@@ -591,6 +587,11 @@ class _Elman:
         self.gain = (h > 0).to(h.dtype) if is_relu else 1 - h * h
         self.bend = torch.zeros_like(h) if is_relu else -2 * h
 
+    @staticmethod
+    def activated(*sums: Tensor) -> tuple[Tensor, ...]:
+        """The slots as the cell saves them."""
+        raise NotImplementedError("this cell has no differentiable trace")
+
     def step(
         self, t: int, moved: Tensor, others: Tensor, h: Tensor, c: Tensor
     ) -> tuple[Tensor, Tensor]:
@@ -647,6 +648,11 @@ class _Lstm(_Elman):
         )
         self.to_hs = self.to_h.unbind(0)
 
+    @staticmethod
+    def activated(*sums: Tensor) -> tuple[Tensor, ...]:
+        i, f, g, o = sums
+        return torch.sigmoid(i), torch.sigmoid(f), torch.tanh(g), torch.sigmoid(o)
+
     def step(
         self, t: int, moved: Tensor, others: Tensor, h: Tensor, c: Tensor
     ) -> tuple[Tensor, Tensor]:
@@ -701,6 +707,12 @@ class _Gru(_Elman):
             -1,
         )
 
+    @staticmethod
+    def activated(*sums: Tensor) -> tuple[Tensor, ...]:
+        m, r, z, n = sums
+        r = torch.sigmoid(r)
+        return m, r, torch.sigmoid(z), torch.tanh(n + r * m)
+
     def step(
         self, t: int, moved: Tensor, others: Tensor, h: Tensor, c: Tensor
     ) -> tuple[Tensor, Tensor]:
@@ -726,6 +738,79 @@ class _Gru(_Elman):
 
     def back(self, t: int, h: Tensor, c: Tensor) -> tuple[Tensor, Maybe, Tensor]:
         return torch.cat((h, h, h, h), -1), self.keeps[t] * h, c
+
+
+class _OfStep(_Elman):
+    """Any cell, from its step in plain PyTorch: torch derives what the other classes say by hand.
+
+    A step works on each unit separately. So the gradients of a sum over the units are the local
+    derivatives, of h and of c by each slot and by each state.
+    """
+
+    def __init__(self, scan: _Direction, c0: Tensor) -> None:
+        self.scan, self.shape = scan, CELLS[scan.layer.mode]
+        self.has_c, self.reads_h = self.shape.has_cell_state, self.shape.reads_h
+        if self.has_c and self.reads_h:
+            raise NotImplementedError("a cell with c that reads h: write its derivatives by hand")
+        sums = scan.sums([(scan.x, scan.w.ih)], scan.w)
+        c, before = c0, []
+        for t, active in enumerate(scan.actives):
+            before.append(scan.entering(t, c))
+            if self.has_c:
+                _, new = self.made(sums[t], scan.h_before[t], before[t])
+                c = new if active is None else torch.where(active, new, c)
+        self.at = sums, scan.h_before, torch.stack(before)
+        made, pull = _vjp(self.made, *self.at)
+        self.unprojected = made[0]
+        ones, zeros = torch.ones_like(made[0]), torch.zeros_like(made[0])
+        self.of_h_new, self.of_c_new = pull((ones, zeros)[: len(made)]), None
+        if self.has_c:
+            self.of_c_new = pull((zeros, ones))
+        self.gain = torch.ones_like(sums)  # the slots' own is in `step` and `back`
+
+    def made(self, sums: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, ...]:
+        """The states that a step makes. A sum that both products enter counts as the input's."""
+        free = self.scan.free
+        b = pad(sums[..., :free], (self.scan.recurrent - free, 0))
+        return self.shape.step(sums[..., free:], b, (h, c)[: self.shape.states])
+
+    def step(
+        self, t: int, moved: Tensor, others: Tensor, h: Tensor, c: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        slots = torch.cat((moved, others), -1)
+
+        def change(of_slots: Tensor, of_h: Tensor, of_c: Tensor) -> Tensor:
+            by_slot = unflatten(of_slots[t] * slots, -1, (self.shape.slots, self.scan.H))
+            return by_slot.sum(-2) + (of_h[t] * h if self.reads_h else of_c[t] * c)
+
+        return change(*self.of_h_new), change(*self.of_c_new) if self.of_c_new else c
+
+    def of_h(self, own: Tensor) -> Tensor:
+        return self.scan.summed(own, self.of_h_new[1]) if self.reads_h else own
+
+    def of_c(self, d_h: Tensor, d_cn: Maybe) -> Maybe:
+        """As c leaves a step: h of the same step counts for itself."""
+        if not self.of_c_new:
+            return None
+        return self.scan.summed(self.scan.after(self.of_h_new[2] * d_h, d_cn), self.of_c_new[2])
+
+    def curve(self, moved: _Moved, d_h: Tensor, d_c: Any) -> tuple[Tensor, Maybe]:
+        def gradients(*at: Tensor) -> Any:
+            return _vjp(self.made, *at)[1]((d_h, d_c) if self.has_c else (d_h,))
+
+        # A matrix of second derivatives is its own transpose.
+        _, pull = _vjp(gradients, *self.at)
+        slots, h, c = pull((moved.slots, moved.h_before, moved.c_before))
+        self.handed_c = c
+        return slots, h if self.reads_h else None
+
+    def back(self, t: int, h: Tensor, c: Tensor) -> tuple[Tensor, Maybe, Tensor]:
+        def gradient(k: int, repeats: int = 1) -> Tensor:
+            own: Tensor = self.of_h_new[k][t] * h.repeat(1, repeats)
+            return own + self.of_c_new[k][t] * c.repeat(1, repeats) if self.of_c_new else own
+
+        before = gradient(2) + self.handed_c[t] if self.has_c else c
+        return gradient(0, self.shape.slots), gradient(1) if self.reads_h else None, before
 
 
 _CELLS: dict[str, type[_Elman]] = {
