@@ -44,7 +44,7 @@ endef
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help install compare test test-ecosystem test-machines test-torch bench bench-smoke report docs lint format \
-  wheels wheels-cuda test-aarch64 sanitize cuda-check cuda-sanitize simt simt-coverage clean distclean
+  wheels wheels-cuda test-aarch64 sanitize cuda-check cuda-sanitize simt toy-cell simt-coverage clean distclean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -114,6 +114,9 @@ cuda-sanitize: $(TESTS)  ## tests on a GPU under compute-sanitizer's memcheck an
 
 simt: $(TESTS)  ## run kernel tests on the CUDA kernels, on a stand-in for the GPU (ARGS: of pytest)
 	sh tools/simt.sh $(BIN)/python $(SPREAD) $(ARGS)
+
+toy-cell: $(WITH_TORCH) $(call group,test)  ## add a cell to a copy of the sources and test it there (ARGS: of pytest)
+	$(BIN)/python tools/toy_cell.py $(SPREAD) $(ARGS)
 
 simt-coverage: $(TESTS) $(call group,coverage)  ## which lines of the CUDA kernels the tests on the stand-in run
 	sh tools/simt_coverage.sh $(BIN)/python

@@ -102,7 +102,9 @@ def _node(
     tracer: Any = get_proxy_mode().tracer  # type: ignore[union-attr]
     with disable_proxy_modes_tracing():
         y, hn, cn = _shapes(layer, x, h0, c0, weights, batch_sizes)
-    operator = _OPERATORS[layer.mode]
+    operator = _OPERATORS.get(layer.mode)
+    if operator is None:
+        raise NotImplementedError(f"torch has no operator for {layer.mode}: it cannot be exported")
     operands = [
         x,
         [h0, c0] if layer.has_cell_state else h0,

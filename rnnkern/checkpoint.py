@@ -122,11 +122,11 @@ class _Segments:
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         module, reset = self.module, self.reset
         kind, _, nonlinearity = functional.mode_of(module).partition("_")
-        options = {"proj_size": module.proj_size} if kind == "LSTM" else {}
-        if nonlinearity:
+        options = {"proj_size": module.proj_size} if module.proj_size else {}
+        if kind == "RNN":
             options = {"nonlinearity": nonlinearity.lower()}
         sizes = x.shape[-1], module.hidden_size
-        layer = getattr(modules, kind)(
+        layer = getattr(modules, kind, type(module))(
             *sizes, bias=module.bias, device="meta", dtype=x.dtype, **options
         )
         layer.train(module.training)

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from rnnkern.modules import GRU, LSTM, RNN
+from rnnkern.modules import GRU, LSTM, RNN, OwnRNN
 from rnnkern.on_import import on_import
 
 
@@ -40,7 +40,9 @@ class _OfRnnkern(int):
                 "modules of rnnkern and of torch.nn are compiled, or to False, and neither are"
             )
         recurrent = [each for each in asked if isinstance(each, nn.RNNBase)]
-        return bool(recurrent) and all(isinstance(each, (RNN, LSTM, GRU)) for each in recurrent)
+        return bool(recurrent) and all(
+            isinstance(each, (RNN, LSTM, GRU, OwnRNN)) for each in recurrent
+        )
 
     def __repr__(self) -> str:
         return "<true for the modules of rnnkern>"

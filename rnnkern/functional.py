@@ -106,7 +106,7 @@ def _checked(module: Any, input: Any, hx: Any, lengths: Any, reset: Any) -> Any:
 
 _METHODS = {
     base: {name: getattr(base, name) for name in kernels.CALLED_BY_FORWARD if hasattr(base, name)}
-    for base in (nn.LSTM, nn.GRU, nn.RNN)
+    for base in (nn.LSTM, nn.GRU, nn.RNN, nn.RNNBase)
 }
 
 
@@ -355,6 +355,10 @@ def mode_of(module: Any) -> str:
     return f"RNN_{module.nonlinearity.upper()}" if is_cell else module.mode
 
 
+def has_cell_state(module: Any) -> bool:
+    return CELLS[mode_of(module)].has_cell_state
+
+
 def layer_of_cell(module: Any, asked: torch.dtype | None, x: Tensor) -> Layer:
     """The layer of one step that a cell is, if autocast asks for that dtype."""
     own = _cell(module, asked, x)
@@ -424,7 +428,7 @@ def _checked_cell(module: Any, input: Any, hx: Any) -> Any:
         outputs = _cell_by_operators(spec, module.hidden_size, x, h0, c0, weights)
     if dtype is not None and x.dtype != torch.float64:
         outputs = tuple(z.to(dtype) for z in outputs)
-    return outputs if mode == "LSTM" else outputs[0]
+    return outputs if CELLS[mode].has_cell_state else outputs[0]
 
 
 def _one_cell(
@@ -503,7 +507,7 @@ def initial_states(module: Any, hx: Any, N: int) -> tuple[Tensor | None, Tensor 
         return None, None, True
     count = module.num_layers * (2 if module.bidirectional else 1)
     wanted = (count, N, module.proj_size or module.hidden_size)
-    if mode_of(module) != "LSTM":
+    if not has_cell_state(module):
         return hx, None, isinstance(hx, Tensor) and hx.shape == wanted
     if not isinstance(hx, (tuple, list)) or len(hx) != 2:
         return None, None, False
@@ -537,14 +541,14 @@ def _cell_states(
         return None
     if hx is None:
         return None, None
-    is_lstm = mode == "LSTM"
-    if is_lstm != isinstance(hx, (tuple, list)) or (is_lstm and len(hx) != 2):
+    has_c = CELLS[mode].has_cell_state
+    if has_c != isinstance(hx, (tuple, list)) or (has_c and len(hx) != 2):
         return None
     wanted = (*input.shape[:-1], module.hidden_size)
-    parts = tuple(hx) if is_lstm else (hx,)
+    parts = tuple(hx) if has_c else (hx,)
     if any(not isinstance(part, Tensor) or part.shape != wanted for part in parts):
         return None
-    return parts[0], parts[1] if is_lstm else None
+    return parts[0], parts[1] if has_c else None
 
 
 def _layers(
@@ -629,7 +633,7 @@ def _unbatched(module: Any, input: Tensor, hx: Any, lengths: Any, reset: Any) ->
     batch = 0 if module.batch_first else 1
     if hx is None:
         states = None
-    elif isinstance(module, nn.LSTM):
+    elif has_cell_state(module):
         states = tuple(h.unsqueeze(1) for h in hx) if _are_2d(hx) else None
     else:
         states = hx.unsqueeze(1) if _are_2d((hx,)) else None
@@ -679,15 +683,29 @@ def _refuse_states(module: Any, hx: Any, N: int) -> None:
     for i, (state, size) in enumerate(zip(states, sizes, strict=False)):
         wanted = (count, N, size)
         if isinstance(state, Tensor) and state.dim() > 2 and state.shape != wanted:
-            name = f"hidden[{i}]" if mode_of(module) == "LSTM" else "hidden"
+            name = f"hidden[{i}]" if has_cell_state(module) else "hidden"
             raise RuntimeError(f"Expected {name} size {wanted}, got {list(state.shape)}")
 
 
-def _warn(reason: str, result: Any) -> Any:
+def without_torch(self: Any, input: Any, hx: Any = None) -> Any:
+    """In place of ``torch.nn``'s forward, for a layer of a cell that it does not have."""
+    if isinstance(input, PackedSequence):
+        raise NotImplementedError(f"no kernel covers this packed sequence of {self._get_name()}")
+    self.check_input(input, None)
+    T, N = input.shape[:2][:: -1 if self.batch_first else 1]
+    if T == 0:
+        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+    if not initial_states(self, hx, N)[2]:
+        _refuse_states(self, hx, N)
+        raise TypeError(f"hx must be {'(h_0, c_0)' if has_cell_state(self) else 'h_0'}")
+    return _by_reference(self, input, hx, None, None)
+
+
+def _warn(reason: str, result: Any, by: str = "torch.nn") -> Any:
     if not is_compiling() and reason not in _warned:
         _warned.add(reason)
         warnings.warn(
-            f"no rnnkern kernel covers this call ({reason}); torch.nn carries it out",
+            f"no rnnkern kernel covers this call ({reason}); {by} carries it out",
             FallbackWarning,
             stacklevel=_level_of_the_caller(),
         )
@@ -713,7 +731,8 @@ def _elsewhere(module: Any, input: Any, hx: Any, lengths: Any, reset: Any, reaso
         if reason == WRONG:  # torch.nn raises its error; lengths cannot make the input right
             module._torch_forward(input, hx)
         result = _by_reference(module, input, hx, lengths, reset)
-    return _warn(reason, result)
+    has_torch = isinstance(module, (nn.RNN, nn.LSTM, nn.GRU))
+    return _warn(reason, result, "torch.nn" if has_torch else "plain PyTorch")
 
 
 def _by_reference(module: Any, x: Tensor, hx: Any, lengths: Any, reset: Any) -> Any:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from rnnkern import functional, scripting
+from rnnkern.cells import CELLS
 
 _EXTRA = """
     Beyond ``torch.nn``, ``forward(input, hx=None, *, lengths=None, reset=None)`` takes
@@ -70,6 +73,28 @@ class GRU(nn.GRU):
     _torch_forward = nn.GRU.forward
     __prepare_scriptable__ = scripting.prepare
     forward = functional.forward
+
+
+class OwnRNN(nn.RNNBase):
+    """A layer of a cell that ``torch.nn`` does not have; options and parameters are torch's.
+
+    A subclass is one such cell: ``super().__init__(mode, *sizes, **options)``.
+    """
+
+    _torch_forward = functional.without_torch
+    forward = functional.forward
+
+    def __init__(self, mode: str, *sizes: Any, **options: Any) -> None:
+        super().__init__("RNN_TANH", *sizes, **options)  # a mode that torch knows, of one gate
+        self.mode = mode
+        for name, weight in self.named_parameters():
+            if not name.startswith("weight_hr"):
+                rows, *columns = weight.shape
+                weight.data = weight.new_empty(CELLS[mode].gates * rows, *columns)
+        self.reset_parameters()
+
+    def flatten_parameters(self) -> None:
+        """Nothing, because cuDNN has no such cell."""
 
 
 class RNNCell(nn.RNNCell):

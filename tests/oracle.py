@@ -28,7 +28,7 @@ def twin(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         }
         if module.mode.startswith("RNN"):
             options["nonlinearity"] = module.mode[4:].lower()
-        if module.mode == "LSTM":
+        if module.proj_size:
             options["proj_size"] = module.proj_size
         kind = _LAYERS[module.mode]
     else:
@@ -69,7 +69,7 @@ def run(
         x = x.transpose(0, 1)
         reset = None if reset is None else reset.transpose(0, 1)
     T, N = x.shape[:2]
-    states = states or _zeros(module, x)
+    states = states or zeros(module, x)
     outputs, lasts = [], []
     for n in range(N):
         end = T if lengths is None else int(lengths[n])
@@ -83,7 +83,7 @@ def run(
         output, ends = output.squeeze(1), tuple(state.squeeze(1) for state in ends)
     elif module.batch_first:
         output = output.transpose(0, 1)
-    return output, ends if module.mode == "LSTM" else ends[0]
+    return output, ends if has_cell_state(module) else ends[0]
 
 
 def _row(
@@ -101,7 +101,7 @@ def _row(
     for begin, end in pairwise(cuts):
         enters = forward & (begin == 0 and not begins[0]) | ~forward & (end == length)
         start = tuple(torch.where(enters, state, torch.zeros_like(state)) for state in states)
-        y, last = module(x[begin:end], start if module.mode == "LSTM" else start[0])
+        y, last = module(x[begin:end], start if has_cell_state(module) else start[0])
         outputs.append(y)
         forward_end = (last,) if isinstance(last, Tensor) else last
         if begin == 0:
@@ -110,8 +110,13 @@ def _row(
     return torch.cat(outputs), tuple(torch.where(forward, ahead, back) for ahead, back in lasts)
 
 
-def _zeros(module: nn.RNNBase, x: Tensor) -> States:
+def has_cell_state(module: nn.Module) -> bool:
+    """Of an LSTM of any kind: the state is a tuple."""
+    return isinstance(module, nn.LSTMCell) or "LSTM" in getattr(module, "mode", "")
+
+
+def zeros(module: nn.RNNBase, x: Tensor) -> States:
     count = module.num_layers * (2 if module.bidirectional else 1)
     h = x.new_zeros(count, x.shape[1], module.proj_size or module.hidden_size)
     c = x.new_zeros(count, x.shape[1], module.hidden_size)
-    return (h, c) if module.mode == "LSTM" else (h,)
+    return (h, c) if has_cell_state(module) else (h,)

@@ -86,7 +86,7 @@ def initial_states(module: nn.Module, rows: int | None) -> Leaves:
         count, width = (), module.hidden_size
     batch = () if rows is None else (rows,)
     states = {"h0": torch.randn(*count, *batch, width)}
-    if isinstance(module, nn.LSTM | nn.LSTMCell):
+    if oracle.has_cell_state(module):
         states["c0"] = torch.randn(*count, *batch, module.hidden_size)
     return states
 

@@ -1,0 +1,171 @@
+"""Add a cell that torch.nn does not have, as docs/tour.md says how, to a copy of the tree in
+build/toy-cell; and run the kernel tests on it there, on the CPU's kernels and on those for CUDA, on
+the stand-in of tests/simt.
+
+Usage, from the repository: python tools/toy_cell.py [pytest arguments]
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+COPY = ROOT / "build" / "toy-cell"
+FOLDERS = ("csrc", "cmake", "rnnkern", "tests", "tools")
+FILES = ("CMakeLists.txt", "LICENSE", "pyproject.toml", "setup.py")
+
+# The recipe: what is put in front of a pattern, file by file; the header is the fourth file.
+INSERTED = {
+    "csrc/cells/list.h": [
+        ('#include "cells/elman.h"', '#include "cells/coupled_lstm.h"\n'),
+        (r"(?<=using Cells = CellList<)", "CoupledLstm, "),
+    ],
+    "rnnkern/cells.py": [
+        (
+            "_STEPS: ",
+            """\
+def _coupled_lstm(a: Tensor, b: Tensor, state: State) -> State:
+    f, g, o = (a + b).chunk(3, -1)
+    f = torch.sigmoid(f)
+    c = f * state[1] + (1 - f) * torch.tanh(g)
+    return torch.sigmoid(o) * torch.tanh(c), c
+
+
+""",
+        ),
+        ('    "LSTM": _lstm,', '    "COUPLED_LSTM": _coupled_lstm,\n'),
+    ],
+    "rnnkern/modules.py": [
+        (
+            r"\Z",
+            '''
+
+class CoupledLSTM(OwnRNN):
+    """LSTM that writes as much as it forgets."""
+
+    def __init__(self, *sizes: int, **options: Any) -> None:
+        super().__init__("COUPLED_LSTM", *sizes, **options)
+''',
+        ),
+    ],
+}
+
+# What is changed in the header, and what the compiler says then.
+CONTRACT = (
+    ("kF", "kF", ""),
+    (".gates = 3", ".gates = 9", "a cell has kShape"),
+    ("kMode", "kName", "a cell has kMode"),
+    ('"f", "g", "o"', '"f", "g"', "a cell has kMode"),
+    ("void forward", "void forwards", "a cell has forward"),
+    ("void backward", "void backwards", "a cell has backward"),
+    ("void tangent", "void tangents", "a cell has tangent"),
+)
+COMPILER = os.environ.get("CXX", "g++")
+OPTIONS = ["-std=c++20", "-O1", "-march=native", "-fopenmp", "-ffp-contract=fast", "-Wall"]
+OPTIONS += ["-Wno-unknown-pragmas", "-Icsrc", "-Itests/simt"]
+
+# Tests of all forms of layers. Those of autocast ask for the dtypes that torch.nn has, and torch.nn
+# has no such cell.
+CPU_TESTS = ("test_sequences", "test_modules", "test_numerics", "test_16bit", "test_second_order")
+SIMT_TESTS = ("test_sequences",)
+CHOSEN = "CoupledLSTM and not autocast"
+
+
+def main() -> None:
+    copy()
+    add_the_cell()
+    check_contract()
+    check_any_gates()
+    build("build_ext", "--inplace", RNNKERN_INSTRUCTION_SETS="native", RNNKERN_CUDA="OFF")
+    run_tests(COPY, CPU_TESTS)
+    base = Path("build") / "simt"
+    lib = COPY / base / "lib"
+    shutil.rmtree(lib, ignore_errors=True)
+    build("build", "--build-base", str(base), "--build-lib", str(lib), RNNKERN_SIMT="ON")
+    for tier in ("resident", "stepwise"):
+        run_tests(lib, SIMT_TESTS, RNNKERN_CUDA_TIER=tier)
+
+
+def copy() -> None:
+    """Builds in the copy stay, so that a second run compiles what has changed."""
+    COPY.mkdir(parents=True, exist_ok=True)
+    for name in FOLDERS:
+        shutil.rmtree(COPY / name, ignore_errors=True)
+        unwanted = shutil.ignore_patterns("__pycache__", "_C*.so")
+        shutil.copytree(ROOT / name, COPY / name, ignore=unwanted)
+    for name in FILES:
+        shutil.copy2(ROOT / name, COPY)
+    (COPY / "README.md").write_text("A copy for tools/toy_cell.py.\n")
+
+
+def add_the_cell() -> None:
+    header = "coupled_lstm.h"
+    shutil.copy2(COPY / "tests" / "toy_cell" / header, COPY / "csrc" / "cells" / header)
+    for name, insertions in INSERTED.items():
+        path = COPY / name
+        text = path.read_text()
+        for pattern, inserted in insertions:
+            found = re.search(pattern, text)
+            if not found:
+                sys.exit(f"toy_cell: no {pattern!r} in {name}")
+            text = text[: found.start()] + inserted + text[found.start() :]
+        path.write_text(text)
+
+
+def check_contract() -> None:
+    """The compiler says what a cell misses."""
+    header = (COPY / "csrc/cells/coupled_lstm.h").read_text()
+    check = "static_assert(rnnkern::portable::check_cell<rnnkern::portable::CoupledLstm>());\n"
+    for old, new, message in CONTRACT:
+        assert old in header
+        changed = header.replace(old, new) + check
+        command = [COMPILER, *OPTIONS, "-fsyntax-only", "-x", "c++", "-"]
+        result = subprocess.run(command, cwd=COPY, input=changed, capture_output=True, text=True)
+        if (result.returncode != 0) != bool(message) or message not in result.stderr:
+            sys.exit(f"toy_cell: {old} -> {new}: wanted {message!r}, got\n{result.stderr}")
+
+
+def check_any_gates() -> None:
+    """Made-up cells of 1 to 8 gates, in programs of their own, take the place of the list."""
+    stand_in = ["-DRNNKERN_SIMT", "csrc/cuda/plan.cpp", "tests/simt/library.cpp"]
+    for name, sources in {"cpu": [], "cuda": stand_in}.items():
+        program = str(COPY / f"any_gates_{name}")
+        own = ["-Itests/any_gates", *OPTIONS, *sources, f"tests/any_gates/{name}.cpp"]
+        run([COMPILER, *own, "-o", program])
+        run([program])
+
+
+def build(*arguments: str, **environment: str) -> None:
+    run([sys.executable, "setup.py", "--quiet", *arguments], **environment)
+
+
+def run_tests(package: Path, names: tuple[str, ...], **environment: str) -> None:
+    """The kernel tests of the toy cell, on the package in that folder."""
+    path = [package, COPY / "tools", COPY / "tests", COPY / "tests" / "toy_cell"]
+    run(
+        [
+            str(Path(sys.executable).parent / "pytest"),
+            *("-p", "loaded_from", "-p", "coupled_lstm", "-m", "kernel", "-k", CHOSEN),
+            *(f"tests/{name}.py" for name in names),
+            *sys.argv[1:],
+        ],
+        PYTHONPATH=os.pathsep.join(map(str, path)),
+        RNNKERN_LOADED_FROM=str(package),
+        RNNKERN_TEST_DEVICES="cpu",
+        **environment,
+    )
+
+
+def run(command: list[str], **environment: str) -> None:
+    result = subprocess.run(command, cwd=COPY, env={**os.environ, **environment}, check=False)
+    if result.returncode:
+        sys.exit(result.returncode)
+
+
+if __name__ == "__main__":
+    main()
