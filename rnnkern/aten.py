@@ -12,15 +12,15 @@ With ``reset``, each episode is a row of a packed batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rnnkern import onnx
+from rnnkern.layer import PACKED, Layer, Maybe, Operands, unflatten
 from rnnkern.sequence import Steps, active_rows, ranked
-from rnnkern.spec import PACKED, Maybe, Spec, unflatten
 
 _OPERATORS = {
     "LSTM": torch.ops.aten.lstm,
@@ -47,34 +47,35 @@ def exported(
 
     Args:
         lengths: int64 ``[N]``, unchecked.
-        rest: the fields of `Spec`, and whether gradients may be wanted.
+        rest: the fields of `Layer`, and whether gradients may be wanted.
 
     Raises:
         NotImplementedError: ONNX has no such operator.
     """
     from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-    layer, training = Spec(*rest[:-1]), rest[-1]
+    layer, training = Layer(*rest[:-1]), rest[-1]
+    given = Operands(x, h0, c0, weights)
     if get_proxy_mode() is None:  # Dynamo looks for the shapes alone; the graph is traced later
-        return _shapes(layer, x, h0, c0, weights, None)
+        return _shapes(layer, given, None)
     if torch.onnx.is_in_onnx_export():
-        return onnx.nodes(layer, x, h0, c0, weights, lengths, reset)
+        return onnx.nodes(layer, given, lengths, reset)
     O = weights[1].shape[1]
     N = x.shape[0 if layer.batch_first else 1]
     h0 = x.new_zeros(layer.directions, N, O) if h0 is None else h0
     if layer.has_cell_state and c0 is None:
         c0 = x.new_zeros(layer.directions, N, layer.hidden(weights))
+    given = Operands(x, h0, c0, weights)
     if reset is not None:
-        return _by_episodes(layer, x, h0, c0, weights, lengths, reset, training)
+        return _by_episodes(layer, given, lengths, reset, training)
     if lengths is not None:
-        return _with_lengths(layer, x, h0, c0, weights, lengths, training)
-    return _node(layer, x, h0, c0, weights, training)
+        return _with_lengths(layer, given, lengths, training)
+    return _node(layer, given, training)
 
 
-def _shapes(
-    layer: Spec, x: Tensor, h0: Maybe, c0: Maybe, weights: Sequence[Tensor], batch_sizes: Maybe
-) -> tuple[Tensor, ...]:
-    """``y, h_n, c_n`` as they will be, nothing being computed."""
+def _shapes(layer: Layer, operands: Operands, batch_sizes: Maybe) -> tuple[Tensor, ...]:
+    """``y, h_n, c_n`` of a layer, for their shapes alone."""
+    x, h0, c0, weights, _ = operands
     is_packed = batch_sizes is not None
     y, hn, cn, _ = torch.ops.rnnkern.scan(
         x, h0, c0, list(weights), batch_sizes, None, None, None, is_packed, *layer, False
@@ -83,13 +84,7 @@ def _shapes(
 
 
 def _node(
-    layer: Spec,
-    x: Tensor,
-    h0: Tensor,
-    c0: Maybe,
-    weights: Sequence[Tensor],
-    training: bool,
-    batch_sizes: Maybe = None,
+    layer: Layer, given: Operands, training: bool, batch_sizes: Maybe = None
 ) -> tuple[Tensor, ...]:
     """One operator of torch in the graph that is being traced."""
     from torch.fx.experimental.proxy_tensor import (
@@ -101,7 +96,8 @@ def _node(
 
     tracer: Any = get_proxy_mode().tracer  # type: ignore[union-attr]
     with disable_proxy_modes_tracing():
-        y, hn, cn = _shapes(layer, x, h0, c0, weights, batch_sizes)
+        y, hn, cn = _shapes(layer, given, batch_sizes)
+    x, h0, c0, weights, _ = given
     operator = _OPERATORS[layer.mode]
     operands = [
         x,
@@ -130,19 +126,14 @@ def _node(
 
 
 def _with_lengths(
-    layer: Spec,
-    x: Tensor,
-    h0: Tensor,
-    c0: Maybe,
-    weights: Sequence[Tensor],
-    lengths: Tensor,
-    training: bool,
+    layer: Layer, operands: Operands, lengths: Tensor, training: bool
 ) -> tuple[Tensor, ...]:
+    x, h0, c0, weights, _ = operands
     axis = 1 if layer.batch_first else 0
     lengths = lengths.to(x.device).unsqueeze(axis)  # [1, N], or [N, 1] batch first
     steps = torch.arange(x.shape[axis], device=x.device).unsqueeze(1 - axis)
     active = (steps < lengths).unsqueeze(-1)
-    x = torch.where(active, x, 0)  # what stands past the end may be NaN
+    x = torch.where(active, x, 0)  # padding may be NaN
     # Each row's steps from its last to its first; those past its end stay where they are.
     turned = torch.where(steps < lengths, lengths - 1 - steps, steps).unsqueeze(-1)
     last = (lengths - 1).clamp(min=0).unsqueeze(-1)
@@ -155,7 +146,7 @@ def _with_lengths(
             own_x = torch.cat((own_x, (~active).to(x.dtype)), -1)
             own[0] = torch.cat((own[0], _frozen(own[0])), 1)
         h, c = h0[d : d + 1], None if c0 is None else c0[d : d + 1]
-        y, _, cn = _node(one_way, own_x, h, c, own, training)
+        y, _, cn = _node(one_way, Operands(own_x, h, c, own), training)
         # h of the last step, or the initial one of a row without any.
         hn = _taken(y, axis, last).transpose(0, axis)
         hn = torch.where(lengths.reshape(1, -1, 1) > 0, hn, h)
@@ -178,19 +169,13 @@ def _frozen(w_ih: Tensor) -> Tensor:
 
 
 def _by_episodes(
-    layer: Spec,
-    x: Tensor,
-    h0: Tensor,
-    c0: Maybe,
-    weights: Sequence[Tensor],
-    lengths: Maybe,
-    reset: Tensor,
-    training: bool,
+    layer: Layer, operands: Operands, lengths: Maybe, reset: Tensor, training: bool
 ) -> tuple[Tensor, ...]:
     """Each episode is a row of a packed batch, the longest first.
 
     One more row takes part in all steps, because each step of a packed batch needs an active row.
     """
+    x, h0, c0, weights, _ = operands
     if layer.batch_first:
         x, reset = x.transpose(0, 1), reset.t()
     T, N = x.shape[:2]
@@ -226,15 +211,8 @@ def _by_episodes(
         return torch.stack([torch.where(is_carried, z[own_row], 0) for z, is_carried in own])
 
     packed = layer._replace(batch_first=False)
-    y, *finals = _node(
-        packed,
-        data,
-        initial(h0),
-        None if c0 is None else initial(c0),
-        weights,
-        training,
-        taken.sum(1).cpu(),
-    )
+    given = Operands(data, initial(h0), None if c0 is None else initial(c0), weights)
+    y, *finals = _node(packed, given, training, taken.sum(1).cpu())
     # Outputs of the additional row go to a place after all others, which is cut off.
     place = torch.where(is_extra, T * N, place)
     y = y.new_zeros(T * N + 1, y.shape[-1]).index_copy(0, place, y)[:-1]
@@ -267,7 +245,7 @@ def _kernel(
 
     Without what our backward pass would need: torch's operators have their own.
     """
-    layer, steps = Spec.of_code(code), (active, order, reset, placed)
+    layer, steps = Layer.of_code(code), (active, order, reset, placed)
     outputs = _scan(x, h0, c0, weights, *steps, bool(code & PACKED), *layer, training)
     return list(outputs[: 2 + layer.has_cell_state])
 
@@ -277,7 +255,8 @@ def _scan(x: Tensor, h0: Maybe, c0: Maybe, weights: list[Tensor], *rest: Any) ->
     active, order, reset, placed, packed, *layer, training = rest
     if packed:
         assert h0 is not None  # as of torch's operators, which alone are exported packed
-        outputs = _node(Spec(*layer), x, h0, c0, weights, training, active)
+        given = Operands(x, h0, c0, weights)
+        outputs = _node(Layer(*layer), given, training, active)
     else:
         steps = Steps(active, order, reset, packed, placed)
         lengths = None if active is None else active_rows(steps).sum(0)
@@ -294,7 +273,7 @@ def _of_torch(mode: str, packed: bool) -> Callable[..., Any]:
         h0, c0 = hx if mode == "LSTM" else (hx, None)
         D, count = 1 + bidirectional, len(params) // num_layers
         proj = count // D > 2 + 2 * bias
-        layer = Spec(mode, D, bias, any(batch_first), proj, by_bfloat16=False, is_cell=False)
+        layer = Layer(mode, D, bias, any(batch_first), proj, by_bfloat16=False, is_cell=False)
         finals = []
         for i in range(num_layers):
             if i and dropout and training:

@@ -27,8 +27,8 @@ from torch import Tensor
 from torch.nn.functional import linear, pad
 
 from rnnkern.cells import CELLS
+from rnnkern.layer import Gradients, Layer, Maybe, Operands
 from rnnkern.sequence import Steps, active_rows
-from rnnkern.spec import Gradients, Maybe, Point, Spec
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -37,7 +37,7 @@ def _without_autocast(function: _F) -> _F:
     """Derivatives may be asked for under autocast; what they differentiate was not made there."""
 
     @functools.wraps(function)
-    def wrapped(layer: Spec, steps: Steps | None, at: Point, *rest: Any) -> Any:
+    def wrapped(layer: Layer, steps: Steps | None, at: Operands, *rest: Any) -> Any:
         assert at.x is not None
         device = at.x.device.type
         if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
@@ -50,7 +50,7 @@ def _without_autocast(function: _F) -> _F:
 
 @_without_autocast
 def tangent(
-    layer: Spec, steps: Steps | None, at: Point, change: Point
+    layer: Layer, steps: Steps | None, at: Operands, change: Operands
 ) -> tuple[Tensor, Tensor, Maybe]:
     """The derivatives of ``y, h_n, c_n`` in a direction."""
     frames = _Frames(layer, steps, at)
@@ -64,11 +64,11 @@ def tangent(
 
 @_without_autocast
 def of_backward(
-    layer: Spec,
+    layer: Layer,
     steps: Steps | None,
-    at: Point,
+    at: Operands,
     gradients: Gradients,
-    change: Point,
+    change: Operands,
     changes: Gradients,
 ) -> tuple[tuple[Tensor, Tensor, Maybe], tuple[Tensor, Maybe, Maybe, list[Maybe], Tensor]]:
     """The derivative of forward and backward pass in a direction.
@@ -111,7 +111,7 @@ def of_backward(
 
 @_without_autocast
 def state_gradients(
-    layer: Spec, steps: Steps | None, at: Point, gradients: Gradients
+    layer: Layer, steps: Steps | None, at: Operands, gradients: Gradients
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Of each step's h and, for LSTM, c, all that uses them counted: rows as the layer has them,
     one tensor a direction.
@@ -128,14 +128,14 @@ def state_gradients(
     return of_h, of_c
 
 
-def direction(layer: Spec, steps: Steps | None, at: Point, d: int) -> _Direction:
+def direction(layer: Layer, steps: Steps | None, at: Operands, d: int) -> _Direction:
     """One direction at a point, for what `_Direction.gates` gives."""
     return _Direction(layer, _Frames(layer, steps, at), d, at, linearized=False)
 
 
 @_without_autocast
 def weight_gradients(
-    layer: Spec, steps: Steps | None, at: Point, slots: Tensor, groups: int
+    layer: Layer, steps: Steps | None, at: Operands, slots: Tensor, groups: int
 ) -> list[Tensor]:
     """Of each of ``groups`` groups of batch rows, from the gradients of the slots.
 
@@ -155,7 +155,7 @@ def weight_gradients(
 class _Frames:
     """Operands as ``[T, N, ...]`` in the order in which a direction takes its steps, and back."""
 
-    def __init__(self, layer: Spec, steps: Steps | None, at: Point) -> None:
+    def __init__(self, layer: Layer, steps: Steps | None, at: Operands) -> None:
         x = at.x
         assert x is not None
         self.layer, self.steps = layer, steps
@@ -328,7 +328,7 @@ class _Direction:
     """
 
     def __init__(
-        self, layer: Spec, frames: _Frames, d: int, at: Point, linearized: bool = True
+        self, layer: Layer, frames: _Frames, d: int, at: Operands, linearized: bool = True
     ) -> None:
         self.layer, self.frames, self.d = layer, frames, d
         self.H = layer.hidden([w for w in at.weights if w is not None])
@@ -349,9 +349,9 @@ class _Direction:
 
     # Operands
 
-    def weights_of(self, point: Point) -> _Weights:
+    def weights_of(self, operands: Operands) -> _Weights:
         count = self.layer.tensors
-        own = point.weights[self.d * count : (self.d + 1) * count]
+        own = operands.weights[self.d * count : (self.d + 1) * count]
         cast = [None if w is None else _as(self.frames.computed, w) for w in own]
         cast[1] = self._in_slots(cast[1])
         if not self.layer.bias:
@@ -365,7 +365,7 @@ class _Direction:
             return w
         return torch.roll(w, sign * self.H, axis)
 
-    def change_of(self, change: Point) -> _Change:
+    def change_of(self, change: Operands) -> _Change:
         return _Change(
             self.frames.of(change.x, self.d),
             self.frames.state(change.h0, self.d, self.x, self.O),

@@ -58,10 +58,10 @@ def _allow(config: ModuleType) -> None:
 
 def _leave(dynamo: Any) -> None:
     """What Dynamo is not to trace."""
-    from rnnkern import aten, functional
+    from rnnkern import aten, call
 
     dynamo.allow_in_graph(aten.exported)
-    dynamo.assume_constant_result(functional.own_method)
+    dynamo.assume_constant_result(call.own_method)
 
 
 def open_to_rnnkern() -> None:

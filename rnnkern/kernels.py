@@ -1,21 +1,41 @@
-"""What a layer is: the face of ``rnnkern._C``, which no other module imports."""
+"""The extension ``rnnkern._C``, with types and documentation. No other module imports it."""
 
 from __future__ import annotations
 
+import enum
+import functools
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd import profiler
 
 from rnnkern import _C
+from rnnkern.layer import Layer, Operands
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
+class Why(enum.Enum):
+    """Why the kernels do not run a call."""
+
+    INVALID = enum.auto()  # torch.nn refuses such a call, too, and raises its own error
+    MODULE = enum.auto()  # the module overrides a method that torch.nn's forward calls
+    MODE = enum.auto()  # torch is in a mode in which no kernel may run
+    OPERAND = enum.auto()  # no kernel covers an operand
+    GAPS = enum.auto()  # the kernels cover the operands after a copy without gaps
+
+
+class Refusal(NamedTuple):
+    """Why the kernels do not run a call, and the same in words."""
+
+    why: Why
+    text: str
+
+
 def profiled(kernel: _F, mode: str, part: str = "") -> _F:
-    """The kernel; while one of torch's profilers runs, such that it sees it by name."""
+    """The kernel, inside a range of that name while one of torch's profilers runs."""
     if not profiler._is_profiler_enabled:
         return kernel
 
@@ -26,8 +46,8 @@ def profiled(kernel: _F, mode: str, part: str = "") -> _F:
     return recorded  # type: ignore[return-value]
 
 
-Layer = _C.Layer
-"""What a layer is, apart from the sizes of its input.
+Kernel = _C.Layer
+"""The kernels of one `rnnkern.layer.Layer` with its sizes H and P.
 
 ``forward(x, h0, c0, weights, steps, training=None, keeps_y=False)`` returns four things. The
 outputs: ``(y, h_n)`` or ``(y, h_n, c_n)``; of a cell whose tensors have no axis of time, ``(h,)``
@@ -60,14 +80,31 @@ and float64, not where ``IS_STAND_IN``.
 All raise `RefusedError` before anything is written.
 """
 
-layer = _C.layer
-"""``layer(mode, directions, hidden, proj, bias, batch_first, by_bfloat16=False, is_cell=False)``.
+kernel = _C.layer
+"""``kernel(mode, directions, hidden, proj, bias, batch_first, by_bfloat16=False, is_cell=False)``.
 
-Equal ones are mostly one object. With ``by_bfloat16``, products may take float32 as bfloat16: on a
-CPU that multiplies those, from 16 rows on (of all steps), and always under deterministic
-algorithms; on a GPU as TF32. Without, float32 is TF32 on a GPU where torch.nn's would be: of a cell
-(``is_cell``) where torch's products may, of a layer where cuDNN's recurrent layers may.
+Equal kernels usually share one cached object. With ``by_bfloat16``, products may take float32 as
+bfloat16. A CPU that multiplies bfloat16 does so from 16 rows on (over all steps), and always under
+deterministic algorithms. A GPU uses TF32. Without ``by_bfloat16``, a GPU uses TF32 where torch.nn
+would: for a cell (``is_cell``) if torch's products may, for a layer if cuDNN's recurrent layers
+may.
 """
+
+
+@functools.lru_cache(maxsize=256)
+def kernel_of(layer: Layer, hidden: int, proj: int) -> Kernel:
+    """The kernels of a layer with H hidden units and P projected features, or 0."""
+    return kernel(
+        layer.mode,
+        directions=layer.directions,
+        hidden=hidden,
+        proj=proj,
+        bias=layer.bias,
+        batch_first=layer.batch_first,
+        by_bfloat16=layer.by_bfloat16,
+        is_cell=layer.is_cell,
+    )
+
 
 IS_STAND_IN: bool = _C.IS_STAND_IN
 """The CUDA kernels run on the CPU's tensors, on a stand-in for a GPU (`tests/simt`)."""
@@ -75,30 +112,33 @@ IS_STAND_IN: bool = _C.IS_STAND_IN
 RefusedError = _C.RefusedError
 """A RuntimeError: an operand does not fit, or no kernel covers it (`refusal` says why)."""
 
-refusal = _C.refusal
-"""``refusal(x, h0, c0, weights)``: why no kernel covers these tensors, or None.
 
-Looks at types, device, dtype, and whether there is plain memory behind them; the reason is ``GAPS``
-where a dense copy is all that is missing.
-"""
+def refusal(operands: Operands) -> Refusal | None:
+    """Why no kernel covers these tensors, from their types, devices, dtypes and memory; or None."""
+    text = _C.refusal(operands.x, operands.h0, operands.c0, operands.weights)
+    if text is None:
+        return None
+    return Refusal(Why.GAPS if text == _C.GAPS else Why.OPERAND, text)
 
-GAPS: str = _C.GAPS
+
+def mode_refusal() -> Refusal | None:
+    """Why no kernel may run in the present mode of torch, or None.
+
+    Ask before a kernel runs. `plain_call` and `plain_cell` ask by themselves.
+    """
+    text = _C.mode_refusal()
+    return None if text is None else Refusal(Why.MODE, text)
+
 
 CALLED_BY_FORWARD: tuple[str, ...] = _C.CALLED_BY_FORWARD
 """The methods that ``forward`` of torch.nn's layers calls: a class may have its own."""
 
-mode_refusal = _C.mode_refusal
-"""``mode_refusal()``: why no kernel may run in the present mode of torch, or None.
-
-To be asked before a layer runs; `plain_call` asks by itself.
-"""
-
 Machine = _C.Machine
 machine = _C.machine
-"""``machine(layer, threads, x)``: this one, for that layer of tensors of x's dtype."""
+"""``machine(kernel, threads, x)``: what a plan reads of this CPU, for that kernel on x's dtype."""
 
 plan = _C.plan
-"""``plan(layer, machine, *, T, N, I, total, deterministic, backward)``: the plan and its text."""
+"""``plan(kernel, machine, *, T, N, I, total, deterministic, backward)``: the plan and its text."""
 
 compiler: str = _C.compiler
 compiled_sets = _C.compiled_sets
@@ -166,18 +206,18 @@ Of x only the dtype counts.
 """
 
 
-def multiplied_as_bfloat16(layer: Layer, x: Tensor) -> bool:
+def multiplied_as_bfloat16(kernel: Kernel, x: Tensor) -> bool:
     """Whether products take this input, of float32, as bfloat16."""
-    return x.device.type == "cpu" and machine(layer, 1, x).rounded_for_products
+    return x.device.type == "cpu" and machine(kernel, 1, x).rounded_for_products
 
 
-def describe(layer: Layer, x: Tensor, T: int, N: int, features: int, back: bool) -> str:
+def describe(kernel: Kernel, x: Tensor, T: int, N: int, features: int, back: bool) -> str:
     """Kernel and plan of one layer in words."""
     if x.device.type == "cuda":
-        return _C.cuda_describe(layer, x, T=T, N=N, I=features, backward=back)
+        return _C.cuda_describe(kernel, x, T=T, N=N, I=features, backward=back)
     _, text = plan(
-        layer,
-        machine(layer, torch.get_num_threads(), x),
+        kernel,
+        machine(kernel, torch.get_num_threads(), x),
         T=T,
         N=N,
         I=features,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from rnnkern import functional, scripting
+from rnnkern import scripting
+from rnnkern.forward import cell, forward, method
 
 _EXTRA = """
     Beyond ``torch.nn``, ``forward(input, hx=None, *, lengths=None, reset=None)`` takes
@@ -41,7 +42,7 @@ class RNN(nn.RNN):
 
     _torch_forward = nn.RNN.forward
     __prepare_scriptable__ = scripting.prepare
-    forward = functional.forward
+    forward = forward
 
 
 class LSTM(nn.LSTM):
@@ -55,7 +56,7 @@ class LSTM(nn.LSTM):
 
     _torch_forward = nn.LSTM.forward
     __prepare_scriptable__ = scripting.prepare
-    forward = functional.forward
+    forward = forward
 
 
 class GRU(nn.GRU):
@@ -69,7 +70,7 @@ class GRU(nn.GRU):
 
     _torch_forward = nn.GRU.forward
     __prepare_scriptable__ = scripting.prepare
-    forward = functional.forward
+    forward = forward
 
 
 class RNNCell(nn.RNNCell):
@@ -81,7 +82,7 @@ class RNNCell(nn.RNNCell):
     _torch_forward = nn.RNNCell.forward
     __prepare_scriptable__ = scripting.prepare
 
-    forward = functional.method(functional.cell, "RNNCell")
+    forward = method(cell, "RNNCell")
 
 
 class LSTMCell(nn.LSTMCell):
@@ -93,7 +94,7 @@ class LSTMCell(nn.LSTMCell):
     _torch_forward = nn.LSTMCell.forward
     __prepare_scriptable__ = scripting.prepare
 
-    forward = functional.method(functional.cell, "LSTMCell")
+    forward = method(cell, "LSTMCell")
 
 
 class GRUCell(nn.GRUCell):
@@ -105,4 +106,4 @@ class GRUCell(nn.GRUCell):
     _torch_forward = nn.GRUCell.forward
     __prepare_scriptable__ = scripting.prepare
 
-    forward = functional.method(functional.cell, "GRUCell")
+    forward = method(cell, "GRUCell")

@@ -40,7 +40,7 @@ def plan(
     capability, multiprocessors, kib = GPUS[gpu]
     T, N, I, H = sizes
     return kernels.cuda_plan(
-        kernels.layer(mode, directions, H, proj, True, False),
+        kernels.kernel(mode, directions, H, proj, True, False),
         kernels.CudaDevice(
             capability=capability, multiprocessors=multiprocessors, shared_bytes=kib << 10
         ),

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import rnnkern
-from rnnkern import functional
+from rnnkern import forward
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -68,8 +68,8 @@ def test_a_state_does_not_leave_the_plain_call(
     with torch.set_grad_enabled(training):
         _, state = module(x)
         calls: list[Any] = []
-        look = functional._checked
-        monkeypatch.setattr(functional, "_checked", lambda *given: calls.append(0) or look(*given))
+        look = forward._checked
+        monkeypatch.setattr(forward, "_checked", lambda *given: calls.append(0) or look(*given))
         module(x, state)
         assert not calls
         other = list(state) if kind == "LSTM" else state.double()  # as torch.nn takes it; wrong

@@ -40,7 +40,7 @@ def plan(
 ) -> tuple[dict[str, Any], str]:
     T, N, I, H = sizes
     found, text = kernels.plan(
-        kernels.layer(mode, directions, H, proj, True, False),
+        kernels.kernel(mode, directions, H, proj, True, False),
         kernels.Machine(threads=threads, **cpu),
         T=T,
         N=N,
@@ -215,7 +215,7 @@ def test_float32_is_multiplied_as_bfloat16_where_it_pays(rows: int, deterministi
     torch.use_deterministic_algorithms(deterministic)
     known = "bf16" in kernels.instruction_set() or "amx" in kernels.instruction_set()
     for by_bfloat16 in (False, True):
-        layer = kernels.layer("GRU", 1, 8, 0, True, False, by_bfloat16)
+        layer = kernels.kernel("GRU", 1, 8, 0, True, False, by_bfloat16)
         wanted = by_bfloat16 and known and (rows >= 16 or deterministic)
         for x in (torch.zeros(rows, 1, 4), torch.zeros(1, rows, 4), torch.zeros(rows, 4)):
             assert kernels.multiplied_as_bfloat16(layer, x) == wanted

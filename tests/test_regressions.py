@@ -234,9 +234,9 @@ def test_gradients_asked_for_in_inference_mode(kind: str, layers: int) -> None:
 @pytest.mark.cpu_only
 @pytest.mark.parametrize("kind", ["LSTM", "LSTMCell"])
 def test_the_warning_names_the_line_of_the_call(kind: str) -> None:
-    from rnnkern import functional
+    from rnnkern import forward
 
-    functional._warned.clear()
+    forward._warned.clear()
     module = getattr(rnnkern, kind)(3, 4).to(torch.complex64)
     with pytest.warns(rnnkern.FallbackWarning) as caught:
         module(torch.randn(2, 3, dtype=torch.complex64))

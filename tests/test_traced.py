@@ -48,7 +48,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 import rnnkern
-from rnnkern.spec import PACKED, Spec
+from rnnkern.layer import PACKED, Layer
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -296,14 +296,14 @@ def operands(form: str, setting: str, dtype: torch.dtype = torch.float64) -> tup
     given = tree_map(lambda t: fresh(t) if isinstance(t, Tensor) else t, caught[0])
     x, weights, code, _, *rest = given
     h0, c0, *steps = (*rest, *[None] * (6 - len(rest)))
-    return (x, h0, c0, weights, *steps, bool(code & PACKED), *Spec.of_code(code), True)
+    return (x, h0, c0, weights, *steps, bool(code & PACKED), *Layer.of_code(code), True)
 
 
 def of_kernel(args: tuple[Any, ...]) -> tuple[Any, ...]:
     """The same for ``scan_kernel``, whose tensors ask for no gradients."""
     plain = tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, args[:9])
     x, h0, c0, weights, *steps, packed = plain
-    return (x, weights, Spec(*args[9:-1]).code + PACKED * packed, args[-1], h0, c0, *steps)
+    return (x, weights, Layer(*args[9:-1]).code + PACKED * packed, args[-1], h0, c0, *steps)
 
 
 @pytest.mark.parametrize("setting", [name for name in SETTINGS if name != "layers2"])
