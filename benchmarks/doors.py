@@ -22,7 +22,7 @@ from torch.nn.utils.rnn import pack_sequence
 from torch.utils.checkpoint import checkpoint
 
 import rnnkern
-from rnnkern import timing
+from rnnkern.bench import timing
 
 T, N, I, H = 12, 4, 24, 48
 Call = Callable[[], object]

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import rnnkern
-from rnnkern.workloads import FORWARD, Case
+from rnnkern.bench.workloads import FORWARD, Case
 
 Call = Callable[[], Any]
 

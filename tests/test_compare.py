@@ -20,8 +20,11 @@ import torch
 from torch import nn
 
 import rnnkern
-from rnnkern import cli, compare, kernels, timing
-from rnnkern.workloads import (
+from rnnkern import kernels
+from rnnkern.bench import cli, compare, timing
+from rnnkern.bench.printer import Printer, duration
+from rnnkern.bench.report import Report, Row
+from rnnkern.bench.workloads import (
     FORWARD,
     FORWARD_BACKWARD,
     PASSES,
@@ -330,7 +333,7 @@ def test_several_dtypes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 def test_results_are_written_as_they_come(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     path, rows = tmp_path / "results.json", iter([compare.time_row])
 
-    def once(*arguments: Any) -> compare.Row:
+    def once(*arguments: Any) -> Row:
         try:
             return next(rows)(*arguments)
         except StopIteration:
@@ -362,7 +365,7 @@ def test_the_header_of_a_gpu(
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91200)
     chosen = options("--device", "cuda", "--dtype", "tf32,float32")
     header = compare.header(chosen)
-    cli.Printer(chosen).start(compare.Report(header))
+    Printer(chosen).start(Report(header))
     expected = {"gpu": "The GPU", "driver": "123.4", "cuda": "13.0", "cudnn": 91200}
     assert header | expected == header
     assert (header["device"], header["dtype"]) == ("cuda", "float32, tf32")
@@ -430,7 +433,7 @@ def test_an_interrupted_run(
 def test_every_piece_of_work_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = options("--quick", "--cell", "LSTM,RNN", "--workload", "notebook,sine")
     done: list[int] = []
-    printer = cli.Printer(chosen)
+    printer = Printer(chosen)
     monkeypatch.setattr(printer, "end", lambda pieces=1: done.append(pieces))
     monkeypatch.setattr(rnnkern, "LSTM", WrongLSTM)  # one that fails must count as well
     compare.run(chosen, printer)
@@ -513,7 +516,7 @@ def test_as_a_module() -> None:
     ],
 )
 def test_durations(us: float, text: str) -> None:
-    assert cli._duration(us) == text
+    assert duration(us) == text
 
 
 def test_pairs_are_timed_in_turn_with_samples_long_enough() -> None:

@@ -45,8 +45,8 @@ from support import (
 from torch import Tensor, nn
 
 import rnnkern
-from rnnkern import cli, compare
-from rnnkern.workloads import PASSES, default_precisions, tf32_allowed
+from rnnkern.bench import cli, compare
+from rnnkern.bench.workloads import PASSES, default_precisions, tf32_allowed
 
 pytestmark = pytest.mark.cuda
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rnnkern import kernels
-from rnnkern.workloads import load_workloads
+from rnnkern.bench.workloads import load_workloads
 
 pytestmark = pytest.mark.cpu_only
 

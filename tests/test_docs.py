@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from support import importable
 
-from rnnkern import cli
+from rnnkern.bench import cli
 
 pytestmark = pytest.mark.cpu_only
 ROOT = Path(__file__).parent.parent

@@ -21,7 +21,7 @@ from support import (
 from torch import Tensor
 
 import rnnkern
-from rnnkern.timing import threads_set
+from rnnkern.bench.timing import threads_set
 
 pytestmark = pytest.mark.cpu_only
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from benchmarks import peers, report, second_order, streaming
-from rnnkern import timing
-from rnnkern.workloads import CELLS, FORWARD, FORWARD_BACKWARD, draw_case, load_workloads
+from rnnkern.bench import timing
+from rnnkern.bench.workloads import CELLS, FORWARD, FORWARD_BACKWARD, draw_case, load_workloads
 
 pytestmark = pytest.mark.cpu_only
 

@@ -1,25 +1,18 @@
-"""Pictures. They need matplotlib, the optional extra ``plot``: ``pip install "rnnkern[plot]"``."""
+"""Pictures of what `rnnkern.inspect` finds: gradients, gates and states over the steps."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from rnnkern.page import Page, outlines, places
-from rnnkern.workloads import CELLS, PASSES
+from rnnkern.plot.style import CYCLE, LINE_STYLES, finite, numbers, require_matplotlib
 
 if TYPE_CHECKING:
-    from rnnkern.compare import Row
     from rnnkern.inspect import DirectionTrace, Trace
-
-# Told apart in grey and by colour-blind readers too.
-COLOURS = {"RNN": "#0072b2", "LSTM": "#e69f00", "GRU": "#009e73"}
-CYCLE = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#000000", "#999933")
-LINE_STYLES = ("-", "--", "-.", ":")
 
 #: Gates that go through a sigmoid, in the order in which they are drawn.
 SIGMOIDS = {
@@ -29,81 +22,6 @@ SIGMOIDS = {
     "r": "reset gate r",
     "z": "update gate z",
 }
-
-
-def require_matplotlib(path: Path | str) -> None:
-    """Makes sure that a picture can be drawn into ``path``, before the work that it is to show.
-
-    Raises:
-        ModuleNotFoundError: matplotlib is not installed.
-        ValueError: the ending of ``path`` is none that matplotlib can write.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            'a plot needs matplotlib: install it with pip install "rnnkern[plot]"'
-        ) from error
-    known = sorted(Figure().canvas.get_supported_filetypes())
-    if Path(path).suffix.lstrip(".").lower() not in known:
-        raise ValueError(f"{path}: the name must end in one of: {', '.join(known)}")
-
-
-def speedup(rows: Sequence[Row], path: Path) -> None:
-    """Draws the speed-up over torch.nn per workload, a panel for each dtype and pass and a bar for
-    each cell.
-
-    Args:
-        rows: timings, at least one.
-        path: the file to write; its ending says the format.
-
-    Raises:
-        ModuleNotFoundError: matplotlib is not installed.
-    """
-    # Figure and not pyplot: no display, and no state left behind in the process of whoever calls.
-    from matplotlib.figure import Figure
-
-    dtypes = list(dict.fromkeys(r.dtype for r in rows))
-    shown = [
-        (dtype, pass_name)
-        for dtype in dtypes
-        for pass_name in PASSES
-        if any((r.dtype, r.pass_name) == (dtype, pass_name) for r in rows)
-    ]
-    cells = [c for c in CELLS if any(r.cell in (c, c + "Cell") for r in rows)]
-    workloads = list(dict.fromkeys(r.workload for r in rows))
-    size = (max(5.0, 1.5 + 0.85 * len(workloads)), 0.9 + 2.4 * len(shown))
-    figure = Figure(figsize=size, layout="constrained")
-    panels = figure.subplots(len(shown), 1, sharex=True, squeeze=False)[:, 0]
-    width = 0.8 / len(cells)
-    for panel, (dtype, pass_name) in zip(panels, shown, strict=True):
-        for i, cell in enumerate(cells):
-            wanted = (dtype, pass_name, cell)
-            found = [
-                r for r in rows if (r.dtype, r.pass_name, r.cell.removesuffix("Cell")) == wanted
-            ]
-            places = [
-                workloads.index(r.workload) + (i - (len(cells) - 1) / 2) * width for r in found
-            ]
-            # Bars grow from 1 and not from 0: a slow-down points downwards.
-            heights = [r.speedup - 1 for r in found]
-            panel.bar(places, heights, width, bottom=1, color=COLOURS[cell], label=cell)
-        panel.axhline(1, color="black", linewidth=1)
-        panel.set_yscale("log", base=2)
-        panel.yaxis.set_major_formatter("{x:g}x")
-        title = pass_name if len(dtypes) == 1 else f"{dtype}, {pass_name}"
-        panel.set_title(title, loc="left", fontsize=10)
-        panel.grid(axis="y", alpha=0.3)
-        panel.set_axisbelow(True)
-    panels[-1].set_xticks(range(len(workloads)), workloads, rotation=30, ha="right")
-    first = rows[0]
-    figure.suptitle(
-        f"Speed-up over torch.nn: {', '.join(dtypes)} on {first.device}, threads: {first.threads}",
-        fontsize=11,
-    )
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper right", ncols=len(cells), frameon=False)
-    figure.savefig(path, dpi=150)
 
 
 def gradient_flow(
@@ -136,7 +54,7 @@ def gradient_flow(
 
     if not curves:
         raise ValueError("curves is empty: give at least one")
-    drawn = {name: _numbers(f"curve {name!r}", curve) for name, curve in curves.items()}
+    drawn = {name: numbers(f"curve {name!r}", curve) for name, curve in curves.items()}
     for name, norms in drawn.items():
         if norms.dim() != 1 or not len(norms):
             raise ValueError(f"curve {name!r} must have the shape [T], got {list(norms.shape)}")
@@ -272,99 +190,6 @@ def gate_saturation(trace: Trace, path: Path | str, *, low: float = 0.1, high: f
     figure.savefig(path, dpi=150)
 
 
-def string_heatmap(
-    text: str,
-    values: Tensor,
-    path: Path | str,
-    *,
-    names: Sequence[str] | None = None,
-    gates: Sequence[bool] | None = None,
-    label: str = "activation",
-    title: str = "What a neuron reacts to: its value at each character",
-) -> None:
-    """Draws a text on cells coloured by the value at each character.
-
-    Lines break after a newline, which is shown as a mark, and after 80 characters; a character that
-    the font lacks is a dot. Colours are symmetric about 0 where a value is negative; else they go
-    from 0 to 1, or to the largest value beyond it. All neurons share them but those that are gates,
-    which have colours of their own, from 0 to 1.
-
-    Args:
-        text: at least one character.
-        values: ``[len(text)]``, or ``[K, len(text)]``, a block of lines for each of K neurons.
-        path: the file to write; its ending says the format.
-        names: of the K neurons; their numbers unless given.
-        gates: whether each of the K is a gate, which holds a sigmoid; none is unless given.
-        label: of the colour bar.
-        title: of the picture.
-
-    Raises:
-        ModuleNotFoundError: matplotlib is not installed.
-        TypeError: ``values`` is no Tensor.
-        ValueError: the text is empty; ``values``, ``names`` or ``gates`` do not fit, values are not
-            finite, or those of a gate not from 0 to 1; the ending of ``path``.
-    """
-    require_matplotlib(path)
-    from matplotlib.collections import PathCollection
-    from matplotlib.ticker import MaxNLocator
-
-    if not text:
-        raise ValueError("text is empty: give at least one character")
-    blocks = _finite("values", values)
-    if blocks.dim() not in (1, 2) or blocks.shape[-1] != len(text) or not len(blocks):
-        raise ValueError(
-            f"values must have the shape [{len(text)}] or [K, {len(text)}], as long as the text, "
-            f"got {list(blocks.shape)}"
-        )
-    if names is None:
-        names = [f"neuron {k}" for k in range(len(blocks))] if blocks.dim() == 2 else [""]
-    blocks = blocks.reshape(-1, len(text))
-    gates = [False] * len(blocks) if gates is None else gates
-    for what, given in (("names", names), ("gates", gates)):
-        if len(given) != len(blocks):
-            raise ValueError(f"{what} must have one for each of {len(blocks)}, got {len(given)}")
-    is_gate = torch.tensor(gates)
-    if is_gate.any() and (blocks[is_gate] != blocks[is_gate].clamp(0, 1)).any():
-        raise ValueError("values of a gate must be from 0 to 1")
-
-    scales = {kind: _colours(blocks[is_gate == kind], label, kind) for kind in sorted(set(gates))}
-    cells = places(text)
-    page = Page(names, title, *(cells.amax(0) + 1).tolist())
-    glyphs, inked = outlines(text, cells)
-    images = {}
-    for k, block in enumerate(blocks):
-        panel = page.panel(k)
-        grid = torch.full((page.lines, page.columns), torch.nan, dtype=torch.float64)
-        grid[cells[:, 0], cells[:, 1]] = block
-        colours, scale, _ = scales[gates[k]]
-        images[gates[k]] = panel.imshow(grid.numpy(), cmap=colours, norm=scale, aspect="auto")
-        brightness = colours(scale(block[inked].numpy()))[:, :3] @ (0.299, 0.587, 0.114)
-        inks = ["white" if b < 0.5 else "black" for b in brightness]
-        panel.add_collection(PathCollection(glyphs, facecolors=inks, linewidths=0), autolim=False)
-        panel.set(xticks=[], yticks=[])
-        panel.set_title(names[k], loc="left", fontsize=10)
-        panel.spines[:].set_visible(False)
-    for i, (kind, (_, _, named)) in enumerate(scales.items()):
-        bar = page.bar(i, len(scales))
-        page.figure.colorbar(
-            images[kind], cax=bar, label=named, orientation="horizontal", ticks=MaxNLocator(4)
-        )
-    page.figure.savefig(path, dpi=150)
-
-
-def _colours(values: Tensor, label: str, is_gate: bool) -> tuple[Any, Any, str]:
-    """The colours of some neurons, from which to which value they go, and what they mean."""
-    from matplotlib import colormaps
-    from matplotlib.colors import Normalize
-
-    if is_gate:
-        return colormaps["YlGnBu"], Normalize(0, 1), "gate: shut at 0, open at 1"
-    largest = float(values.abs().max())
-    if values.min() < 0:
-        return colormaps["RdBu_r"], Normalize(-largest, largest), label
-    return colormaps["YlGnBu"], Normalize(0, max(1.0, largest)), label
-
-
 def principal_components(states: Tensor) -> tuple[Tensor, Tensor]:
     """Where ``[T, H]`` states lie along the first two principal components.
 
@@ -404,7 +229,7 @@ def state_trajectory(
     require_matplotlib(path)
     from matplotlib.figure import Figure
 
-    states, colour = _finite("states", states), _finite("colour", colour)
+    states, colour = finite("states", states), finite("colour", colour)
     if states.dim() != 2 or min(states.shape) < 2:
         raise ValueError(
             f"states must have the shape [T, H], both at least 2, got {list(states.shape)}"
@@ -440,16 +265,3 @@ def state_trajectory(
     panel.legend(frameon=False)
     figure.colorbar(dots, label=label)
     figure.savefig(path, dpi=150)
-
-
-def _numbers(name: str, given: object) -> Tensor:
-    if not isinstance(given, Tensor):
-        raise TypeError(f"{name} must be a Tensor, got {type(given).__name__}")
-    return given.detach().double().cpu()
-
-
-def _finite(name: str, given: object) -> Tensor:
-    numbers = _numbers(name, given)
-    if not numbers.isfinite().all():
-        raise ValueError(f"{name} must be finite, got NaN or an infinite number")
-    return numbers

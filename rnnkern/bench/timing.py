@@ -208,8 +208,8 @@ def cpu_name() -> str:
 
 
 def commit() -> str | None:
-    """The commit of the checkout this package lies in, ``-dirty`` if changed; None elsewhere."""
-    package = Path(__file__).resolve().parent
+    """The commit of the checkout that has this package, ``-dirty`` if changed; None elsewhere."""
+    package = Path(__file__).resolve().parents[1]
 
     def git(*arguments: str) -> str:
         done = subprocess.run(

@@ -1,18 +1,114 @@
-"""The page of `rnnkern.plot.string_heatmap`: where lines, characters and colour bars stand."""
+"""A text on cells that are coloured by a value at each character."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from rnnkern.plot.style import finite, require_matplotlib
 
 #: Characters in a line of `string_heatmap`.
 COLUMNS = 80
 MARKS = {"\n": "↵", "\t": "→"}
 MISSING = "·"  # for what the font lacks
 WIDEST = 0.9  # of a cell, that a character may fill
+
+
+def string_heatmap(
+    text: str,
+    values: Tensor,
+    path: Path | str,
+    *,
+    names: Sequence[str] | None = None,
+    gates: Sequence[bool] | None = None,
+    label: str = "activation",
+    title: str = "What a neuron reacts to: its value at each character",
+) -> None:
+    """Draws a text on cells coloured by the value at each character.
+
+    Lines break after a newline, which is shown as a mark, and after 80 characters; a character that
+    the font lacks is a dot. Colours are symmetric about 0 where a value is negative; else they go
+    from 0 to 1, or to the largest value beyond it. All neurons share them but those that are gates,
+    which have colours of their own, from 0 to 1.
+
+    Args:
+        text: at least one character.
+        values: ``[len(text)]``, or ``[K, len(text)]``, a block of lines for each of K neurons.
+        path: the file to write; its ending says the format.
+        names: of the K neurons; their numbers unless given.
+        gates: whether each of the K is a gate, which holds a sigmoid; none is unless given.
+        label: of the colour bar.
+        title: of the picture.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+        TypeError: ``values`` is no Tensor.
+        ValueError: the text is empty; ``values``, ``names`` or ``gates`` do not fit, values are not
+            finite, or those of a gate not from 0 to 1; the ending of ``path``.
+    """
+    require_matplotlib(path)
+    from matplotlib.collections import PathCollection
+    from matplotlib.ticker import MaxNLocator
+
+    if not text:
+        raise ValueError("text is empty: give at least one character")
+    blocks = finite("values", values)
+    if blocks.dim() not in (1, 2) or blocks.shape[-1] != len(text) or not len(blocks):
+        raise ValueError(
+            f"values must have the shape [{len(text)}] or [K, {len(text)}], as long as the text, "
+            f"got {list(blocks.shape)}"
+        )
+    if names is None:
+        names = [f"neuron {k}" for k in range(len(blocks))] if blocks.dim() == 2 else [""]
+    blocks = blocks.reshape(-1, len(text))
+    gates = [False] * len(blocks) if gates is None else gates
+    for what, given in (("names", names), ("gates", gates)):
+        if len(given) != len(blocks):
+            raise ValueError(f"{what} must have one for each of {len(blocks)}, got {len(given)}")
+    is_gate = torch.tensor(gates)
+    if is_gate.any() and (blocks[is_gate] != blocks[is_gate].clamp(0, 1)).any():
+        raise ValueError("values of a gate must be from 0 to 1")
+
+    scales = {kind: _colours(blocks[is_gate == kind], label, kind) for kind in sorted(set(gates))}
+    cells = places(text)
+    page = Page(names, title, *(cells.amax(0) + 1).tolist())
+    glyphs, inked = outlines(text, cells)
+    images = {}
+    for k, block in enumerate(blocks):
+        panel = page.panel(k)
+        grid = torch.full((page.lines, page.columns), torch.nan, dtype=torch.float64)
+        grid[cells[:, 0], cells[:, 1]] = block
+        colours, scale, _ = scales[gates[k]]
+        images[gates[k]] = panel.imshow(grid.numpy(), cmap=colours, norm=scale, aspect="auto")
+        brightness = colours(scale(block[inked].numpy()))[:, :3] @ (0.299, 0.587, 0.114)
+        inks = ["white" if b < 0.5 else "black" for b in brightness]
+        panel.add_collection(PathCollection(glyphs, facecolors=inks, linewidths=0), autolim=False)
+        panel.set(xticks=[], yticks=[])
+        panel.set_title(names[k], loc="left", fontsize=10)
+        panel.spines[:].set_visible(False)
+    for i, (kind, (_, _, named)) in enumerate(scales.items()):
+        bar = page.bar(i, len(scales))
+        page.figure.colorbar(
+            images[kind], cax=bar, label=named, orientation="horizontal", ticks=MaxNLocator(4)
+        )
+    page.figure.savefig(path, dpi=150)
+
+
+def _colours(values: Tensor, label: str, is_gate: bool) -> tuple[Any, Any, str]:
+    """The colours of some neurons, from which to which value they go, and what they mean."""
+    from matplotlib import colormaps
+    from matplotlib.colors import Normalize
+
+    if is_gate:
+        return colormaps["YlGnBu"], Normalize(0, 1), "gate: shut at 0, open at 1"
+    largest = float(values.abs().max())
+    if values.min() < 0:
+        return colormaps["RdBu_r"], Normalize(-largest, largest), label
+    return colormaps["YlGnBu"], Normalize(0, max(1.0, largest)), label
 
 
 def places(text: str) -> Tensor:
