@@ -196,8 +196,8 @@ def refusal_of(module: Any) -> Refusal | None:
 def own_method(kind: type) -> str | None:
     """The method of a class in place of one that torch.nn's forward calls, or None.
 
-    Dynamo asks once for each class and keeps no guards for it (`rnnkern.dynamo`): they would take
-    longer at each call than all others.
+    Dynamo asks once for each class and keeps no guards for it (`rnnkern.interop.dynamo`), because
+    these would take longer at each call than all others.
     """
     base = next(base for base in _METHODS if issubclass(kind, base))
     for name, method in _METHODS[base].items():

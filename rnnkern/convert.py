@@ -11,8 +11,8 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from rnnkern import modules
+from rnnkern.interop.scripting import own_class, torch_class
 from rnnkern.kernels import CALLED_BY_FORWARD
-from rnnkern.scripting import own_class, torch_class
 
 _M = TypeVar("_M", bound=nn.Module)
 _Class = type[nn.Module]

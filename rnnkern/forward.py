@@ -22,7 +22,7 @@ from torch.nn.utils.rnn import PackedSequence
 from rnnkern import kernels, ops, run
 from rnnkern.autograd import record, record_cell, record_cell_in_loop
 from rnnkern.call import Call, is_compiling, mode_of, read, read_cell, refusal_of
-from rnnkern.exporting import to_torch
+from rnnkern.interop.exporting import to_torch
 from rnnkern.kernels import Refusal, Why
 
 

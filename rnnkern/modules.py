@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from rnnkern import scripting
 from rnnkern.forward import cell, forward, method
+from rnnkern.interop import scripting
 
 _EXTRA = """
     Beyond ``torch.nn``, ``forward(input, hx=None, *, lengths=None, reset=None)`` takes

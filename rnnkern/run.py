@@ -12,7 +12,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from rnnkern import autocast, kernels, ops
 from rnnkern.autograd import record, record_cell, record_cell_in_loop
 from rnnkern.call import Call, is_compiling
-from rnnkern.exporting import to_torch
+from rnnkern.interop.exporting import to_torch
 from rnnkern.kernels import Kernel, Refusal, Why
 from rnnkern.layer import Layer, Maybe, Operands, one_step
 from rnnkern.sequence import Steps

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rnnkern.exporting import to_torch
+from rnnkern.interop.exporting import to_torch
 
 
 class Steps(NamedTuple):

@@ -210,9 +210,10 @@ def allow_rnn(order: str) -> dict[str, bool]:
     """
     assert "torch._dynamo" not in sys.modules
     if order == "dynamo-first":
-        sys.meta_path[:] = [f for f in sys.meta_path if type(f).__module__ != "rnnkern.dynamo"]
+        own = "rnnkern.interop.on_import"
+        sys.meta_path[:] = [f for f in sys.meta_path if type(f).__module__ != own]
         importlib.import_module("torch._dynamo.config")
-        rnnkern.dynamo.open_to_rnnkern()
+        rnnkern.interop.dynamo.open_to_rnnkern()
     config = importlib.import_module("torch._dynamo.config")
     if order == "own-setting":
         config.allow_rnn = True

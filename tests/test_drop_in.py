@@ -22,7 +22,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.rnn import PackedSequence
 
 import rnnkern
-from rnnkern import by_type
+from rnnkern.interop import by_type
 
 Module = Callable[..., Any]
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from rnnkern.exporting import to_torch
+from rnnkern.interop.exporting import to_torch
 from rnnkern.layer import PACKED, Gradients, Layer, Maybe, Operands, Recorded
 from rnnkern.ops.kernel_ops import (
     LIBRARY,
@@ -38,7 +38,7 @@ def scan(
     """``y, h_n, c_n`` of a layer, in a mode of torch that sees operators only."""
     x, h0, c0, weights, _ = operands
     if to_torch():
-        from rnnkern import aten
+        from rnnkern.interop import aten
 
         options = (None, None) if steps is None else (steps.lengths, steps.reset)
         y, hn, cn = aten.exported(x, h0, c0, list(weights), *options, *layer, training)

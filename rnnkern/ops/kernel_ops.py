@@ -18,9 +18,9 @@ from torch import Tensor
 
 from rnnkern import kernels
 from rnnkern.cells import CELLS
+from rnnkern.interop.on_import import on_import
 from rnnkern.kernels import Kernel, Why
 from rnnkern.layer import PACKED, Layer, Maybe, Operands, dense, pieces
-from rnnkern.on_import import on_import
 from rnnkern.sequence import Steps, active_rows, check_range, ranked
 
 

@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 from torch import fx, nn
 
 from rnnkern.convert import COUNTERPARTS, give_again, revert, take_back
-from rnnkern.on_import import on_import
+from rnnkern.interop.on_import import on_import
 
 _TABLES = {
     "thop.profile": "register_hooks",

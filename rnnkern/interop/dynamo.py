@@ -15,8 +15,8 @@ from typing import Any
 
 from torch import nn
 
+from rnnkern.interop.on_import import on_import
 from rnnkern.modules import GRU, LSTM, RNN
-from rnnkern.on_import import on_import
 
 
 class _OfRnnkern(int):
@@ -58,7 +58,8 @@ def _allow(config: ModuleType) -> None:
 
 def _leave(dynamo: Any) -> None:
     """What Dynamo is not to trace."""
-    from rnnkern import aten, call
+    from rnnkern import call
+    from rnnkern.interop import aten
 
     dynamo.allow_in_graph(aten.exported)
     dynamo.assume_constant_result(call.own_method)
