@@ -32,12 +32,11 @@ _saved_tensor_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 class Scan(torch.autograd.Function):
     """Makes the outputs of a layer differentiable, any number of times.
 
-    The first derivative is a kernel. Asked for a derivative of the derivative
-    (``create_graph=True``), or under a transform such as vmap, backward is the operator of
-    `rnnkern.ops`, which is differentiable itself.
+    The first derivative is a kernel. If it has to be differentiable (``create_graph=True``), or
+    under a transform such as vmap, backward is the operator of `rnnkern.ops` instead.
 
-    The outputs have been computed before (`Layer.forward`): a refusal leaves no node behind, and
-    the plain call has one crossing of the boundary instead of two.
+    The outputs have been computed before (`Kernel.forward`). So a refusal leaves no node behind,
+    and the plain call crosses the boundary to C++ once instead of twice.
     """
 
     @staticmethod
@@ -68,7 +67,7 @@ class Scan(torch.autograd.Function):
 
 
 class ScanOfCell(torch.autograd.Function):
-    """The same of a cell, whose outputs are ``h`` or ``h, c``."""
+    """`Scan` for a cell, whose outputs are ``h`` or ``h, c``."""
 
     forward = Scan.forward
 
@@ -116,14 +115,14 @@ def _backward(
 record: Callable[..., tuple[Tensor, ...]] = super(torch.autograd.Function, Scan).apply
 """``record(scanned, outputs, y, saved, x, *weights, *initial_states)``: differentiable ``outputs``.
 
-``y`` is the first output as backward will want it, whatever the caller does to that one, or None if
-it is the last part of ``saved``.
+``y`` is the first output for backward to read, unchanged if the caller changes the output in place.
+It is None if it is the last part of ``saved``.
 
-``Scan.apply`` without its look for functorch transforms: the caller has looked already.
+This is ``Scan.apply`` without its check for functorch transforms, which the caller has made.
 """
 
 record_cell: Callable[..., tuple[Tensor, ...]] = super(torch.autograd.Function, ScanOfCell).apply
-"""As `record`, for a cell."""
+"""`record` for a cell."""
 
 
 def record_cell_in_loop(
@@ -134,14 +133,14 @@ def record_cell_in_loop(
     x: Tensor,
     *tensors: Tensor,
 ) -> tuple[Tensor, ...]:
-    """As `record_cell`, of a call that may be one of many in a graph (`rnnkern.loops`)."""
+    """`record_cell` for a call that may be one of many in a graph (`rnnkern.loops`)."""
     kernel, _, states = scanned
     weight = tensors[0]
     if not weight.requires_grad:
         return record_cell(scanned, outputs, y, saved, x, *tensors)
     loop = loop_of(weight)
     sums = None
-    if loop.is_recorded:  # not by the first call, which may be the only one
+    if loop.is_recorded:  # the first call may be the only one, and records no sums
         sums, views = loop.sums_of(tensors[: kernel.tensors])
         tensors = (*views, *tensors[kernel.tensors :])
     loop.is_recorded = True

@@ -1,7 +1,6 @@
 """What goes on inside a layer: its gates and states at every step, and how far gradients reach.
 
-All of it is what the kernels keep for backward anyway; nothing is computed a second time step by
-step.
+All of it is what the kernels keep for backward anyway. Nothing is recomputed step by step.
 """
 
 from __future__ import annotations
@@ -51,8 +50,8 @@ class Trace(NamedTuple):
 
 
 class Flow(NamedTuple):
-    """What `gradient_flow` finds: norms over the units, ``[layers * directions, T, N]``, whatever
-    axis of the input comes first.
+    """What `gradient_flow` finds: norms over the units, ``[layers * directions, T, N]`` for every
+    layout of the input.
 
     Attributes:
         h: of the gradients of hidden states.

@@ -49,33 +49,40 @@ def profiled(kernel: _F, mode: str, part: str = "") -> _F:
 Kernel = _C.Layer
 """The kernels of one `rnnkern.layer.Layer` with its sizes H and P.
 
-``forward(x, h0, c0, weights, steps, training=None, keeps_y=False)`` returns four things. The
-outputs: ``(y, h_n)`` or ``(y, h_n, c_n)``; of a cell whose tensors have no axis of time, ``(h,)``
-or ``(h, c)``. Whether a gradient is to be recorded. And what backward then needs: y, and one tensor
-of the activated slots ``[D, rows, S * H]``, cell states ``[D, rows, H]`` and hidden states before a
-projection ``[D, rows, H]``, as far as the cell has them, one after the other, or None. A
-``training`` of None asks torch's modes and the operands. With ``keeps_y`` the y for backward stays
-as it is whatever becomes of the output: a small one is None, and a copy of it the last part of that
-tensor; a large one is copied by torch when one of the two is written to.
+``forward(x, h0, c0, weights, steps, training=None, keeps_y=False)`` returns
 
-``closed_loop(inputs, h0, c0, weights, readout, bias)`` takes ``inputs[0]``, feeds the layer what
-the readout makes of its outputs, writes that to ``inputs[1:]``, and returns ``h_n, c_n``. On the
-CPU, not where ``IS_STAND_IN``.
+- the outputs: ``(y, h_n)`` or ``(y, h_n, c_n)``; for a cell whose tensors have no time axis,
+  ``(h,)`` or ``(h, c)``;
+- whether a gradient has to be recorded; torch's modes and the operands say so if ``training`` is
+  None;
+- y for backward. With ``keeps_y`` it stays the same if the caller changes the output. A small y is
+  then None, because a copy of it is the last part of the next tensor. A large y is copied by torch
+  as soon as one of the two is written to;
+- None, or one flat tensor of what else backward needs: activated slots ``[D, rows, S * H]``, cell
+  states ``[D, rows, H]`` and hidden states before a projection ``[D, rows, H]``, as far as the cell
+  has them.
 
 ``backward(x, h0, c0, weights, steps, y, saved, dy, dhn, dcn, wanted, overwrite, sums=())`` returns
-a list of gradients of ``x, *weights`` and the initial states that are not None, None where not
-``wanted`` (one flag each); and those of the slots before their activation, ``[D, rows, S * H]``
-first of all in a flat tensor. None for ``dy``, ``dhn`` or ``dcn`` stands for zeros, and for ``y``
-for the last part of ``saved``. With ``overwrite``, gradients of the slots take the place of what
-was saved, where the cell saves slots. ``sums``, one for each weight, on the CPU: the gradients of
-the weights are added to them, and the list has None in their place.
 
-``second_order(point, direction, wanted)`` returns the derivatives of both passes in a direction: a
-tuple of ``(y, h_n, c_n)``; a list of those of the gradients, as backward's; and those of the
-gradients of the slots. The point: ``(x, h0, c0, weights, steps, y, saved, slots, incoming)``, with
-the gradients of the slots and incoming ones of ``(y, h_n, c_n)``. The direction: ``(x, h0, c0,
-weights, slots, incoming)``, slots being their sums. None stands for zeros. On the CPU, in float32
-and float64, not where ``IS_STAND_IN``.
+- a list of gradients: of ``x``, ``*weights`` and the given initial states; None for those that are
+  not ``wanted``;
+- a flat tensor that begins with the gradients of the slots before their activation,
+  ``[D, rows, S * H]``.
+
+None means zeros for ``dy``, ``dhn`` and ``dcn``, and the last part of ``saved`` for ``y``. With
+``overwrite``, gradients of the slots replace the saved slots. On the CPU, gradients of the weights
+are added to ``sums``, one for each weight, and the list has None in their place.
+
+``second_order(point, direction, wanted)`` returns the derivatives of both passes in a direction: of
+the outputs ``(y, h_n, c_n)``, of the gradients as backward lists them, and of the gradients of the
+slots. The point is ``(x, h0, c0, weights, steps, y, saved, slots, incoming)``: ``slots`` are their
+gradients, ``incoming`` those of ``(y, h_n, c_n)``. The direction is ``(x, h0, c0, weights, slots,
+incoming)``: ``slots`` are their sums. None means zeros. It runs on the CPU in float32 and float64,
+and not if ``IS_STAND_IN``.
+
+``closed_loop(inputs, h0, c0, weights, readout, bias)`` reads ``inputs[0]``, feeds the layer what
+the readout makes of its outputs, writes that to ``inputs[1:]``, and returns ``h_n, c_n``. It runs
+on the CPU, and not if ``IS_STAND_IN``.
 
 All raise `RefusedError` before anything is written.
 """
@@ -131,7 +138,7 @@ def mode_refusal() -> Refusal | None:
 
 
 CALLED_BY_FORWARD: tuple[str, ...] = _C.CALLED_BY_FORWARD
-"""The methods that ``forward`` of torch.nn's layers calls: a class may have its own."""
+"""The methods that ``forward`` of torch.nn's layers calls, and that a class may override."""
 
 Machine = _C.Machine
 machine = _C.machine
@@ -145,7 +152,7 @@ compiled_sets = _C.compiled_sets
 instruction_set = _C.instruction_set
 """What the extension was built with, and the instruction set in use.
 
-Those named after the one for all types have kernels of their own for products of bfloat16 alone.
+A set whose name extends that of another has kernels of its own for products of bfloat16 only.
 """
 
 cuda_version = _C.cuda_version
@@ -153,25 +160,25 @@ cuda_architectures = _C.cuda_architectures
 cuda_driver = _C.cuda_driver
 """Versions and architectures of the CUDA kernels, and the driver's CUDA version.
 
-None where there are no CUDA kernels, or no driver.
+None if there are no CUDA kernels, or no driver.
 """
 
 cuda_driver_refusal = _C.cuda_driver_refusal
 """``cuda_driver_refusal()``: why the driver here is too old for this build, or None.
 
-``cuda_driver_refusal(driver, built)``: the same of a driver and a build for those CUDA versions, as
-numbers: 13020 is 13.2.
+``cuda_driver_refusal(driver, built)``: the same for a driver and a build of these CUDA versions,
+given as numbers: 13020 is 13.2.
 """
 
 cuda: str | None = cuda_version()
-"""The CUDA version of the kernels, None where there are none."""
+"""The CUDA version of the kernels, or None."""
 
 plain_call = _C.plain_call
 """``plain_call(module, x, hx, record)``: what the module returns for an input and its state.
 
-None where that is not the call of one layer, where the module is changed in a way that only Python
-sees, or where the mode of torch forbids it. Where a gradient is wanted, the outputs pass through
-``record((layer, None, number of states), outputs, y, saved, x, *weights, *states)``
+None if the call is not that of one layer, if the module is changed in a way that only Python sees,
+or if a mode of torch forbids it. If a gradient is wanted, the outputs pass through
+``record((kernel, None, number of states), outputs, y, saved, x, *weights, *states)``
 (`rnnkern.autograd.record`).
 
 Raises:
@@ -179,30 +186,31 @@ Raises:
 """
 
 plain_cell = _C.plain_cell
-"""``plain_cell(module, x, hx, record, record_in_loop)``: as `plain_call`, for a cell.
+"""``plain_cell(module, x, hx, record, record_in_loop)``: `plain_call` for a cell.
 
-Its outputs are ``(h,)`` or ``(h, c)`` and no y besides. ``record_in_loop`` in place of ``record``
-where `are_worth_sums` (`rnnkern.autograd.record_cell`, `record_cell_in_loop`).
+Its outputs are ``(h,)`` or ``(h, c)``, without y. It calls ``record_in_loop`` instead of ``record``
+if `are_worth_sums` (`rnnkern.autograd.record_cell`, `record_cell_in_loop`).
 """
 
 plain_backward = _C.plain_backward
 """``plain_backward(ctx, dy, dhn, dcn)``: the gradients of all that ``record`` was given.
 
-None where the backward pass is not a plain one: a derivative of it is wanted, a mode of torch or a
-profiler is to see it, a hook has what was saved, a loop sums its gradients, an operand is refused.
+None if the backward pass is not a plain one: it must be differentiable, a mode of torch or a
+profiler has to see it, a hook has what was saved, a loop sums its gradients, or an operand is
+refused.
 """
 
 are_worth_sums = _C.are_worth_sums
-"""``are_worth_sums(layer, x)``: of a cell, whether `rnnkern.loops` is to sum its gradients."""
+"""``are_worth_sums(kernel, x)``: whether `rnnkern.loops` should sum the gradients of a cell."""
 
 CudaDevice = _C.CudaDevice
 """``CudaDevice(*, capability, multiprocessors, shared_bytes)``: a GPU as its plan sees it."""
 
 cuda_plan = _C.cuda_plan
-"""``cuda_plan(layer, device, x, *, T, N, I, tf32, backward, deterministic=False,
-has_library=True)``: the plan there and its text.
+"""``cuda_plan(kernel, device, x, *, T, N, I, tf32, backward, deterministic=False,
+has_library=True)``: the plan on that device and its text.
 
-Of x only the dtype counts.
+Only the dtype of x counts.
 """
 
 

@@ -103,10 +103,10 @@ def nodes(layer: Layer, operands: Operands, lengths: Maybe, reset: Maybe) -> tup
 def translations() -> dict[Any, Callable[..., Any]]:
     """The table for ``torch.onnx.export(..., custom_translation_table=)``.
 
-    A model needs none. It is for programs that ``torch.export`` has made before, in which a layer
-    is an operator of torch: torch's own table makes one ``LSTM`` or ``GRU`` of it, and takes an RNN
-    apart into steps, for which this table has one ``RNN``. The number of steps of such a model is
-    that of the program's example, because torch's exporter looks for it.
+    Exporting a model needs no table. This one is for programs that ``torch.export`` has made
+    before, in which a layer is an operator of torch. torch's own table makes one ``LSTM`` or
+    ``GRU`` of it, but takes an RNN apart into steps. This table makes one ``RNN``. Such a model has
+    as many steps as the program's example, because torch's exporter fixes their number.
 
     Returns:
         A new table, by operator.

@@ -93,7 +93,7 @@ def _scan(
 def _episode_begins(
     t: int, count: int, backwards: bool, batch_first: bool, steps: Steps | None
 ) -> Tensor | None:
-    """Which of the first ``count`` rows enter step t with a state of zero."""
+    """Which of the first ``count`` rows enter step t with a zero state; None if no row does."""
     if steps is None or steps.reset is None:
         return None
     flags = steps.reset.t() if batch_first else steps.reset
@@ -101,7 +101,7 @@ def _episode_begins(
     if begin >= flags.shape[0]:
         return None
     row = flags[begin] if steps.order is None else flags[begin].index_select(0, steps.order)
-    if backwards and steps.active is not None:  # a row that ends at t starts from its initial state
+    if backwards and steps.active is not None:  # a row that ends at t starts with its initial state
         row = row & (torch.arange(row.shape[0], device=row.device) < steps.active[begin])
     return row[:count]
 

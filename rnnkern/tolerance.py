@@ -42,7 +42,7 @@ class Verdict:
             non-finite values differ.
         torch_error: the error of torch.nn, in eps of its dtype.
         limit: the largest error allowed, in eps.
-        problem: what is wrong if it is not a matter of rounding, else empty.
+        problem: what is wrong, if it is not rounding; otherwise empty.
     """
 
     ok: bool

@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 
-from benchmarks import decoder, doors, steps, versions
+from benchmarks import decoder, entry_points, steps, versions
 
 pytestmark = pytest.mark.cpu_only
 
@@ -31,9 +31,9 @@ def test_steps(run) -> None:  # type: ignore[no-untyped-def]
     assert rows == sorted(rows, key=lambda row: float(row.split("x")[0]))
 
 
-def test_doors(run) -> None:  # type: ignore[no-untyped-def]
+def test_entry_points(run) -> None:  # type: ignore[no-untyped-def]
     names = "packed,vmapped,functional_cell"
-    lines = run(doors, "--seconds", "0", "--threads", "1", "--door", names)
+    lines = run(entry_points, "--seconds", "0", "--threads", "1", "--entry", names)
     assert [line.split()[0] for line in lines[-3:]] == names.split(",")
     assert lines[-2].count("torch.nn cannot") == 3
 

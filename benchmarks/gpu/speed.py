@@ -88,7 +88,7 @@ class Row:
 
 
 def rows(names: list[str], dtypes: list[str], cells: list[str]) -> list[Row]:
-    """Of all workloads or those named; those of one case stand together."""
+    """The rows of all workloads, or of the named ones; the rows of one case are together."""
     chosen = [w for w in load_workloads("cuda").values() if not names or w.name in names]
     wanted = dtypes or [precision.name for precision in default_precisions("cuda")]
     return [

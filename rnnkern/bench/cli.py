@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="rnnkern", description="Hand-written kernels for torch.nn's RNN, LSTM and GRU."
     )
     commands = parser.add_subparsers(required=True, metavar="command")
-    info = commands.add_parser("info", help="what this build is and what it uses here")
+    info = commands.add_parser("info", help="what this build has, and what it uses on this machine")
     info.set_defaults(command=lambda _: _info())
     sub = commands.add_parser(
         "compare",
@@ -78,7 +78,9 @@ def _parser() -> argparse.ArgumentParser:
         for device, kind in (("the CPU", "cpu"), ("a GPU", "cuda"))
     ]
     passes = ", ".join(map(_slug, PASSES))
-    sub.add_argument("--quick", action="store_true", help="seconds instead of minutes, rougher")
+    sub.add_argument(
+        "--quick", action="store_true", help="take seconds instead of minutes, with rougher figures"
+    )
     sub.add_argument("--cell", **several, metavar="C[,C]", help=", ".join(ALL_CELLS))
     sub.add_argument(
         "--workload",
@@ -88,12 +90,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--pass", dest="passes", **several, metavar="P[,P]", help=passes)
     sub.add_argument(
-        "--threads", type=_positive, metavar="N", help="threads, of torch and so of us"
+        "--threads",
+        type=_positive,
+        metavar="N",
+        help="number of threads (torch's pool, which rnnkern shares)",
     )
     sub.add_argument("--device", type=_device, default="cpu", help="cpu (default), cuda or cuda:N")
     sub.add_argument("--dtype", **several, metavar="D[,D]", help="; ".join(dtypes))
     sub.add_argument(
-        "--json", type=Path, metavar="FILE", help="write all results there, as they come"
+        "--json", type=Path, metavar="FILE", help="write the results to FILE as they come"
     )
     sub.add_argument("--plot", type=Path, metavar="FILE", help="draw the speed-ups (extra 'plot')")
     return parser
@@ -105,7 +110,7 @@ def _words(text: str) -> list[str]:
 
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"want a number of at least 1, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {text!r}")
     return int(text)
 
 
@@ -115,7 +120,7 @@ def _device(text: str) -> torch.device:
     except RuntimeError:
         device = torch.device("meta")
     if device.type not in ("cpu", "cuda"):
-        raise argparse.ArgumentTypeError(f"want cpu, cuda or cuda:N, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected cpu, cuda or cuda:N, got {text!r}")
     count = torch.cuda.device_count() if device.type == "cuda" else 1
     if (device.index or 0) >= count:
         why = "" if torch.version.cuda else " (it is built without CUDA)"
@@ -128,7 +133,7 @@ def _device(text: str) -> torch.device:
 def _choose(
     parser: argparse.ArgumentParser, option: str, given: list[str], known: dict[str, Any]
 ) -> tuple[Any, ...]:
-    """The values of the names given (in any case), in the order of ``known``; all if none is."""
+    """The values of the given names, in any case and in the order of ``known``; or all values."""
     folded = {name.lower(): name for name in known}
     names = [name.strip().lower() for name in given]
     unknown = [name for name in names if name not in folded]
@@ -152,7 +157,7 @@ def _options(arguments: argparse.Namespace) -> Options:
     known = load_workloads(device.type) | load_step_workloads()
     workloads = _choose(parser, "--workload", arguments.workload, known)
     small = workloads
-    if arguments.quick and not arguments.workload:  # who names a large one gets it
+    if arguments.quick and not arguments.workload:  # a large workload runs if it is named
         small = compare.quick_workloads(workloads, device.type)
     return Options(
         cells=_choose(parser, "--cell", arguments.cell, {name: name for name in ALL_CELLS}),
@@ -193,7 +198,7 @@ def _info() -> int:
     for name, value in info.items():
         print(f"{name:{width}}  {_plain(value)}")
     if refusal := kernels.cuda_driver_refusal():
-        text = f"This machine has {refusal}; until then torch.nn carries out what is on a GPU."
+        text = f"This machine has {refusal}; until then torch.nn runs the calls with CUDA tensors."
         print(f"\n{textwrap.fill(text, 100)}")
     return OK
 

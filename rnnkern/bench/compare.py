@@ -1,8 +1,8 @@
-"""The main job, ``rnnkern compare``: the same numbers as torch.nn, and how much sooner.
+"""``rnnkern compare``: checks that results are those of torch.nn, and times both.
 
-First the comparison of the teaching notebook as it stands there, then every cell at every workload.
-Each is checked before it is timed, and what fails its check is not timed. This file does the work
-and knows nothing of printing; a :class:`Listener` hears of every result as it comes.
+First comes the comparison of the teaching notebook, unchanged, then every cell at every workload.
+Each case is checked before it is timed, and a case that fails its check is not timed. This file
+does the work, and a `Listener` hears of every result as it comes.
 """
 
 from __future__ import annotations
@@ -106,17 +106,16 @@ class Options:
     def time_limit_s(self) -> float:
         """Seconds after which cases are still checked but no longer timed.
 
-        torch.nn's own time grows a hundredfold where its threads have to share the cores with
-        another program; a quick run stays one all the same. On a GPU a whole run stays one of
-        minutes, whoever of the two is slow.
+        torch.nn's time grows a hundredfold if its threads share the cores with another program, and
+        a quick run has to stay quick. On a GPU a whole run has to stay one of minutes.
         """
         return TIME_LIMIT_S[self.device.type][self.quick]
 
     @property
     def notebook_precision(self) -> Precision | None:
-        """What the notebook's comparison is made in, None where it is no part of the run.
+        """The precision of the notebook's comparison; None if the run does not include it.
 
-        Its criterion is meant for float32: TF32 and the 16-bit types cannot keep to it.
+        Its criterion is meant for float32. TF32 and the 16-bit types cannot meet it.
         """
         if not any(w.name == "notebook" for w in self.workloads):
             return None
@@ -125,7 +124,7 @@ class Options:
 
 
 def quick_workloads(workloads: tuple[Workload, ...], device_type: str) -> tuple[Workload, ...]:
-    """Those small enough for a quick run."""
+    """The workloads that are small enough for a quick run."""
     limit = QUICK_GFLOP[device_type] * 1e9
     return tuple(w for w in workloads if flops("LSTM", w) <= limit)
 
@@ -138,10 +137,7 @@ def pieces_of_work(options: Options) -> int:
 
 
 def run(options: Options, listener: Listener) -> Report:
-    """Does all of it; see the top of this file.
-
-    The number of threads is set for the time of the run and then restored.
-    """
+    """Runs all comparisons, and restores the number of threads afterwards."""
     deadline = time.perf_counter() + options.time_limit_s
     with timing.threads_set(options.threads):
         report = Report(header(options))
@@ -297,7 +293,7 @@ def gflops(cell: str, workload: Workload, pass_name: str, us: float) -> float:
 
 
 def header(options: Options) -> dict[str, Any]:
-    """What one must know to read the figures: machine, versions, commit, threads, date, options."""
+    """What a reader of the figures must know: machine, versions, commit, threads, date, options."""
     build = rnnkern.build_info()
     on_gpu = options.device.type == "cuda"
     return {

@@ -41,7 +41,7 @@ One step of a cell, from a given state.
 
 
 def write_json(report: Report, path: Path) -> None:
-    """Writes the report, so that at every moment a whole one stands there."""
+    """Writes the report in one step, so that the file is complete at every moment."""
     text = json.dumps(report.as_json(), indent=1, allow_nan=False)
     unfinished = path.with_name(f"{path.name}.part")
     unfinished.write_text(text + "\n", encoding="utf-8")
@@ -69,12 +69,12 @@ def _ratio(value: float | None) -> str:
 
 
 def _progress_bar(total: int) -> Any:
-    """A bar on stderr, or None if that is no terminal or tqdm is not there."""
+    """A bar on stderr, or None if that is not a terminal or tqdm is not installed."""
     if not sys.stderr.isatty():
         return None
     try:
         from tqdm import tqdm  # type: ignore[import-untyped,unused-ignore]
-    except ModuleNotFoundError:  # the bar is a comfort and no reason to fail
+    except ModuleNotFoundError:  # a run without a bar is better than none
         return None
     shown = "{percentage:3.0f}% |{bar:30}| {elapsed} {desc}"
     return tqdm(total=total, file=sys.stderr, leave=False, bar_format=shown)
@@ -111,10 +111,10 @@ class Printer:
 
     def _print(self, text: str) -> None:
         if self._bar is not None:
-            self._bar.write(text, file=sys.stdout)  # print would leave pieces of the bar behind
+            self._bar.write(text, file=sys.stdout)  # print would leave parts of the bar behind
         else:
             print(text)
-        sys.stdout.flush()  # a row may take seconds: a pipe should not keep it back
+        sys.stdout.flush()  # a row may take seconds, and a pipe should not delay it
 
     def _print_row(self, table: str, text: str) -> None:
         """Prints a row, under the table's heading if it is the first."""
@@ -134,7 +134,7 @@ class Printer:
             self._bar.update(pieces)
 
     def start(self, report: Report) -> None:
-        """Says what is compared, where."""
+        """Prints what is compared, and on which machine."""
         self._report = report
         header = report.header
         threads = header["threads"]
@@ -168,7 +168,7 @@ class Printer:
         )
 
     def row(self, row: Row) -> None:
-        """Prints one timing; sizes and dtype only where they are others than in the row above."""
+        """Prints one timing. It omits sizes and dtype if they are those of the row above."""
         name = dtype = ""
         w = next(w for w in self.options.workloads if w.name == row.workload)
         if self._case[:2] != (row.cell, row.workload):

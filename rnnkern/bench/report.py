@@ -1,4 +1,4 @@
-"""The results of ``rnnkern compare``, and what hears of them as they come."""
+"""The results of ``rnnkern compare``, and the interface of a listener to them."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from rnnkern.bench.workloads import CELLS, PASSES, STEP_CELLS
 
 @dataclass(frozen=True)
 class BesideLinear:
-    """One call of a layer, one of ``nn.Linear`` of the same sizes on the same input, and how many
-    of the latter the former takes (the median of the ratios).
+    """The times of a call of a layer and of a call of ``nn.Linear`` of the same sizes on the same
+    input, and the median of their ratios.
     """
 
     us: float
@@ -64,7 +64,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Failure:
-    """A check that did not pass: which of the results, and what is wrong with it."""
+    """A check that did not pass: the name of the result, and what is wrong with it."""
 
     cell: str
     workload: str
@@ -74,10 +74,10 @@ class Failure:
 
 
 class Listener(Protocol):
-    """Hears what happens as it does: work begins and ends, results come in between."""
+    """Is told when work begins and ends, and of every result in between."""
 
     def start(self, report: Report) -> None:
-        """Work is about to begin; ``report`` has its header, and grows with what is then heard."""
+        """Work is about to begin. ``report`` has its header, and gets the results as they come."""
 
     def begin(self, label: str) -> None:
         """A piece of work begins."""
@@ -97,8 +97,8 @@ class Listener(Protocol):
 
 @dataclass
 class Report:
-    """All results of one run; ``not_timed`` rows are missing because the time was up, and more are
-    to come until it is ``finished``.
+    """All results of one run. ``not_timed`` rows are missing because the time was up. More results
+    come until the report is ``finished``.
     """
 
     header: dict[str, Any]

@@ -1,9 +1,9 @@
-"""Timing two calls against each other so that the ratio can be trusted, and on what machine.
+"""Times two calls against each other so that the ratio can be trusted, and describes the machine.
 
 A shared or frequency-scaled machine changes speed from one second to the next, far more than the
 differences of interest. So the two calls are timed in turn, a sample of one right after a sample of
-the other, and the result is the median of the ratios of neighbours: whatever slows the machine down
-for a while slows both.
+the other, and the result is the median of the ratios of neighbours. If something slows the machine
+for a while, it slows both.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def gc_paused() -> Iterator[None]:
 
 @contextmanager
 def threads_set(count: int | None) -> Iterator[None]:
-    """Another number of threads of torch's pool for a while; None leaves it as it is."""
+    """Sets the number of threads of torch's pool for a while; None leaves it as it is."""
     before = torch.get_num_threads()
     if count is not None:
         torch.set_num_threads(count)
@@ -82,7 +82,7 @@ def threads_set(count: int | None) -> Iterator[None]:
 
 
 def host_clock(call: Call, count: int) -> float:
-    """The clock of calls that are over when they return."""
+    """The clock of calls that have finished when they return."""
     start = perf_counter()
     for _ in range(count):
         call()
@@ -90,10 +90,10 @@ def host_clock(call: Call, count: int) -> float:
 
 
 def cuda_clock(device: torch.device) -> Clock:
-    """The clock of calls that start work on a GPU: it runs there, between two events.
+    """The clock of calls that start work on a GPU: the time there between two events.
 
-    They stand in the current stream before the first call and after the last, so where the GPU
-    waits for the next launch, that counts too.
+    The events are recorded in the current stream before the first call and after the last. So time
+    in which the GPU waits for the next launch counts, too.
     """
 
     def seconds(call: Call, count: int) -> float:
@@ -139,9 +139,9 @@ def time_in_turn(
         calls: what to time.
         budget_s: seconds after which no further round is begun.
         min_rounds: rounds made even if that takes longer than the budget.
-        clock: what takes the time, that of the device the calls run on.
-        warm_s: seconds of untimed calls before each sample: the threads of another library spin
-            for a while, those of this one have to wake up.
+        clock: measures the time on the device of the calls.
+        warm_s: seconds of untimed calls before each sample, because the threads of another library
+            spin for a while and those of this one have to wake up.
 
     Returns:
         Seconds per call for each of the calls, entry i of all lists from one round; between
@@ -179,7 +179,7 @@ def time_pair(
 def notebook_seconds(call: Call, runs: int, device: torch.device) -> float:
     """Seconds that ``runs`` calls take, measured with ``timeit`` as the notebook does it.
 
-    On a GPU they are over when it has done them all.
+    On a GPU the time ends when the GPU has finished.
     """
     seconds = timeit.timeit(call, number=runs)
     if device.type == "cuda":
@@ -188,7 +188,7 @@ def notebook_seconds(call: Call, runs: int, device: torch.device) -> float:
 
 
 def gpu_driver() -> str | None:
-    """The version of the NVIDIA driver, or None where ``nvidia-smi`` does not tell it."""
+    """The version of the NVIDIA driver, or None if ``nvidia-smi`` does not tell it."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
@@ -198,7 +198,7 @@ def gpu_driver() -> str | None:
 
 
 def cpu_name() -> str:
-    """The processor's name as it gives it itself, or else its architecture."""
+    """The processor's name for itself, or its architecture."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -222,7 +222,7 @@ def commit() -> str | None:
         return done.stdout.strip()
 
     try:
-        # An installed copy may lie in a virtual environment inside some other project's checkout.
+        # An installed copy may be in a virtual environment inside another project's checkout.
         if Path(git("rev-parse", "--show-toplevel")).resolve() != package.parent:
             return None
         return git("describe", "--always", "--abbrev=40", "--exclude=*", "--dirty")

@@ -34,9 +34,9 @@ FORWARD_BACKWARD = "forward+backward"
 #: input.
 PASSES = (FORWARD, FORWARD_GRAD, FORWARD_BACKWARD)
 
-# relu has a kink at 0: a pre-activation so close to it that rounding decides the side makes the
-# gradient in float32 wrong by any amount, whoever computes it. With this seed none in mnist_rnn
-# lies within 5e-6 (tests/test_workloads.py).
+# relu has a kink at 0. If rounding decides on which side of it a pre-activation is, every library's
+# gradient in float32 can be wrong by any amount. With this seed no pre-activation in mnist_rnn is
+# within 5e-6 of 0 (tests/test_workloads.py).
 SEED = 93
 
 _NONLINEARITY = {"mnist_rnn": "relu"}
@@ -44,8 +44,8 @@ _NONLINEARITY = {"mnist_rnn": "relu"}
 
 @dataclass(frozen=True)
 class Precision:
-    """A name for what numbers are computed in: the dtype of all tensors, and whether products of
-    float32 may be made of operands rounded to TF32, which only a GPU does.
+    """A named precision: the dtype of all tensors, and whether products of float32 may round their
+    operands to TF32, which only a GPU does.
     """
 
     name: str
@@ -64,7 +64,7 @@ PRECISIONS = {
 
 @contextmanager
 def tf32_allowed(allowed: bool) -> Iterator[None]:
-    """TF32 for a while, or none: in cuDNN, where torch allows it by default, and in products."""
+    """Allows or forbids TF32 for a while, in products and in cuDNN, where it is the default."""
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     before = cudnn.allow_tf32, matmul.allow_tf32
     cudnn.allow_tf32 = matmul.allow_tf32 = allowed
@@ -104,9 +104,7 @@ def _load() -> Any:
 
 @lru_cache
 def default_precisions(device_type: str = "cpu") -> tuple[Precision, ...]:
-    """What is compared on a device type, ``"cpu"`` or ``"cuda"``, unless something else is asked
-    for.
-    """
+    """The default precisions on a device type, ``"cpu"`` or ``"cuda"``."""
     names = ["float32"] if device_type == "cpu" else _load()["gpu_dtypes"]
     return tuple(PRECISIONS[name] for name in names)
 
@@ -123,7 +121,7 @@ def load_workloads(device_type: str = "cpu") -> dict[str, Workload]:
 
 @lru_cache
 def load_step_workloads() -> dict[str, Workload]:
-    """Those of the modules of a single step, on every device, by name and in order of size."""
+    """The workloads of the modules of a single step, by name and in order of size."""
     return {e["name"]: _workload(e) for e in _load()["step_workloads"]}
 
 
@@ -317,11 +315,11 @@ def check_case(
     """Checks rnnkern at one case by the rule of :mod:`rnnkern.tolerance`.
 
     Gradients are checked if forward+backward is among the passes. The plain forward pass is checked
-    by itself, because it may run other kernels than the recorded one. A call that torch.nn carries
-    out because no kernel covers it fails the check.
+    by itself, because it may run other kernels than the recorded one. A call that torch.nn runs
+    because no kernel covers it fails the check.
 
     Args:
-        reference: `reference_results` of the same case, device and passes, if they are there.
+        reference: `reference_results` of the same case, device and passes, if computed already.
 
     Returns:
         A verdict for every output, final state and gradient, by name.

@@ -1,19 +1,19 @@
 """Derivatives of a layer and of its backward pass, in plain PyTorch.
 
-From what the kernels have found, operands and outputs, all gates of all steps follow at once; what
-is left to do step by step is linear. Every function is made of differentiable operators of torch:
-they can be differentiated, vmapped and traced again, to any order.
+Given the operands and the outputs, all gates of all steps are one product. What remains to be done
+step by step is linear. Every function consists of differentiable operators of torch, so it can be
+differentiated, vmapped and traced again, to any order.
 
-With ``a`` the sums of the slots (`csrc/scan.h`: the gates, and for GRU the recurrent part of its
-last one), ' for the derivative in a direction, ``da`` and ``dh`` for gradients of a scalar:
+``a`` are the sums of the slots (`csrc/scan.h`: the gates, and for GRU the recurrent part of its
+last one), ' is the derivative in a direction, ``da`` and ``dh`` are gradients of a scalar:
 
     a'(t) = W_ih x'(t) + W_hh h'(t-1) + W_ih' x(t) + W_hh' h(t-1) + b'
     h'(t) = gain(t) a'(t) + ...
     da'(t) = gain(t) dh'(t) + gain'(t) dh(t)
     dh'(t-1) = W_hh^T da'(t) + W_hh'^T da(t) + ...
 
-The gradients of <v, gradients> are the derivative of the gradients in the direction v, for second
-derivatives commute: one function serves double backward and forward over reverse.
+The gradients of <v, gradients> are the derivative of the gradients in the direction v, because
+second derivatives commute. So one function serves double backward and forward over reverse.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 
 def _without_autocast(function: _F) -> _F:
-    """Derivatives may be asked for under autocast; what they differentiate was not made there."""
+    """Switches autocast off, which was off in the forward pass and may be on in a derivative."""
 
     @functools.wraps(function)
     def wrapped(layer: Layer, steps: Steps | None, at: Operands, *rest: Any) -> Any:
@@ -74,9 +74,10 @@ def of_backward(
     """The derivative of forward and backward pass in a direction.
 
     Args:
-        gradients: incoming, and of the slots as backward has found them.
-        change: the direction, in operands.
-        changes: in incoming gradients; ``slots``: in the sums of the slots themselves.
+        gradients: the incoming ones, and those of the slots as backward has found them.
+        change: the direction in the operands.
+        changes: the direction in the incoming gradients; its ``slots`` are the direction in the
+            sums of the slots themselves.
 
     Returns:
         The derivatives of ``y, h_n, c_n``; and those of the gradients of ``x, h_0, c_0, weights``
@@ -113,8 +114,9 @@ def of_backward(
 def state_gradients(
     layer: Layer, steps: Steps | None, at: Operands, gradients: Gradients
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Of each step's h and, for LSTM, c, all that uses them counted: rows as the layer has them,
-    one tensor a direction.
+    """The gradients of each step's h and, for LSTM, c, through everything that uses them.
+
+    Rows are as the layer has them, one tensor a direction.
     """
     frames = Frames(layer, steps, at)
     of_h, of_c = [], []
@@ -129,7 +131,7 @@ def state_gradients(
 
 
 def direction(layer: Layer, steps: Steps | None, at: Operands, d: int) -> Direction:
-    """One direction at a point, for what `Direction.gates` gives."""
+    """One direction of a layer, for its `Direction.gates`."""
     return Direction(layer, Frames(layer, steps, at), d, at, linearized=False)
 
 
@@ -137,9 +139,10 @@ def direction(layer: Layer, steps: Steps | None, at: Operands, d: int) -> Direct
 def weight_gradients(
     layer: Layer, steps: Steps | None, at: Operands, slots: Tensor, groups: int
 ) -> list[Tensor]:
-    """Of each of ``groups`` groups of batch rows, from the gradients of the slots.
+    """The gradients of the weights for each of ``groups`` groups of batch rows.
 
-    A group is every ``groups``-th row. Not for projections.
+    They follow from the gradients of the slots. A group is every ``groups``-th row. Not for
+    projections.
 
     Returns:
         ``[groups, *weight.shape]`` for each weight.

@@ -1,4 +1,4 @@
-"""The derivatives of one step of each cell, for all steps at once where they allow it."""
+"""The local derivatives of each cell: of all steps at once, as far as the steps allow it."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class Elman:
     def step(
         self, t: int, moved: Tensor, others: Tensor, h: Tensor, c: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Changes of h, before a projection, and of c; from those of the slots times their gain."""
+        """Changes of h before a projection, and of c, from those of the slots times their gain."""
         return moved, c
 
     def of_h(self, own: Tensor) -> Tensor:
-        """Gradients of each step's h, from what reaches it by products and from outside."""
+        """Gradients of each step's h, from those that reach it by products and from outside."""
         return own
 
     def of_c(self, d_h: Tensor, d_cn: Maybe) -> Maybe:
@@ -39,12 +39,12 @@ class Elman:
         return None
 
     def curve(self, moved: Moved, d_h: Tensor, d_c: Any) -> tuple[Tensor, Maybe]:
-        """How the gains change: the part of it in the gradients of slots, and of h before."""
+        """Second-order terms: what the changes of the gains add to da(t) and to dh(t-1)."""
         return self.bend * moved.h * d_h, None
 
     def back(self, t: int, h: Tensor, c: Tensor) -> tuple[Tensor, Maybe, Tensor]:
-        """From gradients of h and c: what the gain of each slot is multiplied with; what reaches
-        h before by no product; and c before.
+        """From gradients of h and c: the factor of each slot's gain, the gradient of h(t-1) that
+        passes through no product, and the gradient of c(t-1).
         """
         return h, None, c
 

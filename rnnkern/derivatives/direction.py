@@ -17,7 +17,7 @@ from rnnkern.layer import Layer, Maybe, Operands
 
 
 class Weights(NamedTuple):
-    """Of one direction, gates of the recurrent ones in the order of the slots."""
+    """The weights of one direction, those of ``rec`` in the order of the slots."""
 
     ih: Maybe
     rec: Maybe = None
@@ -27,7 +27,7 @@ class Weights(NamedTuple):
 
 
 class Change(NamedTuple):
-    """Of one direction's input, in frames, and initial states."""
+    """Changes of one direction's input, in frames, and of its initial states."""
 
     x: Maybe
     h0: Tensor
@@ -35,7 +35,7 @@ class Change(NamedTuple):
 
 
 class Moved(NamedTuple):
-    """Changes, step by step: of the sums of the slots, of states, and of those taken over."""
+    """Changes, by step: of the sums of the slots, and of the states after and before each step."""
 
     slots: Tensor
     h: Tensor
@@ -48,7 +48,7 @@ class Moved(NamedTuple):
 
 
 class Adjoint(NamedTuple):
-    """Changes of the gradients of slots, of initial states, and of what a projection makes."""
+    """Changes of the gradients of slots, of initial states, and of projected states."""
 
     slots: Tensor
     h0: Tensor
@@ -58,9 +58,9 @@ class Adjoint(NamedTuple):
 
 
 class Direction:
-    """One direction at a point: what small changes of its operands do, step by step.
+    """One direction of a layer, and what small changes of its operands do.
 
-    What depends on the cell is in `Elman`, `Lstm` and `Gru`.
+    What depends on the cell is in `rnnkern.derivatives.cells`.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class Direction:
         return Weights(*cast)
 
     def _in_slots(self, w: Any, sign: int = 1, axis: int = 0) -> Any:
-        """Gates of a recurrent weight in the order of the slots; or back."""
+        """The gates of a recurrent weight in the order of the slots; with sign -1 back again."""
         if w is None or self.layer.mode != "GRU":
             return w
         return torch.roll(w, sign * self.H, axis)
@@ -109,10 +109,10 @@ class Direction:
         )
 
     def sums(self, inputs: Sequence[tuple[Maybe, Maybe]], w: Weights, more: Maybe = None) -> Tensor:
-        """Of the slots, ``[T, N, S * H]``, freshly made.
+        """The sums of the slots, ``[T, N, S * H]``, in a new tensor.
 
-        Inputs times a weight each, None counting nothing; states as they enter times the recurrent
-        weights of w; and its biases.
+        They are the inputs times a weight each, if neither is None, the states before each step
+        times the recurrent weights of w, its biases, and ``more``.
         """
         given = [(x, weight) for x, weight in inputs if x is not None and weight is not None]
         left = [x for x, _ in given]
@@ -148,11 +148,11 @@ class Direction:
     # Episodes and ends
 
     def entering(self, t: int, state: Tensor) -> Tensor:
-        """A state as step t takes it over."""
+        """The state before step t, from the state after the step before."""
         return state if self.kept is None else torch.where(self.kept[t], state, 0)
 
     def before(self, states: Tensor, first: Tensor) -> Tensor:
-        """States as each step takes them over."""
+        """The states before each step."""
         earlier = states[:-1]
         if self.active is not None:
             earlier = torch.where(self.active[:-1], earlier, first)
@@ -160,14 +160,14 @@ class Direction:
         return before if self.kept is None else torch.where(self.kept, before, 0)
 
     def after(self, z: Tensor, end: Maybe) -> Tensor:
-        """z of the step after each; 0 after an episode, ``end`` after a row's last step."""
+        """z of the next step: 0 at the end of an episode, ``end`` at the end of a row."""
         z = z if self.kept is None else torch.where(self.kept, z, 0)
         last = torch.zeros_like(z[0]) if end is None else end
         rest = z[1:] if self.active is None else torch.where(self.active[1:], z[1:], last)
         return torch.cat((rest, last[None]))
 
     def handed_to_start(self, z: Tensor) -> Tensor:
-        """z of the step that begins with the initial state of each row."""
+        """z of the step that begins with the initial state, for each row."""
         if self.kept is not None:
             z = torch.where(self.kept, z, 0)
         if self.active is None:
@@ -176,7 +176,7 @@ class Direction:
         return torch.where(self.active & ~earlier, z, 0).sum(0)
 
     def summed(self, own: Tensor, keeps: Tensor) -> Tensor:
-        """s of s(t) = own(t) + keeps(t+1) s(t+1), as far as an episode and a row go."""
+        """s of s(t) = own(t) + keeps(t+1) s(t+1), within an episode and a row."""
         factors = self.after(keeps, None)
         now, found = own[-1], [own[-1]]
         for source, factor in zip(own[:-1].flip(0), factors[:-1].flip(0), strict=True):
@@ -185,17 +185,17 @@ class Direction:
         return torch.stack(found[::-1])
 
     def taken(self, z: Tensor) -> Tensor:
-        """z of the steps that rows take."""
+        """z, with zeros at steps at which a row is not active."""
         return z if self.active is None else torch.where(self.active, z, 0)
 
     # Scans
 
     def fixed_sums(self, v_w: Weights, v: Change, v_slots: Maybe) -> Tensor:
-        """How the sums of the slots change, but for what the states bring."""
+        """The changes of the sums of the slots, without those that come from the states."""
         return self.sums([(v.x, self.w.ih), (self.x, v_w.ih)], v_w, v_slots)
 
     def tangent(self, v_w: Weights, v: Change, fixed: Tensor) -> Moved:
-        """What moves, in the order of the steps."""
+        """All changes, in the order of the steps."""
         own = fixed[..., : self.recurrent].unbind(0)
         alone = fixed[..., self.recurrent :]
         others = (self.cell.gain[..., self.recurrent :] * alone).unbind(0)
@@ -223,7 +223,7 @@ class Direction:
     def of_states(
         self, slots: Tensor, incoming: tuple[Maybe, Maybe, Maybe]
     ) -> tuple[Tensor, Maybe]:
-        """Gradients of each step's h and c, all that uses them counted."""
+        """Gradients of each step's h and c, through everything that uses them."""
         assert self.w.rec is not None
         d_y, d_hn, d_cn = incoming
         own = self.after(slots[..., : self.recurrent] @ self.w.rec, d_hn)

@@ -50,7 +50,7 @@ class Frames:
         return z.flip(0) if d else z
 
     def of(self, z: Any, d: int) -> Any:
-        """Frames of rows as the layer has them; of None none."""
+        """The frames of rows as the layer has them; None stays None."""
         if z is None:
             return None
         z = as_dtype(self.computed, z)
@@ -69,7 +69,7 @@ class Frames:
         return as_dtype(self.dtype, z)
 
     def saved(self, z: Any, d: int) -> Any:
-        """Frames of a saved buffer ``[D, rows, ...]``; of None none."""
+        """The frames of a saved buffer ``[D, rows, ...]``; None stays None."""
         if z is None:
             return None
         z = as_dtype(self.computed, z[d])
@@ -81,7 +81,7 @@ class Frames:
         return as_dtype(self.dtype, z[self.row_of] if self.packed else z.flatten(0, 1))
 
     def _masked(self, z: Tensor) -> Tensor:
-        """Zero in rows that are not there, and past a sequence's end: it may be NaN."""
+        """z, with zeros past the end of a row, because padding may be NaN."""
         return z if self.mask is None else torch.where(self._of_mask(), z, 0)
 
     def _of_mask(self) -> Tensor:
@@ -89,11 +89,11 @@ class Frames:
         return self.mask[..., None]
 
     def active(self, d: int) -> Maybe:
-        """``[T, N, 1]``, where a row takes part."""
+        """``[T, N, 1]``, whether a row is active."""
         return None if self.mask is None else self.directed(self._of_mask(), d)
 
     def kept(self, d: int) -> Maybe:
-        """``[T, N, 1]``, where the state enters the step as the step before has left it."""
+        """``[T, N, 1]``, whether a step begins with the state that the step before has left."""
         if self.reset is None:
             return None
         reset = self.reset

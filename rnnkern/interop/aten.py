@@ -1,9 +1,9 @@
 """A layer as torch's own operators, for programs that run where rnnkern is not installed.
 
 A layer becomes one of ``aten.lstm``, ``aten.gru``, ``aten.rnn_tanh`` and ``aten.rnn_relu``. torch
-traces those step by step to find the shapes of their results, which ties a program to the number of
-steps of its example. So their nodes are written into the graph here, with the shapes that rnnkern's
-operator knows for any number of steps.
+traces these step by step to find the shapes of their results, which ties a program to the number of
+steps of its example. So this module writes their nodes into the graph, with the shapes that
+rnnkern's operator knows for any number of steps.
 
 None of them takes ``lengths`` or ``reset``. With ``lengths``, steps past a row's end run on zeros
 and their outputs are zeroed afterwards; the reverse direction runs forward over turned rows.
@@ -43,7 +43,7 @@ def exported(
     reset: Maybe,
     *rest: Any,
 ) -> tuple[Tensor, ...]:
-    """``y, h_n, c_n`` of a layer, in torch's operators or in ONNX's; an empty c_n for no state.
+    """``y, h_n, c_n`` of a layer, in torch's operators or in ONNX's; c_n is empty if there is none.
 
     Args:
         lengths: int64 ``[N]``, unchecked.
@@ -56,7 +56,7 @@ def exported(
 
     layer, training = Layer(*rest[:-1]), rest[-1]
     given = Operands(x, h0, c0, weights)
-    if get_proxy_mode() is None:  # Dynamo looks for the shapes alone; the graph is traced later
+    if get_proxy_mode() is None:  # Dynamo needs only the shapes; the graph is traced later
         return _shapes(layer, given, None)
     if torch.onnx.is_in_onnx_export():
         return onnx.nodes(layer, given, lengths, reset)
@@ -165,7 +165,7 @@ def _frozen(w_ih: Tensor) -> Tensor:
     """Weights ``[4 * H, 1]`` of an input that, at 1, keeps the cell state of an LSTM as it is."""
     H = w_ih.shape[0] // 4
     shut, kept = w_ih.new_full((H, 1), -_SATURATED), w_ih.new_full((H, 1), _SATURATED)
-    return torch.cat((shut, kept, w_ih.new_zeros(2 * H, 1)))  # nothing in, nothing forgotten
+    return torch.cat((shut, kept, w_ih.new_zeros(2 * H, 1)))  # input gate 0, forget gate 1
 
 
 def _by_episodes(
@@ -200,7 +200,7 @@ def _by_episodes(
     is_extra = order[episode] == row.shape[0]
     place = (own_start[episode] + step) * N + own_row[episode]
     data = torch.where(is_extra[:, None], 0, x.flatten(0, 1)[place])
-    # A row's first episode begins with the initial state unless it is reset; reverse, its last.
+    # A row's first episode begins with the initial state unless it is reset; in reverse, its last.
     carried = [
         torch.cat((each, none > 0))[order, None]
         for each in ((start == 0) & ~resets[:, 0][row], is_last)
@@ -243,7 +243,7 @@ def _kernel(
 ) -> list[Tensor]:
     """``rnnkern::scan_kernel`` in torch's operators.
 
-    Without what our backward pass would need: torch's operators have their own.
+    It omits what rnnkern's backward pass needs, because torch's operators have their own.
     """
     layer, steps = Layer.of_code(code), (active, order, reset, placed)
     outputs = _scan(x, h0, c0, weights, *steps, bool(code & PACKED), *layer, training)
@@ -254,7 +254,7 @@ def _scan(x: Tensor, h0: Maybe, c0: Maybe, weights: list[Tensor], *rest: Any) ->
     """``rnnkern::scan`` in torch's operators."""
     active, order, reset, placed, packed, *layer, training = rest
     if packed:
-        assert h0 is not None  # as of torch's operators, which alone are exported packed
+        assert h0 is not None  # only torch's operators are exported packed, and they have one
         given = Operands(x, h0, c0, weights)
         outputs = _node(Layer(*layer), given, training, active)
     else:
@@ -265,7 +265,7 @@ def _scan(x: Tensor, h0: Maybe, c0: Maybe, weights: list[Tensor], *rest: Any) ->
 
 
 def _of_torch(mode: str, packed: bool) -> Callable[..., Any]:
-    """One of torch's operators as layers of rnnkern, which know their shapes for any time."""
+    """One of torch's operators as layers of rnnkern, which know the shapes for any T."""
 
     def layers(x: Tensor, *operands: Any) -> tuple[Tensor, ...]:
         batch_sizes, *rest = operands if packed else (None, *operands)

@@ -24,7 +24,7 @@ _TABLES = {
     "calflops.pytorch_ops": "MODULE_HOOK_MAPPING",
     "deepspeed.profiling.flops_profiler.profiler": "MODULE_HOOK_MAPPING",
 }
-"""Packages that count operations, and what they call their table of types."""
+"""Packages that count operations, and the names of their tables of types."""
 
 
 def be_found_by_type() -> None:
@@ -57,18 +57,20 @@ def _be_leaves_of_graphs() -> None:
 
 
 def _runs_rnnkerns_forward(module: nn.Module) -> bool:
-    """Whether a call of it is a call of rnnkern's forward, and not of one that a subclass has."""
+    """Whether a call of the module is a call of rnnkern's forward, not of a subclass's."""
     forward = getattr(type(module), "forward", None)
     return any(isinstance(module, ours) and forward is ours.forward for ours in COUNTERPARTS)
 
 
 def _quantize_by_type(module: Any) -> None:
-    """Eager quantization has two steps, in `quantize_dynamic` or in calls of the user's: modules
-    are told how they are to be quantized, then they are replaced. Those of rnnkern are torch.nn's
-    in between, and what has not been replaced is rnnkern's again.
+    """Lets eager quantization find rnnkern's modules.
+
+    It has two steps, in `quantize_dynamic` or in the user's calls: it marks modules, and then
+    replaces them. Between the two, rnnkern's modules are torch.nn's. Those that have not been
+    replaced then become rnnkern's again.
 
     The functions are changed where `quantize_dynamic` looks them up, because programs that have
-    imported it before rnnkern use it too.
+    imported it before rnnkern use it, too.
     """
     if not (hasattr(module, "propagate_qconfig_") and hasattr(module, "convert")):
         return

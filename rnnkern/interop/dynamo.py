@@ -1,10 +1,11 @@
 """Lets ``torch.compile`` into rnnkern's modules.
 
 Dynamo breaks the graph at every module that is a ``torch.nn.RNN``, ``LSTM`` or ``GRU``, as
-rnnkern's are, unless ``torch._dynamo.config.allow_rnn`` is true. Here that flag becomes one that is
-true for rnnkern's modules alone: those of ``torch.nn`` stay what they were, and whoever sets the
-flag has the last word. A Dynamo that has no such flag, or whose flag is true, needs nothing. What
-writes torch's operators into exported programs is left for the stage of an export that knows how.
+rnnkern's are, unless ``torch._dynamo.config.allow_rnn`` is true. This module makes the flag an
+object that is true for rnnkern's modules alone. Nothing changes for those of ``torch.nn``, and a
+program that sets the flag has the last word. A Dynamo that has no such flag, or whose flag is true,
+needs nothing. The function that writes torch's operators into exported programs is left for the
+stage of an export that traces operators.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from rnnkern.modules import GRU, LSTM, RNN
 class _OfRnnkern(int):
     """True if Dynamo asks about one of rnnkern's modules.
 
-    Dynamo reads the flag next to the module in question, which is a local variable there, or the
-    ``value`` of one. A number, 0, to all that copies or writes down the configuration.
+    Where Dynamo reads the flag, the module in question is a local variable, or the ``value`` of
+    one. For code that copies or stores the configuration, the flag is the number 0.
     """
 
     def __bool__(self) -> bool:
@@ -47,7 +48,7 @@ class _OfRnnkern(int):
 
 
 def _value(variable: Any) -> Any:
-    """What one of Dynamo's variables stands for."""
+    """The value of one of Dynamo's variables."""
     return vars(variable).get("value") if hasattr(variable, "__dict__") else None
 
 
@@ -57,7 +58,7 @@ def _allow(config: ModuleType) -> None:
 
 
 def _leave(dynamo: Any) -> None:
-    """What Dynamo is not to trace."""
+    """Marks what Dynamo must not trace."""
     from rnnkern import call
     from rnnkern.interop import aten
 
@@ -66,6 +67,6 @@ def _leave(dynamo: Any) -> None:
 
 
 def open_to_rnnkern() -> None:
-    """Now, if Dynamo is imported already, or as soon as it is: it takes a second to import."""
+    """Acts at once if Dynamo is imported already, or when it is: importing it takes a second."""
     on_import("torch._dynamo.config", _allow)
     on_import("torch._dynamo", _leave)

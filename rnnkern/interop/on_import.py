@@ -1,6 +1,6 @@
-"""Runs something once a module has been imported, at once if it has been already.
+"""Runs something when a module is imported, or at once if it has been imported already.
 
-For what rnnkern adds to parts of torch, and to other packages, that take long to import and that
+For what rnnkern adds to parts of torch and to other packages that take long to import, and that
 most programs never use.
 """
 
@@ -18,7 +18,7 @@ Action = Callable[[ModuleType], None]
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds a module that is waited for as all the other finders do, and acts after its code."""
+    """Finds a module as the other finders do, and acts after its code has run."""
 
     def __init__(self) -> None:
         self.waiting: dict[str, Action] = {}
@@ -40,7 +40,7 @@ class _Finder(importlib.abc.MetaPathFinder):
 
         def exec_module(module: ModuleType) -> None:
             run(module)
-            action = self.waiting.pop(name, None)  # a spec may be found that nobody runs
+            action = self.waiting.pop(name, None)  # a spec may be found and never run
             if action is not None:
                 action(module)
 
@@ -53,7 +53,7 @@ sys.meta_path.insert(0, _finder)
 
 
 def on_import(name: str, action: Action) -> None:
-    """Calls ``action(module)`` once the module of that name is there; one action a module."""
+    """Calls ``action(module)`` when the module of that name is imported; one action a module."""
     if name in sys.modules:
         action(sys.modules[name])
     else:

@@ -18,7 +18,7 @@ _shown: WeakKeyDictionary[type[nn.Module], type[nn.Module]] = WeakKeyDictionary(
 def prepare(self: Any) -> Any:
     """``__prepare_scriptable__`` of rnnkern's modules: TorchScript asks for it first.
 
-    A class with a ``forward`` of its own is left to TorchScript as it is, and so is a module with
+    A class that overrides ``forward`` is left to TorchScript as it is, and so is a module with
     parametrizations, which TorchScript refuses.
     """
     kind = type(self)
@@ -47,7 +47,7 @@ def own_class(kind: type) -> Any:
 
 def _showing_torchs(kind: type[nn.Module], theirs: type[nn.Module]) -> type[nn.Module]:
     def back(module: Any) -> Any:
-        if type(module) is shown:  # and not a class that somebody has derived from it since
+        if type(module) is shown:  # and not a class that has been derived from it since
             module.__class__ = kind
         return module
 

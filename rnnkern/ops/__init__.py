@@ -5,7 +5,7 @@
 ``scan_backward_kernel`` run the kernels: they are what compiled graphs call, and what dispatch
 modes see (`rnnkern.ops.kernel_ops`).
 
-Operators take no alias of what they return and change nothing in place.
+Operators return no alias of what they take, and change nothing in place.
 """
 
 from rnnkern.ops.differentiable import scan, scan_backward

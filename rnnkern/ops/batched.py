@@ -56,7 +56,7 @@ def scan_backward(function: Function, size: int, in_dims: Any, operands: Any) ->
     own_steps = fold.steps(steps, in_dims[10 + 2])
     own_saved = fold.saved(saved, dims[7], layer, layer.hidden(weights))
     flags = (wanted[0], *[False] * len(weights), *wanted[1 + len(weights) :])
-    # One pass for all; each one's gradients of the weights are products of their own.
+    # One pass for all samples. The gradients of the weights are separate products for each sample.
     made = apply(
         function,
         layer,
@@ -131,7 +131,7 @@ class _Fold:
         return None if z is None else self._first(z, dim).movedim(0, 2).flatten(1, 2)
 
     def from_states(self, z: Tensor) -> Tensor:
-        """Of ``[D, N, ...]``, and of what is saved, ``[D, rows, ...]``."""
+        """Unfolds states ``[D, N, ...]``, or saved parts ``[D, rows, ...]``."""
         return unflatten(z, 1, (-1, self.size)).movedim(2, 0)
 
     def steps(self, steps: Sequence[Any], dim: int | None) -> tuple[Any, ...]:

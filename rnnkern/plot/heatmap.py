@@ -14,8 +14,8 @@ from rnnkern.plot.style import finite, require_matplotlib
 #: Characters in a line of `string_heatmap`.
 COLUMNS = 80
 MARKS = {"\n": "↵", "\t": "→"}
-MISSING = "·"  # for what the font lacks
-WIDEST = 0.9  # of a cell, that a character may fill
+MISSING = "·"  # for characters that the font lacks
+WIDEST = 0.9  # the part of a cell's width that a character may fill
 
 
 def string_heatmap(
@@ -30,10 +30,10 @@ def string_heatmap(
 ) -> None:
     """Draws a text on cells coloured by the value at each character.
 
-    Lines break after a newline, which is shown as a mark, and after 80 characters; a character that
-    the font lacks is a dot. Colours are symmetric about 0 where a value is negative; else they go
-    from 0 to 1, or to the largest value beyond it. All neurons share them but those that are gates,
-    which have colours of their own, from 0 to 1.
+    Lines break after a newline, which is shown as a mark, and after 80 characters. A character that
+    the font lacks is a dot. Colours are symmetric about 0 if a value is negative. Otherwise they go
+    from 0 to 1, or to the largest value if that is larger. All neurons share one scale, except
+    gates, whose scale goes from 0 to 1.
 
     Args:
         text: at least one character.
@@ -99,7 +99,7 @@ def string_heatmap(
 
 
 def _colours(values: Tensor, label: str, is_gate: bool) -> tuple[Any, Any, str]:
-    """The colours of some neurons, from which to which value they go, and what they mean."""
+    """The colours of some neurons, their range, and the label of the colour bar."""
     from matplotlib import colormaps
     from matplotlib.colors import Normalize
 
@@ -126,8 +126,9 @@ def places(text: str) -> Tensor:
 
 
 class Page:
-    """A figure for `string_heatmap` whose every part has its place in inches, whatever their
-    number: a title, panels of cells one below the other, each under its name, and colour bars.
+    """The figure of `string_heatmap`, whose parts have places in inches.
+
+    They are a title, panels of cells one below the other, each under its name, and colour bars.
     """
 
     MARGIN, TITLE, NAME, GAP, BAR, SCALE, BETWEEN = 0.2, 0.45, 0.25, 0.12, 0.12, 0.5, 0.6
@@ -177,9 +178,9 @@ class Page:
 
 
 def outlines(text: str, cells: Tensor) -> tuple[list[Any], list[int]]:
-    """Characters as outlines in units of cells, and which those are that have any ink.
+    """Characters as outlines in units of cells, and the indices of those that have any ink.
 
-    Outlines and not text: a few thousand are drawn at once.
+    Outlines and not text, because a few thousand are drawn at once.
     """
     from matplotlib.font_manager import FontProperties, findfont, get_font
     from matplotlib.path import Path as Outline

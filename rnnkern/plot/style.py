@@ -1,4 +1,4 @@
-"""What all pictures share: colours, line styles, and checks of what is drawn."""
+"""What all pictures share: colours, line styles, and checks of the data."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ LINE_STYLES = ("-", "--", "-.", ":")
 
 
 def require_matplotlib(path: Path | str) -> None:
-    """Makes sure that a picture can be drawn into ``path``, before the work that it is to show.
+    """Makes sure that a picture can be written to ``path``, before the work that it shows.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
-        ValueError: the ending of ``path`` is none that matplotlib can write.
+        ValueError: matplotlib cannot write a file with the ending of ``path``.
     """
     try:
         from matplotlib.figure import Figure

@@ -191,11 +191,11 @@ def gate_saturation(trace: Trace, path: Path | str, *, low: float = 0.1, high: f
 
 
 def principal_components(states: Tensor) -> tuple[Tensor, Tensor]:
-    """Where ``[T, H]`` states lie along the first two principal components.
+    """The coordinates of ``[T, H]`` states along the first two principal components.
 
     Returns:
         ``[T, 2]`` coordinates about the mean, and ``[2]``, the share of the variance that each
-        component explains; 0 where there is no variance. Both are float64.
+        component explains; 0 if there is no variance. Both are float64.
     """
     centred = states.double() - states.double().mean(0)
     u, s, _ = torch.linalg.svd(centred, full_matrices=False)

@@ -1,9 +1,9 @@
-"""Every way into a layer or a cell beside torch.nn: where a call does not take the plain path.
+"""Every way to call a layer or a cell that is not the plain call, beside torch.nn.
 
-    python -m benchmarks.doors [--threads N] [--seconds S] [--door NAME,NAME]
+    python -m benchmarks.entry_points [--threads N] [--seconds S] [--entry NAME,NAME]
 
-A small layer (T=12, N=4, I=24, H=48) and a cell of the same sizes, because there the way in is most
-of the time. Timed in turn, medians of pairwise ratios.
+A small layer (T=12, N=4, I=24, H=48) and a cell of the same sizes, because most of their time is
+spent before the kernel. Both libraries are timed in turn, and a ratio is the median over pairs.
 """
 
 from __future__ import annotations
@@ -260,9 +260,9 @@ def bfloat16_cell(p: Place) -> Call:
     return no_grad(lambda: cell(x))
 
 
-DOORS: dict[str, Callable[[Place], Call]] = {
-    door.__name__: door
-    for door in (
+ENTRIES: dict[str, Callable[[Place], Call]] = {
+    entry.__name__: entry
+    for entry in (
         inference_mode,
         unbatched,
         batch_first,
@@ -298,15 +298,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=0.5, help="for a row")
-    parser.add_argument("--door", default=",".join(DOORS))
+    parser.add_argument("--entry", default=",".join(ENTRIES))
     options = parser.parse_args()
     print(f"{timing.cpu_name()}, torch {torch.__version__}, threads: {options.threads}")
     print(f"torch.nn / rnnkern in us, speed-up\n\n{'':20}" + "".join(f"{k:>28}" for k in KINDS))
     with timing.threads_set(options.threads):
-        for name in options.door.split(","):
+        for name in options.entry.split(","):
             cells = []
             for kind in KINDS:
-                ours, theirs = (DOORS[name](Place(library, kind)) for library in (rnnkern, nn))
+                ours, theirs = (ENTRIES[name](Place(library, kind)) for library in (rnnkern, nn))
                 try:
                     theirs()
                 except (RuntimeError, NotImplementedError):
