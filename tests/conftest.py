@@ -15,7 +15,7 @@ import torch
 from hypothesis import settings
 from torch import Tensor
 
-pytest.register_assert_rewrite("support", "wrong", "like_torch_nn")
+pytest.register_assert_rewrite("support", "wrong_calls", "like_torch_nn")
 
 # For benchmarks and tools, not installed; last, for the rnnkern to be tested comes before.
 ROOT = Path(__file__).parent.parent

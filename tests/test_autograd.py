@@ -11,7 +11,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
-from settings import SETTINGS, as_function
+from layer_options import SETTINGS, as_function
 from support import (
     CELLS,
     DTYPES,
@@ -27,6 +27,7 @@ from support import (
     flatten,
     initial_states,
     leaves_for,
+    pair,
     penalized,
     plain,
     states_of,
@@ -488,3 +489,87 @@ def test_a_wrong_gradient_would_be_noticed() -> None:
     ours = {name: value * 1.0001 for name, value in theirs.items()}
     assert not all(tolerance.check(ours[k], theirs[k], exact[k]) for k in ours)
     assert_agree(theirs, theirs, exact)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t: t.bfloat16(),
+        lambda t: t.double(),
+        lambda t: torch.stack((t, t), 1)[:, 0],
+        lambda t: t.new_zeros(()).expand(t.shape),
+    ],
+    ids=["bfloat16", "float64", "strided", "expanded"],
+)
+def test_hooks_that_hand_back_another_saved_buffer(change: Callable[[Tensor], Tensor]) -> None:
+    """Whatever comes back is checked before it is read; what was given in float32 is recomputed."""
+    module = build("LSTM", 8, 16)
+    x = torch.randn(20, 4, 8)
+
+    def pack(t: Tensor) -> Tensor:
+        return change(t) if t.dim() == 1 and t.numel() > 1000 else t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y, _ = module(x)
+    y.sum().backward()
+    assert all(p.grad is not None and p.grad.shape == p.shape for p in module.parameters())
+
+
+def test_hooks_that_hand_back_transposed_tensors() -> None:
+    ours, theirs = pair("GRU", 5, 7)
+    x = torch.randn(6, 3, 5)
+    for module in (ours, theirs):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: t.t().contiguous() if t.dim() == 2 else t,
+            lambda t: t.t() if t.dim() == 2 else t,
+        ):
+            y, _ = module(x)
+        y.square().sum().backward()
+    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
+
+
+def test_an_empty_batch_with_a_transposed_gradient() -> None:
+    module = build("RNN", 3, 4)
+    y, _ = module(torch.randn(5, 0, 3))
+    (y.transpose(0, 2).contiguous() * 2).sum().backward()
+    assert module.weight_hh_l0.grad.abs().sum() == 0
+
+
+@pytest.mark.parametrize("kind", ["RNN", "LSTM", "GRU"])
+@pytest.mark.parametrize("layers", [1, 2])
+def test_gradients_asked_for_in_inference_mode(kind: str, layers: int) -> None:
+    ours, theirs = pair(kind, 3, 4, num_layers=layers)
+    with torch.inference_mode(), torch.enable_grad():
+        x = torch.randn(5, 2, 3)
+        y, wanted = ours(x)[0], theirs(x)[0]
+    assert not y.requires_grad
+    assert not wanted.requires_grad
+    torch.testing.assert_close(y, wanted)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True}], ids=str)
+def test_backward_writes_into_nothing_that_a_hook_has_seen(
+    kind: str, options: dict[str, Any]
+) -> None:
+    module, kept = build(kind, 8, 16, **options), []
+
+    def pack(t: Tensor) -> Tensor:
+        kept.append((t, t.detach().clone()))
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y, _ = module(torch.randn(20, 4, 8))
+    y.sum().backward()
+    assert len(kept) > 3
+    assert all(torch.equal(t.detach(), before) for t, before in kept)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_backward_writes_into_nothing_that_a_node_shows(kind: str) -> None:
+    y, _ = build(kind, 8, 16)(torch.randn(20, 4, 8))
+    shown = [t for t in y.grad_fn.saved_tensors if t is not None]  # type: ignore[union-attr]
+    before = [t.detach().clone() for t in shown]
+    y.sum().backward()
+    assert all(torch.equal(t.detach(), b) for t, b in zip(shown, before, strict=True))

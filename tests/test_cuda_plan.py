@@ -124,7 +124,7 @@ TABLE: list[tuple[str, str, str, Kind, bool, Row]] = [
 
 
 @pytest.mark.parametrize(("gpu", "mode", "name", "kind", "backward", "expected"), TABLE)
-def test_table(
+def test_the_plan_of_each_workload_is_the_one_in_the_table(
     gpu: str,
     mode: str,
     name: str,
@@ -164,7 +164,7 @@ STEPWISE: dict[tuple[str, str, Kind], dict[str, str]] = {
 
 
 @pytest.mark.parametrize("case", STEPWISE, ids=str)
-def test_tiers(case: tuple[str, str, Kind]) -> None:
+def test_which_tier_each_workload_runs_in(case: tuple[str, str, Kind]) -> None:
     gpu, mode, kind = case
     for name, sizes in SIZES.items():
         stepwise = STEPWISE[case].get(name, "")

@@ -230,7 +230,7 @@ def test_every_page_is_in_the_contents(build_docs: ModuleType) -> None:
 
 # Lines at most; what is longer is not read.
 @pytest.mark.parametrize(("page", "most"), [("README.md", 180), ("docs/design.md", 200)])
-def test_sizes(page: str, most: int) -> None:
+def test_pages_are_no_longer_than_they_may_be(page: str, most: int) -> None:
     assert len(PAGES[page].splitlines()) <= most
 
 

@@ -80,7 +80,7 @@ def sums(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 @pytest.mark.parametrize("rows", [1, 5, 40])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", CELLS)
-def test_numbers(kind: str, dtype: torch.dtype, rows: int) -> None:
+def test_a_loop_of_calls_agrees_with_torch_nn(kind: str, dtype: torch.dtype, rows: int) -> None:
     cell = build(kind, 5, hidden_of(kind) + 1, dtype=dtype)
     leaves = {"x": torch.randn(7, rows, 5)} | initial_states(cell, rows)
 

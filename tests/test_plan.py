@@ -98,7 +98,7 @@ TABLE = {
 
 
 @pytest.mark.parametrize("name", TABLE)
-def test_table(name: str) -> None:
+def test_each_case_of_the_table_has_its_plan(name: str) -> None:
     mode, sizes, threads, wanted = TABLE[name]
     found, text = plan(mode, sizes, threads)
     assert found == wanted, text
@@ -239,7 +239,7 @@ def test_more_cache_makes_weights_small() -> None:
     assert plan("LSTM", sizes, cpu=V4 | {"l2_bytes": 2**23})[0] == expect(2, 2, 1)
 
 
-def test_reasons() -> None:
+def test_the_text_of_a_plan_gives_its_reason() -> None:
     for sizes, threads, words in (
         ((10, 1, 3, 3), 1, "no more are allowed"),
         ((10, 1, 3, 3), 2, "too little work"),

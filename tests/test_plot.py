@@ -147,7 +147,7 @@ def test_plot_is_there_without_another_import() -> None:
 # string_heatmap
 
 
-def test_places(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lines_break_after_a_newline_and_at_full_width(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(heatmap, "COLUMNS", 3)
     wanted = [[0, 0], [0, 1], [1, 0], [1, 1], [1, 2], [2, 0], [2, 1], [3, 0]]
     assert heatmap.places("a\nbcde\nf").tolist() == wanted

@@ -80,7 +80,7 @@ def test_time_in_turn_takes_turns() -> None:
 
 
 @pytest.mark.usefixtures("no_clock")
-def test_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_page_has_every_section(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib", reason="pip install 'rnnkern[plot]'")
     monkeypatch.setattr(report, "PRODUCTS", ((64, 64, 64), (16, 128, 64)))
     monkeypatch.setattr(report, "COPIED", 2**20)

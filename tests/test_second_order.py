@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from settings import SETTINGS
+from layer_options import SETTINGS
 from support import (
     FORMS,
     WIDE_DTYPES,

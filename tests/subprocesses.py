@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import wrong
+import wrong_calls
 from support import (
     CELLS,
     DTYPES,
@@ -292,13 +292,16 @@ def broken(device: str) -> dict[str, str]:
     """
     torch.set_default_device(device)
     found = {}
-    sequences: dict[str, Callable[[], Any]] = dict(wrong.BROKEN)
-    for indices in wrong.BROKEN_INDICES:
-        sequences[str(indices)] = lambda indices=indices: wrong.with_indices(indices)
+    sequences: dict[str, Callable[[], Any]] = dict(wrong_calls.BROKEN)
+    for indices in wrong_calls.BROKEN_INDICES:
+        sequences[str(indices)] = lambda indices=indices: wrong_calls.with_indices(indices)
     for kind in ("RNN", "LSTM", "GRU"):
         for name, sequence in sequences.items():
-            module = build(kind, wrong.I, wrong.H)
-            for states in (wrong.zeros(kind, 1, 3 if name.startswith("[") else 2, wrong.H), None):
+            module = build(kind, wrong_calls.I, wrong_calls.H)
+            for states in (
+                wrong_calls.zeros(kind, 1, 3 if name.startswith("[") else 2, wrong_calls.H),
+                None,
+            ):
                 try:
                     module(sequence(), states)
                     torch.get_device_module(device).synchronize()
@@ -306,7 +309,7 @@ def broken(device: str) -> dict[str, str]:
                 except (RuntimeError, ValueError, TypeError, IndexError) as error:
                     outcome = type(error).__name__
                 found[f"{kind} {name} hx={states is not None}"] = outcome
-        assert build(kind, wrong.I, wrong.H)(wrong.x())[0].isfinite().all()
+        assert build(kind, wrong_calls.I, wrong_calls.H)(wrong_calls.x())[0].isfinite().all()
     return found
 
 
