@@ -32,7 +32,7 @@ def checkpointed(
     A segment has ``checkpoint_every`` steps, and backward recomputes it. Besides inputs and
     outputs, memory holds ``T / checkpoint_every`` states and the gates of ``checkpoint_every``
     steps, instead of the gates of T steps. The gradients are the same but for the order of sums
-    and, in 16 bits, cell states that are rounded where a segment ends. Not for torch.compile and
+    and, in 16 bits, cell states that are rounded at the end of a segment. Not for torch.compile and
     the transforms of torch.func.
 
     Args:

@@ -27,7 +27,7 @@ class DirectionTrace(NamedTuple):
     Attributes:
         gates: by name, after their activation: ``i, f, g, o`` of an LSTM, ``r, z, n`` of a GRU;
             none of an RNN, whose one gate is ``h``.
-        h: hidden states, ``[T, N, P]`` where they are projected.
+        h: hidden states, ``[T, N, P]`` if they are projected.
         c: cell states of an LSTM, else None.
     """
 
@@ -87,7 +87,7 @@ def trace(
     """
     run = _Run(module, input, hx, lengths, reset)
     directions = range(run.layer.directions)
-    layers = [[_of_direction(run, layer.recorded, d) for d in directions] for layer in run]
+    layers = [[_of_direction(run, recorded, d) for d in directions] for recorded, _ in run]
     return Trace(*run.results(), layers)
 
 
@@ -110,8 +110,8 @@ def gradient_flow(
     run = _Run(module, input, hx, lengths, reset)
     of_h: list[Tensor] = []
     of_c: list[Tensor] = []
-    for layer in run:
-        recorded, incoming = layer.recorded, Gradients(None, torch.ones_like(layer.hn), None)
+    for recorded, hn in run:
+        incoming = Gradients(None, torch.ones_like(hn), None)
         at = recorded.operands
         wanted = [False] * (1 + len(at.weights) + sum(s is not None for s in (at.h0, at.c0)))
         slots = ops.scan_backward(recorded, incoming, wanted)[-1]
@@ -125,14 +125,6 @@ def _norms(gradients: list[Tensor]) -> Tensor:
     """In float64: a vanishing gradient's square is below the smallest float32."""
     norms = [torch.linalg.vector_norm(z, dim=-1, dtype=torch.float64) for z in gradients]
     return torch.stack(norms).to(gradients[0].dtype)
-
-
-class _Layer(NamedTuple):
-    """One layer of a run: its forward pass, and its last hidden and cell states."""
-
-    recorded: Recorded
-    hn: Tensor
-    cn: Tensor
 
 
 class _Run:
@@ -156,7 +148,8 @@ class _Run:
         self.x = self.operands.x
         self.finals: list[tuple[Tensor, Tensor]] = []
 
-    def __iter__(self) -> Iterator[_Layer]:
+    def __iter__(self) -> Iterator[tuple[Recorded, Tensor]]:
+        """Runs the layers. Each comes with its last hidden states."""
         with torch.autocast(self.x.device.type, enabled=False):
             for i in range(self.call.module.num_layers):
                 if i:
@@ -168,7 +161,7 @@ class _Run:
                     )
                 except kernels.RefusedError as refused:
                     raise ValueError(str(refused)) from None
-                yield _Layer(Recorded(self.layer, self.steps, own._replace(y=y), saved), hn, cn)
+                yield Recorded(self.layer, self.steps, own._replace(y=y), saved), hn
                 self.x = y
                 self.finals.append((hn, cn))
 

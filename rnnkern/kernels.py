@@ -92,7 +92,7 @@ kernel = _C.layer
 
 Equal kernels usually share one cached object. With ``by_bfloat16``, products may take float32 as
 bfloat16. A CPU that multiplies bfloat16 does so from 16 rows on (over all steps), and always under
-deterministic algorithms. A GPU uses TF32. Without ``by_bfloat16``, a GPU uses TF32 where torch.nn
+deterministic algorithms. A GPU uses TF32. Without ``by_bfloat16``, a GPU uses TF32 if torch.nn
 would: for a cell (``is_cell``) if torch's products may, for a layer if cuDNN's recurrent layers
 may.
 """

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,35 +20,49 @@ from rnnkern.sequence import Steps
 
 Outputs = tuple[Tensor, Tensor, Maybe]
 """``y, h_n, c_n``"""
+_Outputs = TypeVar("_Outputs")
 
 
 def layers(call: Call) -> Outputs | Refusal:
     """The results of all layers; or why neither kernels nor operators cover the call."""
     if call.asked is None:
-        return _layers(call, call.given)
+        return _run(_stack, call, call.given)
     with torch.autocast(call.given.x.device.type, enabled=False):
-        found = _layers(call, autocast.computed(call))
+        found = _run(_stack, call, autocast.computed(call))
         return found if isinstance(found, Refusal) else autocast.results(call, *found)
 
 
-def _layers(call: Call, operands: Operands) -> Outputs | Refusal:
+def one_cell(call: Call) -> tuple[Tensor, ...] | Refusal:
+    """``h`` or ``h, c`` of a cell; or why neither kernels nor operators cover the call."""
+    operands = autocast.computed(call)
+    outputs = _run(_cell, call, operands)
+    dtype = autocast.dtype_of_results(call)
+    if isinstance(outputs, Refusal) or dtype is None or operands.x.dtype == torch.float64:
+        return outputs
+    return tuple(z.to(dtype) for z in outputs)
+
+
+def _run(
+    part: Callable[[Call, Operands, Kernel | None], _Outputs], call: Call, operands: Operands
+) -> _Outputs | Refusal:
+    """Runs a part on the kernel, with dense copies if the operands have gaps, or on operators."""
     refusal: Refusal | None = None
     if not is_compiling():
         refusal = kernels.mode_refusal()
         if refusal is None:
-            module = call.module
-            kernel = kernels.kernel_of(call.layer, module.hidden_size, module.proj_size)
+            module, proj = call.module, 0 if call.layer.is_cell else call.module.proj_size
+            kernel = kernels.kernel_of(call.layer, module.hidden_size, proj)
             try:
-                return _stack(call, operands, kernel)
+                return part(call, operands, kernel)
             except kernels.RefusedError:
                 refusal = kernels.refusal(operands)
                 if refusal is None:
                     raise
             if refusal.why is Why.GAPS:
-                return _stack(call, _dense(operands), kernel)
+                return part(call, _dense(operands), kernel)
     if not have_operators(operands):
-        return refusal or _an_operand()
-    return _stack(call, operands, None)
+        return refusal or Refusal(Why.OPERAND, "an operand")
+    return part(call, operands, None)
 
 
 def _stack(call: Call, operands: Operands, kernel: Kernel | None) -> Outputs:
@@ -108,35 +123,17 @@ def dropout(module: Any, x: Tensor) -> Tensor:
     return nn.functional.dropout(x, module.dropout, module.training) if module.dropout else x
 
 
-def one_cell(call: Call) -> tuple[Tensor, ...] | Refusal:
-    """``h`` or ``h, c`` of a cell; or why neither kernels nor operators cover the call."""
-    operands = autocast.computed(call)
-    refusal: Refusal | None = None
-    outputs: tuple[Tensor, ...] | None = None
-    if not is_compiling():
-        refusal = kernels.mode_refusal()
-        if refusal is None:
-            kernel = kernels.kernel_of(call.layer, call.module.hidden_size, 0)
-            try:
-                outputs = _cell_on_kernel(kernel, operands)
-            except kernels.RefusedError:
-                refusal = kernels.refusal(operands)
-                if refusal is None:
-                    raise
-            if refusal is not None and refusal.why is Why.GAPS:
-                outputs = _cell_on_kernel(kernel, _dense(operands))
-    if outputs is None:
-        if not have_operators(operands):
-            return refusal or _an_operand()
-        outputs = _cell_by_operators(call, operands)
-    dtype = autocast.dtype_of_results(call)
-    if dtype is not None and operands.x.dtype != torch.float64:
-        outputs = tuple(z.to(dtype) for z in outputs)
-    return outputs
-
-
-def _cell_on_kernel(kernel: Kernel, operands: Operands) -> tuple[Tensor, ...]:
+def _cell(call: Call, operands: Operands, kernel: Kernel | None) -> tuple[Tensor, ...]:
+    """A cell on the kernel, or without one on operators, as a layer of one step."""
     x, h0, c0, weights, _ = operands
+    if kernel is None:
+        own = Operands(one_step(x), one_step(h0), one_step(c0), weights)
+        _, hn, cn = _one_layer(call.layer, None, own, None)
+        # No views: torch.nn's are none, and `detach_` refuses those. Nothing else holds their
+        # memory.
+        view = torch.ops.aten._unsafe_view.default
+        shape = (*x.shape[:-1], call.module.hidden_size)
+        return tuple(view(z, shape) for z in (hn, cn) if z is not None)
     run = kernels.profiled(kernel.forward, kernel.mode)
     outputs, training, kept_h, saved = run(x, h0, c0, weights, None, keeps_y=True)
     if not training:
@@ -144,17 +141,6 @@ def _cell_on_kernel(kernel: Kernel, operands: Operands) -> tuple[Tensor, ...]:
     states = [s for s in (h0, c0) if s is not None]
     recorded = record_cell_in_loop if kernels.are_worth_sums(kernel, x) else record_cell
     return recorded((kernel, None, len(states)), outputs, kept_h, saved, x, *weights, *states)
-
-
-def _cell_by_operators(call: Call, operands: Operands) -> tuple[Tensor, ...]:
-    """The cell as a layer of one step."""
-    x, h0, c0, weights, _ = operands
-    own = Operands(one_step(x), one_step(h0), one_step(c0), weights)
-    _, hn, cn = _one_layer(call.layer, None, own, None)
-    # No views: torch.nn's are none, and `detach_` refuses those. Nothing else holds their memory.
-    view = torch.ops.aten._unsafe_view.default
-    shape = (*x.shape[:-1], call.module.hidden_size)
-    return tuple(view(z, shape) for z in (hn, cn) if z is not None)
 
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -178,10 +164,6 @@ def have_operators(operands: Operands) -> bool:
         )
         for t in (x, h0, c0, *weights)
     )
-
-
-def _an_operand() -> Refusal:
-    return Refusal(Why.OPERAND, "an operand")
 
 
 def _dense(operands: Operands) -> Operands:

@@ -181,7 +181,7 @@ def as_tuple(state: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 @pytest.mark.parametrize("kind", CELLS)
 def test_one_bias_missing(kind: str) -> None:
-    """torch.nn's cells compute without a bias that somebody has set to None (not on a GPU)."""
+    """torch.nn's cells compute without a bias that has been set to None (not on a GPU)."""
     for name in ("bias_ih", "bias_hh"):
         cell = build(kind, 4, 6)
         theirs = getattr(nn, kind)(4, 6)

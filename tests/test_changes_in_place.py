@@ -135,7 +135,7 @@ def test_an_output_changed_in_place_under_other_modes(kind: str) -> None:
     )
 
 
-def test_an_output_that_nobody_changes_is_not_copied() -> None:
+def test_an_output_that_does_not_change_is_not_copied() -> None:
     """torch copies the large one when it is written to, and no sooner."""
     y, _ = build("GRU", 4, 33)(torch.randn(40, 16, 4))
     is_shared = torch._C._is_cow_tensor

@@ -1,4 +1,4 @@
-"""Gates made anew in backward: `rnnkern.checkpointed`, and `torch.utils.checkpoint`."""
+"""Gates recomputed in backward: `rnnkern.checkpointed`, and `torch.utils.checkpoint`."""
 
 from __future__ import annotations
 

@@ -281,7 +281,7 @@ def wrong_weights(kind: str) -> dict[str, tuple[str, Tensor]]:
     ],
 )
 def test_wrong_weights(kind: str, case: str) -> None:
-    """Somebody sets a weight of the wrong shape. torch.nn.LSTM takes some and reads out of bounds:
+    """A weight of the wrong shape is set. torch.nn.LSTM takes some and reads out of bounds:
     not compared.
     """
     name, weight = wrong_weights(kind)[case]

@@ -171,7 +171,7 @@ def test_weight_layouts(form: str, layout: str) -> None:
 
 
 def make_raw(*names: str) -> Change:
-    """Weight-drop: the weights become plain tensors, made anew from raw parameters before every
+    """Weight-drop: the weights become plain tensors, recomputed from raw parameters before every
     call.
     """
 

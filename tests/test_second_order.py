@@ -149,7 +149,7 @@ def test_gradients_of_the_incoming_gradients(
 @pytest.mark.parametrize("wanted", ["x", "h0", "weight_hh_l0", "bias_ih_l0"])
 @pytest.mark.parametrize("form", FORMS)
 def test_only_some_gradients_of_the_gradients(form: str, wanted: str, calls: list[str]) -> None:
-    """Those that nobody wants are not made, and the others are the same."""
+    """Unwanted ones are not computed, and the others are the same."""
     kind, own = FORMS[form]
     module = build(kind, 3, 40, dtype=torch.float64, bidirectional=True, **own)
     leaves = leaves_for(module, 4, 5, hx=True)

@@ -460,7 +460,7 @@ def test_without_gradients(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", LAYERS)
 def test_arguments_edited_before_backward(kind: str) -> None:
-    """Buffers of `lengths` and `reset` that are filled anew for the next batch: right gradients, or
+    """Buffers of `lengths` and `reset` that are refilled for the next batch: right gradients, or
     torch's error.
     """
     module = build(kind, I, H, bidirectional=True)

@@ -58,7 +58,7 @@ class Options:
         cells: among ``CELLS`` and ``STEP_CELLS``.
         workloads: in the order to run; one named notebook brings the notebook's comparison with it.
         passes: among ``PASSES``.
-        device: where both run.
+        device: the device of both libraries.
         precisions: each case in each of these.
         threads: for torch's thread pool, which rnnkern shares; None leaves it as it is.
         quick: a fraction of the samples and of the notebook's runs.

@@ -52,7 +52,7 @@ class PairTiming:
 
     @property
     def speedup(self) -> float:
-        """Median of the pairwise ratios theirs / ours: above one where ours is faster."""
+        """Median of the pairwise ratios theirs / ours: above 1 if ours is faster."""
         ratios = (t / o for o, t in zip(self.ours_s, self.theirs_s, strict=True))
         return statistics.median(ratios)
 

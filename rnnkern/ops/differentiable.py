@@ -96,7 +96,7 @@ def _forward(
 
 
 def _backward(*operands: Any, run: Callable[..., list[Tensor]] | None = None) -> list[Tensor]:
-    """As `scan_backward`; a tensor without elements for what is not wanted."""
+    """`scan_backward` as an operator: a gradient that is not wanted has no elements."""
     *incoming, x, h0, c0, weights, y, saved = operands[:9]
     *steps, packed = operands[9 : 9 + STEPS]
     layer, wanted = Layer(*operands[9 + STEPS : -1]), operands[-1]
@@ -180,7 +180,7 @@ def _backward_of_scan(
     """Gradients of x, h0, c0; and of the weights."""
     recorded, _ = _kept(ctx)
     _, h0, c0, weights, _ = recorded.operands
-    if all(z is None for z in incoming):  # as where y was an operand of backward
+    if all(z is None for z in incoming):  # as if y was an operand of backward
         return [None] * 3, [None] * len(weights)
     flags = [wanted[0], *wanted[3:]]
     flags += [flag for s, flag in zip((h0, c0), wanted[1:3], strict=True) if s is not None]
@@ -279,8 +279,8 @@ class _ScanBackward(torch.autograd.Function):
     def forward(layer: Layer, wanted: tuple[bool, ...], *rest: Any) -> tuple[Tensor, ...]:
         dy, dhn, dcn, x, h0, c0, y, saved, *others = rest
         steps, weights = others[:STEPS], others[STEPS:]
-        # Without the operator if no mode has to see it: it costs more than the kernels of a small
-        # layer.
+        # If no mode has to see the operator, it is left out: it costs more than the kernels of a
+        # small layer.
         is_seen = has_modes() or not runs_on_kernels(x)
         operands = (dy, dhn, dcn, x, h0, c0, weights, y, saved, *steps, *layer, list(wanted))
         return tuple(_backward(*operands, run=None if is_seen else run_backward))
