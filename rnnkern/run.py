@@ -20,7 +20,7 @@ from rnnkern.sequence import Steps
 
 Outputs = tuple[Tensor, Tensor, Maybe]
 """``y, h_n, c_n``"""
-_Outputs = TypeVar("_Outputs")
+_Results = TypeVar("_Results")
 
 
 def layers(call: Call) -> Outputs | Refusal:
@@ -43,8 +43,8 @@ def one_cell(call: Call) -> tuple[Tensor, ...] | Refusal:
 
 
 def _run(
-    part: Callable[[Call, Operands, Kernel | None], _Outputs], call: Call, operands: Operands
-) -> _Outputs | Refusal:
+    part: Callable[[Call, Operands, Kernel | None], _Results], call: Call, operands: Operands
+) -> _Results | Refusal:
     """Runs a part on the kernel, with dense copies if the operands have gaps, or on operators."""
     refusal: Refusal | None = None
     if not is_compiling():
