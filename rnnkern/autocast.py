@@ -51,12 +51,13 @@ def _promoted(dtype: torch.dtype, x: Tensor, state: Maybe) -> torch.dtype:
 
 def computed(call: Call) -> Operands:
     """The operands of a call in the dtype in which they are computed."""
-    x, h0, c0, weights, _ = call.given
-    dtype = dtype_of_results(call)
-    if dtype is None:
+    if call.asked is None:
         return call.given
-    if call.layer.is_cell and weights[0].dtype == torch.float32:
-        dtype = torch.float32  # otherwise each step would keep copies of the weights for backward
+    x, h0, c0, weights, _ = call.given
+    # In the dtype of a cell's weights, or each step would keep copies of them for backward.
+    is_wide = call.layer.is_cell and weights[0].dtype == torch.float32
+    dtype = torch.float32 if is_wide else dtype_of_results(call)
+    assert dtype is not None
     x, h0, c0, *weights = cast(dtype, x, h0, c0, *weights)
     return Operands(x, h0, c0, weights)
 
