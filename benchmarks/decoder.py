@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 import rnnkern
-from rnnkern import timing, tolerance
-from rnnkern.workloads import STEP_CELLS
+from rnnkern import tolerance
+from rnnkern.bench import timing
+from rnnkern.bench.workloads import STEP_CELLS
 
 STEPS, SOURCE, EMBEDDING = 100, 50, 128
 SIZES = ((1, 128), (16, 256), (64, 512))

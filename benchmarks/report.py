@@ -26,8 +26,8 @@ import torch
 from benchmarks import peers
 from benchmarks.gpu.page import HEADING as GPU_HEADING
 from benchmarks.gpu.page import cells_of_table
-from rnnkern import compare, timing
-from rnnkern.workloads import (
+from rnnkern.bench import compare, timing
+from rnnkern.bench.workloads import (
     CELLS,
     FORWARD,
     FORWARD_BACKWARD,

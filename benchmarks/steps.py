@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 import rnnkern
-from rnnkern import timing
-from rnnkern.workloads import (
+from rnnkern.bench import timing
+from rnnkern.bench.workloads import (
     FORWARD,
     FORWARD_BACKWARD,
     STEP_CELLS,

@@ -1,8 +1,8 @@
 """rnnkern and torch.nn side by side: a group for each cell, workload and pass, a row for each.
 
 On the CPU in float32 and, where there is a GPU, on that in every dtype of its own. The modules,
-inputs, calls and checks are those of ``rnnkern compare`` (rnnkern/workloads.py). Here one library
-is timed after the other, so that the ratio depends on a quiet machine; ``rnnkern compare`` times
+inputs, calls and checks are those of ``rnnkern compare`` (rnnkern/bench/workloads.py). Here one
+library is timed after the other, so the ratio depends on a quiet machine. ``rnnkern compare`` times
 them in turn.
 """
 
@@ -19,7 +19,7 @@ from torch import nn
 
 import rnnkern
 from rnnkern import tolerance
-from rnnkern.workloads import (
+from rnnkern.bench.workloads import (
     CELLS,
     FORWARD,
     FORWARD_BACKWARD,

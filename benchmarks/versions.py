@@ -105,8 +105,8 @@ class Version:
 
 
 def main() -> None:
-    from rnnkern import timing
-    from rnnkern.workloads import (
+    from rnnkern.bench import timing
+    from rnnkern.bench.workloads import (
         FORWARD,
         FORWARD_BACKWARD,
         FORWARD_GRAD,

@@ -49,8 +49,8 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_padded_sequence, pad_sequence
 
 import rnnkern
-from rnnkern.timing import clock_of, time_in_turn
-from rnnkern.workloads import CELLS
+from rnnkern.bench.timing import clock_of, time_in_turn
+from rnnkern.bench.workloads import CELLS
 
 OWN = EXAMPLES / "data" / "sentences.tsv"
 CLASSES = ("negative", "neutral", "positive")

@@ -35,7 +35,7 @@ PLATFORM = f"manylinux_{GLIBC.major}_{GLIBC.minor}_x86_64"
 MAX_BYTES = 40_000_000
 
 # What a caller may have set and a proof, or a build, is not to see; pip's pins are handed on by
-# name, for paths in them are relative.
+# name, because paths in them are relative.
 HIDDEN = ("RNNKERN_", "PYTHON", "PIP_CONSTRAINT")
 HIDDEN_FROM_PROOFS = (*HIDDEN, "CUDA", "LD_", "CC", "CXX")
 

@@ -15,7 +15,13 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from rnnkern.workloads import CELLS, FORWARD, FORWARD_BACKWARD, default_precisions, load_workloads
+from rnnkern.bench.workloads import (
+    CELLS,
+    FORWARD,
+    FORWARD_BACKWARD,
+    default_precisions,
+    load_workloads,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 HEADING = "## On a GPU"

@@ -3,11 +3,11 @@
     python benchmarks/gpu/speed.py speed.jsonl [--budget 200] [--sweeps 60]
     python benchmarks/gpu/speed.py peers.jsonl --peers --workload flash768 --dtype bfloat16
 
-All cells, workloads and dtypes for GPUs of rnnkern/workloads.json, forward without grad and with
-backward; then one cell after the other while H or T grows. One line of JSON a result, written as it
-comes, after one line on the machine. ``--peers`` times FlashRNN (its CUDA and its Triton kernels)
-and haste as well, where they can be imported: whoever measures brings them along. They compile for
-each shape at its first call, which takes minutes, so that is for few rows.
+All cells, workloads and dtypes for GPUs of rnnkern/bench/workloads.json, forward without grad and
+with backward; then one cell after the other while H or T grows. Each result is one line of JSON,
+written as it comes, after one line about the machine. ``--peers`` times FlashRNN (its CUDA and its
+Triton kernels) and haste as well, if they are installed. They compile for each shape at its first
+call, which takes minutes, so use that option for few rows.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from torch import nn
 from torch.nn.functional import linear
 
 import rnnkern
-from rnnkern import timing
-from rnnkern.workloads import (
+from rnnkern.bench import timing
+from rnnkern.bench.workloads import (
     CELLS,
     FORWARD,
     FORWARD_BACKWARD,
@@ -88,7 +88,7 @@ class Row:
 
 
 def rows(names: list[str], dtypes: list[str], cells: list[str]) -> list[Row]:
-    """Of all workloads or those named; those of one case stand together."""
+    """The rows of all workloads, or of the named ones; the rows of one case are together."""
     chosen = [w for w in load_workloads("cuda").values() if not names or w.name in names]
     wanted = dtypes or [precision.name for precision in default_precisions("cuda")]
     return [
