@@ -27,6 +27,7 @@ from rnnkern.bench import timing
 Call = Callable[[], object]
 SERVING_S = 1.0
 SERVERS = 4
+PACKED_STEPS, LONG_STEPS = 1000, 100_000
 
 
 def pair(kind: str, *sizes: int) -> tuple[nn.Module, nn.Module]:
@@ -61,10 +62,10 @@ def in_turn(theirs: Call, ours: Call, repeat: int) -> tuple[float, float]:
 
 
 def packed(repeat: int) -> Iterator[tuple[str, float, float]]:
-    """N=32, L=1000, I=H=128, lengths from 1 to L; forward and backward of the sum."""
+    """N=32, I=H=128, lengths from 1 to L=PACKED_STEPS; forward and backward of the sum."""
     theirs, ours = pair("LSTM", 128, 128)
-    x = torch.randn(1000, 32, 128)
-    lengths = torch.linspace(1, 1000, 32).long().flip(0)
+    x = torch.randn(PACKED_STEPS, 32, 128)
+    lengths = torch.linspace(1, PACKED_STEPS, 32).long().flip(0)
 
     def train(module: nn.Module, run: Callable[[], Tensor]) -> Tensor:
         module.zero_grad()
@@ -83,7 +84,7 @@ def packed(repeat: int) -> Iterator[tuple[str, float, float]]:
     expect_agreement(by_packing(ours), wanted, "packed")
     expect_agreement(by_lengths(), wanted, "lengths=")
     yield (
-        "training on a PackedSequence, LSTM N=32 H=128 L=1000",
+        f"training on a PackedSequence, LSTM N=32 H=128 L={PACKED_STEPS}",
         *in_turn(lambda: by_packing(theirs), lambda: by_packing(ours), repeat),
     )
     yield (
@@ -93,12 +94,15 @@ def packed(repeat: int) -> Iterator[tuple[str, float, float]]:
 
 
 def long(repeat: int) -> Iterator[tuple[str, float, float]]:
-    """T=100000, N=1, I=H=16, inference."""
+    """T=LONG_STEPS, N=1, I=H=16, inference."""
     theirs, ours = pair("GRU", 16, 16)
-    x = torch.randn(100_000, 1, 16)
+    x = torch.randn(LONG_STEPS, 1, 16)
     with torch.no_grad():
         expect_agreement(ours(x)[0], theirs(x)[0], "long")
-        yield "GRU of 100000 steps, N=1 H=16", *in_turn(lambda: theirs(x), lambda: ours(x), repeat)
+        yield (
+            f"GRU of {LONG_STEPS} steps, N=1 H=16",
+            *in_turn(lambda: theirs(x), lambda: ours(x), repeat),
+        )
 
 
 def serving(repeat: int) -> Iterator[tuple[str, float, float]]:

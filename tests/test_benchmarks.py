@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 
-from benchmarks import decoder, entry_points, steps, versions
+from benchmarks import decoder, entry_points, everyday, steps, versions
 
 pytestmark = pytest.mark.cpu_only
 
@@ -43,6 +43,22 @@ def test_the_benchmark_of_a_decoder_runs(run, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(decoder, "STEPS", 5)
     lines = run(decoder, "--budget", "0", "--threads", "1")
     assert len([line for line in lines if line.endswith("x")]) == 6
+
+
+def test_the_everyday_cases_run(run, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setattr(everyday, "PACKED_STEPS", 40)
+    monkeypatch.setattr(everyday, "LONG_STEPS", 50)
+    monkeypatch.setattr(everyday, "SERVING_S", 0.01)
+    lines = run(everyday, "--repeat", "1")
+    rows = [line.split("|") for line in lines if re.search(r"[\d.]+x \|$", line)]
+    assert len(rows) == 6
+    assert "L=40" in rows[0][1]
+
+
+def test_everyday_cases_that_do_not_exist(run, capsys: pytest.CaptureFixture[str]) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(SystemExit):
+        run(everyday, "--case", "packed,sleeping")
+    assert "some of packed,long,serving,busy, got packed,sleeping" in capsys.readouterr().err
 
 
 def test_the_benchmark_of_versions_runs(
