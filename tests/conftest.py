@@ -119,7 +119,8 @@ def _restore_torch() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(False)
+    # As use_deterministic_algorithms, which takes seconds because it loads Inductor.
+    torch.set_deterministic_debug_mode("default")
 
 
 @pytest.fixture
@@ -127,7 +128,7 @@ def deterministic() -> None:
     """Deterministic algorithms; torch then also fills new memory with NaN, so what is left
     unwritten shows.
     """
-    torch.use_deterministic_algorithms(True)
+    torch.set_deterministic_debug_mode("error")
 
 
 @pytest.fixture

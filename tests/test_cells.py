@@ -220,11 +220,11 @@ def test_rows_that_fill_vectors(
 
 @pytest.mark.cpu_only
 @pytest.mark.kernel
+@pytest.mark.usefixtures("deterministic")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", ["RNN", "LSTM", "GRU"])
 def test_broadcast_weights_have_the_bits_of_packed_ones(kind: str, dtype: torch.dtype) -> None:
     """One step reads them as they lie, a long sequence packs them."""
-    torch.use_deterministic_algorithms(True)
     module = build(kind, 300, 70, dtype=dtype)
     x = torch.randn(200, 47, 300).to(dtype)
     assert "each weight times a vector" in rnnkern.explain(module, x[:1])
