@@ -30,7 +30,7 @@ KINDS = ("RNN", "LSTM", "GRU")
 
 
 class Place:
-    """A layer and a cell of one library, with the numbers that those of the other have."""
+    """A layer and a cell of one library, with the same numbers for both libraries."""
 
     def __init__(self, library: ModuleType, kind: str) -> None:
         torch.manual_seed(0)
@@ -207,7 +207,7 @@ def generate(p: Place) -> Call:
 
 
 def trace(p: Place) -> Call:
-    """torch.nn has no gates to show: the layer as its cell in a loop, which has the states."""
+    """torch.nn shows no gates. So its side is its cell in a loop, which has the states."""
     if p.is_ours:
         return no_grad(lambda: rnnkern.inspect.trace(p.layer, p.x))
 

@@ -20,7 +20,7 @@ from rnnkern.bench.workloads import FORWARD, Case
 
 Call = Callable[[], Any]
 
-# Gates in ONNX's order, by their number in torch's: i o f c of i f g o, z r h of r z n.
+# The numbers of ONNX's gates in torch's order: i o f c of i f g o, z r h of r z n.
 GATE_ORDER = {"RNN": (0,), "LSTM": (0, 3, 1, 2), "GRU": (1, 0, 2)}
 
 

@@ -1,4 +1,4 @@
-"""Cells at sizes drawn at random, beside torch.nn: where a step is slower, if anywhere.
+"""Cells at sizes drawn at random, beside torch.nn, to find sizes at which a step is slower.
 
     python -m benchmarks.steps [--draws 20] [--seed 0] [--threads N] [--seconds S]
 

@@ -65,7 +65,7 @@ def read(
     """The call ``module(input, hx, lengths=lengths, reset=reset)`` of a layer.
 
     Returns:
-        The call; or `Why.INVALID`, if torch.nn has to raise its own error.
+        The call; or a refusal, `Why.INVALID`, if torch.nn has to raise its own error.
 
     Raises:
         TypeError, ValueError: ``lengths`` or ``reset`` does not fit (`padded_steps`).

@@ -117,7 +117,7 @@ class Builder:
         return sdist
 
     def _nvcc(self, release: str) -> Path:
-        """The compiler of a toolchain that pip installs here, and nowhere else."""
+        """The compiler of a toolchain that pip installs for this build only."""
         toolchain = self._work / f"cuda-{release}"
         if not toolchain.exists():
             say(f"the toolchain of CUDA {release}")

@@ -41,8 +41,8 @@ LEFT_OUT = {
 
 
 def machines(isas: list[str]) -> Iterator[tuple[dict[str, str], list[str]]]:
-    """The environment that describes each, and which of the tests run there."""
-    # Those of AVX-512 differ from one another in the kernels of bfloat16 alone.
+    """The environment that describes each machine, and the tests that run there."""
+    # The sets of AVX-512 differ from one another only in the kernels of bfloat16.
     alike = [isa for isa in isas[1:] if isa.startswith("x86-64-v4")]
     different = [isa for isa in isas if isa not in alike]
     caches, threads = (512 * KIB, 1024 * KIB, 2048 * KIB), (64, 2, 1)

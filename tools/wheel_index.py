@@ -63,7 +63,7 @@ def distribution(path: Path) -> Distribution:
 
 
 def distributions(folder: Path) -> list[Distribution]:
-    """Those in the folder, by project, version and name."""
+    """The distributions in the folder, by project, version and name."""
     paths = [path for pattern in ("*.whl", "*.tar.gz") for path in folder.glob(pattern)]
     if not paths:
         raise WheelError(f"want a folder with wheels or sdists, got {folder}")
