@@ -1,6 +1,6 @@
 """Shorter defaults than pytest-benchmark's own: there are hundreds of rows here.
 
-The whole suite takes some four minutes on two cores. What is given on the command line counts; for
+The whole suite takes about four minutes on two cores. What is given on the command line counts; for
 a smoke run use ``-k notebook`` or ``--benchmark-max-time=0.01 --benchmark-min-rounds=1``.
 """
 

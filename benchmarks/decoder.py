@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 import rnnkern
-from rnnkern import timing, tolerance
-from rnnkern.workloads import STEP_CELLS
+from rnnkern import tolerance
+from rnnkern.bench import timing
+from rnnkern.bench.workloads import STEP_CELLS
 
 STEPS, SOURCE, EMBEDDING = 100, 50, 128
 SIZES = ((1, 128), (16, 256), (64, 512))
@@ -24,7 +25,7 @@ SIZES = ((1, 128), (16, 256), (64, 512))
 
 
 class Decoder(nn.Module):
-    """Each step looks at the source, and takes what it sees beside the next embedding."""
+    """Each step attends to the source, and reads the result together with the next embedding."""
 
     def __init__(self, library: ModuleType, kind: str, hidden: int) -> None:
         super().__init__()
@@ -46,7 +47,7 @@ class Decoder(nn.Module):
 
 
 def calls(model: Decoder, embedded: Tensor, source: Tensor) -> tuple[Callable[[], object], ...]:
-    """Inference, and forward+backward."""
+    """The calls for inference and for forward+backward."""
 
     def inference() -> None:
         with torch.no_grad():
@@ -60,7 +61,7 @@ def calls(model: Decoder, embedded: Tensor, source: Tensor) -> tuple[Callable[[]
 
 
 def check(ours: Decoder, theirs: Decoder, embedded: Tensor, source: Tensor) -> None:
-    """Outputs and gradients by the rule for layers, from torch.nn in float64."""
+    """Checks outputs and gradients by the rule for layers, against torch.nn in float64."""
 
     def results(model: Decoder, *operands: Tensor) -> list[Tensor]:
         made = model(*operands)

@@ -1,8 +1,8 @@
-"""The layers of a case in ONNX Runtime and OpenVINO: what else one could run for inference.
+"""The layers of a case in ONNX Runtime and OpenVINO, which also run inference.
 
-Both come with the optional extra ``peers``. A case becomes an ONNX model of one operator, with the
-parameters as constants, so each may pack them once and for all; rnnkern and torch.nn get them anew
-in each call.
+Both come with the dependency group ``peers``. A case becomes an ONNX model of one operator, with
+the parameters as constants. So each of the two may pack them once, while rnnkern and torch.nn get
+them in each call.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import torch
 from torch import nn
 
 import rnnkern
-from rnnkern.workloads import FORWARD, Case
+from rnnkern.bench.workloads import FORWARD, Case
 
 Call = Callable[[], Any]
 
-# Gates in ONNX's order, by their number in torch's: i o f c of i f g o, z r h of r z n.
+# The numbers of ONNX's gates in torch's order: i o f c of i f g o, z r h of r z n.
 GATE_ORDER = {"RNN": (0,), "LSTM": (0, 3, 1, 2), "GRU": (1, 0, 2)}
 
 

@@ -26,8 +26,8 @@ import torch
 from benchmarks import peers
 from benchmarks.gpu.page import HEADING as GPU_HEADING
 from benchmarks.gpu.page import cells_of_table
-from rnnkern import compare, timing
-from rnnkern.workloads import (
+from rnnkern.bench import compare, timing
+from rnnkern.bench.workloads import (
     CELLS,
     FORWARD,
     FORWARD_BACKWARD,
@@ -43,7 +43,7 @@ ROOT = Path(__file__).resolve().parent.parent
 OURS = "rnnkern"
 TIMED = {FORWARD: "Inference", FORWARD_BACKWARD: "Forward+backward"}
 
-# One of T, N and H grows, the others stay.
+# One of T, N and H grows, the others stay the same.
 SWEEP_BASE = {"steps": 64, "batch": 16, "input_size": 128, "hidden_size": 128}
 SWEEPS = {
     "steps": (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024),
@@ -73,14 +73,14 @@ AXES = {"steps": "time steps T", "batch": "batch N", "hidden_size": "hidden size
 
 
 PRODUCT = "matrix product"
-# What the limits are measured with: matrix products of m, k, n, and floats copied.
+# The limits are measured with matrix products of these m, k, n, and a copy of this many floats.
 PRODUCTS = ((512, 512, 512), (1024, 1024, 1024), (64, 1024, 4096), (256, 1024, 1024))
 COPIED = 2**26
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What the machine can do: its best matrix product in a dtype, and GB/s of a copy."""
+    """The limits of the machine: its best matrix product in a dtype, and the GB/s of a copy."""
 
     sizes: tuple[int, int, int]
     dtype: torch.dtype
@@ -114,7 +114,7 @@ def _flops_of(sizes: tuple[int, int, int]) -> float:
 
 
 def measure_limits(dtype: torch.dtype, quick: bool) -> Limits:
-    """The best of several shapes and runs: a limit is no average."""
+    """The best of several shapes and runs, because a limit is not an average."""
     budget_s = 0.2 if quick else 1.0
     found = []
     for sizes in PRODUCTS:
@@ -174,7 +174,7 @@ def measure(
 
 
 def sweep(name: str, cell: str, limits: Limits, quick: bool) -> Iterator[dict[str, Any]]:
-    """Both passes over one growing size."""
+    """Measures both passes while one size grows."""
     values = SWEEPS[name][:: 4 if quick else 1]
     for value in values:
         sizes = SWEEP_BASE | {name: value}
@@ -186,7 +186,7 @@ def sweep(name: str, cell: str, limits: Limits, quick: bool) -> Iterator[dict[st
 
 
 def run(threads: Iterable[int], quick: bool) -> dict[str, Any]:
-    """Everything, as JSON-ready values."""
+    """Measures everything, and returns JSON-ready values."""
     header = compare.header(compare.Options(quick=quick))
     header["peers"] = {name: _version(name) for name in peers.installed()}
     report: dict[str, Any] = {"header": header, "limits": [], "rows": [], "sweeps": []}
@@ -351,7 +351,7 @@ def draw(report: dict[str, Any], folder: Path) -> list[Path]:
 
 
 def main() -> None:
-    """The command."""
+    """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--threads", default="1,2", help="counts, by commas (default: 1,2)")
     parser.add_argument("--quick", action="store_true", help="rougher, and no large workloads")

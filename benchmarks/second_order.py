@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 import rnnkern
-from rnnkern.timing import PairTiming, threads_set, time_in_turn
-from rnnkern.workloads import CELLS, FORWARD_BACKWARD, Side, draw_case, load_workloads
+from rnnkern.bench.timing import PairTiming, threads_set, time_in_turn
+from rnnkern.bench.workloads import CELLS, FORWARD_BACKWARD, Side, draw_case, load_workloads
 
 
 def hessian_product(side: Side) -> Callable[[], object]:

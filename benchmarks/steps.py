@@ -1,4 +1,4 @@
-"""Cells at sizes drawn at random, beside torch.nn: where a step is slower, if anywhere.
+"""Cells at sizes drawn at random, beside torch.nn, to find sizes at which a step is slower.
 
     python -m benchmarks.steps [--draws 20] [--seed 0] [--threads N] [--seconds S]
 
@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 import rnnkern
-from rnnkern import timing
-from rnnkern.workloads import (
+from rnnkern.bench import timing
+from rnnkern.bench.workloads import (
     FORWARD,
     FORWARD_BACKWARD,
     STEP_CELLS,

@@ -1,8 +1,8 @@
 """rnnkern and torch.nn side by side: a group for each cell, workload and pass, a row for each.
 
 On the CPU in float32 and, where there is a GPU, on that in every dtype of its own. The modules,
-inputs, calls and checks are those of ``rnnkern compare`` (rnnkern/workloads.py). Here one library
-is timed after the other, so that the ratio depends on a quiet machine; ``rnnkern compare`` times
+inputs, calls and checks are those of ``rnnkern compare`` (rnnkern/bench/workloads.py). Here one
+library is timed after the other, so the ratio depends on a quiet machine. ``rnnkern compare`` times
 them in turn.
 """
 
@@ -19,7 +19,7 @@ from torch import nn
 
 import rnnkern
 from rnnkern import tolerance
-from rnnkern.workloads import (
+from rnnkern.bench.workloads import (
     CELLS,
     FORWARD,
     FORWARD_BACKWARD,
@@ -51,7 +51,7 @@ per_library = pytest.mark.parametrize("library", LIBRARIES.values(), ids=LIBRARI
 
 @dataclass(frozen=True)
 class Checked:
-    """A case that has passed its check, and where and in what."""
+    """A case that has passed its check, with its device and precision."""
 
     case: Case
     device: str
@@ -59,11 +59,11 @@ class Checked:
 
     @property
     def where(self) -> str:
-        """What a group's name says of the device: nothing on the CPU."""
+        """The part of a group's name for the device, which is empty on the CPU."""
         return "" if self.device == "cpu" else f" {self.device} {self.precision.name}"
 
     def call(self, library: ModuleType, pass_name: str) -> Callable[[], object]:
-        """What is timed; on a GPU it is over when that is."""
+        """The timed call, which on a GPU waits for the GPU."""
         call = self.case.side(library, self.precision.dtype, self.device).call(pass_name)
         if self.device == "cpu":
             return call
@@ -80,7 +80,7 @@ def run(
 ) -> None:
     case = checked.case
     benchmark.group = group + checked.where
-    # The name of the row in the table, which would else repeat the whole test id.
+    # The name of the row in the table. Without it the row would repeat the whole test id.
     benchmark.name = "rnnkern" if library is rnnkern else "torch.nn"
     benchmark.extra_info["flops"] = flops(case.cell, case.workload, pass_name)
     benchmark.extra_info["threads"] = torch.get_num_threads()
@@ -88,8 +88,8 @@ def run(
         benchmark(checked.call(library, pass_name))
 
 
-# Module scope makes pytest run all tests of a case one after another: it is checked once, and only
-# one is in memory.
+# Module scope makes pytest run all tests of a case one after another. So the case is checked once,
+# and only one case is in memory.
 @pytest.fixture(
     scope="module",
     params=[(cell, device) for device in DEVICES for cell in CELLS],
@@ -119,7 +119,7 @@ def cases() -> Iterator[tuple[str, str, str, Precision]]:
 
 
 def name_of(param: tuple[str, str, str, Precision]) -> str:
-    """That of a case in the ids of tests."""
+    """The part of a test id that names a case."""
     cell, name, device, precision = param
     return f"{name}-{cell}" if device == "cpu" else f"{name}-{cell}-{device}-{precision.name}"
 

@@ -1,11 +1,11 @@
-"""Two versions of rnnkern beside each other: this checkout and another one, which has been built.
+"""Compares two versions of rnnkern: this checkout and another one that has been built.
 
     python -m benchmarks.versions ../other [--cell LSTM,GRUCell] [--workload notebook,step_h20]
         [--pass forward,forward-backward] [--threads 1,2] [--seconds 1]
 
-Each version has a process of its own, and they are timed in turn: speed-up is the median of other /
-this over neighbouring samples, with the quartiles in brackets. The same modules, inputs and passes
-as in ``rnnkern compare``.
+Each version runs in a process of its own, and they are timed in turn. The speed-up is the median of
+other / this over neighbouring samples, with the quartiles in brackets. Modules, inputs and passes
+are those of ``rnnkern compare``.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ SAMPLE_S = 2e-3
 
 
 def serve() -> None:
-    """Makes the calls that it is asked for, one line of JSON each, and answers with seconds."""
+    """Makes the calls that stdin asks for, one line of JSON each, and answers with seconds."""
     import gc
 
     import torch
 
     import rnnkern
 
-    def prepare(kind: str, T: int, N: int, I: int, H: int, is_step: bool, backward: bool) -> Any:
+    def prepare(kind: str, *, T: int, N: int, I: int, H: int, is_step: bool, backward: bool) -> Any:
         torch.manual_seed(0)
         module = getattr(rnnkern, kind)(I, H)
         shape = (N,) if is_step else (T, N)
@@ -105,8 +105,8 @@ class Version:
 
 
 def main() -> None:
-    from rnnkern import timing
-    from rnnkern.workloads import (
+    from rnnkern.bench import timing
+    from rnnkern.bench.workloads import (
         FORWARD,
         FORWARD_BACKWARD,
         FORWARD_GRAD,

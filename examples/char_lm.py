@@ -49,8 +49,8 @@ from torch import Tensor, nn
 
 import rnnkern
 from rnnkern import plot
+from rnnkern.bench.workloads import CELLS
 from rnnkern.inspect import Trace
-from rnnkern.workloads import CELLS
 
 FAST = {"hidden": 64, "epochs": 3, "steps": 32, "rate": 0.01, "dropout": 0.0}
 FAST_CHARACTERS = 100_000

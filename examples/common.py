@@ -177,13 +177,13 @@ class Workers:
 
     @contextmanager
     def folder(self) -> Iterator[Path]:
-        """A temporary one, the same for all."""
+        """A temporary folder, the same for all processes."""
         with tempfile.TemporaryDirectory() as own:
             shared = [own]
             if self.world > 1:
                 dist.broadcast_object_list(shared, device=self.device)
             yield Path(shared[0])
-            self.meet()  # nobody needs it any longer
+            self.meet()  # no process needs the folder any longer
 
     @contextmanager
     def best_file(
@@ -224,7 +224,7 @@ def workers() -> Iterator[Workers]:
     crew = Workers(rank, world, device)
     yield crew
     if world > 1:
-        gc.collect()  # FSDP2's modules stand in cycles
+        gc.collect()  # FSDP2's modules are in reference cycles
         crew.meet()
         dist.destroy_process_group()
 

@@ -12,9 +12,9 @@ from __future__ import annotations
 import torch
 from common import arguments, expect, plain_parser
 
-from rnnkern.compare import Options, compare_notebook
+from rnnkern.bench.compare import Options, compare_notebook
+from rnnkern.bench.workloads import CELLS
 from rnnkern.tolerance import NOTEBOOK_LIMIT
-from rnnkern.workloads import CELLS
 
 
 # %%

@@ -289,7 +289,7 @@ def experiment(
     for name in options.recipes:
         recipe = RECIPES[name]
         images = len(parts.train)
-        instead = f", for there are few; of MNIST's 50000 it is {recipe.epochs}"
+        instead = f", because there are few; of MNIST's 50000 it is {recipe.epochs}"
         crew.say(f"\n{name} of {library.__name__}: {recipe.title}")
         crew.say(
             f"epochs: {recipe.epochs_for(images, options.fast)} of {images} images"

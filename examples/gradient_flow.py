@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 import rnnkern
 from rnnkern import plot
-from rnnkern.timing import clock_of
+from rnnkern.bench.timing import clock_of
 
 INPUTS, HIDDEN = 1, 20
 FORGET_BIASES = (-2, 0, 1, 2, 10)

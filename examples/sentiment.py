@@ -49,8 +49,8 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_padded_sequence, pad_sequence
 
 import rnnkern
-from rnnkern.timing import clock_of, time_in_turn
-from rnnkern.workloads import CELLS
+from rnnkern.bench.timing import clock_of, time_in_turn
+from rnnkern.bench.workloads import CELLS
 
 OWN = EXAMPLES / "data" / "sentences.tsv"
 CLASSES = ("negative", "neutral", "positive")
@@ -184,6 +184,7 @@ class Classifier(nn.Module):
         words: int,
         embedding: int,
         hidden: int,
+        *,
         phi_h: str = "tanh",
         phi_y: str = "softmax",
     ) -> None:
@@ -252,8 +253,8 @@ def experiment(
         len(data.number) + 1,
         options.embedding,
         options.hidden,
-        options.phi_h or "tanh",
-        options.phi_y,
+        phi_h=options.phi_h or "tanh",
+        phi_y=options.phi_y,
     )
     generator = torch.Generator().manual_seed(options.seed)
     validation = batch_of(data.validation, data.number, crew.device)

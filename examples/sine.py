@@ -36,9 +36,9 @@ from common import (
 from torch import Tensor, nn
 
 import rnnkern
+from rnnkern.bench.timing import clock_of
+from rnnkern.bench.workloads import CELLS
 from rnnkern.plot import CYCLE
-from rnnkern.timing import clock_of
-from rnnkern.workloads import CELLS
 
 STEP_S = 0.2  # seconds between two values of the wave, whose period is 2 pi seconds
 EPOCH = 100  # training steps between two validations

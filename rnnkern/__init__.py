@@ -10,19 +10,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch  # noqa: F401  first: its OpenMP runtime is the one that the kernels share
 
-from rnnkern.by_type import be_found_by_type
 from rnnkern.convert import convert, revert
-from rnnkern.dynamo import open_to_rnnkern
-from rnnkern.exporting import exporting_kernels
-from rnnkern.functional import FallbackWarning
+from rnnkern.forward import FallbackWarning
+from rnnkern.interop.by_type import be_found_by_type
+from rnnkern.interop.dynamo import open_to_rnnkern
+from rnnkern.interop.exporting import exporting_kernels
 from rnnkern.modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 
 if TYPE_CHECKING:
     from rnnkern import inspect, onnx, plot
-    from rnnkern.aten import decompositions
-    from rnnkern.build import __version__, build_info, explain
+    from rnnkern.build import __version__, build_info
     from rnnkern.checkpoint import checkpointed
     from rnnkern.closed_loop import generate
+    from rnnkern.explanation import explain
+    from rnnkern.interop.aten import decompositions
 
 open_to_rnnkern()
 be_found_by_type()
@@ -31,16 +32,16 @@ _MADE_IN = {
     "__version__": "build",
     "build_info": "build",
     "checkpointed": "checkpoint",
-    "decompositions": "aten",
-    "explain": "build",
+    "decompositions": "interop.aten",
+    "explain": "explanation",
     "generate": "closed_loop",
 }
-"""Where else a public name is made. Whoever runs a layer needs none of these."""
+"""The modules of the other public names. A program that only runs layers needs none of them."""
 _MODULES = ("inspect", "onnx", "plot")
 
 
 def __getattr__(name: str) -> Any:
-    """A public name that is imported when it is asked for."""
+    """Imports a public name when it is asked for."""
     if name in _MODULES:
         return import_module(f"rnnkern.{name}")
     if name not in _MADE_IN:

@@ -2,6 +2,6 @@
 
 import sys
 
-from rnnkern.cli import main
+from rnnkern.bench.cli import main
 
 sys.exit(main())

@@ -1,4 +1,4 @@
-"""The eager door: one ``torch.autograd.Function`` around the scan of one layer."""
+"""Makes what the kernels have computed differentiable: one ``torch.autograd.Function`` a layer."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from rnnkern import kernels, ops
-from rnnkern.kernels import Layer
+from rnnkern.kernels import Kernel
+from rnnkern.layer import Gradients, Layer, Operands, Recorded, dense, one_step
 from rnnkern.loops import loop_of
 from rnnkern.sequence import Steps
-from rnnkern.spec import Spec, dense, one_step
 
 Scanned = tuple[Any, ...]
-"""A layer, its steps, and the number of initial states given: 0, or as many as the cell has.
+"""A kernel, its steps, and the number of initial states given: 0, or as many as the cell has.
 
-Of a cell also its `Loop`, and the `Sums` of the graph, or None.
+For a cell in a loop also its `Loop`, and the `Sums` of the graph or None.
 """
 
 
@@ -32,12 +32,11 @@ _saved_tensor_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 class Scan(torch.autograd.Function):
     """Makes the outputs of a layer differentiable, any number of times.
 
-    The first derivative is a kernel. Asked for a derivative of the derivative
-    (``create_graph=True``), or under a transform such as vmap, backward is the operator of
-    `rnnkern.ops`, which is differentiable itself.
+    The first derivative is a kernel. If it has to be differentiable (``create_graph=True``), or
+    under a transform such as vmap, backward is the operator of `rnnkern.ops` instead.
 
-    The outputs have been computed before (`Layer.forward`): a refusal leaves no node behind, and
-    the plain call has one crossing of the boundary instead of two.
+    The outputs have been computed before (`Kernel.forward`). So a refusal leaves no node behind,
+    and the plain call crosses the boundary to C++ once instead of twice.
     """
 
     @staticmethod
@@ -68,7 +67,7 @@ class Scan(torch.autograd.Function):
 
 
 class ScanOfCell(torch.autograd.Function):
-    """The same of a cell, whose outputs are ``h`` or ``h, c``."""
+    """`Scan` for a cell, whose outputs are ``h`` or ``h, c``."""
 
     forward = Scan.forward
 
@@ -82,20 +81,20 @@ class ScanOfCell(torch.autograd.Function):
 def _backward(
     ctx: Any, dy: Tensor | None, dhn: Tensor | None, dcn: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    if dy is None and dhn is None and dcn is None:  # as where y was an operand of backward
+    if dy is None and dhn is None and dcn is None:  # as if y was an operand of backward
         return (None,) * len(ctx.needs_input_grad)
     if torch.is_grad_enabled() or ops.transformed() or ops.has_modes():
         return _by_operators(ctx, dy, dhn, dcn)
     y, saved, overwrite, x, tensors = _saved(ctx)
-    layer, steps, states, *of_loop = ctx.scanned
+    kernel, steps, states, *of_loop = ctx.scanned
     h0, c0, weights = _initial_states(tensors, states)
     wanted = ctx.needs_input_grad[4:]
-    run = kernels.profiled(layer.backward, layer.mode, " backward")
+    run = kernels.profiled(kernel.backward, kernel.mode, " backward")
     if of_loop:
         loop, sums = of_loop
         loop.is_recorded = False
         if sums is not None:
-            run = sums.adding(run, layer.tensors)
+            run = sums.adding(run, kernel.tensors)
     try:
         gradients, _ = run(x, h0, c0, weights, steps, y, saved, dy, dhn, dcn, wanted, overwrite)
     except kernels.RefusedError:
@@ -116,14 +115,14 @@ def _backward(
 record: Callable[..., tuple[Tensor, ...]] = super(torch.autograd.Function, Scan).apply
 """``record(scanned, outputs, y, saved, x, *weights, *initial_states)``: differentiable ``outputs``.
 
-``y`` is the first output as backward will want it, whatever the caller does to that one, or None if
-it is the last part of ``saved``.
+``y`` is the first output for backward to read, unchanged if the caller changes the output in place.
+It is None if it is the last part of ``saved``.
 
-``Scan.apply`` without its look for functorch transforms: the caller has looked already.
+This is ``Scan.apply`` without its check for functorch transforms, which the caller has made.
 """
 
 record_cell: Callable[..., tuple[Tensor, ...]] = super(torch.autograd.Function, ScanOfCell).apply
-"""As `record`, for a cell."""
+"""`record` for a cell."""
 
 
 def record_cell_in_loop(
@@ -134,18 +133,18 @@ def record_cell_in_loop(
     x: Tensor,
     *tensors: Tensor,
 ) -> tuple[Tensor, ...]:
-    """As `record_cell`, of a call that may be one of many in a graph (`rnnkern.loops`)."""
-    layer, _, states = scanned
+    """`record_cell` for a call that may be one of many in a graph (`rnnkern.loops`)."""
+    kernel, _, states = scanned
     weight = tensors[0]
     if not weight.requires_grad:
         return record_cell(scanned, outputs, y, saved, x, *tensors)
     loop = loop_of(weight)
     sums = None
-    if loop.is_recorded:  # not by the first call, which may be the only one
-        sums, views = loop.sums_of(tensors[: layer.tensors])
-        tensors = (*views, *tensors[layer.tensors :])
+    if loop.is_recorded:  # the first call may be the only one, and records no sums
+        sums, views = loop.sums_of(tensors[: kernel.tensors])
+        tensors = (*views, *tensors[kernel.tensors :])
     loop.is_recorded = True
-    return record_cell((layer, None, states, loop, sums), outputs, y, saved, x, *tensors)
+    return record_cell((kernel, None, states, loop, sums), outputs, y, saved, x, *tensors)
 
 
 def _saved(ctx: Any) -> tuple[Any, Any, bool, Tensor, list[Tensor]]:
@@ -157,7 +156,7 @@ def _saved(ctx: Any) -> tuple[Any, Any, bool, Tensor, list[Tensor]]:
 
 
 def _forget(ctx: Any) -> None:
-    """Frees what forward saved, as torch does with the tensors that it knows of."""
+    """Frees what forward saved, as torch does with the tensors that it saves itself."""
     if hasattr(ctx, "own") and not _graph_is_kept():
         ctx.own = None
 
@@ -165,17 +164,20 @@ def _forget(ctx: Any) -> None:
 def _by_operators(
     ctx: Any, dy: Tensor | None, dhn: Tensor | None, dcn: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    """Backward for all who look on, and for derivatives of it, which read what was saved later."""
+    """Backward if a mode or transform has to see it, or if it must be differentiable.
+
+    Its derivatives read what was saved later.
+    """
     ctx.is_shared = True
     y, saved, _, x, tensors = _saved(ctx)
-    layer, steps, states = ctx.scanned[:3]
+    kernel, steps, states = ctx.scanned[:3]
     dtype = next(g.dtype for g in (dy, dhn, dcn) if g is not None)
     y, saved, x, *tensors = (  # as hooks of saved tensors have returned them
         t if t is None or t.dtype == dtype else t.to(dtype) for t in (y, saved, x, *tensors)
     )
     h0, c0, weights = _initial_states(tensors, states)
     shapes = None
-    if layer.is_cell:  # the operators know layers: with an axis of time, and one of the batch
+    if kernel.is_cell:  # the operators know layers: with an axis of time, and one of the batch
         shapes = [
             x.shape,
             *(w.shape for w in weights),
@@ -183,14 +185,15 @@ def _by_operators(
         ]
         x, y, h0, c0 = map(one_step, (x, y, h0, c0))
     if y is None:
-        saved, y = _apart(saved, x, layer, steps)
+        saved, y = _apart(saved, x, kernel, steps)
     kept = x.new_empty(0) if saved is None else saved
-    wanted, spec = ctx.needs_input_grad[4:], Spec.of(layer)
+    wanted = ctx.needs_input_grad[4:]
+    recorded = Recorded(Layer.of(kernel), steps, Operands(x, h0, c0, weights, y), kept)
 
     def run(*gradients: Tensor | None) -> list[Tensor | None]:
         if shapes is not None:
             gradients = tuple(map(one_step, gradients))
-        made = ops.scan_backward(spec, steps, gradients, x, h0, c0, weights, y, kept, wanted)[:-1]
+        made = ops.scan_backward(recorded, Gradients(*gradients), wanted)[:-1]
         if shapes is None:
             return made
         return [t if t is None else t.reshape(shape) for t, shape in zip(made, shapes, strict=True)]
@@ -200,13 +203,13 @@ def _by_operators(
     return (None, None, None, None, *gradients)
 
 
-def _apart(saved: Tensor, x: Tensor, layer: Layer, steps: Steps | None) -> tuple[Tensor, Tensor]:
-    """What forward saved, and the output behind it, which lies in memory time first."""
+def _apart(saved: Tensor, x: Tensor, kernel: Kernel, steps: Steps | None) -> tuple[Tensor, Tensor]:
+    """What forward saved, and the output behind it, which has time first in memory."""
     *rows, _ = x.shape
-    features = layer.directions * layer.out
+    features = kernel.directions * kernel.out
     count = features * math.prod(rows)
     y = saved[saved.numel() - count :]
-    if layer.batch_first and not (steps is not None and steps.packed):
+    if kernel.batch_first and not (steps is not None and steps.packed):
         y = y.view(rows[1], rows[0], features).transpose(0, 1)
     else:
         y = y.view(*rows, features)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rnnkern import kernels
+from rnnkern import _C
 
 State = tuple[Tensor, ...]
 Step = Callable[[Tensor, Tensor, State], State]
@@ -71,13 +71,11 @@ _STEPS: dict[str, Step] = {
     "GRU": _gru,
 }
 
-if _STEPS.keys() != kernels.CELLS.keys():
+if _STEPS.keys() != _C.CELLS.keys():
     raise ImportError(
         f"rnnkern/cells.py has steps of {sorted(_STEPS)}, csrc/cells/list.h has "
-        f"{sorted(kernels.CELLS)}: they must be the same cells"
+        f"{sorted(_C.CELLS)}: they must be the same cells"
     )
 
-CELLS: dict[str, Cell] = {
-    mode: Cell(step=_STEPS[mode], **own) for mode, own in kernels.CELLS.items()
-}
+CELLS: dict[str, Cell] = {mode: Cell(step=_STEPS[mode], **own) for mode, own in _C.CELLS.items()}
 """Cells by their ``mode``, for those that ``torch.nn`` has its name for it."""

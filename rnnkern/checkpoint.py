@@ -1,4 +1,4 @@
-"""Long sequences in little memory: the gates are made anew in backward, segment by segment."""
+"""Long sequences in little memory: backward recomputes the gates, segment by segment."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
-from rnnkern import functional, modules
-from rnnkern.sequence import padded_steps, place_of
+from rnnkern import autocast, modules
+from rnnkern.call import Call, expect_layer, read
+from rnnkern.kernels import Refusal
+from rnnkern.layer import Operands
+from rnnkern.run import dropout
 
 
 def checkpointed(
@@ -24,22 +27,27 @@ def checkpointed(
     lengths: Tensor | None = None,
     reset: Tensor | None = None,
 ) -> Any:
-    """``module(input, hx)``, keeping for backward the states of every ``checkpoint_every``-th step.
+    """Runs ``module(input, hx)``, and keeps for backward only the states between segments.
 
-    Backward computes each segment of that many steps a second time. Beside inputs and outputs,
-    memory grows as ``T / checkpoint_every`` states and ``checkpoint_every`` steps' gates, instead
-    of T steps' gates; the gradients are the same but for the order of sums and, in 16 bits, cell
-    states rounded where a segment ends. Not for torch.compile and the transforms of torch.func.
+    A segment has ``checkpoint_every`` steps, and backward recomputes it. Besides inputs and
+    outputs, memory holds ``T / checkpoint_every`` states and the gates of ``checkpoint_every``
+    steps, instead of the gates of T steps. The gradients are the same but for the order of sums
+    and, in 16 bits, cell states that are rounded at the end of a segment. Not for torch.compile and
+    the transforms of torch.func.
 
     Args:
         module: an RNN, LSTM or GRU of rnnkern or of ``torch.nn``.
         input: ``[T, N, I]``, ``[N, T, I]`` batch first, or a `PackedSequence`.
         hx, lengths, reset: as the module takes them.
-        checkpoint_every: steps of a segment, at least 1; the square root of T needs least.
+        checkpoint_every: steps of a segment, at least 1. The square root of T needs the least
+            memory.
+
+    Returns:
+        What the module returns.
 
     Raises:
-        TypeError, ValueError: ``checkpoint_every`` is no positive int, or ``module`` no such
-            module; for all else, what the module raises.
+        TypeError, ValueError: ``checkpoint_every`` is not a positive int, or ``module`` is not such
+            a module. For everything else, what the module raises.
     """
     if not isinstance(input, (Tensor, PackedSequence)):
         kind = type(input).__name__
@@ -49,79 +57,70 @@ def checkpointed(
         raise TypeError(f"checkpoint_every must be an int, got {kind}")
     if checkpoint_every < 1:
         raise ValueError(f"checkpoint_every must be at least 1, got {checkpoint_every}")
-    functional.expect_layer(module)
+    expect_layer(module)
     if isinstance(input, PackedSequence):
         if lengths is not None or reset is not None:
             raise ValueError("a PackedSequence brings its own lengths; it takes no reset")
         padded, own = pad_packed_sequence(input, batch_first=module.batch_first)
         y, state = checkpointed(module, padded, hx, checkpoint_every=checkpoint_every, lengths=own)
-        asked = functional.autocast_dtype(padded)
-        if asked is not None:
-            h0 = hx[0] if isinstance(hx, tuple) else hx
-            dtype = functional.dtype_under_autocast(module, asked, padded, h0, True)
-            y, state = tree_map(lambda z: next(functional.autocast(dtype, z)), (y, state))
+        packed = read(module, input, hx)
+        dtype = None if isinstance(packed, Refusal) else autocast.dtype_of_results(packed)
+        if dtype is not None:
+            y, state = tree_map(lambda z: next(autocast.cast(dtype, z)), (y, state))
         data = y.transpose(0, 1) if module.batch_first else y
         if input.sorted_indices is not None:
             data, own = data.index_select(1, input.sorted_indices), own[input.sorted_indices.cpu()]
         return input._replace(data=pack_padded_sequence(data, own).data), state
-    return _Segments(module, input, hx, checkpoint_every, lengths, reset).run()
+    call = read(module, input, hx, lengths, reset) if input.dim() == 3 else None
+    if not isinstance(call, Call):
+        module.check_input(input, None)
+        text = "the input has another number of axes" if call is None else call.text
+        raise ValueError(
+            f"checkpointed needs a batch of sequences of at least one step, and states for it: "
+            f"{text}; got an input of shape {tuple(input.shape)}"
+        )
+    return _Segments(call, checkpoint_every, lengths, reset).run()
 
 
 class _Segments:
     """A padded batch, time first, in segments."""
 
-    def __init__(
-        self, module: Any, input: Tensor, hx: Any, every: int, lengths: Any, reset: Any
-    ) -> None:
-        self.module, self.every = module, every
-        x = input.transpose(0, 1) if module.batch_first and input.dim() == 3 else input
-        N = x.shape[1] if x.dim() == 3 else 1
-        self.h0, self.c0, fits = functional.initial_states(module, hx, N)
-        if x.dim() != 3 or not fits or x.shape[-1] != module.input_size or not x.shape[0]:
-            module.check_input(input, None)
-            raise ValueError(
-                f"a batch of {N} sequences of at least one step is wanted, and states for it; "
-                f"got an input of shape {tuple(input.shape)}"
-            )
-        T = x.shape[0]
-        place = place_of(x)
-        padded_steps(lengths, reset, T, N, module.batch_first, place)  # its checks
-        self.x, self.lengths = x, None if lengths is None else lengths.to(x.device)
+    def __init__(self, call: Call, every: int, lengths: Any, reset: Any) -> None:
+        self.call, self.every = call, every
+        x, module = call.given.x, call.module
+        self.x = x = x.transpose(0, 1) if module.batch_first else x
+        self.lengths = None if lengths is None else lengths.to(x.device)
         self.reset = None if reset is None else reset.to(x.device)
         if self.reset is not None and module.batch_first:
             self.reset = self.reset.t()
         if not module.bidirectional:
             return
-        # Row n backwards from its own end; what is past it stays where it is.
-        t = torch.arange(T, device=x.device)[:, None].expand(T, N)
-        ends = self.lengths if self.lengths is not None else torch.full_like(t[0], T)
+        # Row n backwards from its own end. The padding past it keeps its place.
+        t = torch.arange(call.T, device=x.device)[:, None].expand(call.T, call.N)
+        ends = self.lengths if self.lengths is not None else torch.full_like(t[0], call.T)
         self.backwards = torch.where(t < ends, ends - 1 - t, t)
 
     def run(self) -> Any:
-        module, x = self.module, self.x
-        D, count = 2 if module.bidirectional else 1, 2 + 2 * module.bias + (module.proj_size > 0)
-        weights = functional.current_weights(module)
+        module, layer, x = self.call.module, self.call.layer, self.x
+        one_way = layer._replace(directions=1)
         finals = []
         for i in range(module.num_layers):
             if i:
-                x = functional.dropout(module, x)
+                x = dropout(module, x)
             outputs = []
-            for d in range(D):
-                k = i * D + d
-                state = [None if s is None else s[k : k + 1] for s in (self.h0, self.c0)]
-                y, final = self._direction(x, weights[k * count : (k + 1) * count], state, d)
+            for d in range(layer.directions):
+                own = one_way.of_stack(i * layer.directions + d, self.call.given, x)
+                y, final = self._direction(own, d)
                 outputs.append(y)
                 finals.append(final)
-            x = outputs[0] if D == 1 else torch.cat(outputs, -1)
+            x = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
         states = tuple(torch.cat(parts) for parts in zip(*finals, strict=True))
         y = x.transpose(0, 1) if module.batch_first else x
         return y, states if len(states) == 2 else states[0]
 
-    def _direction(
-        self, x: Tensor, weights: list[Tensor], state: list[Any], d: int
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        module, reset = self.module, self.reset
-        kind, _, nonlinearity = functional.mode_of(module).partition("_")
+    def _direction(self, operands: Operands, d: int) -> tuple[Tensor, tuple[Any, ...]]:
+        module, reset, (x, h, c, weights, _) = self.call.module, self.reset, operands
+        kind, _, nonlinearity = self.call.layer.mode.partition("_")
         options = {"proj_size": module.proj_size} if module.proj_size else {}
         if kind == "RNN":
             options = {"nonlinearity": nonlinearity.lower()}
@@ -133,7 +132,7 @@ class _Segments:
         named = dict(zip(layer._flat_weights_names, weights, strict=True))
         if d:
             x = x.gather(0, self.backwards[..., None].expand(x.shape))
-            if reset is not None:  # step t takes nothing over from t + 1 where that is a beginning
+            if reset is not None:  # nothing passes from an episode to the step before it
                 reset = reset.gather(0, self.backwards)
                 reset = torch.cat((torch.zeros_like(reset[:1]), reset[:-1]))
 
@@ -142,7 +141,6 @@ class _Segments:
             return functional_call(layer, named, (x, hx), {"lengths": lengths, "reset": reset})
 
         outputs = []
-        h, c = state
         for begin in range(0, x.shape[0], self.every):
             part = x[begin : begin + self.every]
             own = None if self.lengths is None else (self.lengths - begin).clamp(0, part.shape[0])

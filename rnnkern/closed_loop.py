@@ -9,16 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from rnnkern import kernels
-from rnnkern.functional import (
-    autocast_dtype,
-    current_weights,
-    expect_layer,
-    forward,
-    initial_states,
-    is_compiling,
-    layer_of,
-    refusal_of,
-)
+from rnnkern.call import expect_layer, is_compiling, read, refusal_of
+from rnnkern.forward import forward
+from rnnkern.kernels import Refusal
 
 
 @torch.no_grad()
@@ -29,27 +22,28 @@ def generate(
     steps: int,
     hx: Any = None,
 ) -> tuple[Tensor, Any]:
-    """Steps of a layer, each of whose inputs is made from the output before.
+    """Runs a layer on its own output: each input is made from the output before.
 
-    Nothing of it is recorded for autograd. Where ``feedback`` is an `torch.nn.Linear` behind a
-    module of rnnkern of one layer, on a CPU, all steps are one call of the kernels, the readout
-    among them, and the cell state of 16 bits is carried in float32 from the first to the last; else
-    they are taken one by one.
+    Nothing is recorded for autograd. On a CPU, if ``module`` is of rnnkern and has one layer, and
+    ``feedback`` is a `torch.nn.Linear`, one call of the kernels runs all steps, the readout
+    included. A cell state of 16 bits is then carried in float32 from the first step to the last.
+    Otherwise the steps run one by one.
 
     Args:
         module: an RNN, LSTM or GRU of rnnkern or of ``torch.nn``, in one direction.
-        feedback: what the next input is, ``[N, I]``, for an output ``[N, H]``: a readout layer, or
-            one and a draw from what it says.
-        input: what the first step takes, ``[N, I]``.
-        steps: how many, at least 1.
-        hx: the state to begin with, as the module takes it; zeros if None.
+        feedback: makes the next input, ``[N, I]``, of an output, ``[N, H]``: a readout layer, or a
+            function that draws from what a readout predicts.
+        input: the input of the first step, ``[N, I]``.
+        steps: the number of steps, at least 1.
+        hx: the initial state, as the module takes it; zeros if None.
 
     Returns:
-        What feedback has made, ``[steps, N, I]``, and the state after the last step: to go on,
+        What feedback has made, ``[steps, N, I]``, and the state after the last step. To continue,
         pass that state and ``made[-1]``.
 
     Raises:
-        TypeError, ValueError: not such a module, no steps, or a feedback of another shape.
+        TypeError, ValueError: ``module`` or ``input`` does not fit, there are no steps, or feedback
+            makes another shape.
 
     Example::
 
@@ -58,7 +52,9 @@ def generate(
     """
     expect_layer(module)
     if module.bidirectional:
-        raise ValueError("generate takes a module of one direction: another has to know the end")
+        raise ValueError(
+            "generate needs a module of one direction: the reverse direction reads future inputs"
+        )
     if isinstance(steps, bool) or not isinstance(steps, int):
         raise TypeError(f"steps must be an int, got {type(steps).__name__}")
     if steps < 1:
@@ -87,7 +83,7 @@ def generate(
 def _in_one_call(
     module: nn.RNNBase, feedback: Any, input: Tensor, steps: int, hx: Any
 ) -> tuple[Tensor, Any] | None:
-    """None where somebody looks on, or no kernel covers it."""
+    """None if a hook, transform or mode must see each step, or if no kernel covers the call."""
     if (
         is_compiling()
         or input.device.type != "cpu"
@@ -95,27 +91,27 @@ def _in_one_call(
         or module.num_layers > 1
         or type(feedback) is not nn.Linear
         or not (_runs_as(forward, module) and _runs_as(nn.Linear.forward, feedback))
-        or autocast_dtype(input) is not None
         or kernels.mode_refusal() is not None
         or refusal_of(module) is not None
     ):
         return None
-    h0, c0, fits = initial_states(module, hx, input.shape[0])
-    if not fits:
+    call = read(module, input.unsqueeze(1 if module.batch_first else 0), hx)
+    if isinstance(call, Refusal) or call.asked is not None:
         return None
-    layer = layer_of(module)
+    kernel = kernels.kernel_of(call.layer, module.hidden_size, module.proj_size)
     inputs = input.new_empty(steps + 1, *input.shape)
     inputs[0] = input
-    run: Any = kernels.profiled(layer.closed_loop, layer.mode, " closed loop")
+    run: Any = kernels.profiled(kernel.closed_loop, kernel.mode, " closed loop")
+    _, h0, c0, weights, _ = call.given
     try:
-        hn, cn = run(inputs, h0, c0, current_weights(module), feedback.weight, feedback.bias)
+        hn, cn = run(inputs, h0, c0, weights, feedback.weight, feedback.bias)
     except kernels.RefusedError:
         return None
     return inputs[1:], hn if cn is None else (hn, cn)
 
 
 def _runs_as(forward: Any, module: Any) -> bool:
-    """A call of the module is a call of that function, and nobody else sees it."""
+    """Whether a call of the module is a call of that function, and no hook sees it."""
     own = (module._forward_hooks, module._forward_pre_hooks)
     return (
         type(module).forward is forward

@@ -11,8 +11,8 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from rnnkern import modules
+from rnnkern.interop.scripting import own_class, torch_class
 from rnnkern.kernels import CALLED_BY_FORWARD
-from rnnkern.scripting import own_class, torch_class
 
 _M = TypeVar("_M", bound=nn.Module)
 _Class = type[nn.Module]
@@ -33,7 +33,7 @@ _subclasses: WeakKeyDictionary[_Class, _Class] = WeakKeyDictionary()
 """Subclasses of torch.nn's classes, and what `convert` makes of each."""
 
 _PART_OF_FORWARD = ("forward", "__call__", "_call_impl", *CALLED_BY_FORWARD)
-"""A class that overrides one of these has a forward of its own."""
+"""If a class overrides one of these, rnnkern's forward would not do what its own does."""
 
 _named: set[str] = set()
 
@@ -132,14 +132,14 @@ def _own_class(module: nn.Module) -> _Class:
 def _change_class(module: nn.Module, kind: _Class) -> None:
     before = type(module)
     if nn.utils.parametrize.is_parametrized(module):
-        # A new one, for copies of the module share the old one.
+        # A new class, because copies of the module share the old one.
         own = {k: v for k, v in vars(before).items() if k not in ("__dict__", "__weakref__")}
         kind = type(before.__name__, (kind,), own)
     module.__class__ = kind
 
 
 def _overridden(kind: _Class) -> str | None:
-    """What a subclass of torch.nn's class has of its own that rnnkern's forward would not use."""
+    """The part of forward that a subclass of torch.nn's class overrides, or None."""
     theirs = torch_class(kind)
     for name in _PART_OF_FORWARD:
         if getattr(kind, name, None) is not getattr(theirs, name, None):

@@ -1,21 +1,44 @@
-"""What a layer is: the face of ``rnnkern._C``, which no other module imports."""
+"""The extension ``rnnkern._C``, with types and documentation.
+
+Of the other modules only `rnnkern.cells` imports it.
+"""
 
 from __future__ import annotations
 
+import enum
+import functools
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd import profiler
 
 from rnnkern import _C
+from rnnkern.layer import Layer, Operands
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
+class Why(enum.Enum):
+    """Why the kernels do not run a call."""
+
+    INVALID = enum.auto()  # torch.nn refuses such a call, too, and raises its own error
+    MODULE = enum.auto()  # the module overrides a method that torch.nn's forward calls
+    MODE = enum.auto()  # torch is in a mode in which no kernel may run
+    OPERAND = enum.auto()  # no kernel covers an operand
+    GAPS = enum.auto()  # the kernels cover the operands after a copy without gaps
+
+
+class Refusal(NamedTuple):
+    """Why the kernels do not run a call, and the same in words."""
+
+    why: Why
+    text: str
+
+
 def profiled(kernel: _F, mode: str, part: str = "") -> _F:
-    """The kernel; while one of torch's profilers runs, such that it sees it by name."""
+    """The kernel, inside a range of that name while one of torch's profilers runs."""
     if not profiler._is_profiler_enabled:
         return kernel
 
@@ -26,51 +49,72 @@ def profiled(kernel: _F, mode: str, part: str = "") -> _F:
     return recorded  # type: ignore[return-value]
 
 
-CELLS: dict[str, dict[str, Any]] = _C.CELLS
-"""What a header in `csrc/cells` knows of its cell, by ``mode``: fields of `rnnkern.cells.Cell`."""
+Kernel = _C.Layer
+"""The kernels of one `rnnkern.layer.Layer` with its sizes H and P.
 
-Layer = _C.Layer
-"""What a layer is, apart from the sizes of its input.
+``forward(x, h0, c0, weights, steps, training=None, keeps_y=False)`` returns
 
-``forward(x, h0, c0, weights, steps, training=None, keeps_y=False)`` returns four things. The
-outputs: ``(y, h_n)`` or ``(y, h_n, c_n)``; of a cell whose tensors have no axis of time, ``(h,)``
-or ``(h, c)``. Whether a gradient is to be recorded. And what backward then needs: y, and one tensor
-of the activated slots ``[D, rows, S * H]``, cell states ``[D, rows, H]`` and hidden states before a
-projection ``[D, rows, H]``, as far as the cell has them, one after the other, or None. A
-``training`` of None asks torch's modes and the operands. With ``keeps_y`` the y for backward stays
-as it is whatever becomes of the output: a small one is None, and a copy of it the last part of that
-tensor; a large one is copied by torch when one of the two is written to.
-
-``closed_loop(inputs, h0, c0, weights, readout, bias)`` takes ``inputs[0]``, feeds the layer what
-the readout makes of its outputs, writes that to ``inputs[1:]``, and returns ``h_n, c_n``. On the
-CPU, not where ``IS_STAND_IN``.
+- the outputs: ``(y, h_n)`` or ``(y, h_n, c_n)``; for a cell whose tensors have no time axis,
+  ``(h,)`` or ``(h, c)``;
+- whether a gradient has to be recorded; torch's modes and the operands say so if ``training`` is
+  None;
+- y for backward. With ``keeps_y`` it stays the same if the caller changes the output. A small y is
+  then None, because a copy of it is the last part of the next tensor. A large y is copied by torch
+  as soon as one of the two is written to;
+- None, or one flat tensor of what else backward needs: activated slots ``[D, rows, S * H]``, cell
+  states ``[D, rows, H]`` and hidden states before a projection ``[D, rows, H]``, as far as the cell
+  has them.
 
 ``backward(x, h0, c0, weights, steps, y, saved, dy, dhn, dcn, wanted, overwrite, sums=())`` returns
-a list of gradients of ``x, *weights`` and the initial states that are not None, None where not
-``wanted`` (one flag each); and those of the slots before their activation, ``[D, rows, S * H]``
-first of all in a flat tensor. None for ``dy``, ``dhn`` or ``dcn`` stands for zeros, and for ``y``
-for the last part of ``saved``. With ``overwrite``, gradients of the slots take the place of what
-was saved, where the cell saves slots. ``sums``, one for each weight, on the CPU: the gradients of
-the weights are added to them, and the list has None in their place.
 
-``second_order(point, direction, wanted)`` returns the derivatives of both passes in a direction: a
-tuple of ``(y, h_n, c_n)``; a list of those of the gradients, as backward's; and those of the
-gradients of the slots. The point: ``(x, h0, c0, weights, steps, y, saved, slots, incoming)``, with
-the gradients of the slots and incoming ones of ``(y, h_n, c_n)``. The direction: ``(x, h0, c0,
-weights, slots, incoming)``, slots being their sums. None stands for zeros. On the CPU, in float32
-and float64, not where ``IS_STAND_IN``.
+- a list of gradients: of ``x``, ``*weights`` and the given initial states; None for those that are
+  not ``wanted``;
+- a flat tensor that begins with the gradients of the slots before their activation,
+  ``[D, rows, S * H]``.
+
+None means zeros for ``dy``, ``dhn`` and ``dcn``, and the last part of ``saved`` for ``y``. With
+``overwrite``, gradients of the slots replace the saved slots. On the CPU, gradients of the weights
+are added to ``sums``, one for each weight, and the list has None in their place.
+
+``second_order(point, direction, wanted)`` returns the derivatives of both passes in a direction: of
+the outputs ``(y, h_n, c_n)``, of the gradients as backward lists them, and of the gradients of the
+slots. The point is ``(x, h0, c0, weights, steps, y, saved, slots, incoming)``: ``slots`` are their
+gradients, ``incoming`` those of ``(y, h_n, c_n)``. The direction is ``(x, h0, c0, weights, slots,
+incoming)``: ``slots`` are their sums. None means zeros. It runs on the CPU in float32 and float64,
+and not if ``IS_STAND_IN``.
+
+``closed_loop(inputs, h0, c0, weights, readout, bias)`` reads ``inputs[0]``, feeds the layer what
+the readout makes of its outputs, writes that to ``inputs[1:]``, and returns ``h_n, c_n``. It runs
+on the CPU, and not if ``IS_STAND_IN``.
 
 All raise `RefusedError` before anything is written.
 """
 
-layer = _C.layer
-"""``layer(mode, directions, hidden, proj, bias, batch_first, by_bfloat16=False, is_cell=False)``.
+kernel = _C.layer
+"""``kernel(mode, directions, hidden, proj, bias, batch_first, by_bfloat16=False, is_cell=False)``.
 
-Equal ones are mostly one object. With ``by_bfloat16``, products may take float32 as bfloat16: on a
-CPU that multiplies those, from 16 rows on (of all steps), and always under deterministic
-algorithms; on a GPU as TF32. Without, float32 is TF32 on a GPU where torch.nn's would be: of a cell
-(``is_cell``) where torch's products may, of a layer where cuDNN's recurrent layers may.
+Equal kernels usually share one cached object. With ``by_bfloat16``, products may take float32 as
+bfloat16. A CPU that multiplies bfloat16 does so from 16 rows on (over all steps), and always under
+deterministic algorithms. A GPU uses TF32. Without ``by_bfloat16``, a GPU uses TF32 if torch.nn
+would: for a cell (``is_cell``) if torch's products may, for a layer if cuDNN's recurrent layers
+may.
 """
+
+
+@functools.lru_cache(maxsize=256)
+def kernel_of(layer: Layer, hidden: int, proj: int) -> Kernel:
+    """The kernels of a layer with H hidden units and P projected features, or 0."""
+    return kernel(
+        layer.mode,
+        directions=layer.directions,
+        hidden=hidden,
+        proj=proj,
+        bias=layer.bias,
+        batch_first=layer.batch_first,
+        by_bfloat16=layer.by_bfloat16,
+        is_cell=layer.is_cell,
+    )
+
 
 IS_STAND_IN: bool = _C.IS_STAND_IN
 """The CUDA kernels run on the CPU's tensors, on a stand-in for a GPU (`tests/simt`)."""
@@ -78,37 +122,40 @@ IS_STAND_IN: bool = _C.IS_STAND_IN
 RefusedError = _C.RefusedError
 """A RuntimeError: an operand does not fit, or no kernel covers it (`refusal` says why)."""
 
-refusal = _C.refusal
-"""``refusal(x, h0, c0, weights)``: why no kernel covers these tensors, or None.
 
-Looks at types, device, dtype, and whether there is plain memory behind them; the reason is ``GAPS``
-where a dense copy is all that is missing.
-"""
+def refusal(operands: Operands) -> Refusal | None:
+    """Why no kernel covers these tensors, from their types, devices, dtypes and memory; or None."""
+    text = _C.refusal(operands.x, operands.h0, operands.c0, operands.weights)
+    if text is None:
+        return None
+    return Refusal(Why.GAPS if text == _C.GAPS else Why.OPERAND, text)
 
-GAPS: str = _C.GAPS
+
+def mode_refusal() -> Refusal | None:
+    """Why no kernel may run in the present mode of torch, or None.
+
+    Ask before a kernel runs. `plain_call` and `plain_cell` ask by themselves.
+    """
+    text = _C.mode_refusal()
+    return None if text is None else Refusal(Why.MODE, text)
+
 
 CALLED_BY_FORWARD: tuple[str, ...] = _C.CALLED_BY_FORWARD
-"""The methods that ``forward`` of torch.nn's layers calls: a class may have its own."""
-
-mode_refusal = _C.mode_refusal
-"""``mode_refusal()``: why no kernel may run in the present mode of torch, or None.
-
-To be asked before a layer runs; `plain_call` asks by itself.
-"""
+"""The methods that ``forward`` of torch.nn's layers calls, and that a class may override."""
 
 Machine = _C.Machine
 machine = _C.machine
-"""``machine(layer, threads, x)``: this one, for that layer of tensors of x's dtype."""
+"""``machine(kernel, threads, x)``: what a plan reads of this CPU, for that kernel on x's dtype."""
 
 plan = _C.plan
-"""``plan(layer, machine, *, T, N, I, total, deterministic, backward)``: the plan and its text."""
+"""``plan(kernel, machine, *, T, N, I, total, deterministic, backward)``: the plan and its text."""
 
 compiler: str = _C.compiler
 compiled_sets = _C.compiled_sets
 instruction_set = _C.instruction_set
 """What the extension was built with, and the instruction set in use.
 
-Those named after the one for all types have kernels of their own for products of bfloat16 alone.
+A set whose name extends that of another has kernels of its own for products of bfloat16 only.
 """
 
 cuda_version = _C.cuda_version
@@ -116,25 +163,25 @@ cuda_architectures = _C.cuda_architectures
 cuda_driver = _C.cuda_driver
 """Versions and architectures of the CUDA kernels, and the driver's CUDA version.
 
-None where there are no CUDA kernels, or no driver.
+None if there are no CUDA kernels, or no driver.
 """
 
 cuda_driver_refusal = _C.cuda_driver_refusal
 """``cuda_driver_refusal()``: why the driver here is too old for this build, or None.
 
-``cuda_driver_refusal(driver, built)``: the same of a driver and a build for those CUDA versions, as
-numbers: 13020 is 13.2.
+``cuda_driver_refusal(driver, built)``: the same for a driver and a build of these CUDA versions,
+given as numbers: 13020 is 13.2.
 """
 
 cuda: str | None = cuda_version()
-"""The CUDA version of the kernels, None where there are none."""
+"""The CUDA version of the kernels, or None."""
 
 plain_call = _C.plain_call
 """``plain_call(module, x, hx, record)``: what the module returns for an input and its state.
 
-None where that is not the call of one layer, where the module is changed in a way that only Python
-sees, or where the mode of torch forbids it. Where a gradient is wanted, the outputs pass through
-``record((layer, None, number of states), outputs, y, saved, x, *weights, *states)``
+None if the call is not that of one layer, if the module is changed in a way that only Python sees,
+or if a mode of torch forbids it. If a gradient is wanted, the outputs pass through
+``record((kernel, None, number of states), outputs, y, saved, x, *weights, *states)``
 (`rnnkern.autograd.record`).
 
 Raises:
@@ -142,45 +189,46 @@ Raises:
 """
 
 plain_cell = _C.plain_cell
-"""``plain_cell(module, x, hx, record, record_in_loop)``: as `plain_call`, for a cell.
+"""``plain_cell(module, x, hx, record, record_in_loop)``: `plain_call` for a cell.
 
-Its outputs are ``(h,)`` or ``(h, c)`` and no y besides. ``record_in_loop`` in place of ``record``
-where `are_worth_sums` (`rnnkern.autograd.record_cell`, `record_cell_in_loop`).
+Its outputs are ``(h,)`` or ``(h, c)``, without y. It calls ``record_in_loop`` instead of ``record``
+if `are_worth_sums` (`rnnkern.autograd.record_cell`, `record_cell_in_loop`).
 """
 
 plain_backward = _C.plain_backward
 """``plain_backward(ctx, dy, dhn, dcn)``: the gradients of all that ``record`` was given.
 
-None where the backward pass is not a plain one: a derivative of it is wanted, a mode of torch or a
-profiler is to see it, a hook has what was saved, a loop sums its gradients, an operand is refused.
+None if the backward pass is not a plain one: it must be differentiable, a mode of torch or a
+profiler has to see it, a hook has what was saved, a loop sums its gradients, or an operand is
+refused.
 """
 
 are_worth_sums = _C.are_worth_sums
-"""``are_worth_sums(layer, x)``: of a cell, whether `rnnkern.loops` is to sum its gradients."""
+"""``are_worth_sums(kernel, x)``: whether `rnnkern.loops` should sum the gradients of a cell."""
 
 CudaDevice = _C.CudaDevice
 """``CudaDevice(*, capability, multiprocessors, shared_bytes)``: a GPU as its plan sees it."""
 
 cuda_plan = _C.cuda_plan
-"""``cuda_plan(layer, device, x, *, T, N, I, tf32, backward, deterministic=False,
-has_library=True)``: the plan there and its text.
+"""``cuda_plan(kernel, device, x, *, T, N, I, tf32, backward, deterministic=False,
+has_library=True)``: the plan on that device and its text.
 
-Of x only the dtype counts.
+Only the dtype of x counts.
 """
 
 
-def multiplied_as_bfloat16(layer: Layer, x: Tensor) -> bool:
+def multiplied_as_bfloat16(kernel: Kernel, x: Tensor) -> bool:
     """Whether products take this input, of float32, as bfloat16."""
-    return x.device.type == "cpu" and machine(layer, 1, x).rounded_for_products
+    return x.device.type == "cpu" and machine(kernel, 1, x).rounded_for_products
 
 
-def describe(layer: Layer, x: Tensor, T: int, N: int, features: int, back: bool) -> str:
+def describe(kernel: Kernel, x: Tensor, T: int, N: int, features: int, back: bool) -> str:
     """Kernel and plan of one layer in words."""
     if x.device.type == "cuda":
-        return _C.cuda_describe(layer, x, T=T, N=N, I=features, backward=back)
+        return _C.cuda_describe(kernel, x, T=T, N=N, I=features, backward=back)
     _, text = plan(
-        layer,
-        machine(layer, torch.get_num_threads(), x),
+        kernel,
+        machine(kernel, torch.get_num_threads(), x),
         T=T,
         N=N,
         I=features,

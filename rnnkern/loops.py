@@ -1,14 +1,14 @@
 """The gradients of the weights of a cell that is called many times in one graph.
 
-Every call has gradients of the same weights. Autograd would have each backward step write a new
-tensor for each of them, and would add it to the sum of those before: for a decoder of 100 steps
-that moves more memory than the products do. Here the kernel of a step adds its own to the sum.
+Every call has gradients of the same weights. With autograd alone, each backward step would write a
+new tensor for each weight, and autograd would add it to the sum. For a decoder of 100 steps that
+moves more memory than the products do. Here the kernel of a step adds its gradients to the sum.
 
 The sum is the tensor that the first step of a backward pass has returned, while it waits in
-autograd's buffer; the later steps return nothing. It waits there until the last step is done,
-because all of them hand their gradients to views of the weights that are made for this purpose, and
-nobody else does. A step adds to it only if the buffer alone holds it: a hook may have kept it, or
-put something else in its place. How many references that is, torch is asked once (`_alone`).
+autograd's buffer. The later steps return nothing. The sum waits there until the last step is done,
+because all steps hand their gradients to views of the weights that only these steps use. A step
+adds to the sum only if the buffer alone holds it, because a hook may have kept it or replaced it.
+How many references the buffer holds is measured once (`_alone`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _use_count: Callable[[Tensor], int] | None = getattr(Tensor, "_use_count", None)
 
 
 class Sums:
-    """Of the gradients of some weights, in each backward pass that is under way."""
+    """The sums of the gradients of some weights, in each backward pass that is running."""
 
     def __init__(self, weights: Sequence[Tensor], views: Sequence[Tensor]) -> None:
         self._weights = [ref(weight) for weight in weights]
@@ -35,7 +35,7 @@ class Sums:
         self._sums: dict[int, list[ref[Tensor] | None]] = {}
 
     def views_of(self, weights: Sequence[Tensor]) -> list[Tensor] | None:
-        """The views, if they are those of these weights as they are now; else None."""
+        """The views, if they are views of these weights as they are now; else None."""
         views = [view() for view in self._views]
         for view, own, weight in zip(views, self._weights, weights, strict=True):
             if (
@@ -49,7 +49,7 @@ class Sums:
         return views  # type: ignore[return-value]
 
     def adding(self, backward: Callable[..., Any], count: int) -> Callable[..., Any]:
-        """The backward pass of a step, such that it adds the gradients of its ``count`` weights."""
+        """The backward pass of a step, changed to add the gradients of its ``count`` weights."""
 
         def run(*operands: Any) -> Any:
             *_, wanted, _ = operands
@@ -64,7 +64,7 @@ class Sums:
 
     def _found(self, wanted: Sequence[bool]) -> list[Tensor | None] | None:
         refs = self._sums.get(_task())
-        if refs is None or torch.is_anomaly_enabled():  # which looks at what each step returns
+        if refs is None or torch.is_anomaly_enabled():  # anomaly mode checks what each step returns
             return None
         alone = _alone()
         for each, flag in zip(refs, wanted, strict=True):
@@ -98,7 +98,7 @@ class Loop:
     def sums_of(self, weights: Sequence[Tensor]) -> tuple[Sums, Sequence[Tensor]]:
         """What another call of a loop records, and the views of the weights for it.
 
-        The views live as long as the graph, which holds them; and no longer.
+        The graph holds the views, and nothing else does.
         """
         views = None if self._sums is None else self._sums.views_of(weights)
         if views is None:
@@ -113,7 +113,7 @@ _loops: dict[int, Loop] = {}
 
 
 def loop_of(weight: Tensor) -> Loop:
-    """That of the cells with this ``weight_ih``."""
+    """The loop of the cells with this ``weight_ih``."""
     loop = _loops.get(id(weight))
     if loop is None or loop.weight() is not weight:
         loop = _loops[id(weight)] = Loop(weight)
@@ -121,7 +121,7 @@ def loop_of(weight: Tensor) -> Loop:
 
 
 def _holders(tensor: ref[Tensor]) -> tuple[int, int] | None:
-    """How many hold a tensor, in Python and in C++."""
+    """The numbers of references to a tensor, in Python and in C++."""
     found = tensor()
     if found is None or _use_count is None:
         return None
@@ -130,10 +130,7 @@ def _holders(tensor: ref[Tensor]) -> tuple[int, int] | None:
 
 @functools.cache
 def _alone() -> tuple[int, int] | None:
-    """The holders of a gradient that waits in autograd's buffer and that nobody else holds.
-
-    None if this torch does not tell.
-    """
+    """The references to a gradient that only autograd's buffer holds; None if torch cannot tell."""
     first: list[ref[Tensor]] = []
     counted: list[tuple[int, int] | None] = []
 

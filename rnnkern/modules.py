@@ -6,32 +6,33 @@ from typing import Any
 
 from torch import nn
 
-from rnnkern import functional, scripting
 from rnnkern.cells import CELLS
+from rnnkern.forward import cell, forward, method, without_torch
+from rnnkern.interop import scripting
 
 _EXTRA = """
-    Beyond ``torch.nn``, ``forward(input, hx=None, *, lengths=None, reset=None)`` takes
+    ``forward(input, hx=None, *, lengths=None, reset=None)`` has two arguments more than torch.nn's.
 
     Args:
         lengths: int64 ``(N,)``, any order, any device, ``0 <= lengths[n] <= T``: row n ends after
-            that many steps. Outputs past the end are zero, final states are those of the last step
-            taken. No packing, no sorting. On a GPU they stay there, and one out of range is an
-            assertion of the device, as an index out of range is for torch.
-        reset: bool ``(T, N)``, ``(N, T)`` with ``batch_first``: an episode begins at that step, the
-            state is zeroed before it. In the reverse direction nothing passes from the episode's
-            first step to the step before it.
+            that many steps. Outputs past the end are zero, and final states are those after the
+            row's last step. Nothing is packed or sorted. Lengths on a GPU stay there, and a length
+            out of range is an assertion of the device, as an index out of range is for torch.
+        reset: bool ``(T, N)``, ``(N, T)`` with ``batch_first``: an episode begins at that step, and
+            the state is zeroed before it. In the reverse direction nothing passes from the
+            episode's first step to the step before it.
 
     Raises:
-        TypeError, ValueError: ``lengths`` or ``reset`` of the wrong type, dtype, shape or range, or
-            given with a `PackedSequence`. For all else, what ``torch.nn`` raises.
+        TypeError, ValueError: ``lengths`` or ``reset`` has the wrong type, dtype, shape or range,
+            or is given with a `PackedSequence`. For everything else, what ``torch.nn`` raises.
 
     float32, float64, bfloat16 and float16 on the CPU and on GPUs run on rnnkern's kernels, under
-    ``torch.autocast`` too; anything else is carried out by ``torch.nn`` with one `FallbackWarning`
-    that says why. 16-bit types are computed in float32, and rounded where they are stored.
+    ``torch.autocast`` too. ``torch.nn`` runs anything else, with one `FallbackWarning` that says
+    why. 16-bit types are computed in float32, and rounded when they are stored.
 """
 
 
-# Three classes without a common base of their own: `convert` changes the class of a module in
+# Three classes without a common base class: `convert` changes the class of a module in
 # place, which Python allows only between classes of the same layout.
 class RNN(nn.RNN):
     __doc__ = f"""Elman RNN (tanh or relu): `torch.nn.RNN` on rnnkern's kernels.
@@ -44,7 +45,7 @@ class RNN(nn.RNN):
 
     _torch_forward = nn.RNN.forward
     __prepare_scriptable__ = scripting.prepare
-    forward = functional.forward
+    forward = forward
 
 
 class LSTM(nn.LSTM):
@@ -58,7 +59,7 @@ class LSTM(nn.LSTM):
 
     _torch_forward = nn.LSTM.forward
     __prepare_scriptable__ = scripting.prepare
-    forward = functional.forward
+    forward = forward
 
 
 class GRU(nn.GRU):
@@ -72,7 +73,7 @@ class GRU(nn.GRU):
 
     _torch_forward = nn.GRU.forward
     __prepare_scriptable__ = scripting.prepare
-    forward = functional.forward
+    forward = forward
 
 
 class OwnRNN(nn.RNNBase):
@@ -81,8 +82,8 @@ class OwnRNN(nn.RNNBase):
     A subclass is one such cell: ``super().__init__(mode, *sizes, **options)``.
     """
 
-    _torch_forward = functional.without_torch
-    forward = functional.forward
+    _torch_forward = without_torch
+    forward = forward
 
     def __init__(self, mode: str, *sizes: Any, **options: Any) -> None:
         super().__init__("RNN_TANH", *sizes, **options)  # a mode that torch knows, of one gate
@@ -106,7 +107,7 @@ class RNNCell(nn.RNNCell):
     _torch_forward = nn.RNNCell.forward
     __prepare_scriptable__ = scripting.prepare
 
-    forward = functional.method(functional.cell, "RNNCell")
+    forward = method(cell, "RNNCell")
 
 
 class LSTMCell(nn.LSTMCell):
@@ -118,7 +119,7 @@ class LSTMCell(nn.LSTMCell):
     _torch_forward = nn.LSTMCell.forward
     __prepare_scriptable__ = scripting.prepare
 
-    forward = functional.method(functional.cell, "LSTMCell")
+    forward = method(cell, "LSTMCell")
 
 
 class GRUCell(nn.GRUCell):
@@ -130,4 +131,4 @@ class GRUCell(nn.GRUCell):
     _torch_forward = nn.GRUCell.forward
     __prepare_scriptable__ = scripting.prepare
 
-    forward = functional.method(functional.cell, "GRUCell")
+    forward = method(cell, "GRUCell")

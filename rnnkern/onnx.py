@@ -6,13 +6,13 @@ layers write these operators into the graph.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from rnnkern.spec import Maybe, Spec
+from rnnkern.layer import Layer, Maybe, Operands
 
 
 class _Operator(NamedTuple):
@@ -35,15 +35,7 @@ _OPERATORS = {
 }
 
 
-def nodes(
-    layer: Spec,
-    x: Tensor,
-    h0: Maybe,
-    c0: Maybe,
-    weights: Sequence[Tensor],
-    lengths: Maybe,
-    reset: Maybe,
-) -> tuple[Tensor, ...]:
+def nodes(layer: Layer, operands: Operands, lengths: Maybe, reset: Maybe) -> tuple[Tensor, ...]:
     """``y, h_n, c_n`` of a layer in the graph that ``torch.onnx.export`` is tracing.
 
     bfloat16 is computed in float32, as the kernels do: before its version 22 ONNX has no other.
@@ -57,10 +49,10 @@ def nodes(
         raise NotImplementedError(
             f"{what} cannot be exported to ONNX, because no recurrent operator of ONNX {why}"
         )
+    x, h0, c0, weights, _ = operands
     if x.dtype == torch.bfloat16:
-        x32, h32, c32, *w32 = (t if t is None else t.float() for t in (x, h0, c0, *weights))
-        assert x32 is not None
-        outputs = nodes(layer, x32, h32, c32, w32, lengths, None)  # type: ignore[arg-type]
+        given = [t if t is None else t.float() for t in (x, h0, c0, *weights)]
+        outputs = nodes(layer, Operands(given[0], given[1], given[2], given[3:]), lengths, None)
         return tuple(z.to(x.dtype) for z in outputs)
     operator, D, H = _OPERATORS[layer.mode], layer.directions, layer.hidden(weights)
 
@@ -97,11 +89,11 @@ def nodes(
     y, *finals = made
     if lengths is not None:
         # ONNX Runtime has zeros there for a row without a step.
-        given = (h0, c0)[: len(finals)]
+        initial = (h0, c0)[: len(finals)]
         empty = (lengths == 0).reshape(1, -1, 1)
         finals = [
             z if own is None else torch.where(empty, own, z)
-            for own, z in zip(given, finals, strict=True)
+            for own, z in zip(initial, finals, strict=True)
         ]
     y = y.transpose(1, 2).flatten(2)  # [T, D, N, H] to [T, N, D * H]
     y = y.transpose(0, 1) if layer.batch_first else y
@@ -111,10 +103,10 @@ def nodes(
 def translations() -> dict[Any, Callable[..., Any]]:
     """The table for ``torch.onnx.export(..., custom_translation_table=)``.
 
-    A model needs none. It is for programs that ``torch.export`` has made before, in which a layer
-    is an operator of torch: torch's own table makes one ``LSTM`` or ``GRU`` of it, and takes an RNN
-    apart into steps, for which this table has one ``RNN``. The number of steps of such a model is
-    that of the program's example, for torch's exporter looks for it.
+    Exporting a model needs no table. This one is for programs that ``torch.export`` has made
+    before, in which a layer is an operator of torch. torch's own table makes one ``LSTM`` or
+    ``GRU`` of it, but takes an RNN apart into steps. This table makes one ``RNN``. Such a model has
+    as many steps as the program's example, because torch's exporter fixes their number.
 
     Returns:
         A new table, by operator.

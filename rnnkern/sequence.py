@@ -7,27 +7,26 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rnnkern.exporting import to_torch
+from rnnkern.interop.exporting import to_torch
 
 
 class Steps(NamedTuple):
-    """Which rows of a batch take part in which step. The kernels read it as it is.
+    """Which rows of a batch are active at which step. The kernels read it as it is.
 
-    Rows are looked at in the order ``order``, in which those active at a step are always
-    the first ones. All tensors are where the kernels run, but for the batch sizes of a packed
-    sequence.
+    In the order ``order``, the rows that are active at a step always come first. All tensors are on
+    the device of the kernels, except the batch sizes of a packed sequence.
 
     Attributes:
-        active: int64 ``[T]``, rows active at each step, never increasing; None: all, always. Of a
-            packed sequence its ``batch_sizes``, on the CPU.
-        order: int64 ``[N]``, the batch row that stands in each place; None: as they come.
-        reset: bool ``[T, N]`` (``[N, T]`` batch first), an episode begins at that step;
-            None: never.
+        active: int64 ``[T]``, the number of rows active at each step, never increasing. None means
+            all rows at every step. For a packed sequence, its ``batch_sizes``, on the CPU.
+        order: int64 ``[N]``, the row of the batch at each place. None means the order of the batch.
+        reset: bool ``[T, N]`` (``[N, T]`` batch first), whether an episode begins at that step.
+            None means never.
         packed: the data is a packed sequence: only active rows are stored, step after step.
-        placed: of a packed sequence on a GPU, int64 ``[2, T]`` there: ``active``, and the row at
-            which each step begins; else None.
-        lengths: int64 ``[N]``, in place of ``active`` and ``order`` where a program of torch's own
-            operators is exported; else None.
+        placed: for a packed sequence on a GPU, int64 ``[2, T]`` on that device: ``active``, and the
+            row at which each step begins. Otherwise None.
+        lengths: int64 ``[N]``, instead of ``active`` and ``order`` while a program of torch's own
+            operators is exported. Otherwise None.
     """
 
     active: Tensor | None
@@ -39,20 +38,20 @@ class Steps(NamedTuple):
 
 
 def place_of(x: Tensor) -> torch.device:
-    """Where the steps of an input are wanted: where there may be kernels for it."""
+    """The device from which kernels read the `Steps` of an input: its GPU, or the CPU."""
     return x.device if x.device.type == "cuda" else torch.device("cpu")
 
 
 def packed_steps(batch_sizes: Tensor, sorted_indices: Tensor | None, place: torch.device) -> Steps:
-    """Steps of a ``torch.nn.utils.rnn.PackedSequence`` whose data is at ``place``."""
-    # Copies: backward reads them again, whatever the caller does to them in between.
+    """Steps of a ``torch.nn.utils.rnn.PackedSequence`` whose data is on the device ``place``."""
+    # Copies, because backward reads them again and the caller may change them in between.
     order = None if sorted_indices is None else _copy(sorted_indices, place)
     active = batch_sizes.to("cpu", copy=True).contiguous()
     if place.type == "cpu":
         return Steps(active, order, None, True)
     if order is not None:
         rows = torch.arange(order.numel(), device=place)
-        # The kernels cannot look before they run, and nobody waits for the GPU.
+        # An assertion on the GPU, because a check on the CPU would wait for it.
         torch._assert_async(
             order.sort().values.eq(rows).all(),
             "order of rows must be a permutation of the batch",
@@ -69,17 +68,17 @@ def padded_steps(
     batch_first: bool,
     place: torch.device,
 ) -> Steps | None:
-    """Steps of a padded batch whose kernels run at ``place``.
+    """Steps of a padded batch whose kernels run on the device ``place``.
 
     Args:
         lengths: int64 ``[N]`` with ``0 <= lengths[n] <= T``, any device, any order.
         reset: bool ``[T, N]``, or ``[N, T]`` with ``batch_first``, any device.
 
     Raises:
-        TypeError: not a tensor, or of the wrong dtype.
-        ValueError: of the wrong shape, or lengths out of range. Where both lengths and ``place``
-            are on a GPU nobody waits to look: lengths out of range are an assertion there, as an
-            index out of range is for torch.
+        TypeError: ``lengths`` or ``reset`` is not a tensor, or has the wrong dtype.
+        ValueError: the shape is wrong, or a length is out of range. If ``lengths`` are on a GPU and
+            ``place`` is, too, a length out of range is an assertion there, as an index out of range
+            is for torch, because a check on the CPU would wait for the GPU.
     """
     if lengths is None and reset is None:
         return None
@@ -87,14 +86,14 @@ def padded_steps(
     if reset is not None:
         wanted = (N, T) if batch_first else (T, N)
         _expect("reset", reset, torch.bool, wanted, "(N, T)" if batch_first else "(T, N)")
-        # A copy: backward reads it again, what the caller does to it later is no matter.
+        # A copy, because backward reads it again and the caller may change it in between.
         reset = _copy(reset, place)
     if lengths is not None:
         _expect("lengths", lengths, torch.int64, (N,), "(N,)")
         compiling = torch.compiler.is_compiling()
         if compiling and to_torch():
             return Steps(None, None, reset, False, lengths=lengths)
-        if compiling:  # what an operator alone may look into
+        if compiling:  # only an operator may look into the lengths
             active, order = torch.ops.rnnkern.ranked(lengths.to(place), T)
         else:
             if place.type == "cpu":
@@ -112,7 +111,7 @@ def ranked(lengths: Tensor, T: int) -> tuple[Tensor, Tensor]:
 
 
 def active_rows(steps: Steps) -> Tensor:
-    """Bool ``[T, N]`` of a padded batch with ``lengths``: the row takes part in that step."""
+    """Bool ``[T, N]`` for a padded batch with ``lengths``: the row is active at that step."""
     assert steps.active is not None
     assert steps.order is not None
     return torch.argsort(steps.order) < steps.active[:, None]

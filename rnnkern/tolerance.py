@@ -25,7 +25,7 @@ FACTOR = 2.0
 #: ulp; a step multiplies and adds up to four of them, and the gates' slopes (at most 1) carry what
 #: is wrong on to a few steps more. That makes about 16. A mistake in a kernel (a wrong gate, a
 #: missing row, a stale state) is thousands of times that. The 16-bit types are computed in float32
-#: and rounded where they are stored, so that 2 eps is enough.
+#: and rounded when they are stored, so that 2 eps is enough.
 FLOOR_EPS = {torch.float64: 16.0, torch.float32: 16.0, torch.bfloat16: 2.0, torch.float16: 2.0}
 
 #: The notebook's own criterion: a sum of squared differences below this counts as equal.
@@ -38,11 +38,11 @@ class Verdict:
 
     Attributes:
         ok: whether ``error <= limit``.
-        error: the error of ours, in eps of its dtype; ``inf`` where shapes, dtypes or
+        error: the error of ours, in eps of its dtype; ``inf`` if shapes, dtypes or
             non-finite values differ.
         torch_error: the error of torch.nn, in eps of its dtype.
         limit: the largest error allowed, in eps.
-        problem: what is wrong if it is not a matter of rounding, else empty.
+        problem: what is wrong, if it is not rounding; otherwise empty.
     """
 
     ok: bool

@@ -15,7 +15,7 @@ import torch
 from hypothesis import settings
 from torch import Tensor
 
-pytest.register_assert_rewrite("support", "wrong", "like_torch_nn")
+pytest.register_assert_rewrite("support", "wrong_calls", "like_torch_nn")
 
 # For benchmarks and tools, not installed; last, for the rnnkern to be tested comes before.
 ROOT = Path(__file__).parent.parent
@@ -97,7 +97,7 @@ def device(
         return
     from support import cudnn
 
-    from rnnkern.workloads import tf32_allowed
+    from rnnkern.bench.workloads import tf32_allowed
 
     for draw in ("rand", "randn", "randint"):
         monkeypatch.setattr(torch, draw, drawn_on_the_cpu(getattr(torch, draw)))
@@ -119,7 +119,8 @@ def _restore_torch() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(False)
+    # As use_deterministic_algorithms, which takes seconds because it loads Inductor.
+    torch.set_deterministic_debug_mode("default")
 
 
 @pytest.fixture
@@ -127,7 +128,7 @@ def deterministic() -> None:
     """Deterministic algorithms; torch then also fills new memory with NaN, so what is left
     unwritten shows.
     """
-    torch.use_deterministic_algorithms(True)
+    torch.set_deterministic_debug_mode("error")
 
 
 @pytest.fixture
@@ -135,7 +136,7 @@ def no_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every call that is timed runs once and takes a millisecond more than the one before, so that
     no result depends on how busy the machine is.
     """
-    from rnnkern import timing
+    from rnnkern.bench import timing
 
     def in_turn(calls: list[Callable[[], object]], **_: object) -> list[list[float]]:
         for call in calls:

@@ -4,6 +4,7 @@ oracle.
 
 from __future__ import annotations
 
+import copy
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -16,7 +17,9 @@ import forks
 import oracle
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import rnnkern
 from rnnkern import tolerance
@@ -301,3 +304,60 @@ def importable(folder: Path) -> Iterator[None]:
         for name in set(sys.modules) - before:
             if (folder / f"{name}.py").exists():
                 del sys.modules[name]
+
+
+def pair(kind: str, *sizes: int, **options: object) -> tuple[nn.Module, nn.Module]:
+    """Ours and torch's with the same parameters."""
+    ours = build(kind, *sizes, **options)
+    theirs = getattr(nn, kind)(*sizes, **options)
+    theirs.load_state_dict(ours.state_dict())
+    return ours, theirs
+
+
+class Seen(TorchDispatchMode):
+    """The operators of rnnkern that have run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if function.namespace == "rnnkern":
+            self.names.append(function._opname)
+        return function(*args, **(kwargs or {}))
+
+
+def compiled(call: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    torch._dynamo.reset()
+    return torch.compile(call, fullgraph=True, backend="aot_eager", **options)
+
+
+def weights_of(module: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach() for name, p in module.named_parameters()}
+
+
+def loss_of(module: nn.Module, **options: Any) -> Callable[..., Tensor]:
+    """Of weights and input: all outputs count."""
+
+    def loss(weights: dict[str, Tensor], x: Tensor) -> Tensor:
+        outputs = flatten(functional_call(module, weights, (x,), options))
+        return sum(output.square().sum() for output in outputs.values())  # type: ignore[return-value]
+
+    return loss
+
+
+class Tagger(nn.Module):
+    def __init__(self, rnn: nn.Module, features: int) -> None:
+        super().__init__()
+        self.rnn, self.head = rnn, nn.Linear(features, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, _ = self.rnn(x)
+        return self.head(y)
+
+
+def reverted(model: nn.Module) -> nn.Module:
+    """A copy of a model, with torch.nn's modules in place of rnnkern's."""
+    return rnnkern.revert(copy.deepcopy(model))

@@ -91,7 +91,7 @@ def test_cell_states_are_carried_in_float(deterministic: bool) -> None:
     with torch.no_grad():
         bias = module.bias_ih_l0.view(4, 4)
         bias[0], bias[1], bias[2] = 20.0, 20.0, 0.001  # i = f = 1, g = 0.001: c grows by 0.001
-    torch.use_deterministic_algorithms(deterministic)
+    torch.set_deterministic_debug_mode("error" if deterministic else "default")
     state = (torch.zeros(1, 1, 4, dtype=torch.bfloat16), torch.ones(1, 1, 4, dtype=torch.bfloat16))
     with torch.no_grad():
         _, (_, c) = module(torch.zeros(1000, 1, 1, dtype=torch.bfloat16), state)
@@ -290,7 +290,7 @@ def test_second_derivatives_under_autocast() -> None:
 @pytest.mark.parametrize("count", [1, 2])
 def test_autocast_under_deterministic_algorithms(count: int, kind: str) -> None:
     """Neither threads nor the batch nor a cut into blocks shows."""
-    torch.use_deterministic_algorithms(True)
+    torch.set_deterministic_debug_mode("error")
     module, x = build(kind, 64, 300), torch.randn(6, 9, 64)
 
     def run(part: Tensor, state: Any = None, threads: int = count) -> Any:

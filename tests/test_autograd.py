@@ -11,7 +11,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
-from settings import SETTINGS, as_function
+from layer_options import SETTINGS, as_function
 from support import (
     CELLS,
     DTYPES,
@@ -27,6 +27,7 @@ from support import (
     flatten,
     initial_states,
     leaves_for,
+    pair,
     penalized,
     plain,
     states_of,
@@ -183,23 +184,6 @@ def test_what_stands_past_the_end_has_no_derivative(form: str) -> None:
         results.append([*second, *samples.values(), flow.h, *(t for t in traced if t is not None)])
     for ours, theirs in zip(*reversed(results), strict=True):
         torch.testing.assert_close(ours, theirs)
-
-
-@pytest.mark.parametrize("kind", LAYERS)
-def test_hooks_that_narrow_what_is_saved(kind: str) -> None:
-    """First and second derivatives, from 32 bits of 64."""
-    module = build(kind, 4, 6, dtype=torch.float64)
-    x = torch.randn(5, 3, 4, dtype=torch.float64, requires_grad=True)
-
-    def second() -> list[Tensor]:
-        y, _ = module(x)
-        (gradient,) = torch.autograd.grad(y.pow(3).sum(), x, create_graph=True)
-        return list(torch.autograd.grad(gradient.square().sum(), [x, *module.parameters()]))
-
-    expected = second()
-    with torch.autograd.graph.saved_tensors_hooks(Tensor.float, lambda saved: saved):
-        found = second()
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", LAYERS)
@@ -488,3 +472,22 @@ def test_a_wrong_gradient_would_be_noticed() -> None:
     ours = {name: value * 1.0001 for name, value in theirs.items()}
     assert not all(tolerance.check(ours[k], theirs[k], exact[k]) for k in ours)
     assert_agree(theirs, theirs, exact)
+
+
+def test_an_empty_batch_with_a_transposed_gradient() -> None:
+    module = build("RNN", 3, 4)
+    y, _ = module(torch.randn(5, 0, 3))
+    (y.transpose(0, 2).contiguous() * 2).sum().backward()
+    assert module.weight_hh_l0.grad.abs().sum() == 0
+
+
+@pytest.mark.parametrize("kind", ["RNN", "LSTM", "GRU"])
+@pytest.mark.parametrize("layers", [1, 2])
+def test_gradients_asked_for_in_inference_mode(kind: str, layers: int) -> None:
+    ours, theirs = pair(kind, 3, 4, num_layers=layers)
+    with torch.inference_mode(), torch.enable_grad():
+        x = torch.randn(5, 2, 3)
+        y, wanted = ours(x)[0], theirs(x)[0]
+    assert not y.requires_grad
+    assert not wanted.requires_grad
+    torch.testing.assert_close(y, wanted)

@@ -42,7 +42,9 @@ def leaves_for(cell: nn.Module, rows: int | None, *, hx: bool = True) -> Leaves:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
 @pytest.mark.parametrize("form", FORMS)
-def test_options(form: str, bias: bool, dtype: torch.dtype, hx: bool, rows: int | None) -> None:
+def test_every_option_agrees_with_torch_nn(
+    form: str, bias: bool, dtype: torch.dtype, hx: bool, rows: int | None
+) -> None:
     kind, own = FORMS[form]
     cell = build(kind, 4, 6, dtype=dtype, bias=bias, **own)
     check(cell, leaves_for(cell, rows, hx=hx))
@@ -54,7 +56,7 @@ def test_options(form: str, bias: bool, dtype: torch.dtype, hx: bool, rows: int 
     [(1, 1, 1), (2, 3, 1), (5, 1, 15), (6, 7, 17), (7, 16, 16), (13, 5, 33), (64, 31, 65)],
 )
 @pytest.mark.parametrize("form", FORMS)
-def test_sizes(form: str, rows: int, I: int, H: int) -> None:
+def test_any_size_agrees_with_torch_nn(form: str, rows: int, I: int, H: int) -> None:
     kind, own = FORMS[form]
     cell = build(kind, I, H, **own)
     check(cell, leaves_for(cell, rows))
@@ -78,7 +80,7 @@ def test_construction_is_torchs(form: str) -> None:
     ("kind", "arguments"),
     [("RNNCell", (4, 6, False, "relu")), ("LSTMCell", (4, 6, False)), ("GRUCell", (4, 6, False))],
 )
-def test_positional_arguments(kind: str, arguments: tuple[Any, ...]) -> None:
+def test_positional_arguments_are_torchs(kind: str, arguments: tuple[Any, ...]) -> None:
     cell = getattr(rnnkern, kind)(*arguments)
     assert repr(cell) == repr(getattr(nn, kind)(*arguments))
     check(cell, leaves_for(cell, 3))
@@ -179,7 +181,7 @@ def as_tuple(state: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 @pytest.mark.parametrize("kind", CELLS)
 def test_one_bias_missing(kind: str) -> None:
-    """torch.nn's cells compute without a bias that somebody has set to None (not on a GPU)."""
+    """torch.nn's cells compute without a bias that has been set to None (not on a GPU)."""
     for name in ("bias_ih", "bias_hh"):
         cell = build(kind, 4, 6)
         theirs = getattr(nn, kind)(4, 6)
@@ -218,11 +220,11 @@ def test_rows_that_fill_vectors(
 
 @pytest.mark.cpu_only
 @pytest.mark.kernel
+@pytest.mark.usefixtures("deterministic")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", ["RNN", "LSTM", "GRU"])
 def test_broadcast_weights_have_the_bits_of_packed_ones(kind: str, dtype: torch.dtype) -> None:
     """One step reads them as they lie, a long sequence packs them."""
-    torch.use_deterministic_algorithms(True)
     module = build(kind, 300, 70, dtype=dtype)
     x = torch.randn(200, 47, 300).to(dtype)
     assert "each weight times a vector" in rnnkern.explain(module, x[:1])

@@ -1,4 +1,4 @@
-"""Gates made anew in backward: `rnnkern.checkpointed`, and `torch.utils.checkpoint`."""
+"""Gates recomputed in backward: `rnnkern.checkpointed`, and `torch.utils.checkpoint`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from settings import SETTINGS
+from layer_options import SETTINGS
 from support import FORMS, LAYERS, build, evaluate, flatten, leaves_for, plain, states_of
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
@@ -149,7 +149,7 @@ def test_wrong_steps_of_a_segment(every: Any, error: type[Exception], message: s
 
 
 @pytest.mark.cpu_only
-def test_wrong_operands() -> None:
+def test_wrong_operands_raise_errors() -> None:
     with pytest.raises(TypeError, match="module must be an RNN, LSTM or GRU"):
         rnnkern.checkpointed(nn.Linear(2, 3), torch.zeros(4, 1, 2), checkpoint_every=2)
     module = rnnkern.GRU(2, 3)

@@ -161,7 +161,7 @@ def test_operands_that_do_not_fit_end_in_the_usual_errors() -> None:
         rnnkern.generate(module, lambda h: None, x, 2)
     with pytest.raises(TypeError, match=r"input must be a torch\.Tensor, got list"):
         rnnkern.generate(module, readout, [1.0], 2)
-    kernel = kernels.layer("GRU", directions=2, hidden=6, proj=0, bias=True, batch_first=False)
+    kernel = kernels.kernel("GRU", directions=2, hidden=6, proj=0, bias=True, batch_first=False)
     with pytest.raises(kernels.RefusedError, match="one direction"):
         kernel.closed_loop(torch.zeros(3, 4, 3), None, None, [], readout.weight, None)
 

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import gc
 import importlib.util
 import json
 import math
 import re
 import subprocess
 import sys
-import time
 import warnings
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +17,11 @@ import torch
 from torch import nn
 
 import rnnkern
-from rnnkern import cli, compare, kernels, timing
-from rnnkern.workloads import (
+from rnnkern import kernels
+from rnnkern.bench import cli, compare, timing
+from rnnkern.bench.printer import Printer, duration
+from rnnkern.bench.report import Report, Row
+from rnnkern.bench.workloads import (
     FORWARD,
     FORWARD_BACKWARD,
     PASSES,
@@ -120,7 +120,7 @@ def test_steps_of_cells_have_a_table_of_their_own(capsys: pytest.CaptureFixture[
 
 
 @pytest.mark.usefixtures("no_clock")
-def test_json(tmp_path: Path) -> None:
+def test_the_json_file_has_every_result(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
     assert (
         cli.main([*TINY, "--workload", "notebook", "--dtype", "float64", "--json", str(path)]) == 0
@@ -187,8 +187,8 @@ def test_a_failed_check_is_exit_status_1_and_is_not_timed(
         (["--pass", "backward"], "known are: forward, forward-grad, forward-backward"),
         (["--threads", "0"], "at least 1"),
         (["--threads", "two"], "at least 1"),
-        (["--device", "tpu"], "want cpu, cuda"),
-        (["--device", "meta"], "want cpu, cuda"),
+        (["--device", "tpu"], "expected cpu, cuda"),
+        (["--device", "meta"], "expected cpu, cuda"),
         (["--dtype", "float16"], "known are: float32, float64"),
         (["--dtype", "float32,tf32"], "known are: float32, float64"),
         (["--json", "no/such/directory/x.json"], "no such directory"),
@@ -230,7 +230,7 @@ def test_a_plot_of_unknown_kind_is_refused_before_any_work(
 
 @needs_matplotlib
 @pytest.mark.parametrize("dtypes", ["float32", "float32,float64"])
-def test_plot(tmp_path: Path, dtypes: str) -> None:
+def test_the_picture_is_written(tmp_path: Path, dtypes: str) -> None:
     path = tmp_path / "speedup.png"
     assert cli.main([*TINY, "--dtype", dtypes, "--plot", str(path)]) == 0
     assert path.read_bytes().startswith(b"\x89PNG")
@@ -330,7 +330,7 @@ def test_several_dtypes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 def test_results_are_written_as_they_come(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     path, rows = tmp_path / "results.json", iter([compare.time_row])
 
-    def once(*arguments: Any) -> compare.Row:
+    def once(*arguments: Any) -> Row:
         try:
             return next(rows)(*arguments)
         except StopIteration:
@@ -362,7 +362,7 @@ def test_the_header_of_a_gpu(
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91200)
     chosen = options("--device", "cuda", "--dtype", "tf32,float32")
     header = compare.header(chosen)
-    cli.Printer(chosen).start(compare.Report(header))
+    Printer(chosen).start(Report(header))
     expected = {"gpu": "The GPU", "driver": "123.4", "cuda": "13.0", "cudnn": 91200}
     assert header | expected == header
     assert (header["device"], header["dtype"]) == ("cuda", "float32, tf32")
@@ -430,7 +430,7 @@ def test_an_interrupted_run(
 def test_every_piece_of_work_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = options("--quick", "--cell", "LSTM,RNN", "--workload", "notebook,sine")
     done: list[int] = []
-    printer = cli.Printer(chosen)
+    printer = Printer(chosen)
     monkeypatch.setattr(printer, "end", lambda pieces=1: done.append(pieces))
     monkeypatch.setattr(rnnkern, "LSTM", WrongLSTM)  # one that fails must count as well
     compare.run(chosen, printer)
@@ -513,95 +513,4 @@ def test_as_a_module() -> None:
     ],
 )
 def test_durations(us: float, text: str) -> None:
-    assert cli._duration(us) == text
-
-
-def test_pairs_are_timed_in_turn_with_samples_long_enough() -> None:
-    order: list[str] = []
-    takes = {"ours": 1e-6, "theirs": 2e-3}
-
-    def clock(call: timing.Call, count: int) -> float:
-        for _ in range(count):
-            call()
-        return count * takes[order[-1]]
-
-    result = timing.time_pair(
-        lambda: order.append("ours"),
-        lambda: order.append("theirs"),
-        budget_s=0.0,
-        min_pairs=3,
-        clock=clock,
-    )
-    assert len(result.ours_s) == len(result.theirs_s) == 3
-    turns = [name for i, name in enumerate(order) if i == 0 or order[i - 1] != name]
-    assert turns == ["ours", "theirs"] * (len(turns) // 2)
-    assert order.count("ours") > 3000  # repeated to fill a millisecond
-    assert result.speedup == pytest.approx(2000)
-    assert result.us == pytest.approx(1)
-    assert result.their_us == pytest.approx(2000)
-
-
-def test_the_clock_of_the_host() -> None:
-    assert timing.host_clock(lambda: time.sleep(1e-3), 5) >= 5e-3
-
-
-def test_the_first_call_is_not_measured() -> None:
-    made = []
-
-    def clock(call: timing.Call, count: int) -> float:
-        before = len(made)
-        for _ in range(count):
-            call()
-        return sum(1e-6 if i else 5e-3 for i in range(before, len(made)))
-
-    assert timing.calls_per_sample(lambda: made.append(1), clock) >= 1000
-
-
-def test_the_clock_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From an event before the first call to one after the last, which has been reached."""
-    seen: list[str] = []
-
-    class Event:
-        def __init__(self, enable_timing: bool) -> None:
-            assert enable_timing
-
-        def record(self) -> None:
-            seen.append("record")
-
-        def synchronize(self) -> None:
-            seen.append("wait")
-
-        def elapsed_time(self, end: Event) -> float:
-            assert end is not self
-            return 6.0
-
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
-    clock = timing.clock_of(torch.device("cuda"))
-    assert clock(lambda: seen.append("call"), 3) == pytest.approx(6e-3)
-    assert seen == ["record", "call", "call", "call", "record", "wait"]
-    assert timing.clock_of(torch.device("cpu")) is timing.host_clock
-
-
-def test_the_least_number_of_pairs_is_taken_whatever_the_budget() -> None:
-    result = timing.time_pair(
-        lambda: time.sleep(2e-3), lambda: time.sleep(2e-3), budget_s=0.0, min_pairs=3
-    )
-    assert len(result.ours_s) == 3
-
-
-def test_the_speedup_is_the_median_of_the_ratios_and_not_the_ratio_of_medians() -> None:
-    result = timing.PairTiming(ours_s=[1.0, 10.0, 2.0], theirs_s=[2.0, 20.0, 40.0])
-    assert result.speedup == 2.0
-    assert (result.us, result.their_us) == (2e6, 20e6)
-
-
-@pytest.mark.parametrize("enabled", [True, False])
-def test_garbage_collection_is_off_in_the_samples_and_then_as_before(enabled: bool) -> None:
-    (gc.enable if enabled else gc.disable)()
-    try:
-        with timing.gc_paused():
-            assert not gc.isenabled()
-        assert gc.isenabled() is enabled
-    finally:
-        gc.enable()
+    assert duration(us) == text

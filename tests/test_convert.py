@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Iterator
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 from support import CELLS, LAYERS
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
+from torch.nn.utils.parametrizations import weight_norm
 
 import rnnkern
 
@@ -228,3 +232,106 @@ def test_only_modules_can_be_converted(wrong: object) -> None:
     for swap in (rnnkern.convert, rnnkern.revert):
         with pytest.raises(TypeError, match="Module"):
             swap(wrong)
+
+
+def test_converting_a_copy_leaves_the_original_alone() -> None:
+    original = weight_norm(nn.LSTM(3, 4), "weight_hh_l0")
+    converted = rnnkern.convert(copy.deepcopy(original))
+    assert isinstance(converted, rnnkern.LSTM)
+    assert not isinstance(original, rnnkern.LSTM)
+    reverted = rnnkern.revert(copy.deepcopy(converted))
+    assert not isinstance(reverted, rnnkern.LSTM)
+    assert isinstance(converted, rnnkern.LSTM)
+
+
+class PlainSubclass(nn.LSTM):
+    def reset_parameters(self) -> None:
+        for parameter in self.parameters():
+            nn.init.constant_(parameter, 0.25)
+
+
+class CellSubclass(nn.GRUCell):
+    note = "a class attribute"
+
+
+class OwnForward(nn.GRU):
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Any:
+        y, h = super().forward(input, hx)
+        return y * 2, h
+
+
+class OwnCheck(nn.RNN):
+    def check_forward_args(self, *args: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize("make", [lambda: PlainSubclass(4, 6), lambda: CellSubclass(4, 6)])
+def test_a_subclass_that_inherits_forward_is_converted(make: Callable[..., Any]) -> None:
+    module = make()
+    kind = type(module)
+    x = torch.randn(3, 4) if isinstance(module, nn.GRUCell) else torch.randn(5, 3, 4)
+    wanted = module(x)
+    model = nn.Sequential(module)
+    rnnkern.convert(model)
+    assert model[0] is module
+    assert isinstance(module, kind)
+    assert isinstance(module, (rnnkern.LSTM, rnnkern.GRUCell))
+    assert type(module).__name__ == kind.__name__
+    torch.testing.assert_close(module(x), wanted)
+    assert "Explanation" in type(rnnkern.explain(module, x)).__name__
+    for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module)), copy.copy(module)):
+        assert type(other) is type(module)
+        torch.testing.assert_close(other(x), wanted)
+    assert rnnkern.revert(model)[0] is module
+    assert type(module) is kind
+    torch.testing.assert_close(module(x), wanted)
+
+
+def test_a_parametrized_subclass_is_converted() -> None:
+    module = PlainSubclass(4, 6)
+    nn.utils.parametrizations.weight_norm(module, "weight_hh_l0")
+    x = torch.randn(5, 3, 4)
+    wanted = module(x)
+    rnnkern.convert(module)
+    assert isinstance(module, (PlainSubclass, rnnkern.LSTM))
+    torch.testing.assert_close(module(x), wanted)
+    assert not isinstance(rnnkern.revert(module), rnnkern.LSTM)
+    torch.testing.assert_close(module(x), wanted)
+
+
+def test_classes_derived_from_a_converted_one_are_copied_as_they_are() -> None:
+    module = rnnkern.convert(PlainSubclass(4, 6))
+    module.__class__ = type("Managed", (type(module),), {})  # as FSDP does
+    assert type(copy.deepcopy(module)) is type(module)
+    module = rnnkern.convert(PlainSubclass(4, 6))
+    nn.utils.parametrizations.weight_norm(module, "weight_hh_l0")
+    with pytest.raises(RuntimeError, match="parametrized"):
+        pickle.dumps(module)
+
+
+class Registered(nn.GRU):
+    def __init_subclass__(cls, *, tag: str) -> None:
+        super().__init_subclass__()
+
+
+def test_a_class_that_nothing_derives_from_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["rnnkern.convert"], "_named", set())
+    model = nn.Sequential(nn.GRU(4, 4), Registered(4, 6), nn.GRU(6, 3))
+    with pytest.warns(UserWarning, match=r"Registered .1. .*no class can be derived.*tag"):
+        rnnkern.convert(model)
+    assert [type(each) for each in model] == [rnnkern.GRU, Registered, rnnkern.GRU]
+
+
+@pytest.mark.parametrize(("kind", "named"), [(OwnForward, "forward"), (OwnCheck, "check_forward")])
+def test_what_is_left_alone_is_named_once(
+    kind: type[nn.Module], named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules["rnnkern.convert"], "_named", set())
+    model = nn.ModuleDict({"decoder": kind(4, 6), "other": kind(4, 6)})
+    with pytest.warns(UserWarning, match=f"{kind.__name__} .decoder. .* overrides {named}") as told:
+        rnnkern.convert(model)
+    assert len(told) == 1
+    assert type(model["decoder"]) is kind
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rnnkern.convert(model)

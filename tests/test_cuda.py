@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import oracle
-import processes
 import pytest
+import subprocesses
 import torch
 from support import (
     CELLS,
@@ -45,8 +45,8 @@ from support import (
 from torch import Tensor, nn
 
 import rnnkern
-from rnnkern import cli, compare
-from rnnkern.workloads import PASSES, default_precisions, tf32_allowed
+from rnnkern.bench import cli, compare
+from rnnkern.bench.workloads import PASSES, default_precisions, tf32_allowed
 
 pytestmark = pytest.mark.cuda
 
@@ -76,20 +76,20 @@ def test_around_the_edges_of_tiles(kind: str, N: int, H: int, dtype: torch.dtype
 @pytest.mark.parametrize("I", [1, 2, 7, 8, 17, 64, 131, 1000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", LAYERS)
-def test_input_sizes(kind: str, dtype: torch.dtype, I: int) -> None:
+def test_input_sizes_agree_with_torch_nn(kind: str, dtype: torch.dtype, I: int) -> None:
     module = build(kind, I, 40, dtype=dtype)
     check(module, leaves_for(module, 3, 9))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", LAYERS)
-def test_many_steps(kind: str, dtype: torch.dtype) -> None:
+def test_many_steps_agree_with_torch_nn(kind: str, dtype: torch.dtype) -> None:
     module = build(kind, 8, 65, dtype=dtype)
     check(module, leaves_for(module, 3000, 3))
 
 
 @pytest.mark.parametrize("kind", LAYERS)
-def test_many_rows(kind: str) -> None:
+def test_many_rows_agree_with_torch_nn(kind: str) -> None:
     module = build(kind, 12, 65)
     check(module, leaves_for(module, 3, 2000))
 
@@ -457,7 +457,7 @@ def test_memory_does_not_grow(form: str, dtype: torch.dtype) -> None:
 
 @pytest.fixture(scope="module")
 def huge() -> dict[str, str]:
-    return in_a_process(processes.huge, "cuda")
+    return in_a_process(subprocesses.huge, "cuda")
 
 
 @pytest.mark.parametrize("kind", [*LAYERS, *CELLS])
@@ -469,7 +469,7 @@ def test_outputs_that_no_memory_holds(huge: dict[str, str], kind: str) -> None:
 
 def test_broken_packed_sequences() -> None:
     """Refused before a kernel reads through them: that would be the end of the process."""
-    found = in_a_process(processes.broken, "cuda")
+    found = in_a_process(subprocesses.broken, "cuda")
     assert len(found) > 50
     assert not {name for name, raised in found.items() if raised in ("nothing", "AcceleratorError")}
 
@@ -527,7 +527,7 @@ def test_second_derivatives_where_torch_nn_has_none(kind: str) -> None:
 # The command
 
 
-def test_compare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_compare_on_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(compare.Options, "notebook_runs", 10)
     path = tmp_path / "results.json"
     arguments = ["compare", "--quick", "--device", "cuda", "--workload", "notebook,mnist_lstm"]

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rnnkern import kernels
-from rnnkern.workloads import load_workloads
+from rnnkern.bench.workloads import load_workloads
 
 pytestmark = pytest.mark.cpu_only
 
@@ -40,7 +40,7 @@ def plan(
     capability, multiprocessors, kib = GPUS[gpu]
     T, N, I, H = sizes
     return kernels.cuda_plan(
-        kernels.layer(mode, directions, H, proj, True, False),
+        kernels.kernel(mode, directions, H, proj, True, False),
         kernels.CudaDevice(
             capability=capability, multiprocessors=multiprocessors, shared_bytes=kib << 10
         ),
@@ -124,7 +124,7 @@ TABLE: list[tuple[str, str, str, Kind, bool, Row]] = [
 
 
 @pytest.mark.parametrize(("gpu", "mode", "name", "kind", "backward", "expected"), TABLE)
-def test_table(
+def test_the_plan_of_each_workload_is_the_one_in_the_table(
     gpu: str,
     mode: str,
     name: str,
@@ -164,7 +164,7 @@ STEPWISE: dict[tuple[str, str, Kind], dict[str, str]] = {
 
 
 @pytest.mark.parametrize("case", STEPWISE, ids=str)
-def test_tiers(case: tuple[str, str, Kind]) -> None:
+def test_which_tier_each_workload_runs_in(case: tuple[str, str, Kind]) -> None:
     gpu, mode, kind = case
     for name, sizes in SIZES.items():
         stepwise = STEPWISE[case].get(name, "")

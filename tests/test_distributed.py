@@ -10,8 +10,8 @@ import sys
 from datetime import timedelta
 from pathlib import Path
 
-import processes
 import pytest
+import subprocesses
 import torch
 import torch.distributed as dist
 from support import LAYERS, in_two_processes
@@ -127,7 +127,7 @@ def needs_tqdm() -> None:
 
 @pytest.mark.usefixtures("needs_tqdm")
 def test_the_example_in_two_processes() -> None:
-    said = in_two_processes(processes.script, EXAMPLE, "--iterations=150")
+    said = in_two_processes(subprocesses.script, EXAMPLE, "--iterations=150")
     assert falls_to_a_third(said[0])
     assert said[1] == ""
 

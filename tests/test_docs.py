@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from support import importable
 
-from rnnkern import cli
+from rnnkern.bench import cli
 
 pytestmark = pytest.mark.cpu_only
 ROOT = Path(__file__).parent.parent
@@ -230,7 +230,7 @@ def test_every_page_is_in_the_contents(build_docs: ModuleType) -> None:
 
 # Lines at most; what is longer is not read.
 @pytest.mark.parametrize(("page", "most"), [("README.md", 180), ("docs/design.md", 200)])
-def test_sizes(page: str, most: int) -> None:
+def test_pages_are_no_longer_than_they_may_be(page: str, most: int) -> None:
     assert len(PAGES[page].splitlines()) <= most
 
 

@@ -11,7 +11,7 @@ import torch
 from support import LAYERS, build
 from torch import Tensor, nn
 
-from rnnkern.dynamo import _allow, _OfRnnkern
+from rnnkern.interop.dynamo import _allow, _OfRnnkern
 
 pytestmark = pytest.mark.cpu_only
 

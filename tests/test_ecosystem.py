@@ -1,4 +1,4 @@
-"""Code that nobody here wrote, with rnnkern's modules in place of torch.nn's.
+"""Code of other packages, with rnnkern's modules in place of torch.nn's.
 
 What is marked `ecosystem` needs the extra of that name; what is not installed is skipped.
 """

@@ -9,23 +9,13 @@ from typing import Any
 
 import numpy as np
 import oracle
-import processes
 import pytest
+import subprocesses
 import torch
-from support import (
-    CELLS,
-    GATES,
-    LAYERS,
-    build,
-    check,
-    flatten,
-    in_a_process,
-    leaves_for,
-    plain,
-)
+from support import CELLS, GATES, LAYERS, build, check, flatten, in_a_process, leaves_for, plain
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
-from wrong import (
+from wrong_calls import (
     BROKEN,
     BROKEN_INDICES,
     HERE,
@@ -88,7 +78,7 @@ INPUTS: dict[str, Case] = {
 
 @pytest.mark.parametrize("case", INPUTS)
 @pytest.mark.parametrize("kind", LAYERS)
-def test_inputs(kind: str, case: str) -> None:
+def test_wrong_inputs_raise_torchs_errors(kind: str, case: str) -> None:
     check_as_torch(kind, *INPUTS[case])
 
 
@@ -157,7 +147,7 @@ LSTM_STATES: dict[str, Case] = {
 
 @pytest.mark.parametrize("case", STATES)
 @pytest.mark.parametrize("kind", LAYERS)
-def test_states(kind: str, case: str) -> None:
+def test_wrong_states_raise_torchs_errors(kind: str, case: str) -> None:
     check_as_torch(kind, *STATES[case](kind))
 
 
@@ -248,7 +238,7 @@ CONSTRUCTIONS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
 @pytest.mark.cpu_only
 @pytest.mark.parametrize("case", CONSTRUCTIONS)
 @pytest.mark.parametrize("kind", [*LAYERS, *CELLS])
-def test_constructions(kind: str, case: str) -> None:
+def test_wrong_constructions_raise_torchs_errors(kind: str, case: str) -> None:
     sizes, options = CONSTRUCTIONS[case]
 
     def call(make: Make) -> str:
@@ -291,7 +281,7 @@ def wrong_weights(kind: str) -> dict[str, tuple[str, Tensor]]:
     ],
 )
 def test_wrong_weights(kind: str, case: str) -> None:
-    """Somebody sets a weight of the wrong shape. torch.nn.LSTM takes some and reads out of bounds:
+    """A weight of the wrong shape is set. torch.nn.LSTM takes some and reads out of bounds:
     not compared.
     """
     name, weight = wrong_weights(kind)[case]
@@ -422,7 +412,7 @@ def test_fake_tensors(kind: str) -> None:
 
 @pytest.fixture(scope="module")
 def huge() -> dict[str, str]:
-    return in_a_process(processes.huge)
+    return in_a_process(subprocesses.huge)
 
 
 @pytest.mark.cpu_only
@@ -431,3 +421,11 @@ def test_outputs_that_no_memory_holds(huge: dict[str, str], kind: str) -> None:
     own = {name: raised for name, raised in huge.items() if name.split()[0] == kind}
     assert own
     assert set(own.values()) <= {"RuntimeError", "MemoryError"}
+
+
+@pytest.mark.cpu_only
+def test_no_malformed_state_kills_the_process() -> None:
+    """Thousands of calls in one process of its own: each is an exception, or torch.nn's result."""
+    killed, calls = in_a_process(subprocesses.malformed_states)
+    assert killed == []
+    assert calls > 2000

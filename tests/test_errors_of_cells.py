@@ -11,7 +11,7 @@ import pytest
 import torch
 from support import CELLS, build
 from torch import Tensor
-from wrong import HERE, Case, H, I, Make, N, check_as_torch, x, zeros
+from wrong_calls import HERE, Case, H, I, Make, N, check_as_torch, x, zeros
 
 pytestmark = pytest.mark.filterwarnings("ignore::rnnkern.FallbackWarning")
 
@@ -71,7 +71,7 @@ LSTM_CELL_CASES: dict[str, Case] = {
 
 @pytest.mark.parametrize("case", CELL_CASES)
 @pytest.mark.parametrize("kind", CELLS)
-def test_cells(kind: str, case: str) -> None:
+def test_wrong_calls_of_cells_raise_torchs_errors(kind: str, case: str) -> None:
     check_as_torch(kind, *CELL_CASES[case](kind))
 
 

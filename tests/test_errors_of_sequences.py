@@ -11,7 +11,7 @@ import pytest
 import torch
 from support import LAYERS, build
 from torch.nn.utils.rnn import pack_padded_sequence
-from wrong import H, I, N, T, x
+from wrong_calls import H, I, N, T, x
 
 # On the CPU, on whatever device the input is: values on a GPU are not looked at.
 LENGTHS: dict[str, tuple[Any, tuple[str, str]]] = {

@@ -178,7 +178,7 @@ def test_the_users_own_are_not_judged(
 LINE = "  f('a [b]') don't\n\nEnd"
 
 
-def test_column(features: ModuleType) -> None:
+def test_the_column_of_each_character(features: ModuleType) -> None:
     assert features.column("ab\nc\n\nd") == [1, 2, 0, 1, 0, 0, 1]
 
 
@@ -186,7 +186,7 @@ def test_indentation(features: ModuleType) -> None:
     assert features.indentation("a b\n  c d\n e") == [0, 0, 0, 0, 1, 2, 2, 2, 2, 0, 1, 1]
 
 
-def test_inside(features: ModuleType) -> None:
+def test_what_is_inside_quotes_and_brackets(features: ModuleType) -> None:
     """An apostrophe opens nothing, and an empty line closes all."""
     marks = {"quotes": {"'": "'"}, "brackets": {"(": ")", "[": "]"}}
     found = {name: features.inside(LINE, pairs) for name, pairs in marks.items()}

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-import processes
 import pytest
+import subprocesses
 from support import importable, in_a_process, in_two_processes
 
 pytestmark = pytest.mark.cpu_only
@@ -57,7 +57,7 @@ def test_a_fast_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     """In a process that has imported nothing but torch before."""
     monkeypatch.chdir(tmp_path)
     both = [] if name == "compare_notebook" else ["--torch"]  # it always runs both
-    said = in_a_process(processes.script, str(EXAMPLES / f"{name}.py"), "--fast", *both)
+    said = in_a_process(subprocesses.script, str(EXAMPLES / f"{name}.py"), "--fast", *both)
     assert "torch.nn" in said  # both times
     assert "not judged" not in said
     for picture in SCRIPTS[name]:
@@ -111,7 +111,7 @@ def test_two_processes(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     """They train one model, and one of them speaks. test_distributed.py has torchrun itself."""
     monkeypatch.chdir(tmp_path)
     line = ["--fast", "--repeats", "2", "--model", "best.pt"]
-    said = in_two_processes(processes.script, str(EXAMPLES / f"{name}.py"), *line)
+    said = in_two_processes(subprocesses.script, str(EXAMPLES / f"{name}.py"), *line)
     assert said[1] == ""
     assert said[0].count("time: rnnkern") == 1
     assert said[0].count("epoch 2 ") == 1

@@ -6,8 +6,8 @@ import re
 from typing import Any
 
 import oracle
-import processes
 import pytest
+import subprocesses
 import torch
 from support import (
     FORMS,
@@ -20,6 +20,7 @@ from support import (
     flatten,
     in_a_process,
     leaves_for,
+    pack_rows,
     states_of,
 )
 from torch import Tensor, nn
@@ -41,7 +42,7 @@ def test_jit_trace(kind: str) -> None:
 
 @pytest.fixture(scope="module")
 def fallbacks() -> dict[str, list[str] | None]:
-    return in_a_process(processes.fallbacks)
+    return in_a_process(subprocesses.fallbacks)
 
 
 # What the warning must name for the user to know what to change.
@@ -54,7 +55,7 @@ NAMED = {
 
 
 @pytest.mark.cpu_only
-@pytest.mark.parametrize("name", processes.FALLBACKS)
+@pytest.mark.parametrize("name", subprocesses.FALLBACKS)
 def test_fallbacks_warn_once(fallbacks: dict[str, list[str] | None], name: str) -> None:
     messages = fallbacks[name]
     assert messages is not None, "the call failed"
@@ -77,7 +78,7 @@ def test_fallback_results(form: str) -> None:
     lengths, reset = torch.tensor([2, 5, 0]), torch.rand(5, 3) < 0.4
 
     def elsewhere(m: nn.Module, own: Leaves, **options: Tensor) -> Any:
-        x = own["x"].as_subclass(processes.Subclass)  # which no kernel takes
+        x = own["x"].as_subclass(subprocesses.Subclass)  # which no kernel takes
         result = m(x, states_of(own), **options)
         return tree_map_only(Tensor, lambda t: t.as_subclass(Tensor), result)
 
@@ -93,26 +94,25 @@ def test_fallback_results(form: str) -> None:
     )
 
 
-@pytest.mark.parametrize("kind", LAYERS)
-def test_explain(kind: str) -> None:
-    module = build(kind, 4, 6)
-    x = torch.randn(5, 3, 4)
-    kernel = rnnkern.explain(module, x)
-    assert "torch.nn" not in str(kernel)
-    if x.device.type == "cpu":
-        assert rnnkern.build_info()["isa"] in str(kernel)
-    assert repr(kernel) == str(kernel)
-    fallback = rnnkern.explain(
-        module.to(torch.complex64), torch.randn(5, 3, 4, dtype=torch.complex64)
-    )
-    assert "torch.nn" in str(fallback)
-    assert re.search("dtype|complex64", str(fallback))
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_traced_calls_with_lengths_check_the_state() -> None:
+    module = build("LSTM", 3, 4)
+    lengths = torch.tensor([2, 1])
+    x, h = torch.randn(3, 2, 3), torch.zeros(1, 2, 4)
+    with pytest.raises((RuntimeError, IndexError)):
+        torch.jit.trace(lambda x: module(x, h, lengths=lengths)[0], (x,))
+    packed = pack_rows([torch.randn(2, 3)])
+    with pytest.raises(ValueError, match="PackedSequence"):
+        torch.jit.trace(lambda x: module(packed, lengths=lengths)[0].data, (x,))
 
 
 @pytest.mark.cpu_only
-def test_build_info() -> None:
-    info = rnnkern.build_info()
-    keys = {"version", "compiler", "cuda", "isa", "isa_compiled", "openmp", "torch", "threads"}
-    assert keys <= info.keys()
-    assert info["version"] == rnnkern.__version__
-    assert info["torch"] == torch.__version__
+@pytest.mark.parametrize("kind", ["LSTM", "LSTMCell"])
+def test_the_warning_names_the_line_of_the_call(kind: str) -> None:
+    from rnnkern import forward
+
+    forward._warned.clear()
+    module = getattr(rnnkern, kind)(3, 4).to(torch.complex64)
+    with pytest.warns(rnnkern.FallbackWarning) as caught:
+        module(torch.randn(2, 3, dtype=torch.complex64))
+    assert [warning.filename for warning in caught] == [__file__]

@@ -14,7 +14,13 @@ import torch
 import rnnkern
 from benchmarks import report
 from benchmarks.gpu import kinds, page, speed
-from rnnkern.workloads import CELLS, FORWARD, FORWARD_BACKWARD, default_precisions, load_workloads
+from rnnkern.bench.workloads import (
+    CELLS,
+    FORWARD,
+    FORWARD_BACKWARD,
+    default_precisions,
+    load_workloads,
+)
 
 pytestmark = [pytest.mark.cpu_only, pytest.mark.usefixtures("no_clock")]
 

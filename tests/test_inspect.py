@@ -9,7 +9,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
-from settings import LENGTHS, RESET, SETTINGS
+from layer_options import LENGTHS, RESET, SETTINGS
 from support import FORMS, LAYERS, build, flatten, states_of
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
@@ -250,7 +250,7 @@ def test_gradient_flow_is_differentiable_and_follows_lengths(kind: str) -> None:
     ids=["module", "axes", "features", "steps", "hx", "type"],
 )
 @pytest.mark.cpu_only
-def test_wrong_operands(module: Any, operands: tuple[Any, ...], message: str) -> None:
+def test_wrong_operands_raise_errors(module: Any, operands: tuple[Any, ...], message: str) -> None:
     for function in (inspect.trace, inspect.gradient_flow):
         with pytest.raises((TypeError, ValueError), match=message):
             function(module, *operands)

@@ -171,7 +171,7 @@ def test_weight_layouts(form: str, layout: str) -> None:
 
 
 def make_raw(*names: str) -> Change:
-    """Weight-drop: the weights become plain tensors, made anew from raw parameters before every
+    """Weight-drop: the weights become plain tensors, recomputed from raw parameters before every
     call.
     """
 
@@ -341,7 +341,7 @@ COPIES: dict[str, Callable[[nn.Module], nn.Module]] = {
 
 @pytest.mark.parametrize("way", COPIES)
 @pytest.mark.parametrize(("kind", "options"), pairs(), ids=str)
-def test_copies(kind: str, options: dict[str, Any], way: str) -> None:
+def test_a_copy_computes_the_same(kind: str, options: dict[str, Any], way: str) -> None:
     """A copy computes the same, is of the same class, and has parameters of its own."""
     module = build(kind, 4, 6, **options).eval()
     leaves = inputs_for(module)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from typing import TypeAlias
 
-import processes
 import pytest
+import subprocesses
 import torch
 from forks import ChildError
 from support import (
@@ -21,7 +21,7 @@ from support import (
 from torch import Tensor
 
 import rnnkern
-from rnnkern.timing import threads_set
+from rnnkern.bench.timing import threads_set
 
 pytestmark = pytest.mark.cpu_only
 
@@ -64,7 +64,7 @@ def numbers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Results]:
     folder = tmp_path_factory.mktemp("numbers")
     results = {}
     for name in supported():
-        assert in_a_process(processes.numbers, str(folder / name), RNNKERN_ISA=name) == name
+        assert in_a_process(subprocesses.numbers, str(folder / name), RNNKERN_ISA=name) == name
         results[name] = torch.load(folder / name)
     return results
 
@@ -75,7 +75,7 @@ def expected() -> dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]]:
     with threads_set(1):
         return {
             case: yardsticks(module, leaves, backward=has_smooth_gradient(module))
-            for case, module, leaves in processes.cases()
+            for case, module, leaves in subprocesses.cases()
         }
 
 
@@ -89,7 +89,7 @@ def test_each_is_within_tolerance(
     expected: dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]],
     name: str,
 ) -> None:
-    assert len(expected) == len(FORMS) * len(DTYPES) * len(processes.SIZES)
+    assert len(expected) == len(FORMS) * len(DTYPES) * len(subprocesses.SIZES)
     for case, yardstick in expected.items():
         assert_agree(numbers[name][case]["training"], *yardstick)
 
@@ -124,7 +124,7 @@ def test_integers_are_exact_everywhere(numbers: dict[str, Results], name: str) -
 
 
 def test_the_best_is_used_unless_told_otherwise() -> None:
-    assert in_a_process(processes.isa, RNNKERN_ISA=None) == supported()[0]
+    assert in_a_process(subprocesses.isa, RNNKERN_ISA=None) == supported()[0]
 
 
 def test_build_info_names_what_is_in_use() -> None:
@@ -136,7 +136,7 @@ def test_build_info_names_what_is_in_use() -> None:
 def refused(name: str) -> str:
     """The last line of what importing says with `name` forced."""
     with pytest.raises(ChildError) as raised:
-        in_a_process(processes.isa, RNNKERN_ISA=name)
+        in_a_process(subprocesses.isa, RNNKERN_ISA=name)
     return str(raised.value).strip().splitlines()[-1]
 
 

@@ -52,7 +52,7 @@ def hidden_of(kind: str) -> int:
     return next(
         H
         for H in range(1, 1000)
-        if kernels.are_worth_sums(kernels.layer(mode, 1, H, 0, True, False, is_cell=True), x)
+        if kernels.are_worth_sums(kernels.kernel(mode, 1, H, 0, True, False, is_cell=True), x)
     )
 
 
@@ -80,7 +80,7 @@ def sums(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 @pytest.mark.parametrize("rows", [1, 5, 40])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", CELLS)
-def test_numbers(kind: str, dtype: torch.dtype, rows: int) -> None:
+def test_a_loop_of_calls_agrees_with_torch_nn(kind: str, dtype: torch.dtype, rows: int) -> None:
     cell = build(kind, 5, hidden_of(kind) + 1, dtype=dtype)
     leaves = {"x": torch.randn(7, rows, 5)} | initial_states(cell, rows)
 
@@ -433,7 +433,7 @@ def test_nothing_is_kept() -> None:
 
 
 def test_wrong_sums() -> None:
-    layer = kernels.layer("GRU", 1, 4, 0, True, False, False, True)
+    layer = kernels.kernel("GRU", 1, 4, 0, True, False, False, True)
     x, weights = torch.randn(2, 3), [torch.randn(12, 3), torch.randn(12, 4), *torch.randn(2, 12)]
     outputs, _, y, saved = layer.forward(x, None, None, weights, None, True, True)
     operands = (x, None, None, weights, None, y, saved, outputs[0], None, None, [True] * 5, False)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import processes
 import pytest
+import subprocesses
 from support import LAYERS, in_a_process
 
 pytestmark = pytest.mark.cpu_only
@@ -12,11 +12,11 @@ OUTPUT_MIB = 2000 * 16 * 256 * 4 / 2**20
 
 
 def test_training_takes_less_than_half_of_torch() -> None:
-    ours = in_a_process(processes.peak_memory, "rnnkern", "LSTM", "training")
-    theirs = in_a_process(processes.peak_memory, "torch", "LSTM", "training")
+    ours = in_a_process(subprocesses.peak_memory, "rnnkern", "LSTM", "training")
+    theirs = in_a_process(subprocesses.peak_memory, "torch", "LSTM", "training")
     assert ours <= 0.45 * theirs
 
 
 @pytest.mark.parametrize("kind", LAYERS)
 def test_inference_takes_its_output_and_little_more(kind: str) -> None:
-    assert in_a_process(processes.peak_memory, "rnnkern", kind, "inference") <= OUTPUT_MIB + 20
+    assert in_a_process(subprocesses.peak_memory, "rnnkern", kind, "inference") <= OUTPUT_MIB + 20

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from support import (
+    CELLS,
     DTYPES,
     FORMS,
     LAYERS,
@@ -20,14 +21,18 @@ from support import (
     check,
     initial_states,
     leaves_for,
+    pack_rows,
+    pair,
     plain,
+    reverted,
     states_of,
 )
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.utils.rnn import PackedSequence
 
 import rnnkern
-from rnnkern import functional
+from rnnkern import forward
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -48,7 +53,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("form", FORMS)
-def test_options(
+def test_every_option_agrees_with_torch_nn(
     form: str, options: dict[str, Any], dtype: torch.dtype, hx: bool, batch: int | None
 ) -> None:
     kind, own = FORMS[form]
@@ -68,8 +73,8 @@ def test_a_state_does_not_leave_the_plain_call(
     with torch.set_grad_enabled(training):
         _, state = module(x)
         calls: list[Any] = []
-        look = functional._checked
-        monkeypatch.setattr(functional, "_checked", lambda *given: calls.append(0) or look(*given))
+        look = forward._checked
+        monkeypatch.setattr(forward, "_checked", lambda *given: calls.append(0) or look(*given))
         module(x, state)
         assert not calls
         other = list(state) if kind == "LSTM" else state.double()  # as torch.nn takes it; wrong
@@ -104,7 +109,7 @@ def test_construction_is_torchs(form: str) -> None:
         ("GRU", (4, 6, 2, False, True, 0.5, True)),
     ],
 )
-def test_positional_arguments(kind: str, arguments: tuple[Any, ...]) -> None:
+def test_positional_arguments_are_torchs(kind: str, arguments: tuple[Any, ...]) -> None:
     ours, theirs = getattr(rnnkern, kind)(*arguments), getattr(nn, kind)(*arguments)
     assert repr(ours) == repr(theirs)
     check(ours.eval(), leaves_for(ours, 5, 3))
@@ -134,7 +139,7 @@ def test_device_and_dtype_arguments(kind: str, dtype: torch.dtype, device: torch
 
 @pytest.mark.parametrize("options", [{}, {"batch_first": True}], ids=["time-first", "batch-first"])
 @pytest.mark.parametrize("form", FORMS)
-def test_shapes(form: str, options: dict[str, Any]) -> None:
+def test_shapes_and_strides_are_torchs(form: str, options: dict[str, Any]) -> None:
     """The shapes and strides of the outputs are torch.nn's, so that a `view` after the call goes on
     working.
     """
@@ -337,3 +342,116 @@ def test_dropout_of_everything_is_exact(form: str, options: dict[str, Any]) -> N
     kind, own = FORMS[form]
     module = build(kind, 4, 6, **({"num_layers": 2} | options), dropout=1.0, **own).train()
     check(module, leaves_for(module, 5, 3))
+
+
+def test_dropout_draws_once_when_a_later_layer_has_gaps() -> None:
+    ours, theirs = pair("GRU", 3, 4, num_layers=2, dropout=0.5)
+    for module in (ours, theirs):
+        weight = module.weight_hh_l1.detach()
+        module.weight_hh_l1 = nn.Parameter(weight.t().contiguous().t())
+    x = torch.randn(5, 2, 3)
+    results = []
+    for module in (ours, theirs):
+        torch.manual_seed(3)
+        results.append(module(x)[0])
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("mode", None), ("mode", "\ud800"), ("mode", "RNN_X"), ("hidden_size", 2**70)],
+    ids=ascii,  # a name that cannot be encoded ends a test run in several processes
+)
+def test_attributes_that_make_no_sense(name: str, value: object) -> None:
+    module = build("RNN", 3, 4)
+    setattr(module, name, value)
+    # AssertionError: torch.nn's own, for a mode that it does not know.
+    with pytest.raises((TypeError, ValueError, OverflowError, RuntimeError, AssertionError)):
+        module(torch.randn(5, 2, 3))
+    assert build("RNN", 3, 4)(torch.randn(5, 2, 3))[0].shape == (5, 2, 4)  # nothing is left behind
+
+
+class Gathered(dict):  # type: ignore[type-arg]
+    """Parameters that are made when they are looked up."""
+
+    def __getitem__(self, name: str) -> Tensor:
+        return torch.zeros_like(super().__getitem__(name))
+
+
+def test_parameters_that_are_looked_up_in_another_way() -> None:
+    module, x = build("RNN", 3, 4), torch.randn(5, 2, 3)
+    module._parameters = Gathered(module._parameters)
+    assert not module(x)[0].any()
+    assert not module(x, torch.zeros(1, 2, 4))[0].any()
+
+
+class BatchFirst(rnnkern.RNN):
+    """Says of itself what does not stand in its namespace."""
+
+    batch_first = property(lambda self: True, lambda self, value: None)
+
+
+class Overridden(rnnkern.RNN):
+    """Answers for an attribute in its own way."""
+
+    def __getattribute__(self, name: str) -> object:
+        return True if name == "batch_first" else super().__getattribute__(name)
+
+
+@pytest.mark.parametrize("kind", [BatchFirst, Overridden])
+def test_attributes_that_the_class_answers_for(kind: type[rnnkern.RNN]) -> None:
+    assert kind(3, 4)(torch.randn(5, 2, 3))[1].shape == (1, 5, 4)
+
+
+def test_a_class_that_changes_after_the_first_call() -> None:
+    class Changing(rnnkern.RNN):
+        pass
+
+    module, x = Changing(3, 4), torch.randn(5, 2, 3)
+    assert module(x)[1].shape == (1, 2, 4)
+    Changing.batch_first = property(lambda self: True, lambda self, value: None)
+    assert module(x)[1].shape == (1, 5, 4)
+    del Changing.batch_first
+    assert module(x)[1].shape == (1, 2, 4)
+
+
+@pytest.mark.cpu_only
+def test_small_results_cannot_be_resized() -> None:
+    """docs/differences.md says so; it is no crash, and large ones can."""
+    module = build("LSTM", 4, 6)
+    small, large = module(torch.randn(3, 2, 4))[0], module(torch.randn(400, 2, 4))[0]
+    small.sum().backward()
+    for result in (small.detach(), module.weight_ih_l0.grad):
+        assert result is not None
+        with pytest.raises(RuntimeError, match="not resizable"):
+            result.resize_(100, 100)
+    assert large.detach().resize_(1000, 2, 6).shape == (1000, 2, 6)
+
+
+@pytest.mark.parametrize("kind", [*LAYERS, *CELLS])
+def test_no_public_name_that_torch_nn_lacks(kind: str) -> None:
+    ours, theirs = getattr(rnnkern, kind), getattr(nn, kind)
+
+    def public(thing: Any) -> set[str]:
+        return {name for name in dir(thing) if not name.startswith("_")}
+
+    assert public(ours) == public(theirs)
+    assert public(ours(4, 5)) == public(theirs(4, 5))
+
+
+@pytest.mark.parametrize("name", ["mode", "cell", "kind", "layer", "steps", "lengths", "kernel"])
+@pytest.mark.parametrize("kind", CELLS)
+def test_a_cell_may_have_any_attribute(kind: str, name: str) -> None:
+    module, x = build(kind, 4, 5), torch.randn(3, 4)
+    wanted = module(x)
+    setattr(module, name, "greedy")
+    assert getattr(module, name) == "greedy"
+    torch.testing.assert_close(module(x), wanted)
+    theirs = reverted(module)
+    assert getattr(rnnkern.convert(theirs), name) == "greedy"
+    torch.testing.assert_close(theirs(x), wanted)
+
+
+def test_packed_sequences_are_still_packed() -> None:
+    packed = pack_rows([torch.randn(3, 4), torch.randn(2, 4)])
+    assert isinstance(build("LSTM", 4, 6)(packed)[0], PackedSequence)

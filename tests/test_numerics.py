@@ -28,6 +28,7 @@ from support import (
     leaves_for,
     of_integers,
     on_threads,
+    pair,
     plain,
     states_of,
     with_integer_gradients,
@@ -71,7 +72,7 @@ def test_batch_sizes(form: str, N: int, threads: int) -> None:
 @pytest.mark.kernel
 @pytest.mark.parametrize("I", [1, 2, 15, 17, 64, 131])
 @pytest.mark.parametrize("form", FORMS)
-def test_input_sizes(form: str, I: int) -> None:
+def test_input_sizes_agree_with_torch_nn(form: str, I: int) -> None:
     kind, own = FORMS[form]
     module = build(kind, I, 9, **own)
     check(module, leaves_for(module, 3, 3))
@@ -491,3 +492,13 @@ def test_small_results_outlive_everything(kind: str) -> None:
         assert torch.equal(pickle.loads(pickle.dumps(result)), value)
         result.share_memory_()
         assert torch.equal(result, value)
+
+
+def test_relu_passes_the_gradient_of_nan() -> None:
+    gradients = []
+    x = torch.randn(3, 2, 4)
+    x[1, 0] = float("nan")
+    for module in pair("RNN", 4, 4, nonlinearity="relu"):
+        module(x)[0].sum().backward()
+        gradients.append(module.bias_ih_l0.grad)
+    torch.testing.assert_close(*gradients, equal_nan=True)

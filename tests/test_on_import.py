@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import rnnkern
-from rnnkern.on_import import on_import
+from rnnkern.interop.on_import import on_import
 
 pytestmark = pytest.mark.cpu_only
 NAME = "a_module_of_this_test"
@@ -62,8 +62,9 @@ print(*sorted(set(sys.modules) - before))
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=100
     )
-    kept = "_C autograd by_type cells convert dynamo exporting functional kernels loops modules"
-    kept += " on_import ops scripting sequence spec"
+    kept = "_C autocast autograd call cells convert forward interop interop.by_type interop.dynamo"
+    kept += " interop.exporting interop.on_import interop.scripting kernels layer loops modules ops"
+    kept += " ops.differentiable ops.kernel_ops ops.modes run sequence"
     assert done.stdout.split() == ["rnnkern", *(f"rnnkern.{name}" for name in kept.split())]
 
 

@@ -40,7 +40,7 @@ def plan(
 ) -> tuple[dict[str, Any], str]:
     T, N, I, H = sizes
     found, text = kernels.plan(
-        kernels.layer(mode, directions, H, proj, True, False),
+        kernels.kernel(mode, directions, H, proj, True, False),
         kernels.Machine(threads=threads, **cpu),
         T=T,
         N=N,
@@ -98,7 +98,7 @@ TABLE = {
 
 
 @pytest.mark.parametrize("name", TABLE)
-def test_table(name: str) -> None:
+def test_each_case_of_the_table_has_its_plan(name: str) -> None:
     mode, sizes, threads, wanted = TABLE[name]
     found, text = plan(mode, sizes, threads)
     assert found == wanted, text
@@ -212,10 +212,10 @@ def test_weights_that_are_converted_are_broadcast_later() -> None:
 @pytest.mark.parametrize("rows", [1, 15, 16, 1000])
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_float32_is_multiplied_as_bfloat16_where_it_pays(rows: int, deterministic: bool) -> None:
-    torch.use_deterministic_algorithms(deterministic)
+    torch.set_deterministic_debug_mode("error" if deterministic else "default")
     known = "bf16" in kernels.instruction_set() or "amx" in kernels.instruction_set()
     for by_bfloat16 in (False, True):
-        layer = kernels.layer("GRU", 1, 8, 0, True, False, by_bfloat16)
+        layer = kernels.kernel("GRU", 1, 8, 0, True, False, by_bfloat16)
         wanted = by_bfloat16 and known and (rows >= 16 or deterministic)
         for x in (torch.zeros(rows, 1, 4), torch.zeros(1, rows, 4), torch.zeros(rows, 4)):
             assert kernels.multiplied_as_bfloat16(layer, x) == wanted
@@ -239,7 +239,7 @@ def test_more_cache_makes_weights_small() -> None:
     assert plan("LSTM", sizes, cpu=V4 | {"l2_bytes": 2**23})[0] == expect(2, 2, 1)
 
 
-def test_reasons() -> None:
+def test_the_text_of_a_plan_gives_its_reason() -> None:
     for sizes, threads, words in (
         ((10, 1, 3, 3), 1, "no more are allowed"),
         ((10, 1, 3, 3), 2, "too little work"),

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import rnnkern
-from rnnkern import inspect, page, plot
+from rnnkern import inspect, plot
+from rnnkern.plot import heatmap
 
 pytest.importorskip("matplotlib", reason="pip install 'rnnkern[plot]'")
 pytestmark = pytest.mark.cpu_only
@@ -146,11 +147,11 @@ def test_plot_is_there_without_another_import() -> None:
 # string_heatmap
 
 
-def test_places(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(page, "COLUMNS", 3)
+def test_lines_break_after_a_newline_and_at_full_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heatmap, "COLUMNS", 3)
     wanted = [[0, 0], [0, 1], [1, 0], [1, 1], [1, 2], [2, 0], [2, 1], [3, 0]]
-    assert page.places("a\nbcde\nf").tolist() == wanted
-    assert page.places("\n\na").tolist() == [[0, 0], [1, 0], [2, 0]]
+    assert heatmap.places("a\nbcde\nf").tolist() == wanted
+    assert heatmap.places("\n\na").tolist() == [[0, 0], [1, 0], [2, 0]]
 
 
 @pytest.mark.parametrize(
@@ -201,7 +202,7 @@ def test_string_heatmap_of_several_neurons(path: Path, figures: list[Any]) -> No
         assert panel.get_title("left") == name
         (image,) = panel.get_images()
         drawn = torch.tensor(image.get_array().filled(math.nan))
-        assert drawn.shape == (19, page.COLUMNS)
+        assert drawn.shape == (19, heatmap.COLUMNS)
         torch.testing.assert_close(drawn.flatten()[: len(text)], row.double())
         assert drawn.flatten()[len(text) :].isnan().all()
         assert image.get_clim() == (-values.abs().max().item(), values.abs().max().item())

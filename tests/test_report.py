@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from benchmarks import peers, report, second_order, streaming
-from rnnkern import timing
-from rnnkern.workloads import CELLS, FORWARD, FORWARD_BACKWARD, draw_case, load_workloads
+from rnnkern.bench import timing
+from rnnkern.bench.workloads import CELLS, FORWARD, FORWARD_BACKWARD, draw_case, load_workloads
 
 pytestmark = pytest.mark.cpu_only
 
@@ -80,7 +80,7 @@ def test_time_in_turn_takes_turns() -> None:
 
 
 @pytest.mark.usefixtures("no_clock")
-def test_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_page_has_every_section(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib", reason="pip install 'rnnkern[plot]'")
     monkeypatch.setattr(report, "PRODUCTS", ((64, 64, 64), (16, 128, 64)))
     monkeypatch.setattr(report, "COPIED", 2**20)

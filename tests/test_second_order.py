@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from settings import SETTINGS
+from layer_options import SETTINGS
 from support import (
     FORMS,
     WIDE_DTYPES,
@@ -26,8 +26,9 @@ from support import (
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
-from rnnkern import derivatives, kernels, ops
-from rnnkern.spec import Gradients, Point, Spec
+from rnnkern import derivatives, kernels
+from rnnkern.layer import Gradients, Layer, Operands, Recorded
+from rnnkern.ops import second_order
 
 pytestmark = [
     pytest.mark.cpu_only,
@@ -49,13 +50,13 @@ SIZES = {
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The cells for which the kernel runs."""
     made: list[str] = []
-    run = ops.second_order
+    run = second_order.by_kernel
 
-    def counted(layer: Spec, *rest: Any) -> Any:
-        made.append(layer.mode)
-        return run(layer, *rest)
+    def counted(recorded: Recorded, *rest: Any) -> Any:
+        made.append(recorded.layer.mode)
+        return run(recorded, *rest)
 
-    monkeypatch.setattr(ops, "second_order", counted)
+    monkeypatch.setattr(second_order, "by_kernel", counted)
     return made
 
 
@@ -110,7 +111,7 @@ def test_as_the_operators_of_torch(
         evaluate(module, leaves, on_threads(penalized(CALLS[call]), threads)) for threads in (1, 3)
     ]
     assert calls == 2 * [module.mode]
-    monkeypatch.setattr(ops, "has_second_order", lambda _: False)
+    monkeypatch.setattr(second_order, "has_kernel", lambda _: False)
     expected = evaluate(module, leaves, penalized(CALLS[call]))
     assert len(calls) == 2
     for found in results:
@@ -139,7 +140,7 @@ def test_gradients_of_the_incoming_gradients(
 
     found = product()
     assert calls == [module.mode]
-    monkeypatch.setattr(ops, "has_second_order", lambda _: False)
+    monkeypatch.setattr(second_order, "has_kernel", lambda _: False)
     for ours, expected in zip(found, product(), strict=True):
         torch.testing.assert_close(ours, expected)
     assert len(calls) == 1
@@ -148,7 +149,7 @@ def test_gradients_of_the_incoming_gradients(
 @pytest.mark.parametrize("wanted", ["x", "h0", "weight_hh_l0", "bias_ih_l0"])
 @pytest.mark.parametrize("form", FORMS)
 def test_only_some_gradients_of_the_gradients(form: str, wanted: str, calls: list[str]) -> None:
-    """Those that nobody wants are not made, and the others are the same."""
+    """Unwanted ones are not computed, and the others are the same."""
     kind, own = FORMS[form]
     module = build(kind, 3, 40, dtype=torch.float64, bidirectional=True, **own)
     leaves = leaves_for(module, 4, 5, hx=True)
@@ -207,32 +208,32 @@ def test_a_graph_kept_gives_the_same_again(form: str) -> None:
         assert torch.equal(a, b)
 
 
-def at_a_point() -> tuple[Any, ...]:
-    """A layer, no steps, the point, what forward saved, the gradients there."""
+def at_a_point() -> tuple[Recorded, Gradients]:
+    """A forward pass, and the gradients there."""
     module = build("LSTM", 3, 5, dtype=torch.float64)
     x = torch.randn(4, 2, 3, dtype=torch.float64)
     weights = [w.detach() for w in module.parameters()]
-    layer = Spec("LSTM", 1, True, False, False, False, False)
+    layer = Layer("LSTM", 1, True, False, False, False, False)
     nothing = (*[None] * 4, False, *layer)
     y, _, _, saved = torch.ops.rnnkern.scan(x, None, None, weights, *nothing, True)
     dy = torch.ones_like(y)
     *_, slots = torch.ops.rnnkern.scan_backward(
         dy, None, None, x, None, None, weights, y, saved, *nothing, [True] * 5
     )
-    at = Point(x, None, None, weights, y)
-    return layer, None, at, saved, Gradients(dy, None, None, slots)
+    at = Operands(x, None, None, weights, y)
+    return Recorded(layer, None, at, saved), Gradients(dy, None, None, slots)
 
 
 def test_gradients_of_the_gradients_of_the_slots() -> None:
     """Only those move: the sums are the incoming tangents themselves, and are left as they are."""
-    layer, steps, at, saved, gradients = at_a_point()
+    recorded, gradients = at_a_point()
     moved = torch.randn_like(gradients.slots)
     before = moved.clone()
-    nothing = Point(None, None, None, [None] * 4)
+    nothing = Operands(None, None, None, [None] * 4)
     changes = Gradients(None, None, None, moved)
-    found = ops.second_order(layer, steps, at, saved, gradients, nothing, changes)
+    found = second_order.by_kernel(recorded, gradients, nothing, changes)
     assert torch.equal(moved, before)
-    expected = derivatives.of_backward(layer, steps, at, gradients, nothing, changes)
+    expected = derivatives.of_backward(*recorded[:3], gradients, nothing, changes)
     for ours, theirs in zip(flat(found), flat(expected), strict=True):
         torch.testing.assert_close(ours, theirs)
 
@@ -285,7 +286,7 @@ WRONG: dict[str, tuple[str, Callable[[Any], Any], str]] = {
 
 
 def run_second_order(given: dict[str, Any], count: int = len(POINT), flags: int = 5) -> Any:
-    kernel = kernels.layer("LSTM", directions=1, hidden=5, proj=0, bias=True, batch_first=False)
+    kernel = kernels.kernel("LSTM", directions=1, hidden=5, proj=0, bias=True, batch_first=False)
     values = tuple(given.values())
     return kernel.second_order(values[:count], values[count:], [True] * flags)
 
@@ -312,14 +313,14 @@ def test_wrong_numbers_of_operands() -> None:
 
 def test_a_cell_state_of_a_cell_without_one() -> None:
     module, x = build("GRU", 3, 5), torch.randn(4, 2, 3)
-    kernel = kernels.layer("GRU", directions=1, hidden=5, proj=0, bias=True, batch_first=False)
+    kernel = kernels.kernel("GRU", directions=1, hidden=5, proj=0, bias=True, batch_first=False)
     weights = list(module.parameters())
     with pytest.raises(kernels.RefusedError, match="c_0 is of LSTMs alone"):
         kernel.forward(x, None, torch.zeros(1, 2, 5), weights, None, False)
 
 
 def operands() -> dict[str, Any]:
-    _, steps, at, saved, gradients = at_a_point()
+    (_, steps, at, saved), gradients = at_a_point()
     values = (*at[:3], at.weights, steps, at.y, saved, gradients.slots, gradients[:3])
     values += (at.x, None, None, [None, at.weights[1], None, None], None, [None] * 3)
     return dict(zip(OPERANDS, values, strict=True))

@@ -21,16 +21,13 @@ from support import (
     leaves_for,
     on_threads,
     pack_rows,
+    pair,
     plain,
     states_of,
     weighted_sum,
 )
 from torch import Tensor, nn
-from torch.nn.utils.rnn import (
-    PackedSequence,
-    pack_padded_sequence,
-    pad_packed_sequence,
-)
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -463,7 +460,7 @@ def test_without_gradients(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", LAYERS)
 def test_arguments_edited_before_backward(kind: str) -> None:
-    """Buffers of `lengths` and `reset` that are filled anew for the next batch: right gradients, or
+    """Buffers of `lengths` and `reset` that are refilled for the next batch: right gradients, or
     torch's error.
     """
     module = build(kind, I, H, bidirectional=True)
@@ -505,3 +502,15 @@ def test_the_default_device_does_not_matter(kind: str) -> None:
             actual = flatten(call(module, leaves))
         for name in expected:
             assert torch.equal(actual[name], expected[name])
+
+
+def test_packed_sizes_edited_before_backward() -> None:
+    gradients = []
+    for module in pair("LSTM", 3, 4):
+        torch.manual_seed(0)
+        packed = pack_rows([torch.randn(n, 3) for n in (4, 3, 1)])
+        y, _ = module(packed)
+        packed.batch_sizes.copy_(torch.tensor([2, 2, 2, 2]))
+        y.data.square().sum().backward()
+        gradients.append(module.weight_hh_l0.grad)
+    torch.testing.assert_close(*gradients)

@@ -6,8 +6,8 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
-import processes
 import pytest
+import subprocesses
 import torch
 from support import (
     DTYPES,
@@ -141,4 +141,4 @@ def test_after_a_fork(kind: str, threads: int) -> None:
     """A child forked after the parent used its threads computes the same, and so does the parent
     afterwards.
     """
-    assert in_a_process(processes.forks, kind, threads) == ("same", 0, True)
+    assert in_a_process(subprocesses.forks, kind, threads) == ("same", 0, True)

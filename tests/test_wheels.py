@@ -345,10 +345,10 @@ def test_the_sdist_has_what_a_build_needs(sdist: Path) -> None:
         names = {member.name.partition("/")[2] for member in archive if member.isfile()}
     sources = {
         str(path.relative_to(ROOT))
-        for pattern in ("cmake/*", "csrc/**/*.*", "rnnkern/*.py", "rnnkern/*.json")
+        for pattern in ("cmake/*", "csrc/**/*.*", "rnnkern/**/*.py", "rnnkern/**/*.json")
         for path in ROOT.glob(pattern)
     }
-    assert {"csrc/bindings.cpp", "cmake/nvcc.cmake", "rnnkern/workloads.json"} <= sources
+    assert {"csrc/bindings.cpp", "cmake/nvcc.cmake", "rnnkern/bench/workloads.json"} <= sources
     others = {"CMakeLists.txt", "setup.py", "pyproject.toml", "rnnkern/py.typed", "rnnkern/_C.pyi"}
     assert sources | others | {"LICENSE", "README.md"} <= names
     assert not any(name.startswith(("tests/", "rnnkern/_C.cp")) for name in names)

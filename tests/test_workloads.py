@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 import rnnkern
-from rnnkern import tolerance, workloads
-from rnnkern.workloads import FORWARD, FORWARD_BACKWARD, FORWARD_GRAD, Workload
+from rnnkern import tolerance
+from rnnkern.bench import workloads
+from rnnkern.bench.workloads import FORWARD, FORWARD_BACKWARD, FORWARD_GRAD, Workload
 
 pytestmark = pytest.mark.cpu_only
 

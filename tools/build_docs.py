@@ -41,7 +41,7 @@ _LINK = re.compile(r"(!?)\[((?:[^\[\]`]|`[^`]*`)*)\]\(([^()\s]+)\)|`+(?:[^`\n]|\
 
 
 class BrokenLinkError(ValueError):
-    """A link to a file that is not there."""
+    """A link to a file that does not exist."""
 
 
 def page_of(path: str) -> str | None:
@@ -79,7 +79,7 @@ def with_links(text: str, source: str, repository: str = "") -> str:
 
 
 def stage(folder: Path, repository: str) -> None:
-    """Writes the pages, and what they need, to a new folder."""
+    """Writes the pages, and the files that they need, to a new folder."""
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(ROOT / "docs", folder)
     for page in sorted((ROOT / "docs").glob("*.md")):
@@ -95,7 +95,7 @@ def stage(folder: Path, repository: str) -> None:
 
 
 def main() -> int:
-    """The command."""
+    """Runs the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--repository", default="", help="URL that links to sources lead to")
     arguments = parser.parse_args()

@@ -1,10 +1,10 @@
-"""Build wheels, one per CUDA release and Python, prove each, and index them.
+"""Build wheels, one per CUDA release and Python, test each, and index them.
 
-All come from one sdist, each in a build environment of its own, with the CUDA toolchain as pip
-installs it: no toolkit need be there, only a C++ compiler. A wheel is named by a local version,
-`+cpu` or `+cu130`, runs on the glibc that its tag names (cmake/manylinux.cmake), carries no
-libraries (libgomp is torch's), and enters DIST once it is proved (tools/check_wheel.py). What lies
-in DIST is then an index that pip installs from.
+All wheels come from one sdist. Each is built in a build environment of its own, with the CUDA
+toolchain that pip installs, so the machine needs a C++ compiler and no CUDA toolkit. A wheel has a
+local version, `+cpu` or `+cu130`. It runs on the glibc that its tag names (cmake/manylinux.cmake),
+and contains no libraries (libgomp is torch's). It enters DIST if it passes tools/check_wheel.py.
+DIST is then an index from which pip installs.
 
 Only one source depends on Python: with CMAKE_CXX_COMPILER_LAUNCHER=ccache in the environment, and
 CMAKE_CUDA_COMPILER_LAUNCHER=ccache, the others are compiled once for all.
@@ -90,7 +90,7 @@ class Builder:
         else:
             settings |= {"RNNKERN_CUDA": "ON", "CUDACXX": str(self._nvcc(cuda))}
         say(f"{local_version(cuda)}, {python.name}: building, which takes minutes")
-        # Without the cache, for the sdist of one wheel is that of the next.
+        # Without pip's cache, because all wheels are built from the same sdist.
         pip(
             python,
             *("wheel", "--quiet", "--no-deps", "--no-cache-dir"),
@@ -117,7 +117,7 @@ class Builder:
         return sdist
 
     def _nvcc(self, release: str) -> Path:
-        """The compiler of a toolchain that pip installs here, and nowhere else."""
+        """The compiler of a toolchain that pip installs for this build only."""
         toolchain = self._work / f"cuda-{release}"
         if not toolchain.exists():
             say(f"the toolchain of CUDA {release}")

@@ -34,8 +34,8 @@ GLIBC = Version("2.28")  # of RHEL 8, and the oldest that torch's own wheels run
 PLATFORM = f"manylinux_{GLIBC.major}_{GLIBC.minor}_x86_64"
 MAX_BYTES = 40_000_000
 
-# What a caller may have set and a proof, or a build, is not to see; pip's pins are handed on by
-# name, for paths in them are relative.
+# Variables that the caller may have set and that a proof or a build must not see. pip's pins are
+# passed on by name, because paths in them are relative.
 HIDDEN = ("RNNKERN_", "PYTHON", "PIP_CONSTRAINT")
 HIDDEN_FROM_PROOFS = (*HIDDEN, "CUDA", "LD_", "CC", "CXX")
 
@@ -43,7 +43,7 @@ CODE = re.compile(r"^(ELF|PTX) file .*\.sm_(\d+)(\w*)\.(?:cubin|ptx)$", re.MULTI
 
 
 class Row(NamedTuple):
-    """What is said of a wheel at the end."""
+    """The line about a wheel in the table at the end."""
 
     wheel: Path
     code: list[str]
@@ -56,7 +56,7 @@ def say(text: str) -> None:
 
 
 def run(*command: str | Path, env: Mapping[str, str] | None = None, cwd: Path | None = None) -> str:
-    """What the command writes to stdout; what it writes to stderr is let through."""
+    """What the command writes to stdout. Its stderr is passed through."""
     words = [str(word) for word in command]
     done = subprocess.run(words, env=env, cwd=cwd, stdout=subprocess.PIPE, text=True)
     if done.returncode:
@@ -72,7 +72,7 @@ def environment(path: str, hidden: tuple[str, ...] = HIDDEN) -> dict[str, str]:
 def pip(
     python: Path, *arguments: str | Path, env: Mapping[str, str], cwd: Path | None = None
 ) -> None:
-    """This program's own pip, at work for that interpreter."""
+    """Runs this program's own pip for that interpreter."""
     run(
         *(sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", python),
         *arguments,
@@ -82,7 +82,7 @@ def pip(
 
 
 def pip_target(folder: Path, *requirements: str | Path) -> None:
-    """Installs programs into a folder of their own."""
+    """Installs programs into a separate folder."""
     own_path = environment(os.environ["PATH"])
     python = Path(sys.executable)
     pip(python, "install", "--quiet", "--target", folder, *requirements, env=own_path)
@@ -125,7 +125,7 @@ def local_version(cuda: str) -> str:
 
 
 class Name(NamedTuple):
-    """What a wheel's name says of it."""
+    """The facts that a wheel's name states."""
 
     version: Version
     python: str  # 3.11
@@ -147,7 +147,7 @@ def read_name(wheel: Path) -> Name:
 
 
 def check_file(wheel: Path) -> None:
-    """What can be seen without running it: size, tag, and that no library travels along."""
+    """Checks the size and the tag of a wheel, and that it contains no library."""
     size = wheel.stat().st_size
     if size > MAX_BYTES:
         raise WheelError(f"want at most {MAX_BYTES / 1e6:g} MB, {wheel.name} has {size / 1e6:.1f}")
@@ -166,7 +166,7 @@ def extract_extension(wheel: Path, to: Path) -> Path:
 
 
 def check_needs(headers: str) -> None:
-    """That what `objdump -p` prints of an extension names no newer glibc, and no libstdc++."""
+    """Checks that the output of `objdump -p` names no newer glibc, and no libstdc++."""
     if "libstdc++.so.6" in re.findall(r"^ +NEEDED +(\S+)", headers, re.MULTILINE):
         raise WheelError("want libstdc++ linked statically, the extension needs libstdc++.so.6")
     versions = set(map(Version, re.findall(r" GLIBC_([\d.]+)$", headers, re.MULTILINE)))
@@ -192,7 +192,7 @@ def parse_info(text: str) -> dict[str, str]:
 
 
 def check_info(info: Mapping[str, str], version: Version, code: Iterable[str], torch: str) -> None:
-    """That the build says of itself what the wheel's name says and cuobjdump has found."""
+    """Checks that the build reports what the wheel's name states and cuobjdump has found."""
     if info["torch"] not in SpecifierSet(f"=={torch}"):
         raise WheelError(f"want torch {torch} beside the wheel, rnnkern info says {info['torch']}")
     cuda = "cpu" if info["cuda"] == "none" else info["cuda"]
@@ -257,7 +257,7 @@ class Prover:
         if place.exists():
             return site_packages(place)
         site = new_venv(place, python)
-        # Other versions of torch want other versions of what is pinned.
+        # Other versions of torch need other versions than the pinned ones.
         pins = ("--constraint", CONSTRAINTS) if torch == pinned("torch") else ()
         say(f"torch {torch}")
         env = environment(os.environ["PATH"], HIDDEN_FROM_PROOFS)
@@ -273,7 +273,7 @@ class Prover:
 def install_and_run(
     version: Version, index: Path, venv: Path, code: Iterable[str], torch: str
 ) -> None:
-    """The proof itself, in an environment with torch whose programs are all there are."""
+    """The proof itself, in an environment with torch and with no other programs."""
     programs = venv / "bin"
     env = environment(str(programs), HIDDEN_FROM_PROOFS)
     source = ("--index-url", index.as_uri(), "--only-binary", ":all:", "--no-cache-dir")

@@ -19,7 +19,7 @@ RNNKERN_CUDA=ON RNNKERN_CUDA_REPORT=ON RNNKERN_INSTRUCTION_SETS=native "$python"
 
 PYTHONPATH="$lib:$PWD/tools" RNNKERN_LOADED_FROM="$lib" RNNKERN_TEST_DEVICES=cpu \
   "$(dirname "$python")/pytest" -p loaded_from tests/test_cells.py tests/test_cuda_plan.py
-# From where no other rnnkern lies: what Python reads from its input looks there first.
+# Run in $lib, because a program from standard input imports from the current folder first.
 interpreter=$(cd "$(dirname "$python")" && pwd)/$(basename "$python")
 (cd "$lib" && "$interpreter") <<'PYTHON'
 import os

@@ -1,7 +1,7 @@
 #!/bin/sh
-# On a machine with a GPU: tests under compute-sanitizer's memcheck and racecheck. It watches our
-# kernels alone, for torch's are many; and without torch's cache of memory each tensor is an
-# allocation of its own, so that what is beyond its end is nobody's.
+# On a machine with a GPU: tests under compute-sanitizer's memcheck and racecheck. The sanitizer
+# watches only our kernels, because torch has many. torch's memory cache is off, so each tensor is an
+# allocation of its own, and an access past its end is an error.
 # Usage, from the repository: [SANITIZE="pytest's -k"] tools/cuda_sanitize.sh PYTHON [pytest arguments]
 set -eu
 

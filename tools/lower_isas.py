@@ -6,7 +6,7 @@ import sys
 
 
 def lower_isas() -> list[str]:
-    """The most capable first."""
+    """The sets, the most capable one first."""
     os.environ.pop("RNNKERN_ISA", None)
     import rnnkern
 
@@ -16,7 +16,7 @@ def lower_isas() -> list[str]:
 
 
 def _is_supported(isa: str) -> bool:
-    """One that this CPU lacks refuses to be imported."""
+    """Whether rnnkern can be imported with that set, which the CPU may lack."""
     command = [sys.executable, "-c", "import rnnkern"]
     environment = os.environ | {"RNNKERN_ISA": isa}
     return not subprocess.run(command, env=environment, capture_output=True).returncode

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rnnkern.workloads import load_workloads
+from rnnkern.bench.workloads import load_workloads
 
 PASSES = ("forward", "forward (grad)", "forward+backward")
 

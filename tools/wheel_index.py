@@ -40,7 +40,7 @@ PAGE = """\
 
 
 class WheelError(Exception):
-    """What was given, or what came out, is not what is wanted; says both."""
+    """An input or a result is not the expected one. The message says both."""
 
 
 class Distribution(NamedTuple):
@@ -63,7 +63,7 @@ def distribution(path: Path) -> Distribution:
 
 
 def distributions(folder: Path) -> list[Distribution]:
-    """Those in the folder, by project, version and name."""
+    """The distributions in the folder, by project, version and name."""
     paths = [path for pattern in ("*.whl", "*.tar.gz") for path in folder.glob(pattern)]
     if not paths:
         raise WheelError(f"want a folder with wheels or sdists, got {folder}")
@@ -92,7 +92,7 @@ def checksums(files: Iterable[Distribution]) -> str:
 
 
 def write_index(folder: Path) -> list[Distribution]:
-    """Writes index and checksums anew, and returns what is in them."""
+    """Rewrites index and checksums, and returns the distributions in them."""
     found = distributions(folder)
     projects = sorted({f.project for f in found})
     simple = folder / "simple"

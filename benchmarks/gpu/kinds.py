@@ -1,4 +1,4 @@
-"""Writes measured constants into the table that the plan of the CUDA kernels goes by.
+"""Writes measured constants into the table that the plan of the CUDA kernels reads.
 
     python -m benchmarks.gpu.kinds benchmarks/results/gpu-h200-constants.json
 
@@ -52,7 +52,7 @@ def replaced(table: str, measured: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """The command."""
+    """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("constants", type=Path, help="what benchmarks/gpu/constants.cu has written")
     measured = json.loads(parser.parse_args().constants.read_text(encoding="utf-8"))

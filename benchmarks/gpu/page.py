@@ -15,7 +15,13 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from rnnkern.workloads import CELLS, FORWARD, FORWARD_BACKWARD, default_precisions, load_workloads
+from rnnkern.bench.workloads import (
+    CELLS,
+    FORWARD,
+    FORWARD_BACKWARD,
+    default_precisions,
+    load_workloads,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 HEADING = "## On a GPU"
@@ -28,7 +34,7 @@ Results = list[dict[str, Any]]
 
 
 def read(path: Path) -> tuple[dict[str, Any], Results]:
-    """The line on the machine and the measured rows; those that failed are not among them."""
+    """The line about the machine and the measured rows, without those that failed."""
     header, *lines = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
     return header, [line for line in lines if "us" in line]
 
@@ -39,7 +45,7 @@ def cells_of_table(texts: Iterable[str]) -> str:
 
 
 def table(results: Results, dtype: str, pass_name: str) -> Iterator[str]:
-    """Workloads by cells: our time and how many times as long torch.nn takes."""
+    """Workloads by cells: our time, and torch.nn's time divided by ours."""
     found = {
         (r["workload"], r["cell"]): r
         for r in results
@@ -70,7 +76,7 @@ def table(results: Results, dtype: str, pass_name: str) -> Iterator[str]:
 
 
 def peers_table(results: Results) -> Iterator[str]:
-    """A line a row: times of all that were measured."""
+    """One line for each row: the times of all libraries that were measured."""
     names = list(dict.fromkeys(name for r in results for name in r["others"]))
     yield cells_of_table(["row", "rnnkern, µs", "torch.nn, µs", *(f"{n}, µs" for n in names)])
     yield cells_of_table(["---", *["---:"] * (2 + len(names))])
@@ -146,7 +152,7 @@ def section(
 
 
 def main() -> None:
-    """The command."""
+    """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("speed", type=Path, help="what speed.py has written")
     parser.add_argument("peers", type=Path, nargs="?", help="and with --peers")

@@ -3,11 +3,11 @@
     python benchmarks/gpu/speed.py speed.jsonl [--budget 200] [--sweeps 60]
     python benchmarks/gpu/speed.py peers.jsonl --peers --workload flash768 --dtype bfloat16
 
-All cells, workloads and dtypes for GPUs of rnnkern/workloads.json, forward without grad and with
-backward; then one cell after the other while H or T grows. One line of JSON a result, written as it
-comes, after one line on the machine. ``--peers`` times FlashRNN (its CUDA and its Triton kernels)
-and haste as well, where they can be imported: whoever measures brings them along. They compile for
-each shape at its first call, which takes minutes, so that is for few rows.
+All cells, workloads and dtypes for GPUs of rnnkern/bench/workloads.json, forward without grad and
+with backward; then one cell after the other while H or T grows. Each result is one line of JSON,
+written as it comes, after one line about the machine. ``--peers`` times FlashRNN (its CUDA and its
+Triton kernels) and haste as well, if they are installed. They compile for each shape at its first
+call, which takes minutes, so use that option for few rows.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from torch import nn
 from torch.nn.functional import linear
 
 import rnnkern
-from rnnkern import timing
-from rnnkern.workloads import (
+from rnnkern.bench import timing
+from rnnkern.bench.workloads import (
     CELLS,
     FORWARD,
     FORWARD_BACKWARD,
@@ -49,7 +49,7 @@ OURS, THEIRS = "rnnkern", "torch.nn"
 TIERS = ("resident", "stepwise")
 PASSES = (FORWARD, FORWARD_BACKWARD)
 
-#: What a sweep keeps: its other sizes; and over what it goes.
+#: The sizes that a sweep keeps, and the sizes over which it goes.
 BASE = {"steps": 256, "batch": 16, "input_size": 256, "hidden_size": 256}
 SWEEPS: dict[str, tuple[int, ...]] = {
     "hidden_size": (
@@ -64,7 +64,7 @@ FEWEST_ROUNDS = 3
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement to make; ``swept`` names the size that grows where it is part of a sweep."""
+    """One measurement to make. ``swept`` names the size that grows, if it is part of a sweep."""
 
     workload: Workload
     cell: str
@@ -73,7 +73,7 @@ class Row:
     swept: str | None = None
 
     def as_json(self) -> dict[str, Any]:
-        """What is measured, to be joined by the result."""
+        """The fields that say what is measured, to which the result is added."""
         w = self.workload
         return {
             "workload": w.name,
@@ -88,7 +88,7 @@ class Row:
 
 
 def rows(names: list[str], dtypes: list[str], cells: list[str]) -> list[Row]:
-    """Of all workloads or those named; those of one case stand together."""
+    """The rows of all workloads, or of the named ones; the rows of one case are together."""
     chosen = [w for w in load_workloads("cuda").values() if not names or w.name in names]
     wanted = dtypes or [precision.name for precision in default_precisions("cuda")]
     return [
@@ -101,7 +101,7 @@ def rows(names: list[str], dtypes: list[str], cells: list[str]) -> list[Row]:
 
 
 def swept_rows() -> Iterator[Row]:
-    """One size grows; with H grows I."""
+    """The rows of a sweep in which one size grows. I grows with H."""
     for swept, values in SWEEPS.items():
         for value in values:
             sizes = BASE | {swept: value}
@@ -115,7 +115,7 @@ def swept_rows() -> Iterator[Row]:
 
 
 def in_tier(tier: str, call: timing.Call) -> timing.Call:
-    """The call with the other tier than the plan's."""
+    """The call on the tier that the plan has not chosen."""
 
     def forced() -> None:
         os.environ["RNNKERN_CUDA_TIER"] = tier
@@ -142,7 +142,7 @@ def plan_of(row: Row, module: nn.RNNBase, x: torch.Tensor) -> dict[str, Any]:
 
 
 def flashrnn_call(row: Row, case: Case, device: torch.device, backend: str) -> timing.Call:
-    """FlashRNN makes the recurrence; the product with the inputs is torch's."""
+    """FlashRNN runs the recurrence, and torch the product with the inputs."""
     from flashrnn import flashrnn
 
     w, dtype = row.workload, PRECISIONS[row.dtype].dtype
@@ -204,7 +204,7 @@ PEERS: dict[str, Callable[[Row, Case, torch.device], timing.Call]] = {
 
 
 def peer_call(name: str, row: Row, case: Case, device: torch.device) -> timing.Call | str:
-    """The peer's call, which has run once, or why there is none."""
+    """The peer's call, which has run once, or the reason why there is none."""
     try:
         call = PEERS[name](row, case, device)
         call()
@@ -216,7 +216,7 @@ def peer_call(name: str, row: Row, case: Case, device: torch.device) -> timing.C
 def calls_for(
     row: Row, case: Case, ours: Side, device: torch.device, tiers: Iterable[str]
 ) -> dict[str, timing.Call]:
-    """Ours, torch.nn's, and where the plan has chosen tiers the others."""
+    """Our call, torch.nn's, and our calls on the tiers that the plan has not chosen."""
     calls = {
         OURS: ours.call(row.pass_name),
         THEIRS: case.side(nn, PRECISIONS[row.dtype].dtype, device).call(row.pass_name),
@@ -295,7 +295,7 @@ def header(device: torch.device) -> dict[str, Any]:
 def run(
     wanted: list[Row], device: torch.device, budget_s: float, peers: Iterable[str] = ()
 ) -> Iterator[dict[str, Any]]:
-    """Results as they come; what is left when twice the budget is spent is counted only."""
+    """The results as they come. Rows left when twice the budget is spent are only counted."""
     start = perf_counter()
     share_s = budget_s / max(1, len(wanted)) / 2  # the other half goes into warming up
     case: Case | None = None

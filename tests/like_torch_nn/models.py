@@ -131,7 +131,7 @@ def distributed_data_parallel_is_refused(side: Side) -> Any:
 
 @ROWS.row()
 def wrapped_by_compile(side: Side) -> Any:
-    """Not called: test_traced.py has calls."""
+    """Not called: test_compile.py has calls."""
     module = side.make()
     wrapped = torch.compile(module, backend="eager")
     return list(wrapped.state_dict()), repr(wrapped), wrapped._orig_mod is module, wrapped.training
@@ -153,7 +153,7 @@ def overrides_of_torch_function(side: Side) -> Any:
     return type(first(outputs)).__name__, f"{side.kind.lower()}" in " ".join(seen).replace("_", "")
 
 
-# Tracing. test_traced.py has compile, export and torch.func.
+# Tracing. test_compile.py, test_export.py and test_torch_func.py have the rest.
 
 
 class Tagger(nn.Module):

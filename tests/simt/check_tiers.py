@@ -205,7 +205,7 @@ def test_deterministic_rows_stand_alone(
     x = torch.randn(5, 70, 20, dtype=dtype)
     lengths, reset = torch.randint(0, 6, (70,)), torch.rand(5, 70) < 0.3
     lengths[3:9] = lengths[65] = 5
-    torch.use_deterministic_algorithms(True)
+    torch.set_deterministic_debug_mode("error")
     try:
         with torch.no_grad():
             whole = module(x, lengths=lengths, reset=reset)[0]
@@ -213,7 +213,7 @@ def test_deterministic_rows_stand_alone(
             first, state = module(x[:2, 3:9], reset=reset[:2, 3:9])
             last, _ = module(x[2:, 3:9], state, reset=reset[2:, 3:9])
     finally:
-        torch.use_deterministic_algorithms(False)
+        torch.set_deterministic_debug_mode("default")
     assert torch.equal(row, whole[:, 65:66])
     assert torch.equal(torch.cat([first, last]), whole[:, 3:9])
 

@@ -1,0 +1,1 @@
+"""``rnnkern compare``: checks rnnkern against torch.nn and times both."""

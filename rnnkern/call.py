@@ -1,0 +1,289 @@
+"""A call of a module, read and checked once.
+
+What `rnnkern.modules`, `explain`, `inspect`, `checkpointed` and `generate` do with a call starts
+from the `Call` that `read` or `read_cell` makes of it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from rnnkern import autocast, kernels
+from rnnkern.cells import CELLS
+from rnnkern.kernels import Refusal, Why
+from rnnkern.layer import Layer, Maybe, Operands
+from rnnkern.sequence import Steps, packed_steps, padded_steps, place_of
+
+is_compiling = torch.compiler.is_compiling
+
+
+class Call(NamedTuple):
+    """What a module has to compute.
+
+    Attributes:
+        module: an RNN, LSTM, GRU or cell, of rnnkern or of torch.nn.
+        input: as the caller gave it.
+        layer: what each layer of the module is.
+        given: the operands before any cast. An input without a batch has one of size 1 here,
+            unless the module is a cell.
+        steps: which rows are active at which step; None: all at every step.
+        T, N: number of steps and of rows.
+        asked: the dtype that autocast asks for, or None.
+    """
+
+    module: Any
+    input: Any
+    layer: Layer
+    given: Operands
+    steps: Steps | None
+    T: int
+    N: int
+    asked: torch.dtype | None
+
+    @property
+    def is_packed(self) -> bool:
+        return self.steps is not None and self.steps.packed
+
+    def results(self, y: Tensor, hn: Tensor, cn: Maybe) -> tuple[Any, Any]:
+        """Output and state in the form in which the module returns them."""
+        if self.is_packed:
+            _, batch_sizes, order, inverse = self.input
+            return PackedSequence(y, batch_sizes, order, inverse), hn if cn is None else (hn, cn)
+        if self.input.dim() == 2:
+            y, hn = y.squeeze(0 if self.layer.batch_first else 1), hn.squeeze(1)
+            cn = None if cn is None else cn.squeeze(1)
+        return y, hn if cn is None else (hn, cn)
+
+
+def read(
+    module: Any, input: Any, hx: Any = None, lengths: Any = None, reset: Any = None
+) -> Call | Refusal:
+    """The call ``module(input, hx, lengths=lengths, reset=reset)`` of a layer.
+
+    Returns:
+        The call; or a refusal, `Why.INVALID`, if torch.nn has to raise its own error.
+
+    Raises:
+        TypeError, ValueError: ``lengths`` or ``reset`` does not fit (`padded_steps`).
+    """
+    if isinstance(input, PackedSequence):
+        if lengths is not None or reset is not None:
+            raise ValueError(
+                "lengths and reset describe a padded batch; a PackedSequence brings its own lengths"
+            )
+        return _read_packed(module, input, hx)
+    batch_first, x = module.batch_first, input
+    if x.dim() == 2:
+        batch = 0 if batch_first else 1
+        x = x.unsqueeze(batch)
+        if hx is not None:
+            has_c = has_cell_state(module)
+            if not _are_2d(hx if has_c else (hx,)):
+                return _invalid("hx does not fit an input without a batch")
+            hx = tuple(h.unsqueeze(1) for h in hx) if has_c else hx.unsqueeze(1)
+        if isinstance(lengths, Tensor) and lengths.dim() == 0:
+            lengths = lengths.unsqueeze(0)
+        if isinstance(reset, Tensor) and reset.dim() == 1:
+            reset = reset.unsqueeze(batch)
+    if x.dim() != 3:
+        return _invalid("input has {} axes", x.dim())
+    first, second, features = x.shape
+    T, N = (second, first) if batch_first else (first, second)
+    h0, c0, fits = initial_states(module, hx, N)
+    if T == 0:
+        if is_compiling():
+            raise RuntimeError("Expected sequence length to be larger than 0 in RNN")  # torch.nn's
+        return _invalid("the sequence has no steps")
+    if features != module.input_size:
+        return _invalid("input must have {} features, got {}", module.input_size, features)
+    if not fits:
+        return _invalid("hx does not fit a batch of {}: see torch.nn's {}", N, mode_of(module))
+    steps = None
+    if lengths is not None or reset is not None:
+        steps = padded_steps(lengths, reset, T, N, batch_first, place_of(x))
+    asked = autocast.asked(x)
+    given = Operands(x, h0, c0, current_weights(module))
+    return Call(module, input, layer_of(module, asked), given, steps, T, N, asked)
+
+
+def _read_packed(module: Any, input: PackedSequence, hx: Any) -> Call | Refusal:
+    x, batch_sizes, sorted_indices, _ = input
+    N = int(batch_sizes[0]) if batch_sizes.numel() else 0
+    h0, c0, fits = initial_states(module, hx, N)
+    if not fits:
+        return _invalid("hx does not fit a batch of {}: see torch.nn's {}", N, mode_of(module))
+    if N == 0 or x.dim() != 2 or x.size(-1) != module.input_size:
+        shape = tuple(x.shape)
+        return _invalid("input must have {} features, got {}", module.input_size, shape)
+    steps = packed_steps(batch_sizes, sorted_indices, place_of(x))
+    asked = autocast.asked(x)
+    given, T = Operands(x, h0, c0, current_weights(module)), len(batch_sizes)
+    return Call(module, input, layer_of(module, asked), given, steps, T, N, asked)
+
+
+def read_cell(module: Any, input: Any, hx: Any = None) -> Call | Refusal:
+    """The call ``module(input, hx)`` of a cell: as `read`, for a layer of one step."""
+    if isinstance(module, nn.RNNCell) and module.nonlinearity not in ("tanh", "relu"):
+        return _invalid("the nonlinearity is neither tanh nor relu")
+    if input.dim() not in (1, 2) or input.size(-1) != module.input_size:
+        return _invalid("input of shape {}", tuple(input.shape))
+    mode = mode_of(module)
+    states: tuple[Any, ...] = (None, None)
+    if hx is not None:
+        has_c = CELLS[mode].has_cell_state
+        if has_c != isinstance(hx, (tuple, list)) or (has_c and len(hx) != 2):
+            return _invalid("hx of type {}", type(hx).__name__)
+        wanted = (*input.shape[:-1], module.hidden_size)
+        states = tuple(hx) if has_c else (hx, None)
+        for state in states[: 1 + has_c]:
+            if not isinstance(state, Tensor) or state.shape != wanted:
+                return _invalid("hx does not fit an input of shape {}", tuple(input.shape))
+    asked = autocast.asked(input)
+    layer = Layer(
+        mode,
+        directions=1,
+        bias=module.bias_ih is not None or module.bias_hh is not None,
+        batch_first=False,
+        proj=False,
+        by_bfloat16=asked is torch.bfloat16 or (asked is not None and input.device.type == "cuda"),
+        is_cell=True,
+    )
+    h0, c0 = states
+    given = Operands(input, h0, c0, [module.weight_ih, module.weight_hh, *_cell_biases(module)])
+    N = input.size(0) if input.dim() == 2 else 1
+    return Call(module, input, layer, given, None, 1, N, asked)
+
+
+def _invalid(text: str, *values: Any) -> Refusal:
+    # A compiler cannot trace what formats a size that it does not know.
+    return Refusal(Why.INVALID, text if is_compiling() else text.format(*values))
+
+
+def _are_2d(states: Any) -> bool:
+    return isinstance(states, (tuple, list)) and all(
+        isinstance(s, Tensor) and s.dim() == 2 for s in states
+    )
+
+
+_METHODS = {
+    base: {name: getattr(base, name) for name in kernels.CALLED_BY_FORWARD if hasattr(base, name)}
+    for base in (nn.LSTM, nn.GRU, nn.RNN, nn.RNNBase)
+}
+
+
+def refusal_of(module: Any) -> Refusal | None:
+    """Why torch.nn must run every call of this layer, or None.
+
+    ``torch.nn``'s forward calls methods that a subclass may override. The kernels call none.
+    """
+    own = own_method(type(module))
+    if own is None:
+        space = vars(module)
+        for name in kernels.CALLED_BY_FORWARD:
+            if name in space:
+                own = name
+    if own is not None:
+        return Refusal(Why.MODULE, f"a method {own} of the module's own")
+    if isinstance(module, nn.RNN) and module.mode not in ("RNN_TANH", "RNN_RELU"):
+        return Refusal(Why.INVALID, "the mode is neither RNN_TANH nor RNN_RELU")
+    return None
+
+
+def own_method(kind: type) -> str | None:
+    """The method of a class in place of one that torch.nn's forward calls, or None.
+
+    Dynamo asks once for each class and keeps no guards for it (`rnnkern.interop.dynamo`), because
+    these would take longer at each call than all others.
+    """
+    base = next(base for base in _METHODS if issubclass(kind, base))
+    for name, method in _METHODS[base].items():
+        if getattr(kind, name) is not method:
+            return name
+    return None
+
+
+def expect_layer(module: Any) -> None:
+    """Raises a TypeError unless the module is an RNN, LSTM or GRU of rnnkern or torch.nn."""
+    if not isinstance(module, nn.RNNBase) or mode_of(module) not in CELLS:
+        raise TypeError(
+            f"module must be an RNN, LSTM or GRU, of rnnkern or torch.nn, "
+            f"got {type(module).__name__}"
+        )
+
+
+def mode_of(module: Any) -> str:
+    """The name in `CELLS` of what a layer or a cell runs.
+
+    Only the Elman RNN has a choice. torch.nn's cells have no attribute ``mode``, and an LSTM or GRU
+    may use that name for something else.
+    """
+    if isinstance(module, (nn.LSTM, nn.LSTMCell)):
+        return "LSTM"
+    if isinstance(module, (nn.GRU, nn.GRUCell)):
+        return "GRU"
+    is_cell = isinstance(module, nn.RNNCell)
+    return f"RNN_{module.nonlinearity.upper()}" if is_cell else module.mode
+
+
+def has_cell_state(module: Any) -> bool:
+    return CELLS[mode_of(module)].has_cell_state
+
+
+def layer_of(module: Any, asked: torch.dtype | None = None) -> Layer:
+    """What each layer of a module is, if autocast asks for that dtype."""
+    directions, proj = 2 if module.bidirectional else 1, module.proj_size > 0
+    by_bfloat16, is_cell = asked is torch.bfloat16, False
+    return Layer(
+        mode_of(module), directions, module.bias, module.batch_first, proj, by_bfloat16, is_cell
+    )
+
+
+def current_weights(module: Any) -> list[Tensor]:
+    """The weights of a layer, in torch's flat order, by torch.nn's own rule.
+
+    These are the ones in ``_flat_weights``, unless the module's attributes have become other
+    tensors since the last call, as under `torch.func.functional_call` or a parametrization.
+    """
+    own, parameters, flat = module.__dict__, module._parameters, module._flat_weights
+    for i, name in enumerate(module._flat_weights_names):
+        # By `in` and by index, because a subclass of dict may make what is looked up.
+        space = own if name in own else parameters
+        found = space[name] if name in space else None  # noqa: SIM401
+        if i >= len(flat) or found is not flat[i] or found is None:
+            break
+    else:
+        return flat  # type: ignore[no-any-return]
+    if is_compiling():  # the same without a change of the module, which a compiler would record
+        names, refs = module._flat_weights_names, module._flat_weight_refs
+        weights = [getattr(module, name) for name in names]
+        kept = all(r is None or r() is w for r, w in zip(refs, weights, strict=False))
+        return list(flat) if kept and len(flat) == len(names) else weights
+    module._update_flat_weights()
+    return module._flat_weights  # type: ignore[no-any-return]
+
+
+def _cell_biases(module: Any) -> tuple[Tensor, ...]:
+    given = (module.bias_ih, module.bias_hh)
+    if given[0] is None and given[1] is None:
+        return ()
+    other = given[0] if given[1] is None else given[1]
+    return tuple(torch.zeros_like(other) if bias is None else bias for bias in given)
+
+
+def initial_states(module: Any, hx: Any, N: int) -> tuple[Maybe, Maybe, bool]:
+    """``h_0, c_0`` of a layer, and whether they are what a batch of N rows needs."""
+    if hx is None:
+        return None, None, True
+    count = module.num_layers * (2 if module.bidirectional else 1)
+    wanted = (count, N, module.proj_size or module.hidden_size)
+    if not has_cell_state(module):
+        return hx, None, isinstance(hx, Tensor) and hx.shape == wanted
+    if not isinstance(hx, (tuple, list)) or len(hx) != 2:
+        return None, None, False
+    h0, c0 = hx
+    fits = isinstance(h0, Tensor) and isinstance(c0, Tensor)
+    return h0, c0, fits and h0.shape == wanted and c0.shape == (count, N, module.hidden_size)

@@ -1,0 +1,132 @@
+"""Tools that look a module up by its exact type, which a subclass of torch.nn's does not have.
+
+They find rnnkern's modules as they find those of ``torch.nn``: torch's quantization sees modules of
+``torch.nn`` while it works, and the tables of programs that count operations have entries for
+rnnkern's classes.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from types import ModuleType
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import fx, nn
+
+from rnnkern.convert import COUNTERPARTS, give_again, revert, take_back
+from rnnkern.interop.on_import import on_import
+
+_TABLES = {
+    "thop.profile": "register_hooks",
+    "ptflops.pytorch_ops": "MODULES_MAPPING",
+    "calflops.pytorch_ops": "MODULE_HOOK_MAPPING",
+    "deepspeed.profiling.flops_profiler.profiler": "MODULE_HOOK_MAPPING",
+}
+"""Packages that count operations, and the names of their tables of types."""
+
+
+def be_found_by_type() -> None:
+    """Makes these tools find rnnkern's modules, as soon as they are imported."""
+    _be_leaves_of_graphs()
+    for name, table in _TABLES.items():
+        on_import(name, functools.partial(_add_entries, table=table))
+    on_import("torch.ao.quantization.quantize", _quantize_by_type)
+    on_import("torch.ao.quantization.quantize_fx", _quantize_graphs_by_type)
+
+
+def _add_entries(module: ModuleType, table: str) -> None:
+    entries = getattr(module, table, None)
+    if not isinstance(entries, dict):
+        return
+    for ours, theirs in COUNTERPARTS.items():
+        if theirs in entries:
+            entries.setdefault(ours, entries[theirs])
+
+
+def _be_leaves_of_graphs() -> None:
+    """`torch.fx` makes one node of a module of the package ``torch.nn``, and of rnnkern's."""
+    is_leaf = fx.Tracer.is_leaf_module
+
+    @functools.wraps(is_leaf)
+    def is_leaf_module(self: fx.Tracer, m: nn.Module, module_qualified_name: str) -> bool:
+        return _runs_rnnkerns_forward(m) or is_leaf(self, m, module_qualified_name)
+
+    fx.Tracer.is_leaf_module = is_leaf_module  # type: ignore[method-assign]
+
+
+def _runs_rnnkerns_forward(module: nn.Module) -> bool:
+    """Whether a call of the module is a call of rnnkern's forward, not of a subclass's."""
+    forward = getattr(type(module), "forward", None)
+    return any(isinstance(module, ours) and forward is ours.forward for ours in COUNTERPARTS)
+
+
+def _quantize_by_type(module: Any) -> None:
+    """Lets eager quantization find rnnkern's modules.
+
+    It has two steps, in `quantize_dynamic` or in the user's calls: it marks modules, and then
+    replaces them. Between the two, rnnkern's modules are torch.nn's. Those that have not been
+    replaced then become rnnkern's again.
+
+    The functions are changed where `quantize_dynamic` looks them up, because programs that have
+    imported it before rnnkern use it, too.
+    """
+    if not (hasattr(module, "propagate_qconfig_") and hasattr(module, "convert")):
+        return
+    propagate, convert_model = module.propagate_qconfig_, module.convert
+    waiting: WeakKeyDictionary[nn.Module, type[nn.Module]] = WeakKeyDictionary()
+
+    @functools.wraps(propagate)
+    def propagate_qconfig(model: nn.Module, qconfig_dict: Any = None, *args: Any, **kw: Any) -> Any:
+        taken = take_back(model)
+        waiting.update(taken)
+        try:
+            return propagate(model, _of_torch(qconfig_dict), *args, **kw)
+        except BaseException:
+            give_again(model, {name: taken[m] for name, m in model.named_modules() if m in taken})
+            raise
+
+    @functools.wraps(convert_model)
+    def convert_rest(model: nn.Module, mapping: Any = None, *args: Any, **kw: Any) -> Any:
+        result = convert_model(model, _of_torch(mapping), *args, **kw)
+        names = {name: waiting[m] for name, m in model.named_modules() if m in waiting}
+        give_again(result, names)
+        return result
+
+    module.propagate_qconfig_, module.convert = propagate_qconfig, convert_rest
+
+
+def _quantize_graphs_by_type(module: Any) -> None:
+    """The graph of a model is made of torch.nn's modules, which have the same parameters."""
+    prepare = getattr(module, "_prepare_fx", None)
+    if prepare is None:
+        return
+
+    @functools.wraps(prepare)
+    def prepare_fx(model: nn.Module, qconfig_mapping: Any, *args: Any, **kw: Any) -> Any:
+        if any(isinstance(each, tuple(COUNTERPARTS)) for each in model.modules()):
+            tensors = (*model.parameters(), *model.buffers())
+            model = revert(copy.deepcopy(model, {id(each): each for each in tensors}))
+        return prepare(model, _mapping_of_torch(qconfig_mapping), *args, **kw)
+
+    module._prepare_fx = prepare_fx
+
+
+def _mapping_of_torch(mapping: Any) -> Any:
+    """A ``QConfigMapping`` with torch.nn's types in place of rnnkern's."""
+    by_type = getattr(mapping, "object_type_qconfigs", None)
+    if not by_type or not any(kind in COUNTERPARTS for kind in by_type):
+        return mapping
+    mapping = copy.copy(mapping)
+    mapping.object_type_qconfigs = type(by_type)(
+        (COUNTERPARTS.get(kind, kind), config) for kind, config in by_type.items()
+    )
+    return mapping
+
+
+def _of_torch(given: Any) -> Any:
+    """A dictionary by type, with torch.nn's types in place of rnnkern's."""
+    if type(given) is not dict:
+        return given
+    return given | {COUNTERPARTS[key]: value for key, value in given.items() if key in COUNTERPARTS}

@@ -1,0 +1,170 @@
+"""What a layer is, what it reads and what it makes, in values that torch can trace."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rnnkern.cells import CELLS
+from rnnkern.sequence import Steps
+
+Maybe = Tensor | None
+
+PACKED = 1
+"""Added to the code of a layer: its input is a packed sequence."""
+
+_MODES = tuple(CELLS)
+
+
+class Layer(NamedTuple):
+    """What a layer is, apart from its sizes.
+
+    Attributes:
+        mode: the name of its cell in `CELLS`.
+        directions: 1 or 2.
+        bias: each direction has the weights ``b_ih`` and ``b_hh``.
+        batch_first: input and output are ``[N, T, ...]``.
+        proj: each direction has the weight ``w_hr``.
+        by_bfloat16: products may take float32 as bfloat16 (`rnnkern.kernels.kernel`).
+        is_cell: the layer is one step of a cell, such as `LSTMCell`.
+    """
+
+    mode: str
+    directions: int
+    bias: bool
+    batch_first: bool
+    proj: bool
+    by_bfloat16: bool
+    is_cell: bool
+
+    @classmethod
+    def of(cls, kernel: Any) -> Layer:
+        """The layer that a `rnnkern.kernels.Kernel` runs."""
+        return cls(*(getattr(kernel, name) for name in cls._fields))
+
+    @property
+    def code(self) -> int:
+        """The layer as one number, with room for `PACKED`: what `ops.scan_kernel` takes."""
+        code = _MODES.index(self.mode) + len(_MODES) * (self.directions - 1)
+        for flag in self[2:]:
+            code = 2 * code + flag
+        return 2 * code
+
+    @classmethod
+    def of_code(cls, code: int) -> Layer:
+        """The layer of a number, whether `PACKED` is in it or not."""
+        flags = [bool(code >> place & 1) for place in range(len(cls._fields) - 2, 0, -1)]
+        directions, mode = divmod(code >> (len(flags) + 1), len(_MODES))
+        return cls(_MODES[mode], directions + 1, *flags)
+
+    @property
+    def tensors(self) -> int:
+        """Weights of one direction."""
+        return 2 + 2 * self.bias + self.proj
+
+    @property
+    def has_cell_state(self) -> bool:
+        return CELLS[self.mode].has_cell_state
+
+    @property
+    def slots(self) -> int:
+        """Numbers that the cell makes of its sums for each unit."""
+        return CELLS[self.mode].slots
+
+    @property
+    def saves_slots(self) -> bool:
+        return CELLS[self.mode].saves_slots
+
+    def hidden(self, weights: Sequence[Any]) -> int:
+        """H, from the shape of W_hh."""
+        return weights[1].shape[0] // CELLS[self.mode].gates  # type: ignore[no-any-return]
+
+    def of_stack(self, i: int, stack: Operands, x: Tensor) -> Operands:
+        """The operands of layer i of a stack of such layers, whose input is x."""
+        D, count = self.directions, self.directions * self.tensors
+        return Operands(
+            x,
+            None if stack.h0 is None else stack.h0[i * D : (i + 1) * D],
+            None if stack.c0 is None else stack.c0[i * D : (i + 1) * D],
+            stack.weights[i * count : (i + 1) * count],
+        )
+
+
+class Operands(NamedTuple):
+    """What a layer, or a stack of layers, reads.
+
+    Attributes:
+        x: the input, ``[T, N, I]``, ``[N, T, I]`` batch first, or ``[rows, I]`` packed.
+        h0, c0: initial states ``[D, N, ...]``, or None for zeros.
+        weights: as torch.nn's flat list has them.
+        y: the output of the forward pass, which backward reads too.
+
+    A change of the operands, the direction of a derivative, has the same form. None then stands for
+    zeros everywhere.
+    """
+
+    x: Any
+    h0: Any
+    c0: Any
+    weights: Sequence[Any]
+    y: Any = None
+
+
+class Gradients(NamedTuple):
+    """Gradients of a scalar with respect to the outputs, and to the slots ``[D, rows, S * H]``."""
+
+    y: Maybe
+    hn: Maybe
+    cn: Maybe
+    slots: Maybe = None
+
+
+class Recorded(NamedTuple):
+    """The forward pass of a layer as its backward pass finds it.
+
+    Attributes:
+        operands: with y.
+        saved: what forward has saved, as one flat tensor (`pieces`); without elements if nothing.
+    """
+
+    layer: Layer
+    steps: Steps | None
+    operands: Operands
+    saved: Tensor
+
+
+def unflatten(z: Tensor, axis: int, sizes: tuple[int, ...]) -> Tensor:
+    return z.unflatten(axis, sizes)  # type: ignore[no-untyped-call, no-any-return]
+
+
+def pieces(saved: Tensor, layer: Layer, hidden: int) -> list[Tensor]:
+    """Views ``[..., D, rows, width]`` of what was saved, ``[..., elements]``: slots, then cell
+    states, then hidden states before a projection, as far as the layer saves them.
+    """
+    widths = [layer.slots * layer.saves_slots, int(layer.has_cell_state), int(layer.proj)]
+    widths = [width for width in widths if width]
+    if not widths:
+        return []
+    elements = saved.shape[-1] // sum(widths)
+    parts = torch.split(saved, [elements * width for width in widths], -1)
+    return [
+        unflatten(
+            part, -1, (layer.directions, elements // (layer.directions * hidden), width * hidden)
+        )
+        for part, width in zip(parts, widths, strict=True)
+    ]
+
+
+def one_step(z: Maybe) -> Any:
+    """A tensor of a cell, ``[N, F]`` or ``[F]``, as that of a layer of one step: ``[1, N, F]``."""
+    if z is None:
+        return None
+    return z.unsqueeze(0) if z.dim() == 2 else z.unsqueeze(0).unsqueeze(0)
+
+
+def dense(z: Any) -> Any:
+    """The tensor, or a copy of it without gaps or lazy signs; None stays None."""
+    return None if z is None else z.resolve_neg().contiguous()

@@ -1,0 +1,85 @@
+"""A call, read once: `rnnkern.call`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from support import build, pack_rows
+from torch import nn
+
+import rnnkern
+from rnnkern import call, kernels
+from rnnkern.call import Call
+from rnnkern.kernels import Refusal, Why
+from rnnkern.layer import Layer, Operands
+
+pytestmark = pytest.mark.cpu_only
+
+LAYER = Layer("GRU", 2, True, False, False, False, False)
+
+
+@pytest.mark.parametrize(
+    ("given", "sizes"),
+    [
+        (torch.zeros(5, 3, 4), (5, 3)),
+        (torch.zeros(5, 4), (5, 1)),
+        (pack_rows([torch.zeros(5, 4), torch.zeros(2, 4)]), (5, 2)),
+    ],
+    ids=["padded", "unbatched", "packed"],
+)
+def test_what_is_read(given: Any, sizes: tuple[int, int]) -> None:
+    module = build("GRU", 4, 6, bidirectional=True)
+    found = call.read(module, given)
+    assert isinstance(found, Call)
+    T, N = sizes
+    assert found.T == T
+    assert found.N == N
+    assert found.layer == LAYER == Layer.of_code(LAYER.code)
+    assert found.is_packed == isinstance(given, nn.utils.rnn.PackedSequence)
+    assert len(found.given.weights) == 2 * found.layer.tensors
+    kernel = kernels.kernel_of(found.layer, module.hidden_size, module.proj_size)
+    assert Layer.of(kernel) == found.layer
+
+
+@pytest.mark.parametrize(
+    ("operands", "text"),
+    [
+        ((torch.zeros(4),), "axes"),
+        ((torch.zeros(0, 3, 4),), "no steps"),
+        ((torch.zeros(5, 3, 7),), "4 features, got 7"),
+        ((torch.zeros(5, 3, 4), torch.zeros(1, 3, 6)), "hx does not fit a batch of 3"),
+        ((torch.zeros(5, 4), torch.zeros(2, 1, 6)), "hx does not fit an input without a batch"),
+        ((pack_rows([torch.zeros(5, 7)]),), "4 features"),
+    ],
+    ids=["axes", "steps", "features", "states", "unbatched", "packed"],
+)
+def test_what_torch_nn_refuses(operands: tuple[Any, ...], text: str) -> None:
+    module = build("GRU", 4, 6, bidirectional=True)
+    refusal = call.read(module, *operands)
+    assert isinstance(refusal, Refusal)
+    assert refusal.why is Why.INVALID
+    assert text in refusal.text
+    if len(operands) > 1 and operands[0].dim() == 3:
+        assert "torch.nn refuses this: hx" in rnnkern.explain(module, *operands)
+
+
+def test_why_no_kernel_covers_operands() -> None:
+    x, weights = torch.zeros(5, 3, 4), [torch.zeros(6, 4), torch.zeros(6, 6)]
+    assert kernels.refusal(Operands(x, None, None, weights)) is None
+    for other, why in ((x.mT.contiguous().mT, Why.GAPS), (x.to(torch.int32), Why.OPERAND)):
+        refusal = kernels.refusal(Operands(other, None, None, weights))
+        assert refusal is not None
+        assert refusal.why is why
+        assert refusal.text
+
+
+def test_a_module_with_a_method_of_its_own() -> None:
+    module = build("LSTM", 4, 6)
+    assert call.refusal_of(module) is None
+    module.check_forward_args = lambda *_: None
+    refusal = call.refusal_of(module)
+    assert refusal is not None
+    assert refusal.why is Why.MODULE
+    assert "check_forward_args" in refusal.text

@@ -1,0 +1,146 @@
+"""Outputs that the caller changes in place, which backward may need unchanged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from support import LAYERS, build, pack_rows
+from torch import Tensor, nn
+
+Module = Callable[..., Any]
+
+EDITS: dict[str, Callable[[Tensor], Tensor]] = {
+    "add": lambda y: y.add_(1.5),
+    "relu": lambda y: y.relu_(),
+    "scale": lambda y: y.mul_(2).sub_(0.5),
+    "zero": lambda y: y.zero_(),
+    "one step": lambda y: y.index_fill_(0, torch.tensor([0]), 0.25),
+    "a view": lambda y: y[1:].mul_(3)._base,  # type: ignore[return-value]
+    "two edits": lambda y: y.add_(y.detach()).tanh_(),
+    "module": lambda y: nn.ReLU(inplace=True)(y),
+    "threshold": lambda y: nn.functional.threshold_(y, 0.1, 0.0),
+}
+
+
+SIZES = {"small": (5, 3, 4, 6), "large": (40, 16, 4, 33)}  # in memory of its own, and of torch
+
+
+def edited(module: nn.Module, x: Tensor, edit: Callable[[Tensor], Tensor], *, copies: bool) -> Any:
+    y, state = module(x)
+    y = edit(y.clone() if copies else y)
+    loss = y.square().sum() + sum(
+        s.sum() for s in (state if isinstance(state, tuple) else (state,))
+    )
+    return [y.detach(), *torch.autograd.grad(loss, list(module.parameters()))]
+
+
+@pytest.mark.parametrize("edit", EDITS)
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("kind", LAYERS)
+def test_an_output_changed_in_place(kind: str, size: str, edit: str) -> None:
+    """The gradients are those of the same edits of a copy."""
+    T, N, inputs, H = SIZES[size]
+    module = build(kind, inputs, H)
+    x = torch.randn(T, N, inputs)
+    got = edited(module, x, EDITS[edit], copies=False)
+    wanted = edited(module, x, EDITS[edit], copies=True)
+    for mine, other in zip(got, wanted, strict=True):
+        torch.testing.assert_close(mine, other)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"batch_first": True},
+        {"bidirectional": True},
+        {"num_layers": 2},
+        {"num_layers": 2, "bidirectional": True, "batch_first": True},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("kind", LAYERS)
+def test_an_output_of_other_layers_changed_in_place(
+    kind: str, size: str, options: dict[str, Any]
+) -> None:
+    T, N, inputs, H = SIZES[size]
+    module = build(kind, inputs, H, **options)
+    x = torch.randn(T, N, inputs)
+    for edit in ("scale", "relu"):
+        got = edited(module, x, EDITS[edit], copies=False)
+        wanted = edited(module, x, EDITS[edit], copies=True)
+        for mine, other in zip(got, wanted, strict=True):
+            torch.testing.assert_close(mine, other)
+
+
+def packed_call(module: nn.Module, x: Tensor, edit: Callable[[Tensor], Tensor]) -> Tensor:
+    packed = pack_rows([row[: 2 + i] for i, row in enumerate(x)], enforce_sorted=False)
+    y, _ = module(packed)
+    return edit(y.data)
+
+
+def ragged_call(module: nn.Module, x: Tensor, edit: Callable[[Tensor], Tensor]) -> Tensor:
+    lengths = torch.arange(2, 2 + x.shape[1]).clamp(max=x.shape[0])
+    return edit(module(x, lengths=lengths)[0])
+
+
+def unbatched_call(module: nn.Module, x: Tensor, edit: Callable[[Tensor], Tensor]) -> Tensor:
+    return edit(module(x[:, 0])[0])
+
+
+@pytest.mark.parametrize("call", [packed_call, ragged_call, unbatched_call])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_other_calls_whose_output_is_changed_in_place(kind: str, call: Module) -> None:
+    module = build(kind, 4, 6)
+    x = torch.randn(5, 3, 4)
+    results = []
+    for copies in (False, True):
+
+        def edit(y: Tensor, copies: bool = copies) -> Tensor:
+            return (y.clone() if copies else y).mul_(2).relu_()
+
+        y = call(module, x, edit)
+        results.append(torch.autograd.grad(y.square().sum(), list(module.parameters())))
+    for mine, other in zip(*results, strict=True):
+        torch.testing.assert_close(mine, other)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_an_output_changed_in_place_under_other_modes(kind: str) -> None:
+    """Second derivatives, deterministic algorithms, and a transform of torch.func."""
+    module = build(kind, 4, 6, dtype=torch.float64)
+    x = torch.randn(5, 3, 4, dtype=torch.float64, requires_grad=True)
+
+    def penalty(x: Tensor, copies: bool) -> Tensor:
+        y = module(x)[0]
+        y = (y.clone() if copies else y).mul_(2)
+        (dx,) = torch.autograd.grad(y.pow(3).sum(), x, create_graph=True)
+        return dx.square().sum()
+
+    def total(x: Tensor, copies: bool) -> Tensor:
+        y = module(x)[0]
+        return (y.clone() if copies else y).mul_(2).pow(3).sum()
+
+    for function in (
+        lambda copies: torch.autograd.grad(penalty(x, copies), x)[0],
+        lambda copies: torch.func.grad(total)(x, copies),
+    ):
+        torch.testing.assert_close(function(False), function(True))
+    torch.use_deterministic_algorithms(True)
+    torch.testing.assert_close(
+        *(torch.autograd.grad(total(x, copies), x)[0] for copies in (False, True))
+    )
+
+
+def test_an_output_that_does_not_change_is_not_copied() -> None:
+    """torch copies the large one when it is written to, and no sooner."""
+    y, _ = build("GRU", 4, 33)(torch.randn(40, 16, 4))
+    is_shared = torch._C._is_cow_tensor
+    before = y.detach().clone()
+    assert is_shared(y)
+    y.data.mul_(2)
+    assert not is_shared(y)
+    assert torch.equal(y, 2 * before)

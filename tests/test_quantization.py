@@ -1,0 +1,114 @@
+"""Tools that find modules by their exact type: quantization, and programs that count operations."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from support import CELLS, Tagger, build, reverted
+from torch import nn
+
+import rnnkern
+from rnnkern.interop import by_type
+
+Module = Callable[..., Any]
+
+
+@pytest.fixture
+def quantize(monkeypatch: pytest.MonkeyPatch) -> Iterator[Module]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from torch.ao.quantization import quantize_dynamic
+
+        yield quantize_dynamic
+
+
+SPECS: dict[str, Callable[[ModuleType, str], Any]] = {
+    "default": lambda lib, kind: None,
+    "ours": lambda lib, kind: {getattr(rnnkern, kind), nn.Linear},
+    "torch's": lambda lib, kind: {getattr(nn, kind), nn.Linear},
+    "by name": lambda lib, kind: {"rnn", "head"},
+}
+
+
+@pytest.mark.cpu_only
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+def test_quantization_finds_a_layer(kind: str, spec: str, quantize: Module) -> None:
+    model, x = Tagger(build(kind, 4, 6), 6).eval(), torch.randn(5, 3, 4)
+    wanted = quantize(reverted(model), SPECS[spec](nn, kind), dtype=torch.qint8)
+    small = quantize(model, SPECS[spec](rnnkern, kind), dtype=torch.qint8)
+    assert type(small.rnn) is type(wanted.rnn)
+    assert "quantized" in type(small.rnn).__module__
+    torch.testing.assert_close(small(x), wanted(x))
+    assert type(model.rnn) is getattr(rnnkern, kind)  # the model itself is not changed
+
+
+@pytest.mark.cpu_only
+@pytest.mark.parametrize("kind", CELLS)
+def test_quantization_finds_a_cell(kind: str, quantize: Module) -> None:
+    model = nn.Sequential(build(kind, 4, 6)).eval()
+    small = quantize(model)
+    assert "quantized" in type(small[0]).__module__
+    assert type(model[0]) is getattr(rnnkern, kind)
+
+
+@pytest.mark.cpu_only
+def test_what_is_not_quantized_stays_as_it_was(quantize: Module) -> None:
+    model = nn.Sequential(build("RNN", 4, 6), nn.Linear(6, 2)).eval()
+    small = quantize(model)
+    assert type(small[0]) is rnnkern.RNN
+    assert "quantized" in type(small[1]).__module__
+    quantize(model, inplace=True)
+    assert type(model[0]) is rnnkern.RNN
+    assert "quantized" in type(model[1]).__module__
+
+
+@pytest.mark.cpu_only
+@pytest.mark.parametrize("own_type", [True, False])
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+def test_quantization_of_graphs_finds_a_layer(kind: str, own_type: bool, quantize: Module) -> None:
+    from torch.ao.quantization import QConfigMapping, default_dynamic_qconfig
+    from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
+
+    model, x = Tagger(build(kind, 4, 6), 6).eval(), torch.randn(5, 3, 4)
+    config = QConfigMapping().set_object_type(getattr(rnnkern, kind), default_dynamic_qconfig)
+    for other in (nn.Linear, getattr(nn, kind)):
+        config.set_object_type(other, default_dynamic_qconfig)
+    if own_type:
+        del config.object_type_qconfigs[getattr(nn, kind)]
+    theirs = QConfigMapping().set_global(default_dynamic_qconfig)
+    small = convert_fx(prepare_fx(model, config, (x,)))
+    wanted = convert_fx(prepare_fx(reverted(model), theirs, (x,)))
+    assert type(small.rnn) is type(wanted.rnn)
+    assert "quantized" in type(small.rnn).__module__
+    torch.testing.assert_close(small(x), wanted(x))
+    assert type(model.rnn) is getattr(rnnkern, kind)
+
+
+def test_tables_of_programs_that_count_operations() -> None:
+    """They are changed once they are imported: here is what is done to them."""
+
+    class Program(ModuleType):
+        table: dict[type, Any]
+
+    program = Program("program")
+    program.table = {nn.LSTM: "count_lstm", nn.GRUCell: "count_cell", nn.Linear: "count"}
+    by_type._add_entries(program, "table")
+    assert program.table[rnnkern.LSTM] == "count_lstm"
+    assert program.table[rnnkern.GRUCell] == "count_cell"
+    assert rnnkern.GRU not in program.table
+    assert len(program.table) == 5
+    by_type._add_entries(program, "no such table")
+
+
+@pytest.mark.ecosystem
+@pytest.mark.parametrize("module", by_type._TABLES)
+def test_operations_are_counted_where_the_program_is_installed(module: str) -> None:
+    program = pytest.importorskip(module)
+    entries = getattr(program, by_type._TABLES[module])
+    assert entries[rnnkern.LSTM] is entries[nn.LSTM]
