@@ -341,7 +341,8 @@ py::object plain_backward(py::handle ctx, py::handle dy, py::handle dhn, py::han
   const py::object space = namespace_of(ctx);
   PyObject *const scanned = find_in(space.ptr(), scanned_name), *const own =
                                                                     find_in(space.ptr(), own_name);
-  if (!scanned || !own || find_in(space.ptr(), shared_name) || PyTuple_GET_SIZE(scanned) != 3) {
+  if (!scanned || !own || find_in(space.ptr(), shared_name) || !PyTuple_CheckExact(scanned) ||
+      PyTuple_GET_SIZE(scanned) != 3) {
     return py::none();
   }
   const auto item = [](PyObject* tuple, Py_ssize_t i) {

@@ -17,6 +17,8 @@ PACKED = 1
 """Added to the code of a layer: its input is a packed sequence."""
 
 _MODES = tuple(CELLS)
+_FIRST, _BITS = 4, 9
+"""Cells and bits of a layer's code without the bits that later cells add."""
 
 
 class Layer(NamedTuple):
@@ -47,18 +49,24 @@ class Layer(NamedTuple):
 
     @property
     def code(self) -> int:
-        """The layer as one number, with room for `PACKED`: what `ops.scan_kernel` takes."""
-        code = _MODES.index(self.mode) + len(_MODES) * (self.directions - 1)
+        """The layer as one number, with room for `PACKED`: what `ops.scan_kernel` takes.
+
+        torch keeps compiled programs with such numbers on disk. A cell that is added at the end of
+        the list changes no number of the cells before it.
+        """
+        more, mode = divmod(_MODES.index(self.mode), _FIRST)
+        code = mode + _FIRST * (self.directions - 1)
         for flag in self[2:]:
             code = 2 * code + flag
-        return 2 * code
+        return 2 * code + (more << _BITS)
 
     @classmethod
     def of_code(cls, code: int) -> Layer:
         """The layer of a number, whether `PACKED` is in it or not."""
+        more, code = divmod(code, 1 << _BITS)
         flags = [bool(code >> place & 1) for place in range(len(cls._fields) - 2, 0, -1)]
-        directions, mode = divmod(code >> (len(flags) + 1), len(_MODES))
-        return cls(_MODES[mode], directions + 1, *flags)
+        directions, mode = divmod(code >> (len(flags) + 1), _FIRST)
+        return cls(_MODES[_FIRST * more + mode], directions + 1, *flags)
 
     @property
     def tensors(self) -> int:

@@ -23,7 +23,7 @@ FILES = ("CMakeLists.txt", "LICENSE", "pyproject.toml", "setup.py")
 INSERTED = {
     "csrc/cells/list.h": [
         ('#include "cells/elman.h"', '#include "cells/coupled_lstm.h"\n'),
-        (r"(?<=using Cells = CellList<)", "CoupledLstm, "),
+        (">;", ", CoupledLstm"),
     ],
     "rnnkern/cells.py": [
         (

@@ -1,4 +1,4 @@
-// The list of cells: a new one is an include and a name here.
+// The list of cells: a new one is an include and a name at the end.
 #pragma once
 
 #include "cells/elman.h"
@@ -8,7 +8,7 @@
 namespace rnnkern {
 namespace RNNKERN_NAMESPACE {
 
-// CMakeLists.txt reads this statement.
+// CMakeLists.txt reads this statement, and every comma in it ends a name.
 using Cells = CellList<Elman<Tanh>, Elman<Relu>, Lstm, Gru>;
 
 }  // namespace RNNKERN_NAMESPACE

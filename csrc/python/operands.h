@@ -197,7 +197,9 @@ class Operands {
     const TensorView v = view(object, name, &gaps);
     const int64_t stride = v.tensor.ndim ? v.stride(v.tensor.ndim - 1) : 1;
     *uniform = features > 1 && stride == 0;
-    if (features > 1 && stride > 1 && steps.total) v.fail(std::string("is not covered: ") + kGaps);
+    if (features > 1 && stride > 1 && steps.total) {
+      return rows_of<const T>(view(dense_copy(object), name), features);
+    }
     return rows_of<const T>(v, features);
   }
 
@@ -213,10 +215,7 @@ class Operands {
     bool gaps = false;
     const TensorView v = view(object, name, &gaps);
     if (!gaps) return state_of<const T>(v, features);
-    PyObject* copy = PyObject_CallOneArg(api.contiguous, object.ptr());
-    if (!copy) throw py::error_already_set();
-    copies_.push_back(py::reinterpret_steal<py::object>(copy));
-    return state<const T>(copies_.back(), name, features);
+    return state<const T>(dense_copy(object), name, features);
   }
 
   State<const T> initial_cell(py::handle c0) {
@@ -498,6 +497,14 @@ class Operands {
   // One step, whose tensors have no axis of time: [N, F], or [F] of a single row.
   const bool of_a_cell_;
   std::vector<int64_t> start_;
+  // It lives as long as this.
+  py::handle dense_copy(py::handle object) {
+    PyObject* copy = PyObject_CallOneArg(api.contiguous, object.ptr());
+    if (!copy) throw py::error_already_set();
+    copies_.push_back(py::reinterpret_steal<py::object>(copy));
+    return copies_.back();
+  }
+
   std::vector<py::object> copies_;
 };
 

@@ -250,7 +250,7 @@ def test_the_layouts_are_all_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
             capability=(9, 0), multiprocessors=multiprocessors, shared_bytes=kib << 10
         )
         for mode in ("RNN_TANH", "LSTM", "GRU"):
-            layer = kernels.layer(mode, 1, H, 0, True, False)
+            layer = kernels.kernel(mode, 1, H, 0, True, False)
             for dtype in (torch.float32, torch.bfloat16):
                 for backward in (False, True):
                     plan, _ = kernels.cuda_plan(

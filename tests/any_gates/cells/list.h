@@ -9,7 +9,7 @@ namespace rnnkern {
 namespace RNNKERN_NAMESPACE {
 
 // Each slot counts differently, so that a result tells if two of them change places.
-constexpr double weight_of(int slot) { return 1 + slot % 3; }
+constexpr double weight_of(int slot) { return 1 + slot; }
 
 // h' = relu(sum over the slots of weight * slot). Every slot saves h'.
 template <int kGates, int kSlots>
