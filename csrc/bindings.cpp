@@ -180,8 +180,9 @@ std::optional<PlainStates> plain_states(const Layer& layer, py::handle hx) {
   return states.count ? std::optional(states) : std::nullopt;
 }
 
-// record((layer, None, number of states), outputs, kept y, saved, x, *weights, *states)
-constexpr size_t kRecordedBefore = 4;  // x
+// record((layer, None, number of states), outputs, kept y, saved, x, *weights, *states). The first
+// operands, up to x, have no gradients.
+constexpr size_t kRecordedBefore = 4;
 py::tuple recorded(py::handle record, const Layer& layer, py::handle x, const PlainWeights& weights,
                    const PlainStates& states, Outputs&& made) {
   const py::object kept_y = std::move(made.kept_y), saved = std::move(made.saved),
@@ -327,9 +328,10 @@ py::tuple backward_any(const Layer& layer, py::handle x, py::handle h0, py::hand
   });
 }
 
-// The backward pass of a recorded call: what autograd wants of `ctx` (rnnkern/autograd.py), or None
-// where a derivative of it is wanted, a mode of torch or a profiler is to see it, a hook has the
-// saved tensors, the gradients of a loop are summed, or an operand is refused.
+// The backward pass of a recorded call: the gradients for autograd's node `ctx`
+// (rnnkern/autograd.py). None if they must be differentiable, if a mode of torch or a profiler has
+// to see the pass, if a hook has the saved tensors, if a loop sums its gradients, or if an operand
+// is refused.
 py::object plain_backward(py::handle ctx, py::handle dy, py::handle dhn, py::handle dcn) {
   static PyObject* const scanned_name = PyUnicode_InternFromString("scanned");
   static PyObject* const own_name = PyUnicode_InternFromString("own");
@@ -339,8 +341,8 @@ py::object plain_backward(py::handle ctx, py::handle dy, py::handle dhn, py::han
     return py::none();
   }
   const py::object space = namespace_of(ctx);
-  PyObject *const scanned = find_in(space.ptr(), scanned_name), *const own =
-                                                                    find_in(space.ptr(), own_name);
+  PyObject* const scanned = find_in(space.ptr(), scanned_name);
+  PyObject* const own = find_in(space.ptr(), own_name);
   if (!scanned || !own || find_in(space.ptr(), shared_name) || !PyTuple_CheckExact(scanned) ||
       PyTuple_GET_SIZE(scanned) != 3) {
     return py::none();

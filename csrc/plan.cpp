@@ -127,8 +127,9 @@ Plan plan_backward(const Problem& problem, const Machine& machine, double work) 
         problem.T == 1 ? same_place ? kReadsInPlaceOfOneStepOfSamePlace : kReadsInPlaceOfOneStep
         : same_place   ? kReadsInPlaceOfSamePlace
                        : kReadsInPlace;
-    const bool packed =
-        problem.deterministic || !machine.multiplies_in_place || problem.total > most;
+    // If a row is shorter than a vector, the vector would reach beyond the next row.
+    const bool packed = problem.deterministic || !machine.multiplies_in_place ||
+                        columns < machine.lanes || problem.total > most;
     return packed ? Reading::kPacked : Reading::kInPlace;
   };
   plan.input = reading(problem.sizes.I);

@@ -233,6 +233,16 @@ def test_rows_that_want_one_place_of_the_cache_are_drawn_together() -> None:
         assert plan("LSTM", sizes, 1, cpu, backward=True)[0]["reads"] == wanted
 
 
+def test_rows_that_are_shorter_than_a_vector_are_packed_in_backward() -> None:
+    """A vector would reach beyond the next row."""
+    for (I, H), wanted in {
+        (15, 15): (PACKED, PACKED),
+        (15, 16): (PACKED, IN_PLACE),
+        (16, 15): (IN_PLACE, PACKED),
+    }.items():
+        assert plan("LSTM", (1, 1, I, H), backward=True)[0]["reads"] == wanted
+
+
 def test_more_cache_makes_weights_small() -> None:
     sizes = (50, 64, 512, 512)
     assert plan("LSTM", sizes)[0] == expect(2, 1, 2, steps=4)

@@ -487,6 +487,14 @@ class Operands {
     return {v.data<U>(), v.stride(0), v.stride(1)};
   }
 
+  // The copy lives as long as these operands.
+  py::handle dense_copy(py::handle object) {
+    PyObject* copy = PyObject_CallOneArg(api.contiguous, object.ptr());
+    if (!copy) throw py::error_already_set();
+    copies_.push_back(py::reinterpret_steal<py::object>(copy));
+    return copies_.back();
+  }
+
   Shape slots_shape() const {
     return dense({sizes.D, steps.total, cell_shape(sizes.cell).slots * sizes.H});
   }
@@ -497,14 +505,6 @@ class Operands {
   // One step, whose tensors have no axis of time: [N, F], or [F] of a single row.
   const bool of_a_cell_;
   std::vector<int64_t> start_;
-  // It lives as long as this.
-  py::handle dense_copy(py::handle object) {
-    PyObject* copy = PyObject_CallOneArg(api.contiguous, object.ptr());
-    if (!copy) throw py::error_already_set();
-    copies_.push_back(py::reinterpret_steal<py::object>(copy));
-    return copies_.back();
-  }
-
   std::vector<py::object> copies_;
 };
 
