@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -10,10 +11,11 @@ from support import build, pack_rows
 from torch import nn
 
 import rnnkern
-from rnnkern import call, kernels
+from rnnkern import call, kernels, layer
 from rnnkern.call import Call
+from rnnkern.cells import CELLS
 from rnnkern.kernels import Refusal, Why
-from rnnkern.layer import Layer, Operands
+from rnnkern.layer import PACKED, Layer, Operands
 
 pytestmark = pytest.mark.cpu_only
 
@@ -83,3 +85,22 @@ def test_a_module_with_a_method_of_its_own() -> None:
     assert refusal is not None
     assert refusal.why is Why.MODULE
     assert "check_forward_args" in refusal.text
+
+
+def test_a_cell_that_is_added_changes_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch keeps compiled programs with these numbers on disk."""
+    layers = [
+        Layer(mode, directions, *flags)
+        for mode in CELLS
+        for directions in (1, 2)
+        for flags in itertools.product((False, True), repeat=5)
+    ]
+    codes = [each.code for each in layers]
+    assert Layer("RNN_TANH", 1, False, False, False, False, False).code == 0
+    assert Layer("GRU", 2, True, False, True, False, True).code == 490
+    monkeypatch.setattr(layer, "_MODES", (*CELLS, *(f"LATER_{i}" for i in range(9))))
+    assert [each.code for each in layers] == codes
+    assert [Layer.of_code(code | PACKED) for code in codes] == layers
+    later = [each._replace(mode=f"LATER_{i}") for i in range(9) for each in layers]
+    assert [Layer.of_code(each.code) for each in later] == later
+    assert not {each.code for each in later} & set(codes)
