@@ -44,7 +44,7 @@ endef
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help install compare test test-ecosystem test-machines test-torch bench bench-smoke report docs lint format \
-  wheels wheels-cuda test-aarch64 sanitize cuda-check cuda-sanitize simt toy-cell simt-coverage clean distclean
+  wheels wheels-cuda test-aarch64 sanitize cuda-check cuda-sanitize simt ptx toy-cell own-cells simt-coverage clean distclean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -106,7 +106,7 @@ test-aarch64: $(call group,build)  ## check the CPU kernels on AArch64 under QEM
 sanitize: $(TESTS)  ## run the kernel tests under the address and undefined-behaviour sanitizers
 	sh tools/sanitize.sh $(BIN)/python $(SPREAD) $(ARGS)
 
-cuda-check: $(TESTS)  ## compile the CUDA kernels (CUDAARCHS=90a-real: for one target), look for spills
+cuda-check: $(TESTS) $(call group,cuda-check)  ## compile the CUDA kernels (CUDAARCHS=90a-real: for one target), read their machine code
 	sh tools/cuda_check.sh $(BIN)/python
 
 cuda-sanitize: $(TESTS)  ## tests on a GPU under compute-sanitizer's memcheck and racecheck
@@ -115,8 +115,16 @@ cuda-sanitize: $(TESTS)  ## tests on a GPU under compute-sanitizer's memcheck an
 simt: $(TESTS)  ## run kernel tests on the CUDA kernels, on a stand-in for the GPU (ARGS: of pytest)
 	sh tools/simt.sh $(BIN)/python $(SPREAD) $(ARGS)
 
+ptx: $(TESTS)  ## test nvcc's PTX of the CUDA kernels on that stand-in; needs nvcc (PART=0 to 3: a quarter of it)
+	sh tools/ptx.sh $(BIN)/python $(or $(PART),all) $(SPREAD) $(ARGS)
+
 toy-cell: $(WITH_TORCH) $(call group,test)  ## add a cell to a copy of the sources and test it there (ARGS: of pytest)
 	$(BIN)/python tools/toy_cell.py $(SPREAD) $(ARGS)
+
+own-cells: $(TESTS)  ## run the kernel tests on three cells that are written in Python
+	PYTHONPATH=tests:tests/own_cells RNNKERN_CACHE=build/cells $(PYTEST) -p three_cells -m kernel \
+	  -k "Own and not autocast" tests/test_sequences.py tests/test_modules.py tests/test_numerics.py \
+	  tests/test_16bit.py tests/test_second_order.py $(SPREAD) $(ARGS)
 
 simt-coverage: $(TESTS) $(call group,coverage)  ## which lines of the CUDA kernels the tests on the stand-in run
 	sh tools/simt_coverage.sh $(BIN)/python

@@ -1,13 +1,14 @@
 """Drives CMake with Ninja.
 
 CMakeLists.txt is the one build definition, pyproject.toml holds the metadata but for the version:
-RNNKERN_LOCAL_VERSION=cu130 makes 0.1.0 into 0.1.0+cu130. RNNKERN_WITHOUT_EXTENSION=1 leaves the
+RNNKERN_LOCAL_VERSION=cu130 makes 0.2.0 into 0.2.0+cu130. RNNKERN_WITHOUT_EXTENSION=1 leaves the
 extension out: the Makefile installs the metadata that way, and builds the extension in view.
 """
 
 from __future__ import annotations
 
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -17,8 +18,9 @@ import pybind11
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-VERSION = "0.1.0"
+VERSION = "0.2.0"
 ROOT = Path(__file__).parent.resolve()
+HEADERS = runpy.run_path(str(ROOT / "rnnkern" / "own_cells" / "headers.py"))
 
 
 class CMakeBuild(build_ext):
@@ -52,10 +54,21 @@ class CMakeBuild(build_ext):
             f"-DRNNKERN_CUDA={os.environ.get('RNNKERN_CUDA', 'AUTO')}",
             f"-DRNNKERN_INSTRUCTION_SETS={os.environ.get('RNNKERN_INSTRUCTION_SETS', 'all')}",
             f"-DRNNKERN_MANYLINUX={os.environ.get('RNNKERN_MANYLINUX', 'OFF')}",
+            f"-DRNNKERN_HEADERS={HEADERS['digest'](ROOT / 'csrc')}",
             f"-DRNNKERN_CUDA_REPORT={os.environ.get('RNNKERN_CUDA_REPORT', 'OFF')}",
         ]
         subprocess.run(configure, check=True)
         subprocess.run(["cmake", "--build", str(build), "--target", "_C"], check=True)
+        if not self.editable_mode and not self.inplace:
+            copy_headers(target / "include")
+
+
+def copy_headers(target: Path) -> None:
+    """Puts the files that `rnnkern.cell` compiles cells with beside the extension."""
+    for source in HEADERS["files"](ROOT / "csrc"):
+        copied = target / source.relative_to(ROOT / "csrc")
+        copied.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(source, copied)
 
 
 local = os.environ.get("RNNKERN_LOCAL_VERSION")

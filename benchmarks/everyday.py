@@ -3,7 +3,8 @@
     python -m benchmarks.everyday [--case packed,long,serving,busy] [--repeat 3]
 
 ``packed`` is the case of pytorch issue 149194: training an LSTM on a batch of sequences of very
-different lengths. Its results, and those of ``long``, are checked before they are timed.
+different lengths, packed and padded. Its results, and those of ``long``, are checked before they
+are timed.
 """
 
 from __future__ import annotations
@@ -11,27 +12,30 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from time import perf_counter, sleep
+from time import perf_counter
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import rnnkern
+from benchmarks import rows
+from benchmarks.busy import busy_neighbour
+from benchmarks.rows import OURS, Call, Effort, Row
 from rnnkern import tolerance
 from rnnkern.bench import timing
 from rnnkern.bench.printer import duration
-from rnnkern.bench.timing import PairTiming
 
-Call = Callable[[], object]
 SERVING_S = 1.0
 SERVERS = 4
-PACKED_STEPS, LONG_STEPS = 1000, 100_000
+PACKED_STEPS = (10, 30, 100, 300, 1000, 4000)
+LONG_STEPS = 100_000
+#: Calls that take longer than this many seconds have three samples, or one.
+LONG_S, VERY_LONG_S = 1.0, 10.0
+#: torch.nn is not timed on a packed batch if that would take longer: its time grows with L squared.
+TOO_LONG_S = 60.0
 
 
 def pair(kind: str, *sizes: int) -> tuple[nn.Module, nn.Module]:
@@ -49,16 +53,24 @@ def check(ours: Tensor, theirs: Tensor, exact: Tensor) -> None:
         raise SystemExit(f"wrong results: {verdict}")
 
 
-def in_turn(ours: Call, theirs: Call, repeat: int) -> PairTiming:
-    return timing.time_pair(ours, theirs, budget_s=0, min_pairs=repeat)
+def in_turn(calls: dict[str, Call], effort: Effort) -> dict[str, list[float]]:
+    """As `rows.in_turn`, but with few samples of calls that take seconds."""
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(3):
+        for name, call in calls.items():
+            samples[name].append(timing.host_clock(call, 1))
+        slowest = max(own[0] for own in samples.values())
+        if slowest < LONG_S:
+            return rows.in_turn(calls, effort)
+        if slowest > VERY_LONG_S:
+            break
+    return samples
 
 
-def packed(repeat: int) -> Iterator[tuple[str, PairTiming]]:
-    """N=32, I=H=128, lengths from 1 to L=PACKED_STEPS; forward and backward of the sum."""
+def packed(effort: Effort) -> Iterator[Row]:
+    """N=32, I=H=128, lengths from 1 to L; forward and backward of the sum."""
     ours, theirs = pair("LSTM", 128, 128)
     exact = copy.deepcopy(theirs).double()
-    x = torch.randn(PACKED_STEPS, 32, 128)
-    lengths = torch.linspace(1, PACKED_STEPS, 32).long().flip(0)
 
     def gradient(module: nn.Module, output: Tensor) -> Tensor:
         module.zero_grad()
@@ -67,38 +79,77 @@ def packed(repeat: int) -> Iterator[tuple[str, PairTiming]]:
         assert found is not None
         return found
 
-    def by_packing(module: nn.Module, x: Tensor = x) -> Tensor:
-        return gradient(module, module(pack_padded_sequence(x, lengths))[0].data)
+    before_L, before_s = 1, 0.0
+    for L in PACKED_STEPS[: 2 if effort.quick else None]:
+        x = torch.randn(L, 32, 128)
+        lengths = torch.linspace(1, L, 32).long().flip(0)
 
-    def by_lengths() -> Tensor:
-        return gradient(ours, ours(x, lengths=lengths)[0])
+        def by_packing(module: nn.Module, x: Tensor = x, lengths: Tensor = lengths) -> Tensor:
+            return gradient(module, module(pack_padded_sequence(x, lengths))[0].data)
 
-    wanted = by_packing(theirs), by_packing(exact, x.double())
-    check(by_packing(ours), *wanted)
-    check(by_lengths(), *wanted)
-    yield (
-        f"training on a PackedSequence, LSTM N=32 H=128 L={PACKED_STEPS}",
-        in_turn(lambda: by_packing(ours), lambda: by_packing(theirs), repeat),
-    )
-    yield (
-        "the same, torch.nn packed, ours with lengths=",
-        in_turn(by_lengths, lambda: by_packing(theirs), repeat),
-    )
+        def by_padding(module: nn.Module, x: Tensor = x) -> Tensor:
+            return gradient(module, module(x)[0])
+
+        def by_lengths(x: Tensor = x, lengths: Tensor = lengths) -> Tensor:
+            return gradient(ours, ours(x, lengths=lengths)[0])
+
+        # Packing takes torch.nn a minute at the largest L. No output within a row depends on what
+        # follows its end, so the sum over a padded batch without its padding is the same.
+        in_row = (torch.arange(L)[:, None] < lengths)[..., None]
+
+        def by_mask(module: nn.Module, x: Tensor, in_row: Tensor = in_row) -> Tensor:
+            return gradient(module, module(x)[0] * in_row)
+
+        wanted = by_mask(theirs, x), by_mask(exact, x.double())
+        check(by_packing(ours), *wanted)
+        check(by_lengths(), *wanted)
+        calls: dict[str, Call] = {
+            "packed": functools.partial(by_packing, ours),
+            "lengths=": by_lengths,
+            "padded": functools.partial(by_padding, ours),
+            "torch.nn packed": functools.partial(by_packing, theirs),
+            "torch.nn padded": functools.partial(by_padding, theirs),
+        }
+        if before_s * (L / before_L) ** 2 > TOO_LONG_S:
+            del calls["torch.nn packed"]
+        samples = in_turn(calls, effort)
+        if "torch.nn packed" in samples:
+            before_L, before_s = L, min(samples["torch.nn packed"])
+        speedup = {
+            f"{own} over {other}": rows.ratio(samples, own, other)
+            for own, other in (
+                ("packed", "torch.nn packed"),
+                ("lengths=", "torch.nn packed"),
+                ("lengths=", "torch.nn padded"),
+                ("padded", "torch.nn padded"),
+            )
+            if other in samples
+        }
+        yield rows.row(
+            "packed and padded",
+            f"training an LSTM, N=32 H=128 L={L}",
+            samples,
+            "packed",
+            speedup=speedup,
+            shown=list(samples),
+        )
 
 
-def long(repeat: int) -> Iterator[tuple[str, PairTiming]]:
+def beside(case: str, ours: list[float], theirs: list[float]) -> Row:
+    return rows.row("more cases", case, {OURS: ours, "torch.nn": theirs})
+
+
+def long(effort: Effort) -> Iterator[Row]:
     """T=LONG_STEPS, N=1, I=H=16, inference."""
     ours, theirs = pair("GRU", 16, 16)
     x = torch.randn(LONG_STEPS, 1, 16)
     with torch.no_grad():
         check(ours(x)[0], theirs(x)[0], copy.deepcopy(theirs).double()(x.double())[0])
-        yield (
-            f"GRU of {LONG_STEPS} steps, N=1 H=16",
-            in_turn(lambda: ours(x), lambda: theirs(x), repeat),
-        )
+        samples = in_turn({OURS: lambda: ours(x), "torch.nn": lambda: theirs(x)}, effort)
+        yield beside(f"GRU of {LONG_STEPS} steps, N=1 H=16", *samples.values())
 
 
-def serving(repeat: int) -> Iterator[tuple[str, PairTiming]]:
+def serving(effort: Effort) -> Iterator[Row]:
     """Four Python threads, each with calls of its own, torch on one thread; seconds a call."""
     modules = pair("LSTM", 100, 256)
     x = torch.randn(30, 1, 100)
@@ -117,24 +168,12 @@ def serving(repeat: int) -> Iterator[tuple[str, PairTiming]]:
             return SERVING_S / sum(job.result() for job in jobs)
 
     with timing.threads_set(1):
-        samples = [[serve(module) for module in modules] for _ in range(repeat)]
+        samples = [[serve(module) for module in modules] for _ in range(effort.rounds)]
     ours_s, theirs_s = map(list, zip(*samples, strict=True))
-    yield "four Python threads serve an LSTM, T=30 N=1 H=256", PairTiming(ours_s, theirs_s)
+    yield beside("four Python threads serve an LSTM, T=30 N=1 H=256", ours_s, theirs_s)
 
 
-@contextmanager
-def busy_neighbour() -> Iterator[None]:
-    """Another process computes all the time."""
-    process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
-    try:
-        sleep(0.2)
-        yield
-    finally:
-        process.kill()
-        process.wait()
-
-
-def busy(repeat: int) -> Iterator[tuple[str, PairTiming]]:
+def busy(effort: Effort) -> Iterator[Row]:
     """One step of a stream and one training step, beside a busy process.
 
     A sample has many of them, because the neighbour takes a CPU for milliseconds at a time.
@@ -158,13 +197,24 @@ def busy(repeat: int) -> Iterator[tuple[str, PairTiming]]:
         ):
             own = [functools.partial(call, module) for module in modules]
             samples = [
-                [timing.host_clock(c, count) / count for c in own] for _ in range(repeat + 1)
+                [timing.host_clock(c, count) / count for c in own] for _ in range(effort.rounds + 1)
             ]
             ours_s, theirs_s = map(list, zip(*samples[1:], strict=True))  # the first one warms up
-            yield name, PairTiming(ours_s, theirs_s)
+            yield beside(name, ours_s, theirs_s)
 
 
-CASES = {"packed": packed, "long": long, "serving": serving, "busy": busy}
+CASES: dict[str, Callable[[Effort], Iterator[Row]]] = {
+    "packed": packed,
+    "long": long,
+    "serving": serving,
+    "busy": busy,
+}
+
+
+def everyday(effort: Effort) -> Iterator[Row]:
+    """All cases."""
+    for rows_of_case in CASES.values():
+        yield from rows_of_case(effort)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -176,11 +226,11 @@ def main(arguments: list[str] | None = None) -> None:
     if unknown or args.repeat < 1:
         parser.error(f"--case: some of {','.join(CASES)}, got {args.case}; --repeat: 1 or more")
     print(f"{timing.cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
-    print("| case | torch.nn | rnnkern | speed-up |\n|---|---|---|---|")
     for name in args.case.split(","):
-        for case, found in CASES[name](args.repeat):
-            theirs, ours = (duration(us).strip() for us in (found.their_us, found.us))
-            print(f"| {case} | {theirs} | {ours} | {found.speedup:.1f}x |", flush=True)
+        for made in CASES[name](Effort(0, args.repeat)):
+            times = "  ".join(f"{k} {duration(us).strip()}" for k, us in made["us"].items())
+            ratios = "  ".join(f"{k} {value:.1f}x" for k, value in made["speedup"].items())
+            print(f"{made['case']}: {times}; {ratios}", flush=True)
 
 
 if __name__ == "__main__":

@@ -12,17 +12,21 @@
 #include "cuda/driver.h"
 #include "cuda/plan.h"
 #include "plan.h"
+#include "python/frozen.h"
 #include "python/layer.h"
 #include "python/operands.h"
+#include "python/options.h"
 #include "python/plain_module.h"
 #include "python/run.h"
 #include "python/second_order.h"
+#include "python/states.h"
 #include "python/torch.h"
 
 namespace rnnkern {
 namespace {
 
-// Why no kernel covers these tensors, or None; gaps only where nothing worse is found.
+// Why no kernel covers these tensors, or None. Gaps are the answer only if there is no other
+// reason.
 py::object refusal(py::handle x, py::handle h0, py::handle c0, const py::sequence& weights) {
   std::vector<py::object> all = {py::reinterpret_borrow<py::object>(x),
                                  py::reinterpret_borrow<py::object>(h0),
@@ -39,8 +43,8 @@ py::object refusal(py::handle x, py::handle h0, py::handle c0, const py::sequenc
   return gaps ? py::object(py::str(gaps)) : py::object(py::none());
 }
 
-// f(T{}) for elements T that the input of a layer has. Forward and backward ask separately: what
-// one saves is right for the other, whatever either multiplies.
+// f(T{}) for elements T that the input of a layer has. Forward and backward ask separately. One may
+// run as F32ByBf16 and the other as float32: both save and read float32.
 template <typename F>
 auto with_element_of(const Layer& layer, py::handle x, F f) {
   if (!is_tensor(x)) throw Refused("input is not covered: tensor subclass");
@@ -48,19 +52,28 @@ auto with_element_of(const Layer& layer, py::handle x, F f) {
   if (!with_element(view.tensor.dtype, [](auto) { return true; })) {
     view.fail("is not covered: its dtype");
   }
-  if (layer.by_bfloat16 && view.tensor.device.type == dlpack::kCpu &&
-      view.tensor.dtype == dlpack::kDataType<float> && has_kernels<F32ByBf16>()) {
+  if (view.tensor.device.type == dlpack::kCpu && view.tensor.dtype == dlpack::kDataType<float> &&
+      has_kernels<F32ByBf16>()) {
     int64_t rows = 1;
     for (int i = 0; i + 1 < view.tensor.ndim; ++i) rows *= view.size(i);
-    if (worth_bfloat16(rows, is_so(api.deterministic))) return f(F32ByBf16{});
+    const int64_t N = view.tensor.ndim == 3 ? view.size(layer.batch_first ? 0 : 1) : rows;
+    // In the order of what the questions cost a small call.
+    if (worth_bfloat16(rows, false) || worth_bfloat16(rows, is_so(api.deterministic))) {
+      const auto precision = layer.by_bfloat16 ? MatmulPrecision::kMedium : matmul_precision();
+      if (precision == MatmulPrecision::kMedium) return f(F32ByBf16{});
+      if (precision == MatmulPrecision::kHigh && has_kernels<F32By3Bf16>() &&
+          worth_split(rows, N, is_so(api.deterministic))) {
+        return f(F32By3Bf16{});
+      }
+    }
   }
   return with_element(view.tensor.dtype, f);
 }
 
 struct Outputs {
-  py::object y, hn, cn;  // hn: None of a cell, where it is y; cn: None where there is none
-  // For backward: y as it is now, which is y itself if nobody may change it, or None if it is a
-  // part of what forward saves; and that, None if it is nothing.
+  py::object y, hn, cn;  // hn: None for a cell, because it is y; cn: None without a cell state
+  // For backward: y as it is now (y itself if nobody may change it, None if it is a part of what
+  // forward saves), and what forward saves, or None.
   py::object kept_y = py::none(), saved = py::none();
 };
 
@@ -68,6 +81,7 @@ struct Outputs {
 struct Wanted {
   bool training = false;
   bool keeps_y = false;  // the caller hands y on, and whoever gets it may change it
+  bool cells = false;    // the cell states of all steps are saved in any case
 };
 
 // A readout and what it makes, none of them for an open loop.
@@ -78,7 +92,7 @@ struct ReadoutOperands {
 template <typename T, typename Weights>
 Outputs forward_of(const Layer& layer, py::handle x, py::handle h0, py::handle c0,
                    const Weights& weights, py::handle steps, Wanted wanted,
-                   const ReadoutOperands& readout = {}) {
+                   const ReadoutOperands& readout = {}, const CallOptions& options = {}) {
   Operands<T> o(layer, x, steps);
   Forward<T> f;
   o.read_weights(weights, f.weights);
@@ -88,6 +102,7 @@ Outputs forward_of(const Layer& layer, py::handle x, py::handle h0, py::handle c
   f.x = o.input();
   f.h0 = o.template state<const T>(h0, "h_0", z.O);
   f.c0 = o.initial_cell(c0);
+  options.give(o, &f);
   Outputs made;
   made.y = o.make_rows(z.D * z.O, &f.y);
   if (o.of_a_cell()) {
@@ -96,23 +111,22 @@ Outputs forward_of(const Layer& layer, py::handle x, py::handle h0, py::handle c
   } else {
     made.hn = o.make_state(z.O, &f.hn);
   }
-  made.cn = layer.has_cell_state() ? o.make_state(z.H, &f.cn) : py::none();
+  made.cn = layer.has_cell_state() ? o.make_state(layer.cell_width(), &f.cn) : py::none();
   T* copy_of_y = nullptr;
   const bool keeps_y = wanted.keeps_y && z.D * o.steps.total * z.O > 0;
   const bool is_copied = keeps_y && o.are_few_rows(z.D * z.O);
-  const auto parts = o.saved(is_copied);
-  if (wanted.training && parts.elements()) {
+  auto parts = o.saved(is_copied, f.noise.zoneout > 0);
+  if (!wanted.training) parts = {.cells = wanted.cells ? parts.cells : 0};
+  if (parts.elements()) {
     T* data = nullptr;
     made.saved = o.make(dense({parts.elements()}), &data);
-    if (parts.slots) f.slots = data;
-    if (parts.cells) f.cells = data + parts.slots;
-    if (parts.unprojected) f.unprojected = data + parts.slots + parts.cells;
+    parts.place(data, &f);
     copy_of_y = data + parts.before_output();
   }
   f.sizes = z;
   f.steps = o.steps;
   f.rounds_cells = o.deterministic;
-  run(o, f);
+  run_on_device(o, f);
   if (wanted.training && is_copied) {
     std::memcpy(copy_of_y, f.y.data, size_t(parts.output) * sizeof(T));
   } else if (wanted.training) {
@@ -123,30 +137,11 @@ Outputs forward_of(const Layer& layer, py::handle x, py::handle h0, py::handle c
 
 template <typename Weights>
 Outputs forward_any(const Layer& layer, py::handle x, py::handle h0, py::handle c0,
-                    const Weights& weights, py::handle steps, Wanted wanted) {
+                    const Weights& weights, py::handle steps, Wanted wanted,
+                    const CallOptions& options = {}) {
   return with_element_of(layer, x, [&](auto element) {
-    return forward_of<decltype(element)>(layer, x, h0, c0, weights, steps, wanted);
+    return forward_of<decltype(element)>(layer, x, h0, c0, weights, steps, wanted, {}, options);
   });
-}
-
-template <typename Operands>
-bool requires_gradient(const Operands& operands) {
-  static PyObject* const name = PyUnicode_InternFromString("requires_grad");
-  for (size_t i = 0; i < operands.size(); ++i) {
-    const py::handle operand = operands[i];
-    if (operand.is_none()) continue;
-    PyObject* answer = PyObject_GetAttr(operand.ptr(), name);
-    if (!answer) throw py::error_already_set();
-    if (is_true(py::reinterpret_steal<py::object>(answer))) return true;
-  }
-  return false;
-}
-
-// A gradient of these operands is to be recorded: the modes of torch ask for it, and one of them.
-template <typename... Operands>
-bool wants_gradient(const Operands&... operands) {
-  return is_so(api.grad_enabled) && (requires_gradient(operands) || ...) &&
-         !is_so(api.inference_mode);
 }
 
 py::tuple outputs_of(Outputs&& made) {
@@ -154,30 +149,6 @@ py::tuple outputs_of(Outputs&& made) {
   if (made.hn.is_none()) return py::make_tuple(std::move(made.y), std::move(made.cn));
   if (made.cn.is_none()) return py::make_tuple(std::move(made.y), std::move(made.hn));
   return py::make_tuple(std::move(made.y), std::move(made.hn), std::move(made.cn));
-}
-
-// The initial states of a call, in torch's order.
-struct PlainStates {
-  std::array<py::handle, 2> tensors;
-  size_t count = 0;
-
-  size_t size() const { return count; }
-  py::handle operator[](size_t i) const { return i < count ? tensors[i] : py::handle(Py_None); }
-};
-
-// Of what a module was given: None, a tensor, or a tuple of two. Nothing where it is not that.
-std::optional<PlainStates> plain_states(const Layer& layer, py::handle hx) {
-  if (hx.is_none()) return PlainStates{};
-  PlainStates states;
-  if (!layer.has_cell_state()) {
-    states = {{hx}, 1};
-  } else if (PyTuple_CheckExact(hx.ptr()) && PyTuple_GET_SIZE(hx.ptr()) == 2) {
-    states = {{PyTuple_GET_ITEM(hx.ptr(), 0), PyTuple_GET_ITEM(hx.ptr(), 1)}, 2};
-  }
-  for (size_t i = 0; i < states.count; ++i) {
-    if (!is_tensor(states[i])) return std::nullopt;
-  }
-  return states.count ? std::optional(states) : std::nullopt;
 }
 
 // record((layer, None, number of states), outputs, kept y, saved, x, *weights, *states). The first
@@ -199,17 +170,18 @@ py::tuple recorded(py::handle record, const Layer& layer, py::handle x, const Pl
 }
 
 // Whether it pays that the steps of a loop add the gradients of these weights to one sum
-// (rnnkern/loops.py), which costs some 3 us a step. Autograd takes as long to add that many.
+// (rnnkern/loops.py). That costs about 3 us for each step, and autograd adds kElements in that
+// time.
 bool are_worth_sums(const Layer& layer, dlpack::Device device) {
   constexpr double kElements = 1 << 14;  // of weight_hh
   const double elements =
-      double(cell_shape(layer.cell).gates) * double(layer.hidden) * double(layer.hidden);
+      double(known_shape(layer.cell).gates) * double(layer.hidden) * double(layer.hidden);
   return elements >= kElements && !cuda::kIsStandIn && device.type == dlpack::kCpu;
 }
 
-// The outputs of a plain call, of a state or none. Nothing where it is another call, or one that a
-// mode of torch or a profiler is to see. `record` makes the outputs differentiable;
-// `record_in_loop` does it where sums pay, unless it is null.
+// The outputs of a plain call, with initial states or without. Nothing if it is another call, or
+// one that a mode of torch or a profiler has to see. `record` makes the outputs differentiable;
+// `record_in_loop` does it if sums pay, unless it is null.
 std::optional<py::tuple> plain_outputs(const std::optional<PlainModule>& plain, py::handle x,
                                        py::handle hx, dlpack::Device device, py::handle record,
                                        py::handle record_in_loop = {}) {
@@ -265,21 +237,24 @@ py::tuple closed_loop(Layer layer, py::handle inputs, py::handle h0, py::handle 
   return py::make_tuple(outputs.hn, outputs.cn);
 }
 
-// Gradients of x, the weights, and the initial states that there are, None where not wanted. If
-// there are `sums`, those of the weights are added to them, and None stands in their place. And
-// those of the slots, which with `overwrite` take the place of what was saved.
+// Returns a list of the gradients of x, the weights and the given initial states, with None for
+// those that are not wanted. If there are `sums`, gradients of the weights are added to these, and
+// the list has None in their place. The states of a reset follow the initial states. Also returns
+// the gradients of the slots. With `overwrite` they replace what was saved.
 template <typename T>
 py::tuple backward_of(const Layer& layer, py::handle x, py::handle h0, py::handle c0,
                       const py::sequence& weights, py::handle steps, py::handle y, py::handle saved,
                       py::handle dy, py::handle dhn, py::handle dcn, const py::sequence& wanted,
-                      bool overwrite, const py::sequence& sums) {
+                      bool overwrite, const py::sequence& sums, const CallOptions& options,
+                      py::handle dcells) {
   Operands<T> o(layer, x, steps);
   Backward<T> b;
   o.read_weights(weights, b.weights);
   const Sizes& z = o.sizes;
-  const size_t states = !h0.is_none() + !c0.is_none();
-  if (wanted.size() != 1 + weights.size() + states) {
-    throw Refused("wanted: one flag per input, weight and initial state");
+  const size_t states =
+      !h0.is_none() + !c0.is_none() + !options.reset_h.is_none() + !options.reset_c.is_none();
+  if (wanted.size() != 1 + weights.size() + states + options.gain_count()) {
+    throw Refused("wanted: one flag per input, weight, given state and gain");
   }
   if (sums.size() > 0 &&
       (sums.size() != weights.size() || o.device().type != dlpack::kCpu || cuda::kIsStandIn)) {
@@ -292,28 +267,45 @@ py::tuple backward_of(const Layer& layer, py::handle x, py::handle h0, py::handl
   if (!y.is_none()) b.y = o.template rows<const T>(y, "output", z.D * z.O);
   b.dy = o.incoming_rows(dy, "gradient of the output", z.D * z.O, &b.dy_uniform);
   b.dhn = o.incoming_state(dhn, "gradient of h_n", z.O);
-  b.dcn = o.incoming_state(dcn, "gradient of c_n", z.H);
-  const auto parts = o.saved(y.is_none());
+  b.dcn = o.incoming_state(dcn, "gradient of c_n", layer.cell_width());
+  options.give(o, &b);
+  if (!dcells.is_none()) {
+    if (!layer.has_cell_state()) throw Refused("gradients of cell states are of LSTMs alone");
+    o.expect_cpu("gradients of all cell states");
+    b.dcells = o.template rows<const T>(dcells, "gradient of the cell states", z.D * z.H);
+  }
+  const auto parts = o.saved(y.is_none(), b.noise.zoneout > 0);
   T* data = parts.elements() ? o.saved_data(saved, parts.elements()) : nullptr;
   if (y.is_none()) b.y = o.rows_at(data + parts.before_output(), z.D * z.O);
-  if (parts.slots) b.slots = data;
-  if (parts.cells) b.cells = data + parts.slots;
-  if (parts.unprojected) b.unprojected = data + parts.slots + parts.cells;
-
-  const int64_t rows = z.D * o.steps.total, dslots = rows * cell_shape(z.cell).slots * z.H;
-  py::object workspace, dprojected;
+  parts.place(data, &b);
+  const int64_t rows = z.D * o.steps.total, dslots = rows * known_shape(z.cell).stored() * z.H;
+  py::object workspace, dprojected, dnormalised;
   b.dslots = data;
   if (!overwrite || !parts.slots) workspace = o.make(dense({dslots}), &b.dslots);
-  if (z.projected) dprojected = o.make(dense({rows * z.O}), &b.dprojected);
+  if (z.projected && o.device().type == dlpack::kCpu && !cuda::kIsStandIn) {
+    dprojected = o.make(dense({rows * z.O}), &b.dprojected);
+  }
+  if (z.normalised) dnormalised = o.make(dense({parts.normalised}), &b.dnormalised);
   py::list made;
   const auto is_wanted = [&](size_t i) { return wanted[i].template cast<bool>(); };
   made.append(is_wanted(0) ? o.make_rows(z.I, &b.dx) : py::none());
   o.make_gradients(is_wanted, sums, &made, b.gradients);
-  if (!h0.is_none()) made.append(is_wanted(made.size()) ? o.make_state(z.O, &b.dh0) : py::none());
-  if (!c0.is_none()) made.append(is_wanted(made.size()) ? o.make_state(z.H, &b.dc0) : py::none());
+  const auto make_state = [&](py::handle given, int64_t features, State<T>* to) {
+    if (given.is_none()) return;
+    made.append(is_wanted(made.size()) ? o.make_state(features, to) : py::none());
+  };
+  make_state(h0, z.O, &b.dh0);
+  make_state(c0, layer.cell_width(), &b.dc0);
+  make_state(options.reset_h, z.O, &b.dreset_h);
+  make_state(options.reset_c, layer.cell_width(), &b.dreset_c);
+  for (int d = 0; z.normalised && d < z.D; ++d) {
+    for_gains(layer, &b.gradients[d].gains, [&](T** to, int64_t size) {
+      made.append(is_wanted(made.size()) ? o.make(dense({size}), to) : py::none());
+    });
+  }
   b.sizes = z;
   b.steps = o.steps;
-  run(o, b);
+  run_on_device(o, b);
   return py::make_tuple(std::move(made),
                         workspace ? workspace : py::reinterpret_borrow<py::object>(saved));
 }
@@ -321,10 +313,11 @@ py::tuple backward_of(const Layer& layer, py::handle x, py::handle h0, py::handl
 py::tuple backward_any(const Layer& layer, py::handle x, py::handle h0, py::handle c0,
                        const py::sequence& weights, py::handle steps, py::handle y,
                        py::handle saved, py::handle dy, py::handle dhn, py::handle dcn,
-                       const py::sequence& wanted, bool overwrite, const py::sequence& sums) {
+                       const py::sequence& wanted, bool overwrite, const py::sequence& sums,
+                       const CallOptions& options = {}, py::handle dcells = py::none()) {
   return with_element_of(layer, x, [&](auto element) {
     return backward_of<decltype(element)>(layer, x, h0, c0, weights, steps, y, saved, dy, dhn, dcn,
-                                          wanted, overwrite, sums);
+                                          wanted, overwrite, sums, options, dcells);
   });
 }
 
@@ -384,8 +377,19 @@ Sizes sizes_of(const Layer& layer, int64_t I) {
   return {layer.cell, I, layer.hidden, layer.out, layer.directions, layer.projected};
 }
 
+// What Python knows of a cell (rnnkern/known_cells.py). No names: the only gate is h itself.
+py::dict fields_of(const CellShape& shape, const std::vector<std::string>& names) {
+  return py::dict(
+      py::arg("gates") = shape.gates, py::arg("slots") = shape.slots,
+      py::arg("names") = py::tuple(py::cast(names)), py::arg("has_cell_state") = shape.cell_state,
+      py::arg("saves_slots") = shape.saves_slots, py::arg("reads_h") = shape.reads_h,
+      py::arg("parameters") = shape.parameters, py::arg("recurrent") = shape.recurrent,
+      py::arg("normalises_c") = shape.normalises_c, py::arg("more_states") = shape.more_states,
+      py::arg("may_be_projected") = shape.may_be_projected());
+}
+
 const char* reading_name(Reading reading) {
-  constexpr const char* kNames[] = {"packed", "dots", "broadcast", "in place"};
+  constexpr const char* kNames[] = {"packed", "dots", "broadcast", "in place", "none"};
   return kNames[int(reading)];
 }
 
@@ -407,7 +411,7 @@ PYBIND11_MODULE(_C, m) {
     throw py::import_error(error.what());
   }
   py::register_exception<Refused>(m, "RefusedError", PyExc_RuntimeError);
-  py::class_<Layer>(m, "Layer", "What a layer is, apart from the sizes of its input.")
+  py::class_<Layer>(m, "Kernel", "The kernels of one layer, apart from the sizes of its input.")
       .def_property_readonly("mode", &Layer::mode)
       .def_readonly("directions", &Layer::directions)
       .def_readonly("out", &Layer::out)
@@ -421,33 +425,58 @@ PYBIND11_MODULE(_C, m) {
       .def(
           "forward",
           [](const Layer& layer, py::handle x, py::handle h0, py::handle c0,
-             const py::sequence& weights, py::handle steps, std::optional<bool> asked,
-             bool keeps_y) {
+             const py::sequence& weights, py::handle steps, std::optional<bool> asked, bool keeps_y,
+             bool cells, py::handle options) {
             const bool training =
                 asked ? *asked : wants_gradient(weights, std::array<py::handle, 3>{x, h0, c0});
-            Outputs made = forward_any(layer, x, h0, c0, weights, steps, {training, keeps_y});
+            Outputs made = forward_any(layer, x, h0, c0, weights, steps, {training, keeps_y, cells},
+                                       CallOptions::of(options));
             py::object kept_y = std::move(made.kept_y), saved = std::move(made.saved);
             return py::make_tuple(outputs_of(std::move(made)), training, std::move(kept_y),
                                   std::move(saved));
           },
           py::arg("x"), py::arg("h0"), py::arg("c0"), py::arg("weights"), py::arg("steps"),
-          py::arg("training") = py::none(), py::arg("keeps_y") = false)
+          py::arg("training") = py::none(), py::arg("keeps_y") = false, py::arg("cells") = false,
+          py::arg("options") = py::none())
       .def("closed_loop", &closed_loop)
-      .def("backward", &backward_any, py::arg("x"), py::arg("h0"), py::arg("c0"),
-           py::arg("weights"), py::arg("steps"), py::arg("y"), py::arg("saved"), py::arg("dy"),
-           py::arg("dhn"), py::arg("dcn"), py::arg("wanted"), py::arg("overwrite"),
-           py::arg("sums") = py::tuple())
+      .def(
+          "backward",
+          [](const Layer& layer, py::handle x, py::handle h0, py::handle c0,
+             const py::sequence& weights, py::handle steps, py::handle y, py::handle saved,
+             py::handle dy, py::handle dhn, py::handle dcn, const py::sequence& wanted,
+             bool overwrite, const py::sequence& sums, py::handle options, py::handle dcells) {
+            return backward_any(layer, x, h0, c0, weights, steps, y, saved, dy, dhn, dcn, wanted,
+                                overwrite, sums, CallOptions::of(options), dcells);
+          },
+          py::arg("x"), py::arg("h0"), py::arg("c0"), py::arg("weights"), py::arg("steps"),
+          py::arg("y"), py::arg("saved"), py::arg("dy"), py::arg("dhn"), py::arg("dcn"),
+          py::arg("wanted"), py::arg("overwrite"), py::arg("sums") = py::tuple(),
+          py::arg("options") = py::none(), py::arg("dcells") = py::none())
       .def("second_order", &second_order);
+  py::class_<Frozen>(m, "Frozen", "The packed weights of a module, and the kernels that read them.")
+      .def(py::init<const Layer&, int64_t, int, const std::string&, const py::sequence&,
+                    const py::sequence&>(),
+           py::arg("kernel"), py::arg("input_size"), py::arg("layers"), py::arg("numbers"),
+           py::arg("weights"), py::arg("scales"))
+      .def_readonly("number", &Frozen::number)
+      .def_property_readonly("kernel", [](const Frozen& f) { return object_of(f.layer()); })
+      .def_property_readonly("hidden", [](const Frozen& f) { return f.layer().hidden; })
+      .def_property_readonly("layers", &Frozen::layers)
+      .def_property_readonly("nbytes", &Frozen::bytes)
+      .def("plain_call", &Frozen::plain_call)
+      .def("forward", &Frozen::forward)
+      .def("step", &Frozen::step)
+      .def("unpack", &Frozen::unpack);
   m.def(
-      "layer",
+      "kernel",
       [](const std::string& mode, int directions, int64_t hidden, int64_t proj, bool bias,
          bool batch_first, bool by_bfloat16, bool is_cell) {
-        const std::optional<CellId> cell = cell_named(mode);
+        const std::optional<CellId> cell = known_id(mode);
         if (!cell) throw py::value_error("no kernel knows the cell '" + mode + "'");
         if (directions < 1 || directions > kMaxDirections) {
           throw py::value_error("a layer has 1 or 2 directions, got " + std::to_string(directions));
         }
-        if (proj && !cell_shape(*cell).may_be_projected()) {
+        if (proj && !known_shape(*cell).may_be_projected()) {
           throw py::value_error("a layer of the cell '" + mode + "' has no projection");
         }
         return object_of(
@@ -455,21 +484,55 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("mode"), py::arg("directions"), py::arg("hidden"), py::arg("proj"), py::arg("bias"),
       py::arg("batch_first"), py::arg("by_bfloat16") = false, py::arg("is_cell") = false);
+  m.def(
+      "add_cell",
+      [](const std::string& mode, const std::vector<std::string>& gates, int slots, bool cell_state,
+         bool saves_slots, bool reads_h, int parameters, bool recurrent, int more_states) {
+        const CellShape shape = {.gates = int(gates.size()),
+                                 .slots = slots,
+                                 .cell_state = cell_state,
+                                 .saves_slots = saves_slots,
+                                 .reads_h = reads_h,
+                                 .parameters = parameters,
+                                 .more_states = more_states,
+                                 .recurrent = recurrent};
+        if (!shape.is_valid()) throw py::value_error("no cell has such a shape");
+        if (known_id(mode)) throw py::value_error("there is a cell '" + mode + "' already");
+        added_cells().add(mode, gates, shape);
+        return fields_of(shape, shape.saves_slots ? gates : std::vector<std::string>{});
+      },
+      py::kw_only(), py::arg("mode"), py::arg("gates"), py::arg("slots"), py::arg("cell_state"),
+      py::arg("saves_slots"), py::arg("reads_h"), py::arg("parameters"), py::arg("recurrent"),
+      py::arg("more_states"));
+  m.def(
+      "load_library",
+      [](const std::string& path, const std::string& mode, const std::string& element) {
+        const py::gil_scoped_release release;
+        load_library(path, mode, element);
+      },
+      py::arg("path"), py::arg("mode"), py::arg("element"));
+  m.def(
+      "load_cuda_library",
+      [](const std::string& path, const std::string& mode, const std::string& element, int device) {
+        const py::gil_scoped_release release;
+        cuda::load_library(path, mode, element, RNNKERN_HEADERS, device);
+      },
+      py::arg("path"), py::arg("mode"), py::arg("element"), py::arg("device"));
+  m.def("set_loader", [](const py::object& load) { api.load_kernels = load.inc_ref().ptr(); });
   py::dict cells;
   for (const auto& [mode, gate_names, shape] : kCellInfos) {
-    py::list names;
-    for (const char* name : gate_names) names.append(name);
-    cells[mode] =
-        py::dict(py::arg("gates") = shape.gates, py::arg("slots") = shape.slots,
-                 py::arg("names") = py::tuple(names), py::arg("has_cell_state") = shape.cell_state,
-                 py::arg("saves_slots") = shape.saves_slots, py::arg("reads_h") = shape.reads_h);
+    cells[mode] = fields_of(shape, {gate_names.begin(), gate_names.end()});
   }
   m.attr("CELLS") = cells;
+  m.attr("HEADERS") = RNNKERN_HEADERS;
   m.attr("IS_STAND_IN") = cuda::kIsStandIn;
   m.attr("GAPS") = kGaps;
   py::list called;
   for (const char* name : kCalledByForward) called.append(name);
   m.attr("CALLED_BY_FORWARD") = py::tuple(called);
+  py::list options;
+  for (const char* name : kOptions) options.append(name);
+  m.attr("OPTIONS") = py::tuple(options);
   m.def("refusal", &refusal);
   m.def("mode_refusal", &mode_refusal);
   m.def("plain_call", &plain_call);
@@ -480,7 +543,8 @@ PYBIND11_MODULE(_C, m) {
   });
   py::class_<Machine>(m, "Machine")
       .def(py::init([](int threads, int lanes, int tile_rows, int element_bytes, int group,
-                       bool multiplies_in_place, bool rounded_for_products, int64_t l2_bytes) {
+                       bool multiplies_in_place, bool rounded_for_products, bool by_tiles,
+                       int64_t l2_bytes) {
              return Machine{threads,
                             lanes,
                             tile_rows,
@@ -488,15 +552,24 @@ PYBIND11_MODULE(_C, m) {
                             group,
                             multiplies_in_place,
                             rounded_for_products,
+                            by_tiles,
                             l2_bytes};
            }),
            py::kw_only(), py::arg("threads"), py::arg("lanes"), py::arg("tile_rows"),
            py::arg("element_bytes"), py::arg("group"), py::arg("multiplies_in_place"),
-           py::arg("rounded_for_products"), py::arg("l2_bytes"))
+           py::arg("rounded_for_products"), py::arg("by_tiles"), py::arg("l2_bytes"))
       .def_readonly("rounded_for_products", &Machine::rounded_for_products);
   m.def("machine", [](const Layer& layer, int threads, py::handle x) {
     return with_element_of(layer, x,
                            [&](auto element) { return machine_for<decltype(element)>(threads); });
+  });
+  m.def("multiplied_as", [](const Layer& layer, py::handle x) {
+    return with_element_of(layer, x, [](auto element) {
+      using T = decltype(element);
+      return std::is_same_v<T, F32ByBf16>    ? "bfloat16"
+             : std::is_same_v<T, F32By3Bf16> ? "sums of two bfloat16"
+                                             : "";
+    });
   });
   py::class_<Plan>(m, "Plan")
       .def_readonly("threads", &Plan::threads)
@@ -508,18 +581,21 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "plan",
       [](const Layer& layer, const Machine& machine, int64_t T, int64_t N, int64_t I, int64_t total,
-         bool deterministic, bool backward) {
-        const Problem problem = {sizes_of(layer, I), T, N, total, deterministic};
+         bool deterministic, bool backward, bool frozen, bool from_zeros) {
+        const Problem problem = {sizes_of(layer, I), T,      N,         total,
+                                 deterministic,      frozen, from_zeros};
         const Plan plan =
             backward ? plan_backward(problem, machine) : plan_forward(problem, machine);
         return py::make_tuple(plan, describe(plan, problem, machine));
       },
-      py::arg("layer"), py::arg("machine"), py::kw_only(), py::arg("T"), py::arg("N"), py::arg("I"),
-      py::arg("total"), py::arg("deterministic"), py::arg("backward"));
+      py::arg("kernel"), py::arg("machine"), py::kw_only(), py::arg("T"), py::arg("N"),
+      py::arg("I"), py::arg("total"), py::arg("deterministic"), py::arg("backward"),
+      py::arg("frozen") = false, py::arg("from_zeros") = false);
   py::class_<cuda::Device>(m, "CudaDevice")
       .def(py::init([](std::pair<int, int> capability, int multiprocessors, int64_t shared_bytes) {
              cuda::Device device = cuda::device_of_kind(capability.first, capability.second);
-             device.multiprocessors = device.blocks_at_once = multiprocessors;
+             device.multiprocessors = multiprocessors;
+             device.blocks_at_once = cuda::blocks_of(multiprocessors);
              device.shared_bytes = shared_bytes;
              return device;
            }),
@@ -541,26 +617,30 @@ PYBIND11_MODULE(_C, m) {
       .def_readonly("shared_chunks", &cuda::Plan::shared_chunks)
       .def_readonly("shared_bytes", &cuda::Plan::shared_bytes)
       .def_readonly("bytes_per_step", &cuda::Plan::bytes_per_step)
+      .def_readonly("window", &cuda::Plan::window)
       .def_readonly("us_per_step", &cuda::Plan::us_per_step);
   m.def(
       "cuda_plan",
       [](const Layer& layer, const cuda::Device& device, py::handle x, int64_t T, int64_t N,
-         int64_t I, bool tf32, bool backward, bool deterministic, bool has_library) {
+         int64_t I, bool tf32, bool backward, bool deterministic, bool has_library, bool records) {
         return with_element(view_of(x, "input").tensor.dtype, [&](auto element) {
-          const cuda::Problem problem = {sizes_of(layer, I),
-                                         T,
-                                         N,
-                                         cuda::numbers_of<decltype(element)>(tf32),
-                                         backward,
-                                         deterministic,
-                                         has_library};
+          using Element = decltype(element);
+          const cuda::Problem problem = {
+              .sizes = sizes_of(layer, I),
+              .T = T,
+              .N = N,
+              .numbers = cuda::numbers_of<Element>(tf32),
+              .backward = backward,
+              .deterministic = deterministic,
+              .has_library = has_library,
+              .inputs_are_saved = records && cuda::kSavesInputs<Element>};
           const cuda::Plan plan = cuda::plan_for(problem, device);
           return py::make_tuple(plan, cuda::describe(plan, problem, device));
         });
       },
-      py::arg("layer"), py::arg("device"), py::arg("x"), py::kw_only(), py::arg("T"), py::arg("N"),
+      py::arg("kernel"), py::arg("device"), py::arg("x"), py::kw_only(), py::arg("T"), py::arg("N"),
       py::arg("I"), py::arg("tf32"), py::arg("backward"), py::arg("deterministic") = false,
-      py::arg("has_library") = true);
+      py::arg("has_library") = true, py::arg("records") = false);
   m.def(
       "cuda_describe",
       [](const Layer& layer, py::handle x, int64_t T, int64_t N, int64_t I, bool backward) {
@@ -571,7 +651,7 @@ PYBIND11_MODULE(_C, m) {
           return cuda::describe<decltype(element)>(sizes_of(layer, I), T, N, backward, call);
         });
       },
-      py::arg("layer"), py::arg("x"), py::kw_only(), py::arg("T"), py::arg("N"), py::arg("I"),
+      py::arg("kernel"), py::arg("x"), py::kw_only(), py::arg("T"), py::arg("N"), py::arg("I"),
       py::arg("backward"));
   m.def("compiled_sets", &compiled_sets);
   m.def("cuda_version", &cuda::version);

@@ -13,9 +13,23 @@ struct Bf16 {
 struct F16 {
   uint16_t bits;
 };
-// A float32 that products take as bfloat16. There are kernels for it only where the CPU multiplies
-// those.
+// A float32 that products take as bfloat16, if the CPU multiplies those. Elsewhere there are
+// kernels for frozen weights only, which are stored as bfloat16 and multiplied as float.
 struct F32ByBf16 {
+  float number;
+};
+// A float32 that products take as the sum of two bfloat16, of which they make three products. There
+// are kernels for AMX only.
+struct F32By3Bf16 {
+  float number;
+};
+// An integer of 8 bits, one of a row of them that has a scale (cpu/int8.h).
+struct I8 {
+  int8_t bits;
+};
+// A float32 that products take as an integer of 8 bits times a scale of its row. There are kernels
+// for frozen weights only.
+struct F32ByI8 {
   float number;
 };
 
@@ -35,6 +49,18 @@ template <>
 struct ComputeOf<F32ByBf16> {
   using Type = float;
 };
+template <>
+struct ComputeOf<F32By3Bf16> {
+  using Type = float;
+};
+template <>
+struct ComputeOf<I8> {
+  using Type = float;
+};
+template <>
+struct ComputeOf<F32ByI8> {
+  using Type = float;
+};
 
 // What is computed of elements of type T, and accumulated.
 template <typename T>
@@ -43,5 +69,21 @@ using Compute = typename ComputeOf<T>::Type;
 // Stored in less than it is computed in.
 template <typename T>
 constexpr bool kNarrow = sizeof(T) < sizeof(Compute<T>);
+
+// The types of tensors in the order of AllKernels (cpu/kernels.h).
+constexpr int kElementTypes = 7;
+inline constexpr const char* kElementNames[kElementTypes] = {
+    "float", "double", "Bf16", "F16", "F32ByBf16", "F32By3Bf16", "F32ByI8"};
+
+template <typename T>
+constexpr int place_of_element() {
+  if constexpr (std::is_same_v<T, float>) return 0;
+  if constexpr (std::is_same_v<T, double>) return 1;
+  if constexpr (std::is_same_v<T, Bf16>) return 2;
+  if constexpr (std::is_same_v<T, F16>) return 3;
+  if constexpr (std::is_same_v<T, F32ByBf16>) return 4;
+  if constexpr (std::is_same_v<T, F32By3Bf16>) return 5;
+  if constexpr (std::is_same_v<T, F32ByI8>) return 6;
+}
 
 }  // namespace rnnkern

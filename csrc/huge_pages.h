@@ -6,10 +6,11 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <new>
 
 namespace rnnkern {
 
-constexpr size_t kHugePage = 2 << 20;
+constexpr size_t kHugePage = 2 << 20, kCacheLine = 64;
 
 inline bool worth_huge_pages(size_t bytes) { return bytes >= 2 * kHugePage; }
 
@@ -24,5 +25,22 @@ inline void advise_huge_pages(void* data, size_t bytes) {
   if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
 }
+
+// Memory that begins with a cache line, and if it is large with a huge page.
+struct Block {
+  explicit Block(size_t size)
+      : bytes(size),
+        alignment{worth_huge_pages(size) ? kHugePage : kCacheLine},
+        data(static_cast<char*>(::operator new(size, alignment))) {
+    advise_huge_pages(data, size);
+  }
+  ~Block() { ::operator delete(data, alignment); }
+  Block(const Block&) = delete;
+  Block& operator=(const Block&) = delete;
+
+  size_t bytes;
+  std::align_val_t alignment;
+  char* data;
+};
 
 }  // namespace rnnkern

@@ -1,49 +1,55 @@
 #include "plan.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstdio>
 
-#include "cells/cells.h"
+#include "known_cells.h"
 
 namespace rnnkern {
 
 double flops_per_row(const Sizes& z) {
-  const CellShape shape = cell_shape(z.cell);
+  const CellShape shape = known_shape(z.cell);
   return 2.0 * shape.gates * double(z.H) * double(z.I + z.O) +
          (z.projected ? 2.0 * double(z.H) * double(z.O) : 0.0);
 }
 
 namespace {
 
-// Operations that make it worth waking another thread: a parallel region costs some 3 us, which one
-// core spends on about 200 kFLOP, less where weights come from afar; a barrier a step costs some
-// 0.5 us.
+// The operations that make it worth waking another thread. A parallel region costs about 3 us, in
+// which one core does about 200 kFLOP, or less if the weights come from beyond its caches. A
+// barrier in each step costs about 0.5 us.
 constexpr double kFlopsPerThread = 200e3;
 constexpr double kFlopsPerThreadStep = 40e3;
-// Rows of one block of the input product: enough to read the weights of the input once for many
-// rows; more where they come from beyond the second-level cache.
+// The rows of one block of the input product: enough to read the weights of the input once for many
+// rows, and more if they come from beyond the second-level cache.
 constexpr int64_t kInputRows = 48, kInputRowsOfLarge = 256;
-// Forward, in products of one row of panels. Packing reads and writes all weights once; more where
-// they come from beyond the second-level cache.
+// The costs of the forward pass, in products of one row by packed weights. Packing reads and writes
+// all weights once, which costs more if they come from beyond the second-level cache.
 constexpr double kPacking = 8, kPackingOfLarge = 16;
-// Of dot products along the rows of weights: sums of lanes, in vectors of k.
+// Dot products along the rows of weights end with sums of lanes. Their cost is in vectors of k.
 constexpr double kSumOfLanes = 3;
-// Of weights that are broadcast: the batch is transposed, and so are the sums, in vectors of k; and
-// weights that the products take as another type are converted for each product.
+// If weights are broadcast, then the batch is transposed, and so are the sums, at a cost in vectors
+// of k. Weights that the products take in another type are converted for each product.
 constexpr double kTransposition = 0.7, kConversion = 1.5;
-// Backward, their rows are rows of a panel already, and packing only draws them together: for many
-// reads, in one step or in several; or where they are this far apart, so that all of them want the
-// same places of the cache.
+// What 16 rows cost together in tiles of packed weights, and of weights that are read as they lie.
+constexpr double kRowsOfTile = 16, kTile = 2, kTileAsItLies = 2.5;
+// In the backward pass the rows of the weights are already rows of a panel, and packing only moves
+// them together. It pays for many reads, in one step or in several, or if the rows are such a
+// distance apart that all of them compete for the same places in the cache.
 constexpr int64_t kBytesOfSamePlace = 4096;
 constexpr int64_t kReadsInPlace = 64, kReadsInPlaceOfSamePlace = 3;
 constexpr int64_t kReadsInPlaceOfOneStep = 300, kReadsInPlaceOfOneStepOfSamePlace = 48;
 
-// Rounding float32 weights to bfloat16 while they are packed costs some 8 products of one row of
-// float32, and each row then costs half; to round them each time they are read gains nothing.
+// Rounding float32 weights to bfloat16 while they are packed costs about 8 products of one row of
+// float32, and each row then costs half. Rounding them each time they are read gains nothing.
 constexpr int64_t kRowsWorthBfloat16 = 16;
+// As the sum of two bfloat16 weights take as many bytes as in float32, and are read twice. So the
+// three products pay if many rows share them.
+constexpr int64_t kRowsWorthSplit = 64, kRowsOfStepWorthSplit = 4;
 
 double weight_bytes(const Sizes& z, int64_t columns, const Machine& machine) {
-  return double(cell_shape(z.cell).gates) * double(z.H) * double(columns) * machine.element_bytes;
+  return double(known_shape(z.cell).gates) * double(z.H) * double(columns) * machine.element_bytes;
 }
 
 // A matrix of weights comes from beyond the second-level cache each time it is read.
@@ -51,29 +57,36 @@ bool large(const Sizes& z, int64_t columns, const Machine& machine) {
   return weight_bytes(z, columns, machine) > double(machine.l2_bytes);
 }
 
-// How a matrix of that many columns is read, forward. It depends on no number of threads, because
-// dot products have bits of their own.
+bool reads_recurrent(const Problem& problem) {
+  return known_shape(problem.sizes.cell).recurrent && !problem.from_zeros;
+}
+
+// How the forward pass reads a matrix of that many columns. This does not depend on the number of
+// threads, because dot products have their own bits.
 Reading cheapest_reading(const Problem& problem, const Machine& machine, int64_t columns,
                          bool may_broadcast) {
-  if (machine.rounded_for_products) return Reading::kPacked;
+  if (problem.frozen || machine.rounded_for_products) return Reading::kPacked;
   const Sizes& z = problem.sizes;
   const double vectors = double(columns) / (machine.lanes * machine.group);
   const auto total = double(problem.total);
-  const double packed = total + (large(z, z.I + z.O, machine) ? kPackingOfLarge : kPacking);
-  const double dots = total * (1 + kSumOfLanes / vectors);
   const double filled = double((problem.N + machine.lanes - 1) / machine.lanes * machine.lanes);
+  const double tiles = double(problem.T) * std::ceil(filled / kRowsOfTile);
+  const double packed = (machine.by_tiles ? tiles * kTile : total) +
+                        (large(z, z.I + z.O, machine) ? kPackingOfLarge : kPacking);
+  const double dots = total * (1 + kSumOfLanes / vectors);
   const bool converts = !machine.multiplies_in_place && machine.group == 1;
   const double broadcast =
-      double(problem.T) * (filled * (1 + kTransposition / vectors) + (converts ? kConversion : 0));
+      (machine.by_tiles ? tiles * kTileAsItLies : double(problem.T) * filled) +
+      double(problem.T) * (filled * kTransposition / vectors + (converts ? kConversion : 0));
   const bool may_dot = !problem.deterministic && columns >= 2 * machine.lanes;
   if (may_dot && dots <= packed && (!may_broadcast || dots <= broadcast)) return Reading::kDots;
   return may_broadcast && broadcast < packed ? Reading::kBroadcast : Reading::kPacked;
 }
 
-// Rows are split where every part still fills its register tiles, for no barrier is needed then.
-// Units are split where the rows are too few; and first where the recurrent weights are large, for
-// each thread then reads its part of them in a step, and not all, and where they are broadcast, for
-// the rows that fill vectors then stay together.
+// Rows are split if every part still fills its register tiles, because then no barrier is needed.
+// Units are split if there are too few rows. Units come first if the recurrent weights are large,
+// because each thread then reads only its part of them in a step, and if they are broadcast,
+// because the rows that fill vectors then stay together.
 void split_work(const Problem& problem, const Machine& machine, double work, Plan* plan) {
   const int64_t tasks = problem.sizes.D;
   const int64_t wanted =
@@ -106,6 +119,10 @@ bool worth_bfloat16(int64_t total, bool deterministic) {
   return deterministic || total >= kRowsWorthBfloat16;
 }
 
+bool worth_split(int64_t total, int64_t N, bool deterministic) {
+  return deterministic || (total >= kRowsWorthSplit && N >= kRowsOfStepWorthSplit);
+}
+
 Plan plan_forward(const Problem& problem, const Machine& machine, bool may_broadcast) {
   Plan plan;
   plan.input = cheapest_reading(problem, machine, problem.sizes.I, may_broadcast);
@@ -115,6 +132,7 @@ Plan plan_forward(const Problem& problem, const Machine& machine, bool may_broad
   const int64_t wanted =
       large(problem.sizes, problem.sizes.I, machine) ? kInputRowsOfLarge : kInputRows;
   plan.block_steps = std::clamp<int64_t>(wanted / rows, 1, std::max<int64_t>(1, problem.T));
+  if (!reads_recurrent(problem)) plan.recurrent = Reading::kNone;
   return plan;
 }
 
@@ -133,7 +151,7 @@ Plan plan_backward(const Problem& problem, const Machine& machine, double work) 
     return packed ? Reading::kPacked : Reading::kInPlace;
   };
   plan.input = reading(problem.sizes.I);
-  plan.recurrent = reading(problem.sizes.O);
+  plan.recurrent = reads_recurrent(problem) ? reading(problem.sizes.O) : Reading::kNone;
   return plan;
 }
 
@@ -151,22 +169,27 @@ std::string describe(const Plan& plan, const Problem& problem, const Machine& ma
       : plan.threads > 1    ? "one thread per direction"
       : machine.threads > 1 ? "one thread: too little work to wake another"
                             : "one thread: no more are allowed";
-  const auto read = [](Reading reading) {
+  const auto read = [&](Reading reading) {
     switch (reading) {
       case Reading::kPacked:
-        return "packed into panels";
+        return problem.frozen ? "packed before, when it was frozen" : "packed into panels";
       case Reading::kBroadcast:
         return "as they lie, each weight times a vector of rows: it costs less to transpose these";
       case Reading::kDots:
       case Reading::kInPlace:
+      case Reading::kNone:
         break;
     }
     return "as they lie: too few reads to repay packing";
   };
+  const std::string recurrent =
+      plan.recurrent != Reading::kNone ? std::string("W_hh ") + read(plan.recurrent)
+      : problem.from_zeros             ? "W_hh not read, because one step starts from zeros"
+                                       : "no W_hh";
   std::snprintf(
       line, sizeof(line),
-      "threads %d of %d (%s); W_ih %s; W_hh %s; input product of %lld step%s at once; %.3g MFLOP",
-      plan.threads, machine.threads, split, read(plan.input), read(plan.recurrent),
+      "threads %d of %d (%s); W_ih %s; %s; input product of %lld step%s at once; %.3g MFLOP",
+      plan.threads, machine.threads, split, read(plan.input), recurrent.c_str(),
       static_cast<long long>(plan.block_steps), plan.block_steps == 1 ? "" : "s",
       flops_per_row(problem.sizes) * double(problem.total) * 1e-6);
   return line;

@@ -1,5 +1,5 @@
-// Which kernel, from sizes alone: threads, how rows and units are split among them, and how the
-// weights are read.
+// How a pass runs, decided from sizes alone: the threads, how rows and units are split among them,
+// and how the weights are read.
 #pragma once
 
 #include <cstdint>
@@ -9,15 +9,16 @@
 
 namespace rnnkern {
 
-// What the plan must know of the machine and of the code that will run.
+// What the plan needs to know about the machine and about the code that will run.
 struct Machine {
   int threads = 1;                    // at most
   int lanes = 4;                      // elements of one vector
   int tile_rows = 3;                  // rows of one register tile
-  int element_bytes = 4;              // of a weight as the products take it
+  int element_bytes = 4;              // of a weight in the type that the products take
   int group = 1;                      // elements of a weight that one lane holds
-  bool multiplies_in_place = true;    // rows of weights need no conversion to be rows of a panel
-  bool rounded_for_products = false;  // weights, from more bits than the products take
+  bool multiplies_in_place = true;    // a row of weights can be a row of a panel unconverted
+  bool rounded_for_products = false;  // weights have more bits than the products take
+  bool by_tiles = false;              // 16 rows cost little more than one
   int64_t l2_bytes = 1 << 20;         // second-level cache of one core
 };
 
@@ -26,36 +27,42 @@ struct Problem {
   int64_t T = 0, N = 0;
   int64_t total = 0;           // rows over all steps
   bool deterministic = false;  // one order of summation for every N and T
+  bool frozen = false;         // the weights have been packed before
+  bool from_zeros = false;     // a single step whose states are zero, so that W_hh is not read
 };
 
 // How a matrix of weights is read.
 enum class Reading {
-  kPacked,     // repacked into panels, once for all steps
-  kDots,       // as it lies, forward: dot products along its rows
-  kBroadcast,  // as it lies, forward: each weight times a vector of rows of the batch, which are
-               // transposed instead; the bits are those of packed weights
-  kInPlace,    // as it lies, backward: its rows are rows of panels already
+  kPacked,  // repacked into panels, once for all steps; of a frozen layer once for all calls
+  kDots,    // in place, forward: dot products along its rows
+  // In place, forward: each weight times a vector of batch rows. The batch is transposed instead of
+  // the weights. The bits are those of packed weights.
+  kBroadcast,
+  kInPlace,  // in place, backward: its rows are already rows of panels
+  kNone,     // there is none, or nobody reads it
 };
 
 struct Plan {
   int threads = 1;
   int row_blocks = 1;   // independent parts of the batch
-  int unit_blocks = 1;  // parts of the hidden units, one barrier a step between them
+  int unit_blocks = 1;  // parts of the hidden units, with one barrier in each step
   Reading input = Reading::kPacked, recurrent = Reading::kPacked;  // of W_ih and W_hh
-  int64_t block_steps = 1;  // steps whose input product is made at once
+  int64_t block_steps = 1;  // steps whose input product is computed at once
 };
 
-// Operations of one step of one row and direction, forward.
+// The operations of the forward pass for one step of one row in one direction.
 double flops_per_row(const Sizes& sizes);
 
-// Whether float32 is worth being multiplied as bfloat16, where the CPU does that: for `total` rows.
+// Whether it pays to multiply float32 as bfloat16 for `total` rows, if the CPU can.
 bool worth_bfloat16(int64_t total, bool deterministic);
+// The same for float32 as the sum of two bfloat16, on AMX, with N rows in a step.
+bool worth_split(int64_t total, int64_t N, bool deterministic);
 
 Plan plan_forward(const Problem& problem, const Machine& machine, bool may_broadcast = true);
-// `work`: its operations, in those of the forward pass.
+// `work`: the operations of the pass, in units of those of the forward pass.
 Plan plan_backward(const Problem& problem, const Machine& machine, double work = 2.0);
 
-// The choice and its reason, for people.
+// The choice and its reason, for people to read.
 std::string describe(const Plan& plan, const Problem& problem, const Machine& machine);
 
 }  // namespace rnnkern

@@ -8,10 +8,12 @@ through time: several streams of the text side by side, each block begun from th
 block before ended in. The last tenth of the text is for the test, the tenth before it for
 validation: the epoch that predicts it best is chosen. Its model predicts the test text, once.
 
-Then draws a sample, and looks into the trained layer with one trace of the test text. The pictures
-are named after ``--out``: char_lm_neurons.png, the neurons that follow the text most closely;
-char_lm_unit.png, one of them with its gates; char_lm_gates.png, how often gates are saturated;
-char_lm_states.png, the path of the state. An RNN has no gates, and so only the first and the last.
+Freezes the model for inference, with weights in bfloat16 and in int8, and predicts the test text
+with these, too. Then draws a sample, and looks into the trained layer with one trace of the test
+text. The pictures are named after ``--out``: char_lm_neurons.png, the neurons that follow the text
+most closely; char_lm_unit.png, one of them with its gates; char_lm_gates.png, how often gates are
+saturated; char_lm_states.png, the path of the state. An RNN has no gates, and so only the first and
+the last.
 """
 
 # %%
@@ -238,6 +240,17 @@ def experiment(library: ModuleType, options: argparse.Namespace, crew: Workers) 
     return Result(corpus, model, bits)
 
 
+FROZEN = {"bfloat16": (torch.bfloat16, 1.002), "int8": (torch.int8, 1.01)}
+"""Weights of the model frozen for inference, and by what its perplexity may grow at most."""
+
+
+def frozen_bits(result: Result, options: argparse.Namespace, weights: torch.dtype) -> float:
+    """A character of the test text, of the model with weights of fewer bits."""
+    test = Truncated(blocks(streams(result.corpus.test, options.streams), options.steps))
+    with torch.no_grad():
+        return test.bits(rnnkern.freeze(result.model, weights))
+
+
 class Sample(NamedTuple):
     text: str
     microseconds: float  # for each character
@@ -456,6 +469,13 @@ def main() -> None:
             crew.say(
                 f"{run.library}: test: {shown_bits(run.result.bits)}; {us:.0f} us each sampled"
             )
+        result = runs[0].result
+        for name, (weights, most) in FROZEN.items() if crew.device.type == "cpu" else ():
+            bits = frozen_bits(result, options, weights)
+            crew.say(f"frozen with weights in {name}: test: {shown_bits(bits)}")
+            if options.judged:
+                growth = 2 ** (bits - result.bits)
+                expect(growth <= most, f"perplexity grew {growth:.4f} times in {name}")
         crew.say(f"sample at temperature {options.temperature}:\n{runs[0].measured.text[:PRINTED]}")
         if crew.speaks:
             analyse(runs[0].result, options)

@@ -6,12 +6,14 @@ from torch import Tensor
 CELLS: dict[str, dict[str, Any]]
 GAPS: str
 CALLED_BY_FORWARD: tuple[str, ...]
+OPTIONS: tuple[str, ...]
 IS_STAND_IN: bool
+HEADERS: str
 compiler: str
 
 class RefusedError(RuntimeError): ...
 
-class Layer:
+class Kernel:
     @property
     def mode(self) -> str: ...
     @property
@@ -41,6 +43,8 @@ class Layer:
         steps: tuple[Any, ...] | None,
         training: bool | None = None,
         keeps_y: bool = False,
+        cells: bool = False,
+        options: tuple[Any, ...] | None = None,
     ) -> tuple[tuple[Tensor, ...], bool, Tensor | None, Tensor | None]: ...
     def closed_loop(
         self,
@@ -66,12 +70,45 @@ class Layer:
         wanted: Sequence[bool],
         overwrite: bool,
         sums: Sequence[Tensor | None] = (),
+        options: tuple[Any, ...] | None = None,
+        dcells: Tensor | None = None,
     ) -> tuple[list[Tensor | None], Tensor]: ...
     def second_order(
         self, point: tuple[Any, ...], direction: tuple[Any, ...], wanted: Sequence[bool]
     ) -> tuple[tuple[Tensor, Tensor, Tensor | None], list[Tensor | None], Tensor]: ...
 
-def layer(
+class Frozen:
+    def __init__(
+        self,
+        kernel: Kernel,
+        input_size: int,
+        layers: int,
+        numbers: str,
+        weights: Sequence[Tensor],
+        scales: Sequence[Tensor],
+    ) -> None: ...
+    @property
+    def number(self) -> int: ...
+    @property
+    def kernel(self) -> Kernel: ...
+    @property
+    def hidden(self) -> int: ...
+    @property
+    def layers(self) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
+    def plain_call(self, x: Tensor, hx: Any) -> Any: ...
+    def forward(
+        self,
+        x: Tensor,
+        h0: Tensor | None,
+        c0: Tensor | None,
+        steps: tuple[Any, ...] | None,
+    ) -> tuple[Tensor, ...]: ...
+    def step(self, x: Tensor, hx: Any) -> Tensor | None: ...
+    def unpack(self, tensors: Sequence[Tensor]) -> None: ...
+
+def kernel(
     mode: str,
     directions: int,
     hidden: int,
@@ -80,7 +117,22 @@ def layer(
     batch_first: bool,
     by_bfloat16: bool = False,
     is_cell: bool = False,
-) -> Layer: ...
+) -> Kernel: ...
+def add_cell(
+    *,
+    mode: str,
+    gates: list[str],
+    slots: int,
+    cell_state: bool,
+    saves_slots: bool,
+    reads_h: bool,
+    parameters: int,
+    recurrent: bool,
+    more_states: int,
+) -> dict[str, Any]: ...
+def load_library(path: str, mode: str, element: str) -> None: ...
+def load_cuda_library(path: str, mode: str, element: str, device: int) -> None: ...
+def set_loader(load: Callable[[str, str, int], str | None]) -> None: ...
 def refusal(
     x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor]
 ) -> str | None: ...
@@ -88,7 +140,7 @@ def mode_refusal() -> str | None: ...
 def plain_call(
     module: Any, x: Tensor, hx: Any, record: Callable[..., tuple[Tensor, ...]]
 ) -> Any: ...
-def are_worth_sums(layer: Layer, x: Tensor) -> bool: ...
+def are_worth_sums(kernel: Kernel, x: Tensor) -> bool: ...
 def plain_cell(
     module: Any,
     x: Tensor,
@@ -113,6 +165,7 @@ class Machine:
         group: int,
         multiplies_in_place: bool,
         rounded_for_products: bool,
+        by_tiles: bool,
         l2_bytes: int,
     ) -> None: ...
 
@@ -130,9 +183,10 @@ class Plan:
     @property
     def block_steps(self) -> int: ...
 
-def machine(layer: Layer, threads: int, x: Tensor) -> Machine: ...
+def machine(kernel: Kernel, threads: int, x: Tensor) -> Machine: ...
+def multiplied_as(kernel: Kernel, x: Tensor) -> str: ...
 def plan(
-    layer: Layer,
+    kernel: Kernel,
     machine: Machine,
     *,
     T: int,
@@ -141,6 +195,8 @@ def plan(
     total: int,
     deterministic: bool,
     backward: bool,
+    frozen: bool = False,
+    from_zeros: bool = False,
 ) -> tuple[Plan, str]: ...
 
 class CudaDevice:
@@ -181,7 +237,7 @@ class CudaPlan:
     def us_per_step(self) -> float: ...
 
 def cuda_plan(
-    layer: Layer,
+    kernel: Kernel,
     device: CudaDevice,
     x: Tensor,
     *,
@@ -193,7 +249,7 @@ def cuda_plan(
     deterministic: bool = False,
     has_library: bool = True,
 ) -> tuple[CudaPlan, str]: ...
-def cuda_describe(layer: Layer, x: Tensor, *, T: int, N: int, I: int, backward: bool) -> str: ...
+def cuda_describe(kernel: Kernel, x: Tensor, *, T: int, N: int, I: int, backward: bool) -> str: ...
 def compiled_sets() -> list[str]: ...
 def cuda_version() -> str | None: ...
 def cuda_architectures() -> str | None: ...

@@ -18,26 +18,43 @@ from rnnkern.interop.exporting import exporting_kernels
 from rnnkern.modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 
 if TYPE_CHECKING:
-    from rnnkern import inspect, onnx, plot
+    from rnnkern import cells, inspect, onnx, plot
     from rnnkern.build import __version__, build_info
     from rnnkern.checkpoint import checkpointed
     from rnnkern.closed_loop import generate
     from rnnkern.explanation import explain
+    from rnnkern.frozen import freeze, thaw
     from rnnkern.interop.aten import decompositions
+    from rnnkern.own_cells.cell import cell, precompile
+    from rnnkern.own_cells.expression import CellError
+    from rnnkern.own_cells.recurrent import Recurrent
 
 open_to_rnnkern()
 be_found_by_type()
 
+_OF_CELLS = (
+    *("exp", "hard_sigmoid", "log", "maximum", "minimum", "relu"),
+    *("rsqrt", "sigmoid", "softplus", "tanh", "where"),
+)
+"""What a cell of one's own may call (`rnnkern.cell`)."""
+
 _MADE_IN = {
+    "CellError": "own_cells.expression",
+    "Recurrent": "own_cells.recurrent",
     "__version__": "build",
     "build_info": "build",
+    "cell": "own_cells.cell",
     "checkpointed": "checkpoint",
     "decompositions": "interop.aten",
     "explain": "explanation",
+    "freeze": "frozen",
     "generate": "closed_loop",
+    "thaw": "frozen",
+    "precompile": "own_cells.cell",
+    **dict.fromkeys(_OF_CELLS, "own_cells.expression"),
 }
 """The modules of the other public names. A program that only runs layers needs none of them."""
-_MODULES = ("inspect", "onnx", "plot")
+_MODULES = ("cells", "inspect", "onnx", "plot")
 
 
 def __getattr__(name: str) -> Any:
@@ -59,20 +76,28 @@ __all__ = [
     "GRU",
     "LSTM",
     "RNN",
+    "CellError",
     "FallbackWarning",
     "GRUCell",
     "LSTMCell",
     "RNNCell",
+    "Recurrent",
     "__version__",
     "build_info",
+    "cell",
+    "cells",
     "checkpointed",
     "convert",
     "decompositions",
     "explain",
     "exporting_kernels",
+    "freeze",
     "generate",
     "inspect",
     "onnx",
     "plot",
+    "precompile",
     "revert",
+    "thaw",
+    *_OF_CELLS,
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +23,13 @@ def asked(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device)
 
 
+def switched_off(device: str) -> AbstractContextManager[Any]:
+    """Autocast of a type of devices switched off, if it is on."""
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)
+
+
 def cast(dtype: torch.dtype, *tensors: Maybe) -> Iterator[Any]:
     """The tensors cast as autocast would cast them: float64 stays float64."""
     eligible = (torch.float32, torch.bfloat16, torch.float16)
@@ -36,12 +44,13 @@ def dtype_of_results(call: Call) -> torch.dtype | None:
     at every step would change it.
     """
     (x, h0, c0, *_), mode, dtype = call.given, call.layer.mode, call.asked
+    packed = call.steps is not None and call.steps.packed
     if dtype is None or x.device.type != "cpu":  # on a GPU one operator computes the whole layer
         return dtype
     if call.layer.is_cell:
         promotes = mode in ("LSTM", "GRU")
         return _promoted(dtype, x, h0 if c0 is None else c0) if promotes else dtype
-    promotes = mode == "GRU" or (mode == "LSTM" and (call.is_packed or not x.numel()))
+    promotes = mode == "GRU" or (mode == "LSTM" and (packed or not x.numel()))
     return _promoted(dtype, x, h0) if promotes else dtype
 
 
@@ -54,7 +63,8 @@ def computed(call: Call) -> Operands:
     if call.asked is None:
         return call.given
     x, h0, c0, weights, _ = call.given
-    # In the dtype of a cell's weights, or each step would keep copies of them for backward.
+    # A cell computes in the dtype of its weights, because each step would otherwise keep copies of
+    # them for backward.
     is_wide = call.layer.is_cell and weights[0].dtype == torch.float32
     dtype = torch.float32 if is_wide else dtype_of_results(call)
     assert dtype is not None

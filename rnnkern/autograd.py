@@ -81,7 +81,9 @@ class ScanOfCell(torch.autograd.Function):
 def _backward(
     ctx: Any, dy: Tensor | None, dhn: Tensor | None, dcn: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    if dy is None and dhn is None and dcn is None:  # as if y was an operand of backward
+    # Autograd calls backward without any gradient if what used the outputs has returned None for
+    # all of them.
+    if dy is None and dhn is None and dcn is None:
         return (None,) * len(ctx.needs_input_grad)
     if torch.is_grad_enabled() or ops.transformed() or ops.has_modes():
         return _by_operators(ctx, dy, dhn, dcn)

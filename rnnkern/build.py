@@ -24,11 +24,12 @@ def build_info() -> dict[str, Any]:
     """Version, compiler, CUDA, and the instruction sets compiled and in use.
 
     Returns:
-        A dict with the keys ``version``, ``compiler``, ``cuda`` (the toolkit's version; None: built
-        without), ``cuda_architectures`` (list: ``sm_90a`` is machine code, ``compute_80`` PTX),
-        ``cuda_driver`` (the latest CUDA that this machine's driver knows; None: no driver),
-        ``isa_compiled`` (list, best first), ``isa`` (in use; the environment variable
-        ``RNNKERN_ISA`` forces a lower one), ``openmp``, ``torch``, ``threads``.
+        A dict with the keys ``version``, ``compiler``, ``cuda`` (the toolkit's version; None if
+        built without CUDA), ``cuda_architectures`` (list: ``sm_90a`` is machine code,
+        ``compute_80`` PTX), ``cuda_driver`` (the latest CUDA that this machine's driver knows; None
+        if there is no driver), ``isa_compiled`` (list, best first), ``isa`` (in use; the
+        environment variable ``RNNKERN_ISA`` forces a lower one), ``openmp``, ``torch``,
+        ``threads``.
     """
     return {
         "version": __version__,

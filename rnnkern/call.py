@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from rnnkern import autocast, kernels
-from rnnkern.cells import CELLS
 from rnnkern.kernels import Refusal, Why
+from rnnkern.known_cells import CELLS
 from rnnkern.layer import Layer, Maybe, Operands
-from rnnkern.sequence import Steps, packed_steps, padded_steps, place_of
+from rnnkern.sequence import Steps, device_of, packed_steps, padded_steps
 
 is_compiling = torch.compiler.is_compiling
 
@@ -48,15 +48,28 @@ class Call(NamedTuple):
     def is_packed(self) -> bool:
         return self.steps is not None and self.steps.packed
 
-    def results(self, y: Tensor, hn: Tensor, cn: Maybe) -> tuple[Any, Any]:
-        """Output and state in the form in which the module returns them."""
-        if self.is_packed:
+    def results(self, y: Tensor, hn: Tensor, cn: Maybe, cells: Maybe = None) -> tuple[Any, ...]:
+        """Output, state and, if there are any, cell states of all steps in the form in which the
+        module returns them.
+        """
+        if cells is not None:
+            return (*self.results(y, hn, cn), self.results(cells, hn, cn)[0])
+        # Dynamo of torch 2.10 cannot read a property of a tuple, here and in what else it traces.
+        if self.steps is not None and self.steps.packed:
             _, batch_sizes, order, inverse = self.input
-            return PackedSequence(y, batch_sizes, order, inverse), hn if cn is None else (hn, cn)
+            state = state_of(self.layer.mode, hn, cn)
+            return PackedSequence(y, batch_sizes, order, inverse), state
         if self.input.dim() == 2:
             y, hn = y.squeeze(0 if self.layer.batch_first else 1), hn.squeeze(1)
             cn = None if cn is None else cn.squeeze(1)
-        return y, hn if cn is None else (hn, cn)
+        return y, state_of(self.layer.mode, hn, cn)
+
+
+def state_of(mode: str, hn: Tensor, cn: Maybe) -> Any:
+    """The state in the form in which a module of that cell returns it."""
+    if cn is None:
+        return hn
+    return (hn, cn) if CELLS[mode].more_states == 0 else CELLS[mode].apart(hn, cn)
 
 
 def read(
@@ -93,35 +106,37 @@ def read(
         return _invalid("input has {} axes", x.dim())
     first, second, features = x.shape
     T, N = (second, first) if batch_first else (first, second)
-    h0, c0, fits = initial_states(module, hx, N)
+    states = initial_states(module, hx, N)
     if T == 0:
         if is_compiling():
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")  # torch.nn's
         return _invalid("the sequence has no steps")
     if features != module.input_size:
         return _invalid("input must have {} features, got {}", module.input_size, features)
-    if not fits:
-        return _invalid("hx does not fit a batch of {}: see torch.nn's {}", N, mode_of(module))
+    if states is None:
+        return _misfit(module, N)
     steps = None
     if lengths is not None or reset is not None:
-        steps = padded_steps(lengths, reset, T, N, batch_first, place_of(x))
+        steps = padded_steps(lengths, reset, T, N, batch_first, device_of(x))
     asked = autocast.asked(x)
-    given = Operands(x, h0, c0, current_weights(module))
+    given = Operands(x, *states, current_weights(module))
     return Call(module, input, layer_of(module, asked), given, steps, T, N, asked)
 
 
 def _read_packed(module: Any, input: PackedSequence, hx: Any) -> Call | Refusal:
     x, batch_sizes, sorted_indices, _ = input
     N = int(batch_sizes[0]) if batch_sizes.numel() else 0
-    h0, c0, fits = initial_states(module, hx, N)
-    if not fits:
-        return _invalid("hx does not fit a batch of {}: see torch.nn's {}", N, mode_of(module))
+    states = initial_states(module, hx, N)
+    if states is None:
+        return _misfit(module, N)
     if N == 0 or x.dim() != 2 or x.size(-1) != module.input_size:
         shape = tuple(x.shape)
-        return _invalid("input must have {} features, got {}", module.input_size, shape)
-    steps = packed_steps(batch_sizes, sorted_indices, place_of(x))
+        return _invalid("a packed input must be [rows, {}], got {}", module.input_size, shape)
+    steps = packed_steps(batch_sizes, sorted_indices, device_of(x))
+    if is_compiling() and steps.order is None and hx is None:
+        steps = steps._replace(order=torch.arange(N))  # tells operators the number of rows
     asked = autocast.asked(x)
-    given, T = Operands(x, h0, c0, current_weights(module)), len(batch_sizes)
+    given, T = Operands(x, *states, current_weights(module)), len(batch_sizes)
     return Call(module, input, layer_of(module, asked), given, steps, T, N, asked)
 
 
@@ -142,25 +157,41 @@ def read_cell(module: Any, input: Any, hx: Any = None) -> Call | Refusal:
         for state in states[: 1 + has_c]:
             if not isinstance(state, Tensor) or state.shape != wanted:
                 return _invalid("hx does not fit an input of shape {}", tuple(input.shape))
-    asked = autocast.asked(input)
+    asked, biases = autocast.asked(input), _cell_biases(module)
     layer = Layer(
         mode,
         directions=1,
-        bias=module.bias_ih is not None or module.bias_hh is not None,
+        bias=len(biases) > 0,
         batch_first=False,
         proj=False,
         by_bfloat16=asked is torch.bfloat16 or (asked is not None and input.device.type == "cuda"),
         is_cell=True,
     )
     h0, c0 = states
-    given = Operands(input, h0, c0, [module.weight_ih, module.weight_hh, *_cell_biases(module)])
+    given = Operands(input, h0, c0, [module.weight_ih, module.weight_hh, *biases])
     N = input.size(0) if input.dim() == 2 else 1
     return Call(module, input, layer, given, None, 1, N, asked)
 
 
-def _invalid(text: str, *values: Any) -> Refusal:
-    # A compiler cannot trace what formats a size that it does not know.
-    return Refusal(Why.INVALID, text if is_compiling() else text.format(*values))
+def _invalid(pattern: str, *values: Any) -> Refusal:
+    return Refusal(Why.INVALID, pattern, values)
+
+
+def _misfit(module: Any, N: Any) -> Refusal:
+    wanted, c_shape = state_shapes(module, N)
+    if not has_cell_state(module):
+        return _invalid("h_0 must be a tensor of shape {}", wanted)
+    if CELLS[mode_of(module)].more_states:
+        text = "hx must be a tuple of {} states, of the shape {}"
+        return _invalid(text, 1 + CELLS[mode_of(module)].planes, wanted)
+    return _invalid("hx must be (h_0, c_0), of shapes {} and {}", wanted, c_shape)
+
+
+def state_shapes(module: Any, N: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """The shapes of h_0 and c_0 of a layer, for a batch of N rows."""
+    rows = module.num_layers * (2 if module.bidirectional else 1)
+    out, H = module.proj_size or module.hidden_size, module.hidden_size
+    return (rows, N, out), (rows, N, H)
 
 
 def _are_2d(states: Any) -> bool:
@@ -187,7 +218,7 @@ def refusal_of(module: Any) -> Refusal | None:
             if name in space:
                 own = name
     if own is not None:
-        return Refusal(Why.MODULE, f"a method {own} of the module's own")
+        return Refusal(Why.MODULE, "a method {} of the module's own", (own,))
     if isinstance(module, nn.RNN) and module.mode not in ("RNN_TANH", "RNN_RELU"):
         return Refusal(Why.INVALID, "the mode is neither RNN_TANH nor RNN_RELU")
     return None
@@ -213,6 +244,8 @@ def expect_layer(module: Any) -> None:
             f"module must be an RNN, LSTM or GRU, of rnnkern or torch.nn, "
             f"got {type(module).__name__}"
         )
+    if CELLS[mode_of(module)].more_states:
+        raise NotImplementedError("a cell with more states than h and c is not covered here")
 
 
 def mode_of(module: Any) -> str:
@@ -221,12 +254,18 @@ def mode_of(module: Any) -> str:
     Only the Elman RNN has a choice. torch.nn's cells have no attribute ``mode``, and an LSTM or GRU
     may use that name for something else.
     """
-    if isinstance(module, (nn.LSTM, nn.LSTMCell)):
-        return "LSTM"
-    if isinstance(module, (nn.GRU, nn.GRUCell)):
-        return "GRU"
+    mode = mode_of_class(type(module))
+    if mode:
+        return mode
     is_cell = isinstance(module, nn.RNNCell)
     return f"RNN_{module.nonlinearity.upper()}" if is_cell else module.mode
+
+
+def mode_of_class(kind: type) -> str:
+    """The mode of all modules of a class, or "" if each of them has its own."""
+    if issubclass(kind, (nn.LSTM, nn.LSTMCell)):
+        return "LSTM"
+    return "GRU" if issubclass(kind, (nn.GRU, nn.GRUCell)) else ""
 
 
 def has_cell_state(module: Any) -> bool:
@@ -267,23 +306,46 @@ def current_weights(module: Any) -> list[Tensor]:
 
 
 def _cell_biases(module: Any) -> tuple[Tensor, ...]:
-    given = (module.bias_ih, module.bias_hh)
-    if given[0] is None and given[1] is None:
-        return ()
-    other = given[0] if given[1] is None else given[1]
-    return tuple(torch.zeros_like(other) if bias is None else bias for bias in given)
+    ih, hh = module.bias_ih, module.bias_hh
+    if ih is None:
+        return () if hh is None else (torch.zeros_like(hh), hh)
+    return ih, torch.zeros_like(ih) if hh is None else hh
 
 
-def initial_states(module: Any, hx: Any, N: int) -> tuple[Maybe, Maybe, bool]:
-    """``h_0, c_0`` of a layer, and whether they are what a batch of N rows needs."""
+def initial_states(module: Any, hx: Any, N: int) -> tuple[Maybe, Maybe] | None:
+    """``h_0, c_0`` of a layer for a batch of N rows; None if they do not fit."""
+    cell, (h_shape, c_shape) = CELLS[mode_of(module)], state_shapes(module, N)
+    if not cell.more_states or hx is None:
+        return fitting_states(1 + cell.has_cell_state, hx, h_shape, c_shape)
+    if not is_pair(type(hx)) or len(hx) != 1 + cell.planes:
+        return None
+    for state, shape in zip(hx, (h_shape, *[c_shape] * cell.planes), strict=True):
+        if not is_tensor(type(state)) or state.shape != shape:
+            return None
+    return cell.joined(tuple(hx))  # type: ignore[return-value]
+
+
+def fitting_states(
+    count: int, hx: Any, h_shape: tuple[int, ...], c_shape: tuple[int, ...]
+) -> tuple[Maybe, Maybe] | None:
+    """``h_0, c_0`` of a cell with as many states, None for zeros; None alone if ``hx`` does not
+    fit.
+    """
     if hx is None:
-        return None, None, True
-    count = module.num_layers * (2 if module.bidirectional else 1)
-    wanted = (count, N, module.proj_size or module.hidden_size)
-    if not has_cell_state(module):
-        return hx, None, isinstance(hx, Tensor) and hx.shape == wanted
-    if not isinstance(hx, (tuple, list)) or len(hx) != 2:
-        return None, None, False
+        return None, None
+    if count == 1:
+        return (hx, None) if is_tensor(type(hx)) and hx.shape == h_shape else None
+    if not is_pair(type(hx)) or len(hx) != 2:
+        return None
     h0, c0 = hx
-    fits = isinstance(h0, Tensor) and isinstance(c0, Tensor)
-    return h0, c0, fits and h0.shape == wanted and c0.shape == (count, N, module.hidden_size)
+    if not is_tensor(type(h0)) or not is_tensor(type(c0)):
+        return None
+    return (h0, c0) if h0.shape == h_shape and c0.shape == c_shape else None
+
+
+def is_tensor(kind: type) -> bool:
+    return issubclass(kind, Tensor)
+
+
+def is_pair(kind: type) -> bool:
+    return issubclass(kind, (tuple, list))

@@ -14,7 +14,9 @@ from torch.utils.checkpoint import checkpoint
 from rnnkern import autocast, modules
 from rnnkern.call import Call, expect_layer, read
 from rnnkern.kernels import Refusal
+from rnnkern.known_cells import is_own
 from rnnkern.layer import Operands
+from rnnkern.options import Options, asked_of, expect_none, options_of
 from rnnkern.run import dropout
 
 
@@ -26,19 +28,20 @@ def checkpointed(
     checkpoint_every: int,
     lengths: Tensor | None = None,
     reset: Tensor | None = None,
+    reset_to: Any = None,
 ) -> Any:
     """Runs ``module(input, hx)``, and keeps for backward only the states between segments.
 
     A segment has ``checkpoint_every`` steps, and backward recomputes it. Besides inputs and
     outputs, memory holds ``T / checkpoint_every`` states and the gates of ``checkpoint_every``
     steps, instead of the gates of T steps. The gradients are the same but for the order of sums
-    and, in 16 bits, cell states that are rounded at the end of a segment. Not for torch.compile and
-    the transforms of torch.func.
+    and, in 16 bits, cell states that are rounded at the end of a segment. It does not work under
+    torch.compile and the transforms of torch.func.
 
     Args:
         module: an RNN, LSTM or GRU of rnnkern or of ``torch.nn``.
         input: ``[T, N, I]``, ``[N, T, I]`` batch first, or a `PackedSequence`.
-        hx, lengths, reset: as the module takes them.
+        hx, lengths, reset, reset_to: as the module takes them.
         checkpoint_every: steps of a segment, at least 1. The square root of T needs the least
             memory.
 
@@ -46,8 +49,9 @@ def checkpointed(
         What the module returns.
 
     Raises:
-        TypeError, ValueError: ``checkpoint_every`` is not a positive int, or ``module`` is not such
-            a module. For everything else, what the module raises.
+        TypeError, ValueError: ``checkpoint_every`` is not a positive int, ``module`` is not such a
+            module, or it has ``layer_norm`` or ``zoneout``, or ``recurrent_dropout`` while it
+            trains. For everything else, what the module raises.
     """
     if not isinstance(input, (Tensor, PackedSequence)):
         kind = type(input).__name__
@@ -58,6 +62,8 @@ def checkpointed(
     if checkpoint_every < 1:
         raise ValueError(f"checkpoint_every must be at least 1, got {checkpoint_every}")
     expect_layer(module)
+    expect_none(module, "checkpointed")
+    asked = asked_of(module, reset, reset_to, False)
     if isinstance(input, PackedSequence):
         if lengths is not None or reset is not None:
             raise ValueError("a PackedSequence brings its own lengths; it takes no reset")
@@ -79,14 +85,15 @@ def checkpointed(
             f"checkpointed needs a batch of sequences of at least one step, and states for it: "
             f"{text}; got an input of shape {tuple(input.shape)}"
         )
-    return _Segments(call, checkpoint_every, lengths, reset).run()
+    options = options_of(call, asked or Options(), reset_to)
+    return _Segments(call, checkpoint_every, lengths, reset, options).run()
 
 
 class _Segments:
     """A padded batch, time first, in segments."""
 
-    def __init__(self, call: Call, every: int, lengths: Any, reset: Any) -> None:
-        self.call, self.every = call, every
+    def __init__(self, call: Call, every: int, lengths: Any, reset: Any, options: Options) -> None:
+        self.call, self.every, self.options = call, every, options
         x, module = call.given.x, call.module
         self.x = x = x.transpose(0, 1) if module.batch_first else x
         self.lengths = None if lengths is None else lengths.to(x.device)
@@ -95,7 +102,7 @@ class _Segments:
             self.reset = self.reset.t()
         if not module.bidirectional:
             return
-        # Row n backwards from its own end. The padding past it keeps its place.
+        # The steps of row n backwards from its own end. The padding past it keeps its positions.
         t = torch.arange(call.T, device=x.device)[:, None].expand(call.T, call.N)
         ends = self.lengths if self.lengths is not None else torch.full_like(t[0], call.T)
         self.backwards = torch.where(t < ends, ends - 1 - t, t)
@@ -110,7 +117,8 @@ class _Segments:
             outputs = []
             for d in range(layer.directions):
                 own = one_way.of_stack(i * layer.directions + d, self.call.given, x)
-                y, final = self._direction(own, d)
+                number = i * layer.directions + d
+                y, final = self._direction(own, d, self.options.of_layer(number, 1))
                 outputs.append(y)
                 finals.append(final)
             x = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
@@ -118,16 +126,23 @@ class _Segments:
         y = x.transpose(0, 1) if module.batch_first else x
         return y, states if len(states) == 2 else states[0]
 
-    def _direction(self, operands: Operands, d: int) -> tuple[Tensor, tuple[Any, ...]]:
+    def _direction(
+        self, operands: Operands, d: int, options: Options
+    ) -> tuple[Tensor, tuple[Any, ...]]:
         module, reset, (x, h, c, weights, _) = self.call.module, self.reset, operands
-        kind, _, nonlinearity = self.call.layer.mode.partition("_")
-        options = {"proj_size": module.proj_size} if module.proj_size else {}
-        if kind == "RNN":
-            options = {"nonlinearity": nonlinearity.lower()}
+        arguments = {"bias": module.bias, "device": "meta", "dtype": x.dtype}
+        if module.proj_size:
+            arguments["proj_size"] = module.proj_size
         sizes = x.shape[-1], module.hidden_size
-        layer = getattr(modules, kind, type(module))(
-            *sizes, bias=module.bias, device="meta", dtype=x.dtype, **options
-        )
+        if is_own(self.call.layer.mode):
+            from rnnkern.own_cells.recurrent import Recurrent
+
+            layer: Any = Recurrent(module.cell, *sizes, **arguments)
+        else:
+            kind, _, nonlinearity = self.call.layer.mode.partition("_")
+            if kind == "RNN":
+                arguments["nonlinearity"] = nonlinearity.lower()
+            layer = getattr(modules, kind, type(module))(*sizes, **arguments)
         layer.train(module.training)
         named = dict(zip(layer._flat_weights_names, weights, strict=True))
         if d:
@@ -136,9 +151,12 @@ class _Segments:
                 reset = reset.gather(0, self.backwards)
                 reset = torch.cat((torch.zeros_like(reset[:1]), reset[:-1]))
 
-        def segment(x: Tensor, h: Any, c: Any, lengths: Any, reset: Any) -> Any:
-            hx = (h if c is None else (h, c)) if h is not None else None
-            return functional_call(layer, named, (x, hx), {"lengths": lengths, "reset": reset})
+        def states(h: Any, c: Any) -> Any:
+            return h if c is None else (h, c)
+
+        def segment(x: Tensor, h: Any, c: Any, lengths: Any, reset: Any, to: Any) -> Any:
+            own = {"lengths": lengths, "reset": reset, "reset_to": to}
+            return functional_call(layer, named, (x, states(h, c)), own)
 
         outputs = []
         for begin in range(0, x.shape[0], self.every):
@@ -146,7 +164,15 @@ class _Segments:
             own = None if self.lengths is None else (self.lengths - begin).clamp(0, part.shape[0])
             flags = None if reset is None else reset[begin : begin + self.every]
             y, final = checkpoint(
-                segment, part, h, c, own, flags, use_reentrant=False, preserve_rng_state=False
+                segment,
+                part,
+                h,
+                c,
+                own,
+                flags,
+                states(options.reset_h, options.reset_c),
+                use_reentrant=False,
+                preserve_rng_state=False,
             )
             h, c = final if isinstance(final, tuple) else (final, None)
             outputs.append(y)

@@ -51,6 +51,12 @@ def generate(
         >>> drawn, state = rnnkern.generate(lstm, readout, warm_up[-1], 100, state)
     """
     expect_layer(module)
+    if module.training and getattr(module, "recurrent_dropout", False):
+        raise ValueError(
+            "generate calls the module step by step, and recurrent_dropout has one mask for all "
+            f"steps, got a module with recurrent_dropout={module.recurrent_dropout}; call "
+            "module.eval()"
+        )
     if module.bidirectional:
         raise ValueError(
             "generate needs a module of one direction: the reverse direction reads future inputs"
@@ -89,6 +95,8 @@ def _in_one_call(
         or input.device.type != "cpu"
         or kernels.IS_STAND_IN
         or module.num_layers > 1
+        or getattr(module, "zoneout", False)
+        or getattr(module, "_gain_names", False)
         or type(feedback) is not nn.Linear
         or not (_runs_as(forward, module) and _runs_as(nn.Linear.forward, feedback))
         or kernels.mode_refusal() is not None

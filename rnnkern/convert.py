@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import copyreg
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 from torch import nn
 
 from rnnkern import modules
+from rnnkern.constructor import named
+from rnnkern.forward import level_of_the_caller
 from rnnkern.interop.scripting import own_class, torch_class
-from rnnkern.kernels import CALLED_BY_FORWARD
+from rnnkern.kernels import CALLED_BY_FORWARD, OPTIONS
+from rnnkern.known_cells import is_own
 
 _M = TypeVar("_M", bound=nn.Module)
 _Class = type[nn.Module]
@@ -25,7 +28,7 @@ COUNTERPARTS: dict[_Class, _Class] = {
     modules.LSTMCell: nn.LSTMCell,
     modules.GRUCell: nn.GRUCell,
 }
-"""The class of torch.nn that each of rnnkern's takes the place of."""
+"""rnnkern's classes, and the class of torch.nn that each one replaces."""
 
 _OURS = {theirs: ours for ours, theirs in COUNTERPARTS.items()}
 
@@ -43,12 +46,12 @@ def convert(model: _M) -> _M:
 
     The modules stay the very same objects, so parameters, optimizers, hooks, the training flag, and
     references held elsewhere stay valid. A module of a subclass that inherits ``forward`` unchanged
-    is converted too, and stays an instance of its class. One whose class overrides ``forward``, or
-    a method that ``forward`` calls, is left alone with one warning for each class, because what it
-    does is unknown: derive that class from rnnkern's instead.
+    is converted too, and stays an instance of its class. If a class overrides ``forward``, or a
+    method that ``forward`` calls, its modules are left alone, because what they do is unknown. One
+    warning names the class. Derive that class from rnnkern's instead.
 
     Args:
-        model: any module, also a recurrent one itself.
+        model: any module. It may be a recurrent module itself.
 
     Returns:
         ``model``.
@@ -60,19 +63,29 @@ def convert(model: _M) -> _M:
 
         >>> model = rnnkern.convert(model)
     """
-    _expect_module(model)
+    expect_module(model)
     converted: list[tuple[nn.Module, _Class]] = []
     for name, module in model.named_modules():
         kind = _own_class(module)
         if issubclass(kind, tuple(_OURS)) and not issubclass(kind, tuple(COUNTERPARTS)):
             overridden = _overridden(kind)
             if overridden is not None:
-                _tell(name, kind, f"its class overrides {overridden}")
+                _tell("rnnkern.convert", name, kind, f"its class overrides {overridden}")
+                continue
+            own = [option for option in OPTIONS if getattr(module, option, 0)]
+            if own:
+                _tell(
+                    "rnnkern.convert",
+                    name,
+                    kind,
+                    f"it has an attribute {own[0]}, an option of rnnkern's",
+                )
                 continue
             try:
                 converted.append((module, _converted(kind)))
-            except Exception as error:  # of the class's own, as from __init_subclass__
-                _tell(name, kind, f"no class can be derived from it ({error!r})")
+            except Exception as error:  # the class's own, from __init_subclass__ for example
+                why = f"no class can be derived from it ({error!r})"
+                _tell("rnnkern.convert", name, kind, why)
     for module, kind in converted:
         _change_class(module, kind)
     return model
@@ -92,13 +105,46 @@ def revert(model: _M) -> _M:
 
     Raises:
         TypeError: ``model`` is no ``torch.nn.Module``.
+        ValueError: a module has ``layer_norm``, ``recurrent_dropout`` or ``zoneout``, which
+            torch.nn does not have.
     """
-    _expect_module(model)
+    expect_module(model)
+    for name, module in model.named_modules():
+        for option in OPTIONS if _reverted(_own_class(module)) is not None else ():
+            attribute = getattr(module, option, 0)
+            if attribute:
+                called, value = named(option, attribute)
+                where = f" of {name}" if name else ""
+                hint = "" if called == "layer_norm" else ": set it to 0 first"
+                raise ValueError(f"torch.nn has no {called}, got {called}={value}{where}{hint}")
     for module in model.modules():
         theirs = _reverted(_own_class(module))
         if theirs is not None:
             _change_class(module, theirs)
     return model
+
+
+def recurrent_modules(model: nn.Module, caller: str) -> Iterator[tuple[str, nn.Module]]:
+    """The recurrent modules and cells in ``model``, and their names.
+
+    Of rnnkern, or of ``torch.nn`` if `convert` would convert them. A module is left out, with one
+    warning for its class, if it overrides ``forward`` or a method that ``forward`` calls.
+    """
+    for name, module in model.named_modules():
+        kind = _own_class(module)
+        if not issubclass(kind, (*_OURS, modules.OwnRNN)):
+            continue
+        overridden = _overridden(kind) or next(
+            (n for n in _PART_OF_FORWARD if n in vars(module)), None
+        )
+        if overridden is not None:
+            _tell(caller, name, kind, f"it overrides {overridden}")
+        elif isinstance(module, modules.OwnRNN) and is_own(module.mode):
+            _warn(
+                kind, f"{caller} leaves {_where(name, kind)} as it is: it runs a cell of your own"
+            )
+        else:
+            yield name, module
 
 
 def take_back(model: nn.Module) -> dict[nn.Module, _Class]:
@@ -115,13 +161,13 @@ def give_again(model: nn.Module, classes: Mapping[str, _Class]) -> None:
             _change_class(module, classes[name])
 
 
-def _expect_module(model: Any) -> None:
+def expect_module(model: Any) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
 
 
 def _own_class(module: nn.Module) -> _Class:
-    """Its class, without those that torch puts before it to parametrize or compile a module."""
+    """The class of a module, without those by which torch parametrizes or compiles modules."""
     kind = type(module)
     own: _Class = own_class(
         kind.__bases__[0] if nn.utils.parametrize.is_parametrized(module) else kind
@@ -139,10 +185,11 @@ def _change_class(module: nn.Module, kind: _Class) -> None:
 
 
 def _overridden(kind: _Class) -> str | None:
-    """The part of forward that a subclass of torch.nn's class overrides, or None."""
-    theirs = torch_class(kind)
+    """The part of forward that a subclass of rnnkern's or torch.nn's class overrides, or None."""
+    ours = (base for base in kind.__mro__ if base in COUNTERPARTS or base is modules.OwnRNN)
+    base = next(ours, torch_class(kind))
     for name in _PART_OF_FORWARD:
-        if getattr(kind, name, None) is not getattr(theirs, name, None):
+        if getattr(kind, name, None) is not getattr(base, name, None):
             return name
     return None
 
@@ -154,8 +201,8 @@ def _converted(kind: _Class) -> _Class:
         ours = _OURS[torch_class(kind)]
 
         def reduce_ex(self: Any, protocol: Any) -> Any:
-            """Pickles and copies an object of a class that cannot be imported, by the class it is
-            from.
+            """Pickles and copies an object whose class cannot be imported, as one of the class from
+            which that class is made.
             """
             make, arguments, *rest = super(made, self).__reduce_ex__(protocol)  # type: ignore[arg-type]
             is_made = type(self) is made and arguments == (made,)
@@ -186,15 +233,25 @@ def _new_converted(kind: _Class) -> nn.Module:
     return converted.__new__(converted)
 
 
-def _tell(name: str, kind: _Class, reason: str) -> None:
-    full = f"{kind.__module__}.{kind.__qualname__}"
-    if full in _named:
-        return
-    _named.add(full)
-    where = f" ({name})" if name else ""
-    warnings.warn(
-        f"rnnkern.convert leaves {full}{where} to torch.nn, because {reason}; "
+def _tell(caller: str, name: str, kind: _Class, reason: str) -> None:
+    """Warns once of a class that is left to torch.nn."""
+    _warn(
+        kind,
+        f"{caller} leaves {_where(name, kind)} to torch.nn, because {reason}; "
         f"derive it from rnnkern.{torch_class(kind).__name__} to run the kernels",
-        UserWarning,
-        stacklevel=3,
     )
+
+
+def _where(name: str, kind: _Class) -> str:
+    return f"{_full_name(kind)} ({name})" if name else _full_name(kind)
+
+
+def _full_name(kind: _Class) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _warn(kind: _Class, text: str) -> None:
+    """Warns once of a class."""
+    if _full_name(kind) not in _named:
+        _named.add(_full_name(kind))
+        warnings.warn(text, UserWarning, stacklevel=level_of_the_caller())

@@ -9,8 +9,10 @@ from torch.nn.utils.rnn import PackedSequence
 
 from rnnkern import autocast, kernels
 from rnnkern.call import Call, read, read_cell, refusal_of
+from rnnkern.forward import without_kernels
 from rnnkern.kernels import Refusal, Why
-from rnnkern.run import have_operators
+from rnnkern.options import Options, asked_of, asked_of_cell, computed
+from rnnkern.run import have_operators, refusal_of_options
 
 
 class Explanation(str):
@@ -27,7 +29,8 @@ def explain(module: Any, input: Any, hx: Any = None) -> Explanation:
 
     Args:
         module: `rnnkern.RNN`, `rnnkern.LSTM`, `rnnkern.GRU` or a cell.
-        input: as for the call; nothing is computed.
+        input, hx: as for the call. Nothing is computed. ``lengths`` and ``reset`` would not change
+            the answer, and on the CPU neither would ``reset_to`` and ``return_cells``.
 
     Raises:
         TypeError: ``module`` is none of these.
@@ -38,41 +41,65 @@ def explain(module: Any, input: Any, hx: Any = None) -> Explanation:
         raise TypeError(
             f"explain wants a layer or cell of rnnkern (rnnkern.convert makes them), got {name}"
         )
-    is_cell = isinstance(module, nn.RNNCellBase)
+    is_cell, instead = isinstance(module, nn.RNNCellBase), without_kernels(module)
     packed = isinstance(input, PackedSequence)
     x: Tensor = input.data if packed else input
     axes = (1, 2) if is_cell else (2,) if packed else (2, 3)
     if x.dim() not in axes or not x.numel():
-        return Explanation(f"torch.nn refuses or skips an input of shape {tuple(x.shape)}")
+        return Explanation(f"{instead} refuses or skips an input of shape {tuple(x.shape)}")
     if x.size(-1) != module.input_size:
         return Explanation(
-            f"torch.nn refuses this: input_size is {module.input_size}, the input has {x.size(-1)}"
+            f"{instead} refuses this: input_size is {module.input_size}, the input has {x.size(-1)}"
         )
     call: Call | Refusal | None = None if is_cell else refusal_of(module)
     if call is None:
         call = read_cell(module, input, hx) if is_cell else read(module, input, hx)
     if isinstance(call, Refusal):
         refuses = call.why is Why.INVALID
-        return Explanation(f"torch.nn {'refuses' if refuses else 'runs'} this: {call.text}")
+        return Explanation(f"{instead} {'refuses' if refuses else 'runs'} this: {call.text}")
     operands = autocast.computed(call)
-    refusal = kernels.mode_refusal() or kernels.refusal(operands)
+    if is_cell:
+        options = asked_of_cell(module) if module._gain_names else None
+    else:
+        options = asked_of(module, None, None, False)
+    if options is not None:
+        refused = refusal_of_options(operands, computed(options, call, operands.x))
+        if refused is not None:
+            return Explanation(f"plain PyTorch runs this: {refused.text}")
+    refusal = kernels.refusal_of_cell(call.layer, operands.x) or kernels.mode_refusal()
+    refusal = refusal or kernels.refusal(operands)
     if refusal is not None and refusal.why is not Why.GAPS:
-        if have_operators(operands):
+        if refusal.why is not Why.CELL and have_operators(operands):
             text = f"the operators of torch.ops.rnnkern, around the kernels: {refusal.text}"
             return Explanation(text)
-        return Explanation(f"torch.nn runs this: {refusal.text}")
-    return Explanation("\n".join(_lines(call, operands.x, has_gaps=refusal is not None)))
+        return Explanation(f"{instead} runs this: {refusal.text}")
+    lines = _lines(call, operands.x, has_gaps=refusal is not None)
+    if options is not None:
+        lines.insert(1, _of_options(options))
+    return Explanation("\n".join(lines))
+
+
+def _of_options(options: Options) -> str:
+    own = []
+    if options.gains:
+        own.append("layer_norm=True: the sums are normalised between the products and the cell")
+    if options.recurrent_dropout:
+        own.append(f"recurrent_dropout={options.recurrent_dropout}: one mask of h for all steps")
+    if options.zoneout:
+        how = "drawn in each step" if options.draws else "its expectation"
+        own.append(f"zoneout={options.zoneout}: {how}")
+    return "; ".join(own)
 
 
 def _lines(call: Call, x: Tensor, has_gaps: bool) -> list[str]:
     module, layer, T, N = call.module, call.layer, call.T, call.N
     kernel = kernels.kernel_of(layer, module.hidden_size, getattr(module, "proj_size", 0))
     D, layers = layer.directions, getattr(module, "num_layers", 1)
-    multiplied = " multiplied as bfloat16" if kernels.multiplied_as_bfloat16(kernel, x) else ""
+    multiplied = kernels.multiplied_as(kernel, x)
     dtype = str(x.dtype).removeprefix("torch.")
-    place = "GPU" if x.device.type == "cuda" else "CPU"
+    device = "GPU" if x.device.type == "cuda" else "CPU"
     lines = [
-        f"{layer.mode} on the {place}, {dtype}{multiplied}: "
+        f"{layer.mode} on the {device}, {dtype}{multiplied and f' multiplied as {multiplied}'}: "
         f"T={T} N={N} I={module.input_size} H={module.hidden_size} layers={layers} directions={D}"
     ]
     if has_gaps:
@@ -80,6 +107,7 @@ def _lines(call: Call, x: Tensor, has_gaps: bool) -> list[str]:
     for i in range(layers):
         features = module.input_size if i == 0 else D * kernel.out
         for name, back in (("forward", False), ("backward", True)):
-            plan = kernels.describe(kernel, x, T, N, features, back)
+            from_zeros = T == 1 and call.given.h0 is None
+            plan = kernels.describe(kernel, x, T, N, features, back, from_zeros)
             lines.append(f"layer {i} {name}: {plan}")
     return lines

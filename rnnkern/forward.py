@@ -13,17 +13,20 @@ import os
 import warnings
 from pathlib import Path
 from types import FunctionType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from rnnkern import kernels, ops, run
+from rnnkern import kernels, ops, run, traced
+from rnnkern import options as own_options
 from rnnkern.autograd import record, record_cell, record_cell_in_loop
 from rnnkern.call import Call, has_cell_state, is_compiling, read, read_cell, refusal_of
 from rnnkern.interop.exporting import to_torch
 from rnnkern.kernels import Refusal, Why
+from rnnkern.known_cells import is_own
+from rnnkern.options import Options
 
 
 class FallbackWarning(UserWarning):
@@ -45,23 +48,41 @@ def forward(
     *,
     lengths: Tensor | None = None,
     reset: Tensor | None = None,
+    reset_to: Any = None,
+    return_cells: bool = False,
 ) -> Any:
     """``forward`` of `rnnkern.RNN`, `rnnkern.LSTM` and `rnnkern.GRU`."""
-    if lengths is None and reset is None and not is_compiling():
+    if lengths is None and reset is None and reset_to is None and not return_cells:
         # The plain call is tried without inspecting the call: the kernel refuses what it does not
         # cover before it computes anything. Only then is the call read.
-        try:
-            result = kernels.plain_call(self, input, hx, record)
-        except kernels.RefusedError:
-            result = None
+        if is_compiling():
+            result = traced.layer(self, input, hx)
+        else:
+            try:
+                result = kernels.plain_call(self, input, hx, record)
+            except kernels.RefusedError:
+                result = None
         if result is not None:
             return result
-    return _checked(self, input, hx, lengths, reset)
+    return _checked(self, _Given(input, hx, lengths, reset, reset_to, return_cells))
 
 
-def _checked(module: Any, input: Any, hx: Any, lengths: Any, reset: Any) -> Any:
+class _Given(NamedTuple):
+    """What a layer is called with, as the caller has given it."""
+
+    input: Any
+    hx: Any
+    lengths: Any
+    reset: Any
+    reset_to: Any
+    return_cells: Any
+
+
+def _checked(module: Any, given: _Given) -> Any:
+    input, hx, lengths, reset, reset_to, return_cells = given
     compiling = is_compiling()
-    is_plain = lengths is None and reset is None
+    options = own_options.asked_of(module, reset, reset_to, return_cells)
+    is_plain = lengths is None and reset is None and options is None
     # torch.jit.trace records operators, and knows those of torch alone.
     jit = not compiling and _tracing_state() is not None
     if is_plain and (jit or (compiling and isinstance(input, PackedSequence))):
@@ -73,52 +94,76 @@ def _checked(module: Any, input: Any, hx: Any, lengths: Any, reset: Any) -> Any:
     if isinstance(call, Refusal):
         if isinstance(input, PackedSequence):
             _refuse_states(module, hx, input)
-        result = _by_torch(module, input, hx, call)
         if not is_plain:
-            raise ValueError(f"lengths and reset do not apply: {call.text}")
-        return result
-    if jit:
-        return _by_reference(call)
-    outputs = run.layers(call)
+            module._torch_forward(input, hx)  # torch.nn raises its own error, if it has one
+            raise ValueError(f"lengths, reset and options do not apply: {call.text}")
+        return _by_torch(module, input, hx, call)
+    exports = compiling and to_torch()
+    if options is not None:
+        if exports and lengths is not None:
+            raise NotImplementedError("lengths and other options together cannot be exported")
+        options = own_options.options_of(call, options, reset_to)
+    if jit or (exports and options is not None):
+        return _by_reference(call, options)
+    outputs: Any = run.layers(call) if options is None else run.layers_with_options(call, options)
     if not isinstance(outputs, Refusal):
         return call.results(*outputs)
     if is_plain:
         return _by_torch(module, input, hx, outputs)
-    if compiling and to_torch():
+    if exports:
         raise NotImplementedError(f"lengths and reset cannot be exported ({outputs.text})")
-    result = _by_reference(call)
-    _warn(outputs)
+    result = _by_reference(call, options)
+    _warn(outputs, "plain PyTorch")
     return result
 
 
 def cell(self: Any, input: Any, hx: Any = None) -> Any:
     """``forward`` of `rnnkern.RNNCell`, `rnnkern.LSTMCell` and `rnnkern.GRUCell`."""
-    if not is_compiling():  # as in `forward`
+    if is_compiling():  # as in `forward`
+        result = traced.cell(self, input, hx)
+    else:
         try:
             result = kernels.plain_cell(self, input, hx, record_cell, record_cell_in_loop)
         except kernels.RefusedError:
             result = None
-        if result is not None:
-            return result
+    if result is not None:
+        return result
     return _checked_cell(self, input, hx)
 
 
 def _checked_cell(module: Any, input: Any, hx: Any) -> Any:
+    if module._gain_names:
+        return _cell_with_options(module, input, hx, own_options.asked_of_cell(module))
     compiling = is_compiling()
     if to_torch() if compiling else _tracing_state() is not None:
+        return module._torch_forward(input, hx)
+    # torch.func takes a millisecond for a gradient of ours, and a fraction for those of torch's
+    # operators, which have no rules for its other transforms.
+    if not compiling and ops.only_differentiated() and getattr(input, "is_cpu", False):
+        _refuse_what_torch_does_not(module, input, hx)
         return module._torch_forward(input, hx)
     call = read_cell(module, input, hx)
     if isinstance(call, Refusal):
         _refuse_what_torch_does_not(module, input, hx)
         return _by_torch(module, input, hx, call)
-    # torch.func takes 2 ms for a gradient of ours, and a fraction for those of torch's operators,
-    # which have no rules for its other transforms.
-    if not compiling and ops.only_differentiated() and input.device.type == "cpu":
-        return module._torch_forward(input, hx)
     outputs = run.one_cell(call)
     if isinstance(outputs, Refusal):
         return _by_torch(module, input, hx, outputs)
-    return outputs if call.layer.has_cell_state else outputs[0]
+    return outputs if len(outputs) > 1 else outputs[0]
+
+
+def _cell_with_options(module: Any, input: Any, hx: Any, options: Options) -> Any:
+    call = read_cell(module, input, hx)
+    if isinstance(call, Refusal):
+        _refuse_what_torch_does_not(module, input, hx)
+        module._torch_forward(input, hx)  # torch.nn raises its own error, if it has one
+        raise ValueError(f"layer_norm does not apply: {call.text}")
+    without = to_torch() if is_compiling() else _tracing_state() is not None
+    outputs = run.cell_with_options(call, options, by_kernels=not without)
+    if isinstance(outputs, Refusal):
+        _warn(outputs, "plain PyTorch")
+        outputs = run.cell_with_options(call, options, by_kernels=False)
+    return outputs if len(outputs) > 1 else outputs[0]
 
 
 def method(function: Any, kind: str) -> Any:
@@ -137,7 +182,7 @@ def method(function: Any, kind: str) -> Any:
 
 def _by_torch(module: Any, input: Any, hx: Any, refusal: Refusal) -> Any:
     result = module._torch_forward(input, hx)
-    _warn(refusal)
+    _warn(refusal, without_kernels(module))
     return result
 
 
@@ -149,33 +194,31 @@ def without_torch(self: Any, input: Any, hx: Any = None) -> Any:
     return _by_reference(call)
 
 
-def _by_reference(call: Call) -> Any:
-    from rnnkern import reference
-
-    module, operands = call.module, call.given
-    module.check_input(operands.x, call.input.batch_sizes if call.is_packed else None)
-    x = operands.x
-    finals = []
-    for i in range(module.num_layers):
-        if i:
-            x = run.dropout(module, x)
-        x, *final = reference.layer(call.layer, call.layer.of_stack(i, operands, x), call.steps)
-        finals.append(final)
-    hn, *cn = (torch.cat(parts) for parts in zip(*finals, strict=True))
-    return call.results(x, hn, cn[0] if cn else None)
+def _by_reference(call: Call, options: Options | None = None) -> Any:
+    operands, options = call.given, options or Options()
+    call.module.check_input(operands.x, call.input.batch_sizes if call.is_packed else None)
+    if not is_own(call.layer.mode):
+        return call.results(*run.by_reference(call, operands, options))
+    # The results of a cell that cannot be compiled have the dtypes that its kernels give.
+    return call.results(*run.computed_by_reference(call, options))
 
 
-def _warn(refusal: Refusal) -> None:
-    if not is_compiling() and refusal.text not in _warned:
-        _warned.add(refusal.text)
+def without_kernels(module: Any) -> str:
+    """What runs a call of a module that no kernel covers."""
+    return "plain PyTorch" if type(module)._torch_forward is without_torch else "torch.nn"
+
+
+def _warn(refusal: Refusal, instead: str) -> None:
+    if not is_compiling() and refusal.pattern not in _warned:
+        _warned.add(refusal.pattern)
         warnings.warn(
-            f"no rnnkern kernel covers this call ({refusal.text}); torch.nn runs it",
+            f"no rnnkern kernel covers this call ({refusal.text}); {instead} runs it",
             FallbackWarning,
-            stacklevel=_level_of_the_caller(),
+            stacklevel=level_of_the_caller(),
         )
 
 
-def _level_of_the_caller() -> int:
+def level_of_the_caller() -> int:
     """The stack level, as seen by the calling function, of the first one outside the modules."""
     inside = tuple(f"{Path(file).parent}{os.sep}" for file in (__file__, nn.modules.__file__))
     level, frame = 1, inspect.currentframe()

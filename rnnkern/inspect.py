@@ -14,9 +14,10 @@ from torch.nn.utils.rnn import PackedSequence
 
 from rnnkern import autocast, derivatives, kernels, ops
 from rnnkern.call import expect_layer, read
-from rnnkern.cells import CELLS
 from rnnkern.kernels import Refusal
+from rnnkern.known_cells import CELLS, is_own
 from rnnkern.layer import Gradients, Recorded, pieces, unflatten
+from rnnkern.options import expect_none
 from rnnkern.run import dropout
 
 
@@ -26,9 +27,9 @@ class DirectionTrace(NamedTuple):
 
     Attributes:
         gates: by name, after their activation: ``i, f, g, o`` of an LSTM, ``r, z, n`` of a GRU;
-            none of an RNN, whose one gate is ``h``.
+            none of an RNN, whose one gate is ``h``, and none of a cell of your own.
         h: hidden states, ``[T, N, P]`` if they are projected.
-        c: cell states of an LSTM, else None.
+        c: cell states of an LSTM, else None. Those of a cell of your own pass no gradients.
     """
 
     gates: dict[str, Tensor]
@@ -70,7 +71,7 @@ def trace(
     lengths: Tensor | None = None,
     reset: Tensor | None = None,
 ) -> Trace:
-    """Every gate, cell state and hidden state of one call, differentiable.
+    """Every gate, cell state and hidden state of one call, differentiable if something requires it.
 
     Args:
         module: an RNN, LSTM or GRU of rnnkern or of ``torch.nn``.
@@ -132,6 +133,7 @@ class _Run:
 
     def __init__(self, module: Any, input: Any, hx: Any, lengths: Any, reset: Any) -> None:
         expect_layer(module)
+        expect_none(module, "inspect")
         x = input.data if isinstance(input, PackedSequence) else input
         if not isinstance(x, Tensor) or (x is input and x.dim() != 3):
             raise ValueError(
@@ -192,6 +194,10 @@ def _of_direction(run: _Run, recorded: Recorded, d: int) -> DirectionTrace:
     width = at.y.shape[-1] // layer.directions
     h = at.y[..., d * width : (d + 1) * width]
     parts = [run.as_rows(piece[d]) for piece in pieces(saved, layer, H)]
+    if is_own(layer.mode):  # what it saves are no gates
+        return DirectionTrace(
+            {}, h, parts[layer.saves_slots].detach() if layer.has_cell_state else None
+        )
     if not layer.saves_slots:
         return DirectionTrace({}, h, None)
     names = CELLS[layer.mode].names
@@ -203,19 +209,19 @@ def _of_direction(run: _Run, recorded: Recorded, d: int) -> DirectionTrace:
         rows = [scan.frames.from_rows(scan.taken(z), d) for z in formulas]
         gates = [_Saved.apply(z, row) for z, row in zip(gates, rows, strict=True)]  # type: ignore[no-untyped-call]
         if c is not None:
-            i, f, g, _ = formulas
             c0 = scan.frames.state(at.c0, d, scan.x, H)
-            cells = _Cells.apply(scan, scan.frames.of(c, d), i, f, g, c0)  # type: ignore[no-untyped-call]
+            kept, written = scan.cell_updates(formulas)
+            cells = _Cells.apply(scan, scan.frames.of(c, d), kept, written, c0)  # type: ignore[no-untyped-call]
             c = scan.frames.from_rows(cells, d)
     return DirectionTrace(dict(zip(names, gates, strict=True)), h, c)
 
 
 class _Saved(torch.autograd.Function):
-    """What the kernel has kept, with the gradient of the formula that gives it."""
+    """What the kernel has saved, with the gradient of the formula that gives it."""
 
     @staticmethod
-    def forward(ctx: Any, kept: Tensor, formula: Tensor) -> Tensor:
-        return kept.clone()
+    def forward(ctx: Any, saved: Tensor, formula: Tensor) -> Tensor:
+        return saved.clone()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:
@@ -223,21 +229,20 @@ class _Saved(torch.autograd.Function):
 
 
 class _Cells(torch.autograd.Function):
-    """Cell states as the kernel has kept them: c(t) = f(t) c(t-1) + i(t) g(t)."""
+    """Cell states as the kernel has saved them: c(t) = kept(t) c(t-1) + written(t)."""
 
     @staticmethod
     def forward(
-        ctx: Any, scan: Any, kept: Tensor, i: Tensor, f: Tensor, g: Tensor, c0: Tensor
+        ctx: Any, scan: Any, saved: Tensor, kept: Tensor, written: Tensor, c0: Tensor
     ) -> Tensor:
-        cells = kept.clone()
+        cells = saved.clone()
         ctx.scan = scan
-        ctx.save_for_backward(cells, i, f, g, c0)
+        ctx.save_for_backward(cells, kept, c0)
         return cells
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-        cells, i, f, g, c0 = ctx.saved_tensors
+        cells, kept, c0 = ctx.saved_tensors
         scan = ctx.scan
-        own = scan.taken(scan.summed(scan.taken(gradient), f))
-        first = scan.handed_to_start(own * f)
-        return None, None, own * g, own * scan.before(cells, c0), own * i, first
+        own = scan.taken(scan.summed(scan.taken(gradient), kept))
+        return None, None, own * scan.before(cells, c0), own, scan.handed_to_start(own * kept)

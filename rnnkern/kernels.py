@@ -1,6 +1,6 @@
 """The extension ``rnnkern._C``, with types and documentation.
 
-Of the other modules only `rnnkern.cells` imports it.
+Of the other modules only `rnnkern.known_cells` imports it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd import profiler
 
 from rnnkern import _C
+from rnnkern.known_cells import is_own
 from rnnkern.layer import Layer, Operands
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -27,14 +28,20 @@ class Why(enum.Enum):
     MODULE = enum.auto()  # the module overrides a method that torch.nn's forward calls
     MODE = enum.auto()  # torch is in a mode in which no kernel may run
     OPERAND = enum.auto()  # no kernel covers an operand
+    CELL = enum.auto()  # a cell that a user has written has no kernels here
     GAPS = enum.auto()  # the kernels cover the operands after a copy without gaps
 
 
 class Refusal(NamedTuple):
-    """Why the kernels do not run a call, and the same in words."""
+    """Why the kernels do not run a call, and the same in words: a pattern and what it names."""
 
     why: Why
-    text: str
+    pattern: str
+    values: tuple[Any, ...] = ()
+
+    @property
+    def text(self) -> str:
+        return self.pattern.format(*self.values)
 
 
 def profiled(kernel: _F, mode: str, part: str = "") -> _F:
@@ -49,10 +56,11 @@ def profiled(kernel: _F, mode: str, part: str = "") -> _F:
     return recorded  # type: ignore[return-value]
 
 
-Kernel = _C.Layer
+Kernel = _C.Kernel
 """The kernels of one `rnnkern.layer.Layer` with its sizes H and P.
 
-``forward(x, h0, c0, weights, steps, training=None, keeps_y=False)`` returns
+``forward(x, h0, c0, weights, steps, training=None, keeps_y=False, cells=False, options=None)``
+returns
 
 - the outputs: ``(y, h_n)`` or ``(y, h_n, c_n)``; for a cell whose tensors have no time axis,
   ``(h,)`` or ``(h, c)``;
@@ -62,13 +70,18 @@ Kernel = _C.Layer
   then None, because a copy of it is the last part of the next tensor. A large y is copied by torch
   as soon as one of the two is written to;
 - None, or one flat tensor of what else backward needs: activated slots ``[D, rows, S * H]``, cell
-  states ``[D, rows, H]`` and hidden states before a projection ``[D, rows, H]``, as far as the cell
-  has them.
+  states ``[D, rows, H]``, with zoneout also those before it, hidden states before a projection or
+  zoneout ``[D, rows, H]``, and what normalisation has made (``csrc/cpu/normalised.h``), as far as
+  the layer has them. With ``cells`` the cell states alone if backward needs nothing.
 
-``backward(x, h0, c0, weights, steps, y, saved, dy, dhn, dcn, wanted, overwrite, sums=())`` returns
+``options`` are None or ``reset_h, reset_c, seed, number, recurrent_dropout, zoneout, draws, gains``
+of `rnnkern.options.Options`, the gains as one list, on the CPU and not if ``IS_STAND_IN``.
 
-- a list of gradients: of ``x``, ``*weights`` and the given initial states; None for those that are
-  not ``wanted``;
+``backward(x, h0, c0, weights, steps, y, saved, dy, dhn, dcn, wanted, overwrite, sums=(),
+options=None, dcells=None)`` returns
+
+- a list of gradients: of ``x``, ``*weights``, the given initial states, the given states of a reset
+  and the gains; None for those that are not ``wanted``;
 - a flat tensor that begins with the gradients of the slots before their activation,
   ``[D, rows, S * H]``.
 
@@ -80,8 +93,7 @@ are added to ``sums``, one for each weight, and the list has None in their place
 the outputs ``(y, h_n, c_n)``, of the gradients as backward lists them, and of the gradients of the
 slots. The point is ``(x, h0, c0, weights, steps, y, saved, slots, incoming)``: ``slots`` are their
 gradients, ``incoming`` those of ``(y, h_n, c_n)``. The direction is ``(x, h0, c0, weights, slots,
-incoming)``: ``slots`` are their sums. None means zeros. It runs on the CPU in float32 and float64,
-and not if ``IS_STAND_IN``.
+incoming)``: ``slots`` are their sums. None means zeros. It runs in float32 and float64.
 
 ``closed_loop(inputs, h0, c0, weights, readout, bias)`` reads ``inputs[0]``, feeds the layer what
 the readout makes of its outputs, writes that to ``inputs[1:]``, and returns ``h_n, c_n``. It runs
@@ -90,7 +102,24 @@ on the CPU, and not if ``IS_STAND_IN``.
 All raise `RefusedError` before anything is written.
 """
 
-kernel = _C.layer
+Frozen = _C.Frozen
+"""The packed weights of a module, and the kernels that read them: `rnnkern.frozen`.
+
+``Frozen(kernel, input_size, layers, numbers, weights, scales)``: ``numbers`` is what the matrices
+become: ``"own"``, or of float32 ``"bfloat16"`` or ``"int8"``. Of int8 the weights are whole numbers
+in float32, and ``scales`` has the scale of each row for each matrix.
+
+- ``forward(x, h0, c0, steps)``: ``(y, h_n)`` or ``(y, h_n, c_n)``; of a cell without y.
+- ``plain_call(x, hx)``: what the module returns, or None if the call is not plain, or if a mode of
+  torch, a profiler or autograd has to see it.
+- ``step(x, hx)``: the output of one step, whose state is written into the tensors of hx; or None.
+- ``unpack(tensors)``: writes the matrices to tensors.
+- ``number``: no other instance of the process has it. ``nbytes``: of the packed weights.
+
+All raise `RefusedError` before anything is written.
+"""
+
+kernel = _C.kernel
 """``kernel(mode, directions, hidden, proj, bias, batch_first, by_bfloat16=False, is_cell=False)``.
 
 Equal kernels usually share one cached object. With ``by_bfloat16``, products may take float32 as
@@ -119,6 +148,32 @@ def kernel_of(layer: Layer, hidden: int, proj: int) -> Kernel:
 IS_STAND_IN: bool = _C.IS_STAND_IN
 """The CUDA kernels run on the CPU's tensors, on a stand-in for a GPU (`tests/simt`)."""
 
+headers: str = _C.HEADERS
+"""A digest of the headers that the extension was built from (`rnnkern.own_cells.headers`)."""
+
+load_library = _C.load_library
+"""``load_library(path, mode, element)``: loads the kernels of a cell that a user has written.
+
+Raises:
+    RuntimeError: the file is no library of that cell and element type.
+"""
+
+load_cuda_library = _C.load_cuda_library
+"""``load_cuda_library(path, mode, element, gpu)``: loads those for a GPU.
+
+Raises:
+    RuntimeError: as `load_library`; or the library was compiled from other headers, or this build
+        has no CUDA kernels.
+"""
+
+CPU = -1
+"""In place of the number of a GPU."""
+
+set_loader = _C.set_loader
+"""``set_loader(load)``: ``load(mode, element type, gpu)`` is called when kernels of such a cell are
+needed for the first time. It loads them, or returns why it cannot.
+"""
+
 RefusedError = _C.RefusedError
 """A RuntimeError: an operand does not fit, or no kernel covers it (`refusal` says why)."""
 
@@ -129,6 +184,46 @@ def refusal(operands: Operands) -> Refusal | None:
     if text is None:
         return None
     return Refusal(Why.GAPS if text == _C.GAPS else Why.OPERAND, text)
+
+
+WITHOUT_KERNELS: dict[tuple[str, torch.dtype, int], str] = {}
+"""Why a cell that a user has written has no kernels, by its mode, the dtype of the tensors, and the
+GPU or `CPU`. `rnnkern.own_cells` finds out.
+"""
+
+
+def gpu_of(device: torch.device) -> int:
+    """The number of the GPU whose kernels run for tensors of that device, or `CPU`."""
+    if device.type == "cuda":
+        return device.index or 0
+    return 0 if IS_STAND_IN else CPU
+
+
+def refusal_on_gpus() -> str | None:
+    """Why this build runs no cell that a user has written on a GPU, or None."""
+    if cuda is not None or IS_STAND_IN:
+        return None
+    return "CUDA tensors, and this build of rnnkern has no CUDA kernels"
+
+
+def refusal_of_cell(layer: Layer, x: Tensor) -> Refusal | None:
+    """Why there are no kernels of the layer's cell for that input, or None.
+
+    Those of a user's cell are compiled when they are first called. Until then there are some.
+    """
+    mode = layer.mode
+    if not is_own(mode):
+        return None
+    if x.device.type not in ("cpu", "meta", "cuda"):
+        why: str | None = "device other than cpu and cuda"
+    else:
+        gpu = gpu_of(x.device)
+        why = None if gpu == CPU else refusal_on_gpus()
+        why = why or WITHOUT_KERNELS.get((mode, x.dtype, gpu))
+    # One warning for each cell: the pattern names it.
+    return (
+        None if why is None else Refusal(Why.CELL, f"the cell {mode} is not compiled: {{}}", (why,))
+    )
 
 
 def mode_refusal() -> Refusal | None:
@@ -143,19 +238,25 @@ def mode_refusal() -> Refusal | None:
 CALLED_BY_FORWARD: tuple[str, ...] = _C.CALLED_BY_FORWARD
 """The methods that ``forward`` of torch.nn's layers calls, and that a class may override."""
 
+OPTIONS: tuple[str, ...] = _C.OPTIONS
+"""Attributes of a layer that is no plain call's, unless they are 0."""
+
 Machine = _C.Machine
 machine = _C.machine
 """``machine(kernel, threads, x)``: what a plan reads of this CPU, for that kernel on x's dtype."""
 
 plan = _C.plan
-"""``plan(kernel, machine, *, T, N, I, total, deterministic, backward)``: the plan and its text."""
+"""``plan(kernel, machine, *, T, N, I, total, deterministic, backward, frozen=False)``: the plan and
+its text.
+"""
 
 compiler: str = _C.compiler
 compiled_sets = _C.compiled_sets
 instruction_set = _C.instruction_set
 """What the extension was built with, and the instruction set in use.
 
-A set whose name extends that of another has kernels of its own for products of bfloat16 only.
+A set whose name extends that of another has kernels of its own for products of int8 (``vnni``) or
+of int8 and bfloat16 (``bf16``, ``amx``) only.
 """
 
 cuda_version = _C.cuda_version
@@ -211,18 +312,20 @@ CudaDevice = _C.CudaDevice
 
 cuda_plan = _C.cuda_plan
 """``cuda_plan(kernel, device, x, *, T, N, I, tf32, backward, deterministic=False,
-has_library=True)``: the plan on that device and its text.
+has_library=True, records=False)``: the plan on that device and its text.
 
-Only the dtype of x counts.
+Only the dtype of x counts. `records`: forward saves what backward needs.
 """
 
 
-def multiplied_as_bfloat16(kernel: Kernel, x: Tensor) -> bool:
-    """Whether products take this input, of float32, as bfloat16."""
-    return x.device.type == "cpu" and machine(kernel, 1, x).rounded_for_products
+def multiplied_as(kernel: Kernel, x: Tensor) -> str:
+    """What products take this input of float32 as, if not as what it is."""
+    return _C.multiplied_as(kernel, x) if x.device.type == "cpu" else ""
 
 
-def describe(kernel: Kernel, x: Tensor, T: int, N: int, features: int, back: bool) -> str:
+def describe(
+    kernel: Kernel, x: Tensor, T: int, N: int, features: int, back: bool, from_zeros: bool
+) -> str:
     """Kernel and plan of one layer in words."""
     if x.device.type == "cuda":
         return _C.cuda_describe(kernel, x, T=T, N=N, I=features, backward=back)
@@ -235,5 +338,6 @@ def describe(kernel: Kernel, x: Tensor, T: int, N: int, features: int, back: boo
         total=x.numel() // x.size(-1),
         deterministic=torch.are_deterministic_algorithms_enabled(),
         backward=back,
+        from_zeros=from_zeros,
     )
     return f"{instruction_set()}, {text}"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from rnnkern.cells import CELLS
+from rnnkern.known_cells import CELLS, MODES
 from rnnkern.sequence import Steps
 
 Maybe = Tensor | None
@@ -16,7 +17,6 @@ Maybe = Tensor | None
 PACKED = 1
 """Added to the code of a layer: its input is a packed sequence."""
 
-_MODES = tuple(CELLS)
 _FIRST, _BITS = 4, 9
 """Cells and bits of a layer's code without the bits that later cells add."""
 
@@ -54,24 +54,26 @@ class Layer(NamedTuple):
         torch keeps compiled programs with such numbers on disk. A cell that is added at the end of
         the list changes no number of the cells before it.
         """
-        more, mode = divmod(_MODES.index(self.mode), _FIRST)
+        more, mode = divmod(CELLS[self.mode].number, _FIRST)
         code = mode + _FIRST * (self.directions - 1)
         for flag in self[2:]:
             code = 2 * code + flag
         return 2 * code + (more << _BITS)
 
     @classmethod
+    @functools.cache
     def of_code(cls, code: int) -> Layer:
         """The layer of a number, whether `PACKED` is in it or not."""
         more, code = divmod(code, 1 << _BITS)
         flags = [bool(code >> place & 1) for place in range(len(cls._fields) - 2, 0, -1)]
         directions, mode = divmod(code >> (len(flags) + 1), _FIRST)
-        return cls(_MODES[_FIRST * more + mode], directions + 1, *flags)
+        return cls(MODES[_FIRST * more + mode], directions + 1, *flags)
 
     @property
     def tensors(self) -> int:
         """Weights of one direction."""
-        return 2 + 2 * self.bias + self.proj
+        cell = CELLS[self.mode]
+        return (1 + cell.recurrent) * (1 + self.bias) + self.proj + cell.parameters
 
     @property
     def has_cell_state(self) -> bool:
@@ -79,20 +81,33 @@ class Layer(NamedTuple):
 
     @property
     def slots(self) -> int:
-        """Numbers that the cell makes of its sums for each unit."""
+        """S, the number of slots of the cell."""
         return CELLS[self.mode].slots
+
+    @property
+    def stored(self) -> int:
+        """The numbers that the cell stores for each unit: slots, and gradients of parameters."""
+        return CELLS[self.mode].stored
 
     @property
     def saves_slots(self) -> bool:
         return CELLS[self.mode].saves_slots
 
     def hidden(self, weights: Sequence[Any]) -> int:
-        """H, from the shape of W_hh."""
-        return weights[1].shape[0] // CELLS[self.mode].gates  # type: ignore[no-any-return]
+        """H, from the shape of W_ih."""
+        return weights[0].shape[0] // CELLS[self.mode].gates  # type: ignore[no-any-return]
+
+    def out(self, weights: Sequence[Any]) -> int:
+        """O, from the shape of W_hh, if there is one."""
+        if not CELLS[self.mode].recurrent:
+            return self.hidden(weights)
+        return weights[1].shape[1]  # type: ignore[no-any-return]
 
     def of_stack(self, i: int, stack: Operands, x: Tensor) -> Operands:
         """The operands of layer i of a stack of such layers, whose input is x."""
-        D, count = self.directions, self.directions * self.tensors
+        D = self.directions
+        cell = CELLS[self.mode]
+        count = D * ((1 + cell.recurrent) * (1 + self.bias) + self.proj + cell.parameters)
         return Operands(
             x,
             None if stack.h0 is None else stack.h0[i * D : (i + 1) * D],
@@ -110,7 +125,7 @@ class Operands(NamedTuple):
         weights: as torch.nn's flat list has them.
         y: the output of the forward pass, which backward reads too.
 
-    A change of the operands, the direction of a derivative, has the same form. None then stands for
+    A change of the operands, the direction of a derivative, has the same form. None then means
     zeros everywhere.
     """
 
@@ -152,7 +167,8 @@ def pieces(saved: Tensor, layer: Layer, hidden: int) -> list[Tensor]:
     """Views ``[..., D, rows, width]`` of what was saved, ``[..., elements]``: slots, then cell
     states, then hidden states before a projection, as far as the layer saves them.
     """
-    widths = [layer.slots * layer.saves_slots, int(layer.has_cell_state), int(layer.proj)]
+    planes = CELLS[layer.mode].planes
+    widths = [layer.stored * layer.saves_slots, planes, int(layer.proj)]
     widths = [width for width in widths if width]
     if not widths:
         return []
@@ -174,5 +190,12 @@ def one_step(z: Maybe) -> Any:
 
 
 def dense(z: Any) -> Any:
-    """The tensor, or a copy of it without gaps or lazy signs; None stays None."""
-    return None if z is None else z.resolve_neg().contiguous()
+    """The tensor, or a copy of it without gaps or lazy signs; None stays None.
+
+    An instance of a subclass becomes a plain tensor, unless the subclass sees operators itself.
+    """
+    if z is None:
+        return None
+    if type(z) is not Tensor and type(z).__torch_dispatch__ is Tensor.__torch_dispatch__:
+        z = z.as_subclass(Tensor)
+    return z.resolve_neg().contiguous()

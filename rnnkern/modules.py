@@ -1,4 +1,4 @@
-"""Drop-in modules: subclasses of torch.nn's, same constructor, parameters and state_dict."""
+"""Drop-in modules: subclasses of torch.nn's with the same constructor, parameters, state_dict."""
 
 from __future__ import annotations
 
@@ -6,25 +6,61 @@ from typing import Any
 
 from torch import nn
 
-from rnnkern.cells import CELLS
+from rnnkern import constructor
 from rnnkern.forward import cell, forward, method, without_torch
 from rnnkern.interop import scripting
+from rnnkern.known_cells import CELLS
 
-_EXTRA = """
-    ``forward(input, hx=None, *, lengths=None, reset=None)`` has two arguments more than torch.nn's.
+INITIALISED = """
+    The constructor has these arguments besides torch.nn's, by keyword.
+
+    Args:
+        layer_norm: the sums of ``weight_ih`` x and of ``weight_hh`` h are normalised before biases
+            are added, each over all its rows, with the gains ``gain_ih`` and ``gain_hh`` of the
+            shape of a bias; in an LSTM also c before the output's tanh, with ``gain_c`` and
+            ``bias_c`` of shape ``(hidden_size,)`` (Ba et al., 2016, equations 20 to 22). Gains are
+            initialised to 1, ``bias_c`` to 0. ``eps`` is 1e-5. Default: False.
+        orthogonal: the block of rows of each gate in ``weight_hh`` is initialised to an orthogonal
+            matrix. Default: False, torch.nn's uniform numbers.
+"""
+_FORGET_BIAS = """\
+        forget_bias: the initial bias of the forget gate. ``bias_ih`` of the gate is set to it and
+            ``bias_hh`` to 0, so that it is their sum. Default: None, torch.nn's uniform numbers.
+"""
+NOISE = """\
+        recurrent_dropout: probability of a unit of h(t-1) to be hidden from the recurrent product
+            while the module trains. One mask for all steps of a row, the same for all gates, scaled
+            by ``1 / (1 - recurrent_dropout)`` (Gal and Ghahramani, 2016). What reaches h(t) without
+            that product, as in a GRU, is not masked. Default: 0.
+        zoneout: probability of a unit to keep its state, h and c apart, in a step (Krueger et al.,
+            2017). In eval mode each state is the expectation of that. Default: 0.
+
+    Random numbers are those of a counter and a seed, which each call draws from torch's default
+    generator of the CPU. They are the same for any number of threads.
+"""
+EXTRA = """
+    ``forward(input, hx=None, *, lengths=None, reset=None, reset_to=None, return_cells=False)`` has
+    four arguments more than torch.nn's.
 
     Args:
         lengths: int64 ``(N,)``, any order, any device, ``0 <= lengths[n] <= T``: row n ends after
             that many steps. Outputs past the end are zero, and final states are those after the
-            row's last step. Nothing is packed or sorted. Lengths on a GPU stay there, and a length
-            out of range is an assertion of the device, as an index out of range is for torch.
+            row's last step. The data is neither packed nor sorted. Lengths on a GPU stay there, and
+            a length out of range is an assertion of the device, as an index out of range is for
+            torch.
         reset: bool ``(T, N)``, ``(N, T)`` with ``batch_first``: an episode begins at that step, and
             the state is zeroed before it. In the reverse direction nothing passes from the
             episode's first step to the step before it.
+        reset_to: the state with which an episode begins instead of zeros, shaped as ``hx``. It may
+            require a gradient. In the reverse direction it enters an episode at its last step.
+        return_cells: an LSTM returns ``(output, state, cells)``: ``cells`` are the cell states of
+            all steps of the last layer, ``(T, N, D * H)``, laid out as the output is.
 
     Raises:
-        TypeError, ValueError: ``lengths`` or ``reset`` has the wrong type, dtype, shape or range,
-            or is given with a `PackedSequence`. For everything else, what ``torch.nn`` raises.
+        TypeError, ValueError: ``lengths``, ``reset`` or ``reset_to`` has the wrong type, dtype,
+            device, shape or range, or is given with a `PackedSequence`; ``reset_to`` without
+            ``reset``; ``return_cells`` of a layer without cell states. For everything else, what
+            ``torch.nn`` raises.
 
     float32, float64, bfloat16 and float16 on the CPU and on GPUs run on rnnkern's kernels, under
     ``torch.autocast`` too. ``torch.nn`` runs anything else, with one `FallbackWarning` that says
@@ -36,58 +72,113 @@ _EXTRA = """
 # place, which Python allows only between classes of the same layout.
 class RNN(nn.RNN):
     __doc__ = f"""Elman RNN (tanh or relu): `torch.nn.RNN` on rnnkern's kernels.
-{_EXTRA}
+{INITIALISED}{NOISE}{EXTRA}
     Example::
 
         >>> rnn = rnnkern.RNN(3, 5, nonlinearity="relu")
         >>> output, h_n = rnn(torch.randn(10, 1, 3))
     """
 
+    recurrent_dropout, zoneout, orthogonal = 0.0, 0.0, False
+    _gain_names = constructor.NOT_NORMALISED
+
+    __init__ = constructor.layer
     _torch_forward = nn.RNN.forward
     __prepare_scriptable__ = scripting.prepare
+    reset_parameters = constructor.reset_parameters
+    extra_repr = constructor.extra_repr
     forward = forward
 
 
 class LSTM(nn.LSTM):
     __doc__ = f"""Long short-term memory, with projections: `torch.nn.LSTM` on rnnkern's kernels.
-{_EXTRA}
+{INITIALISED}{_FORGET_BIAS}{NOISE}{EXTRA}
     Example::
 
         >>> rnn = rnnkern.LSTM(3, 5)
         >>> output, (h_n, c_n) = rnn(torch.randn(10, 4, 3), lengths=torch.tensor([3, 10, 1, 7]))
     """
 
+    recurrent_dropout, zoneout, orthogonal = 0.0, 0.0, False
+    _gain_names = constructor.NOT_NORMALISED
+    forget_bias = None
+
+    def __init__(
+        self,
+        *args: Any,
+        layer_norm: bool = False,
+        recurrent_dropout: float = 0.0,
+        zoneout: float = 0.0,
+        orthogonal: bool = False,
+        forget_bias: float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        constructor.settle(
+            self,
+            layer_norm=layer_norm,
+            recurrent_dropout=recurrent_dropout,
+            zoneout=zoneout,
+            orthogonal=orthogonal,
+            forget_bias=forget_bias,
+        )
+
     _torch_forward = nn.LSTM.forward
     __prepare_scriptable__ = scripting.prepare
+    reset_parameters = constructor.reset_parameters
+    extra_repr = constructor.extra_repr
     forward = forward
 
 
 class GRU(nn.GRU):
     __doc__ = f"""Gated recurrent unit: `torch.nn.GRU` on rnnkern's kernels.
-{_EXTRA}
+{INITIALISED}{NOISE}{EXTRA}
     Example::
 
         >>> rnn = rnnkern.GRU(3, 5, bidirectional=True)
         >>> output, h_n = rnn(torch.randn(10, 4, 3))
     """
 
+    recurrent_dropout, zoneout, orthogonal = 0.0, 0.0, False
+    _gain_names = constructor.NOT_NORMALISED
+
+    __init__ = constructor.layer
     _torch_forward = nn.GRU.forward
     __prepare_scriptable__ = scripting.prepare
+    reset_parameters = constructor.reset_parameters
+    extra_repr = constructor.extra_repr
     forward = forward
 
 
 class OwnRNN(nn.RNNBase):
-    """A layer of a cell that ``torch.nn`` does not have; options and parameters are torch's.
+    """A layer of a cell that ``torch.nn`` does not have, with the options and parameters of torch.
 
     A subclass is one such cell: ``super().__init__(mode, *sizes, **options)``.
+
+    Raises:
+        ValueError: ``proj_size`` is given, and the cell cannot have a projection, because it saves
+            no slots or reads h.
     """
+
+    recurrent_dropout, zoneout = 0.0, 0.0
+    _gain_names = constructor.NOT_NORMALISED
 
     _torch_forward = without_torch
     forward = forward
+    __prepare_scriptable__ = scripting.refuse
+    _instead_of_script = (
+        "torch.export.export writes its steps in torch's operators, and torch.compile runs its "
+        "kernels"
+    )
 
     def __init__(self, mode: str, *sizes: Any, **options: Any) -> None:
         super().__init__("RNN_TANH", *sizes, **options)  # a mode that torch knows, of one gate
         self.mode = mode
+        if self.proj_size and not CELLS[mode].may_be_projected:
+            raise ValueError(
+                f"proj_size needs a cell that saves its slots and does not read h, got {mode} and "
+                f"proj_size={self.proj_size}"
+            )
         for name, weight in self.named_parameters():
             if not name.startswith("weight_hr"):
                 rows, *columns = weight.shape
@@ -99,36 +190,97 @@ class OwnRNN(nn.RNNBase):
 
 
 class RNNCell(nn.RNNCell):
-    """One step of an Elman RNN: `torch.nn.RNNCell` on rnnkern's kernels.
+    __doc__ = f"""One step of an Elman RNN: `torch.nn.RNNCell` on rnnkern's kernels.
 
-    Arguments, shapes and errors are torch's.
-    """
+    Shapes and errors are torch's.
+{INITIALISED}    """
+
+    orthogonal = False
+    _gain_names = constructor.NOT_NORMALISED
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        nonlinearity: str = "tanh",
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        layer_norm: bool = False,
+        orthogonal: bool = False,
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, nonlinearity, device, dtype)
+        constructor.settle(self, layer_norm=layer_norm, orthogonal=orthogonal)
 
     _torch_forward = nn.RNNCell.forward
     __prepare_scriptable__ = scripting.prepare
+    reset_parameters = constructor.reset_parameters
+    extra_repr = constructor.extra_repr
 
     forward = method(cell, "RNNCell")
 
 
 class LSTMCell(nn.LSTMCell):
-    """One step of an LSTM: `torch.nn.LSTMCell` on rnnkern's kernels.
+    __doc__ = f"""One step of an LSTM: `torch.nn.LSTMCell` on rnnkern's kernels.
 
-    Arguments, shapes and errors are torch's.
-    """
+    Shapes and errors are torch's.
+{INITIALISED}{_FORGET_BIAS}    """
+
+    orthogonal, forget_bias = False, None
+    _gain_names = constructor.NOT_NORMALISED
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        layer_norm: bool = False,
+        orthogonal: bool = False,
+        forget_bias: float | None = None,
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, device, dtype)
+        constructor.settle(
+            self, layer_norm=layer_norm, orthogonal=orthogonal, forget_bias=forget_bias
+        )
 
     _torch_forward = nn.LSTMCell.forward
     __prepare_scriptable__ = scripting.prepare
+    reset_parameters = constructor.reset_parameters
+    extra_repr = constructor.extra_repr
 
     forward = method(cell, "LSTMCell")
 
 
 class GRUCell(nn.GRUCell):
-    """One step of a GRU: `torch.nn.GRUCell` on rnnkern's kernels.
+    __doc__ = f"""One step of a GRU: `torch.nn.GRUCell` on rnnkern's kernels.
 
-    Arguments, shapes and errors are torch's.
-    """
+    Shapes and errors are torch's.
+{INITIALISED}    """
+
+    orthogonal = False
+    _gain_names = constructor.NOT_NORMALISED
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        layer_norm: bool = False,
+        orthogonal: bool = False,
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, device, dtype)
+        constructor.settle(self, layer_norm=layer_norm, orthogonal=orthogonal)
 
     _torch_forward = nn.GRUCell.forward
     __prepare_scriptable__ = scripting.prepare
+    reset_parameters = constructor.reset_parameters
+    extra_repr = constructor.extra_repr
 
     forward = method(cell, "GRUCell")

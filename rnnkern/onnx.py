@@ -19,7 +19,7 @@ class _Operator(NamedTuple):
     """An operator of ONNX.
 
     Attributes:
-        order: the place that each of its gates has in torch's weights.
+        order: the index that each of its gates has in torch's weights.
     """
 
     name: str
@@ -38,7 +38,7 @@ _OPERATORS = {
 def nodes(layer: Layer, operands: Operands, lengths: Maybe, reset: Maybe) -> tuple[Tensor, ...]:
     """``y, h_n, c_n`` of a layer in the graph that ``torch.onnx.export`` is tracing.
 
-    bfloat16 is computed in float32, as the kernels do: before its version 22 ONNX has no other.
+    bfloat16 is computed in float32, as the kernels do. ONNX before opset 22 has no other way.
 
     Raises:
         NotImplementedError: ONNX has no such operator.
@@ -88,7 +88,7 @@ def nodes(layer: Layer, operands: Operands, lengths: Maybe, reset: Maybe) -> tup
     )
     y, *finals = made
     if lengths is not None:
-        # ONNX Runtime has zeros there for a row without a step.
+        # For a row without a step ONNX Runtime returns zeros.
         initial = (h0, c0)[: len(finals)]
         empty = (lengths == 0).reshape(1, -1, 1)
         finals = [

@@ -1,38 +1,49 @@
 """One layer in plain PyTorch, step by step: what the kernels must compute.
 
-It runs for inputs that no kernel covers together with ``lengths`` or ``reset``, and under forward
-mode inside forward mode.
+It runs if an input that no kernel covers comes with ``lengths``, ``reset`` or other `Options`, in
+forward mode inside forward mode, and for higher derivatives and transforms of calls with options.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import layer_norm, linear, pad
 
-from rnnkern.cells import CELLS, State
-from rnnkern.layer import Layer, Operands
+from rnnkern.known_cells import CELLS, State
+from rnnkern.layer import Layer, Maybe, Operands
+from rnnkern.noise import Purpose, happens
+from rnnkern.options import Options
 from rnnkern.sequence import Steps
 
+_NOTHING = Options()
 
-def layer(layer: Layer, operands: Operands, steps: Steps | None = None) -> tuple[Tensor, ...]:
+
+def layer(
+    layer: Layer, operands: Operands, steps: Steps | None = None, options: Options = _NOTHING
+) -> tuple[Tensor, ...]:
     """Runs one layer, all its directions.
 
     Returns:
-        The output ``[T, N, D * O]`` in the layout of ``x``, ``h_n`` and, for LSTM, ``c_n``.
+        The output ``[T, N, D * O]`` in the layout of ``x``, ``h_n``, for LSTM ``c_n`` and, if the
+        options ask for them, the cell states of all steps ``[T, N, D * H]``, as the output.
     """
     x, batch_first = operands.x, layer.batch_first
     data = _time_slices(x, batch_first, steps)
-    outputs, finals = [], []
+    outputs, finals, cells = [], [], []
     for d in range(layer.directions):
-        y, state = _scan(layer, operands, data, d, steps)
+        y, c, state = _scan(layer, operands, data, d, steps, options)
         outputs.append(y)
+        cells.append(c)
         finals.append(
             state if steps is None or steps.order is None else _unsort(state, steps.order)
         )
-    joined = [torch.cat(parts, -1) for parts in zip(*outputs, strict=True)]
     states = tuple(torch.stack(parts) for parts in zip(*finals, strict=True))
-    return (_join(joined, x, batch_first, steps), *states)
+    results = (_joined(outputs, x, batch_first, steps), *states)
+    return (*results, _joined(cells, x, batch_first, steps)) if options.cells else results
 
 
 def _time_slices(x: Tensor, batch_first: bool, steps: Steps | None) -> list[Tensor]:
@@ -50,10 +61,22 @@ def _initial_state(
     layer: Layer, operands: Operands, first: Tensor, d: int, steps: Steps | None
 ) -> State:
     """The state of direction d before its first step, for the rows of ``first``."""
-    _, h0, c0, weights, _ = operands
-    widths = (weights[1].shape[1], layer.hidden(weights))
+    return _ranked(layer, operands, (operands.h0, operands.c0), first, d, steps)
+
+
+def _ranked(
+    layer: Layer,
+    operands: Operands,
+    states: tuple[Maybe, Maybe],
+    first: Tensor,
+    d: int,
+    steps: Steps | None,
+) -> State:
+    """States of direction d for the rows of ``first``, zeros instead of None."""
+    weights, cell = operands.weights, CELLS[layer.mode]
+    widths = (layer.out(weights), layer.hidden(weights) * cell.planes)
     state = []
-    for given, width in zip((h0, c0)[: CELLS[layer.mode].states], widths, strict=False):
+    for given, width in zip(states[: 1 + cell.has_cell_state], widths, strict=False):
         if given is None:
             state.append(first.new_zeros(first.shape[0], width))
         elif steps is None or steps.order is None:
@@ -64,30 +87,117 @@ def _initial_state(
 
 
 def _scan(
-    layer: Layer, operands: Operands, data: list[Tensor], d: int, steps: Steps | None
-) -> tuple[list[Tensor], State]:
-    """The outputs of direction d by step, and its last state."""
+    layer: Layer,
+    operands: Operands,
+    data: list[Tensor],
+    d: int,
+    steps: Steps | None,
+    options: Options,
+) -> tuple[list[Tensor], list[Tensor], State]:
+    """The outputs and last states of direction d by step, and the state after the last one.
+
+    "Last states" of a step are its cell states, or h for a cell without.
+    """
     count, step, backwards = layer.tensors, CELLS[layer.mode].step, d == 1
     w = operands.weights[d * count : (d + 1) * count]
-    b_ih, b_hh = (w[2], w[3]) if layer.bias else (None, None)
+    cell = CELLS[layer.mode]
+    own = w[count - cell.parameters :]
+    biases = w[1 + cell.recurrent :] if layer.bias else (None, None)
+    norms = _Norms(options.gains[d] if options.gains else (), biases, cell.recurrent)
     state = _initial_state(layer, operands, data[0], d, steps)
+    fresh = _ranked(layer, operands, (options.reset_h, options.reset_c), data[0], d, steps)
+    noise = _Noise(options, d, state, steps)
     active = None if steps is None or steps.active is None else steps.active.tolist()
-    outputs: list[Tensor] = [data[0]] * len(data)
+    outputs, cells = [data[0]] * len(data), [data[0]] * len(data)
     for t in reversed(range(len(data))) if backwards else range(len(data)):
         rows = data[t].shape[0] if active is None else active[t]
         now = tuple(part[:rows] for part in state)
         begins = _episode_begins(t, rows, backwards, layer.batch_first, steps)
         if begins is not None:
             now = tuple(
-                torch.where(begins.to(p.device)[:, None], torch.zeros_like(p), p) for p in now
+                torch.where(begins.to(p.device)[:, None], to[:rows], p)
+                for to, p in zip(fresh, now, strict=True)
             )
-        after = step(linear(data[t][:rows], w[0], b_ih), linear(now[0], w[1], b_hh), now)
+        h = noise.dropped(now[0])
+        a = norms.input(data[t][:rows], w[0])
+        b = norms.recurrent(h, w[1]) if cell.recurrent else torch.zeros_like(a)
+        after = cell.joined(step(a, b, cell.apart(now[0], now[-1]), *own, **norms.of_c))
         if layer.proj:
-            after = (linear(after[0], w[-1]), *after[1:])
+            after = (linear(after[0], w[2 + 2 * layer.bias]), *after[1:])
+        after = noise.zoned_out(t, after, now)
         state = tuple(torch.cat((new, old[rows:])) for new, old in zip(after, state, strict=True))
         padding = data[t].shape[0] - rows
-        outputs[t] = torch.nn.functional.pad(after[0], (0, 0, 0, padding)) if padding else after[0]
-    return outputs, state
+        outputs[t], cells[t] = (
+            pad(z, (0, 0, 0, padding)) if padding else z for z in (after[0], after[-1])
+        )
+    return outputs, cells, state
+
+
+class _Norms:
+    """The sums of both products with their biases, and layer normalisation if there are gains."""
+
+    def __init__(
+        self, gains: Sequence[Tensor], biases: Sequence[Maybe], has_recurrent: bool
+    ) -> None:
+        self.gains, self.biases = gains, biases
+        gain_c, *bias_c = gains[1 + has_recurrent :] or (None,)
+        self.of_c: dict[str, Any] = {}
+        if gain_c is not None:
+            bias = bias_c[0] if bias_c else None
+            self.of_c["normalise"] = lambda c: layer_norm(c, gain_c.shape, gain_c, bias)
+
+    def input(self, x: Tensor, weight: Tensor) -> Tensor:
+        return self._sums(0, x, weight)
+
+    def recurrent(self, h: Tensor, weight: Tensor) -> Tensor:
+        return self._sums(1, h, weight)
+
+    def _sums(self, which: int, operand: Tensor, weight: Tensor) -> Tensor:
+        bias = self.biases[which]
+        if not self.gains:
+            return linear(operand, weight, bias)
+        gain = self.gains[which]
+        return layer_norm(linear(operand, weight), gain.shape, gain, bias)
+
+
+class _Noise:
+    """Recurrent dropout and zoneout of one direction, for rows by rank."""
+
+    def __init__(self, options: Options, d: int, state: State, steps: Steps | None) -> None:
+        self.options, self.d = options, d
+        h = state[0]
+        order = None if steps is None else steps.order
+        self.rows = (
+            torch.arange(h.shape[0], device=h.device) if order is None else order.to(h.device)
+        )
+        self.mask: Maybe = None
+        p = options.recurrent_dropout
+        if p:
+            is_hidden = self._happens(p, Purpose.DROPOUT, 0, h.shape)
+            self.mask = (~is_hidden).to(torch.promote_types(h.dtype, torch.float32)) / (1 - p)
+
+    def dropped(self, h: Tensor) -> Tensor:
+        """What the recurrent product reads of h."""
+        return h if self.mask is None else (h * self.mask[: h.shape[0]]).to(h.dtype)
+
+    def zoned_out(self, t: int, made: State, before: State) -> State:
+        """The states after step t, of what the cell has made and of the states before."""
+        p = self.options.zoneout
+        if not p:
+            return made
+        if not self.options.draws:
+            return tuple((1 - p) * z + p * b for z, b in zip(made, before, strict=True))
+        purposes = (Purpose.HIDDEN, Purpose.CELL)
+        return tuple(
+            torch.where(self._happens(p, purpose, t, z.shape), b, z)
+            for purpose, z, b in zip(purposes, made, before, strict=False)
+        )
+
+    def _happens(self, p: float, purpose: Purpose, t: int, shape: torch.Size) -> Tensor:
+        seed, rows = self.options.seed, self.rows[: shape[0]]
+        assert seed is not None
+        own = {"layer": self.options.number, "direction": self.d, "t": t}
+        return happens(p, seed, purpose, **own, rows=rows, units=shape[1])
 
 
 def _episode_begins(
@@ -111,7 +221,11 @@ def _unsort(state: State, order: Tensor) -> State:
     return tuple(part.index_select(0, inverse.to(part.device)) for part in state)
 
 
-def _join(outputs: list[Tensor], x: Tensor, batch_first: bool, steps: Steps | None) -> Tensor:
+def _joined(
+    of_directions: list[list[Tensor]], x: Tensor, batch_first: bool, steps: Steps | None
+) -> Tensor:
+    """What each direction has made at each step, laid out as x."""
+    outputs = [torch.cat(parts, -1) for parts in zip(*of_directions, strict=True)]
     if steps is not None and steps.packed:
         return torch.cat(outputs)
     stacked = torch.stack(outputs)

@@ -11,11 +11,14 @@ from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
 from rnnkern import autocast, kernels, ops
+from rnnkern import options as own_options
 from rnnkern.autograd import record, record_cell, record_cell_in_loop
 from rnnkern.call import Call, is_compiling
 from rnnkern.interop.exporting import to_torch
 from rnnkern.kernels import Kernel, Refusal, Why
+from rnnkern.known_cells import CELLS
 from rnnkern.layer import Layer, Maybe, Operands, one_step
+from rnnkern.options import Options
 from rnnkern.sequence import Steps
 
 Outputs = tuple[Tensor, Tensor, Maybe]
@@ -32,6 +35,123 @@ def layers(call: Call) -> Outputs | Refusal:
         return found if isinstance(found, Refusal) else autocast.results(call, *found)
 
 
+OutputsWithCells = tuple[Tensor, Tensor, Maybe, Maybe]
+"""``y, h_n, c_n`` and the cell states of all steps."""
+
+
+def layers_with_options(call: Call, options: Options) -> OutputsWithCells | Refusal:
+    """As `layers`, for a call that asks for more than ``torch.nn`` can do."""
+    with autocast.switched_off(call.given.x.device.type):
+        operands = autocast.computed(call)
+        options = own_options.computed(options, call, operands.x)
+        if ops.transformed():
+            return _results(call, by_reference(call, operands, options))
+        refusal = kernels.refusal_of_cell(call.layer, operands.x)
+        refusal = refusal or refusal_of_options(operands, options)
+        if refusal is not None:
+            return refusal
+        made = _unless_refused(call, operands, lambda: _on_kernels(call, operands, options))
+        return made if isinstance(made, Refusal) else _results(call, made)
+
+
+def computed_by_reference(call: Call, options: Options) -> OutputsWithCells:
+    """All layers in plain PyTorch, in the dtypes in which the kernels would compute them."""
+    with autocast.switched_off(call.given.x.device.type):
+        operands = autocast.computed(call)
+        options = own_options.computed(options, call, operands.x)
+        return _results(call, by_reference(call, operands, options))
+
+
+def _results(call: Call, made: OutputsWithCells) -> OutputsWithCells:
+    """Outputs in the dtypes of the results."""
+    y, hn, cn, cells = made
+    y, hn, cn = autocast.results(call, y, hn, cn)
+    return y, hn, cn, cells if cells is None or cn is None else cells.to(cn.dtype)
+
+
+def _unless_refused(
+    call: Call, operands: Operands, run: Callable[[], _Results]
+) -> _Results | Refusal:
+    """What it returns; or why not, if the first call finds that nothing compiles the cell."""
+    try:
+        return run()
+    except kernels.RefusedError:
+        refusal = kernels.refusal_of_cell(call.layer, operands.x)
+        if refusal is None:
+            raise
+        return refusal
+
+
+def refusal_of_options(operands: Operands, options: Options) -> Refusal | None:
+    """Why neither kernels nor operators cover a call with options, or None."""
+    x, h0, c0, weights, _ = operands
+    if x.device.type not in ("cpu", "meta") or kernels.IS_STAND_IN:
+        options_of_calls = "reset_to, return_cells, layer_norm, recurrent_dropout or zoneout"
+        return Refusal(Why.OPERAND, f"{options_of_calls} on a GPU")
+    gains = options.all_gains
+    states = [z for z in (options.reset_h, options.reset_c) if z is not None]
+    if have_operators(Operands(x, h0, c0, (*weights, *states, *gains))):
+        return None
+    refusal = kernels.refusal(Operands(x, h0, c0, [*weights, *states, *gains]))
+    return refusal or Refusal(Why.OPERAND, "an operand")
+
+
+def _on_kernels(call: Call, operands: Operands, options: Options) -> OutputsWithCells:
+    def one_layer(i: int, own: Operands) -> OutputsWithCells:
+        its = _options_of(call, options, i)
+        states = (own.h0, own.c0, its.reset_h, its.reset_c)
+        tensors = (own.x, *states, *own.weights, *its.all_gains)
+        training = torch.is_grad_enabled() and any(
+            z is not None and z.requires_grad for z in tensors
+        )
+        return ops.with_options.scan(call.layer, call.steps, own, its, training)
+
+    return _through_layers(call, operands, one_layer)  # type: ignore[no-any-return]
+
+
+def by_reference(call: Call, operands: Operands, options: Options) -> OutputsWithCells:
+    """All layers in plain PyTorch."""
+    from rnnkern import reference
+
+    def one_layer(i: int, own: Operands) -> OutputsWithCells:
+        its = _options_of(call, options, i)
+        y, hn, *rest = reference.layer(call.layer, own, call.steps, its)
+        cn = rest.pop(0) if CELLS[call.layer.mode].has_cell_state else None
+        return y, hn, cn, rest[0] if rest else None
+
+    return _through_layers(call, operands, one_layer)  # type: ignore[no-any-return]
+
+
+def _options_of(call: Call, options: Options, i: int) -> Options:
+    """The options of layer i. The cell states of all steps are those of the last layer."""
+    its = options.of_layer(i, call.layer.directions)
+    return its._replace(cells=options.cells and i + 1 == call.module.num_layers)
+
+
+def _through_layers(
+    call: Call, operands: Operands, one_layer: Callable[[int, Operands], Any]
+) -> Any:
+    """All layers, one after the other, each on the output of the one before.
+
+    ``one_layer(i, its operands)`` returns ``y, h_n, c_n`` and maybe more. So does this: the output
+    and what there is more are those of the last layer.
+    """
+    module, layer = call.module, call.layer
+    if layer.is_cell or module.num_layers == 1:
+        return one_layer(0, operands)
+    x = operands.x
+    rest: list[Any] = []
+    finals: list[tuple[Tensor, Maybe]] = []
+    for i in range(module.num_layers):
+        if i:
+            x = dropout(module, x)
+        x, hn, cn, *rest = one_layer(i, layer.of_stack(i, operands, x))
+        finals.append((hn, cn))
+    hn = torch.cat([h for h, _ in finals])
+    cns = [c for _, c in finals if c is not None]
+    return (x, hn, torch.cat(cns) if cns else None, *rest)
+
+
 def one_cell(call: Call) -> tuple[Tensor, ...] | Refusal:
     """``h`` or ``h, c`` of a cell; or why neither kernels nor operators cover the call."""
     operands = autocast.computed(call)
@@ -42,11 +162,39 @@ def one_cell(call: Call) -> tuple[Tensor, ...] | Refusal:
     return tuple(z.to(dtype) for z in outputs)
 
 
+def cell_with_options(
+    call: Call, options: Options, by_kernels: bool = True
+) -> tuple[Tensor, ...] | Refusal:
+    """As `one_cell`, for a cell with options; without kernels in plain PyTorch."""
+    x, h0, c0, weights, _ = call.given
+    wide = call._replace(given=Operands(one_step(x), one_step(h0), one_step(c0), weights))
+    run = layers_with_options if by_kernels else computed_by_reference
+    made = run(wide, options)
+    if isinstance(made, Refusal):
+        return made
+    dtype = autocast.dtype_of_results(call)
+    if dtype is None or made[0].dtype == torch.float64:
+        dtype = made[0].dtype
+    _, hn, cn, _ = made
+    states = (z.to(dtype) for z in (hn, cn) if z is not None)
+    return tuple(_without_time(z, (*x.shape[:-1], call.module.hidden_size)) for z in states)
+
+
+def _without_time(state: Tensor, shape: tuple[Any, ...]) -> Tensor:
+    """The state of a cell that was run as a layer of one step.
+
+    No view: torch.nn's are none, and `detach_` refuses those. Nothing else holds its memory.
+    """
+    return torch.ops.aten._unsafe_view.default(state, shape)  # type: ignore[no-any-return]
+
+
 def _run(
     part: Callable[[Call, Operands, Kernel | None], _Results], call: Call, operands: Operands
 ) -> _Results | Refusal:
     """Runs a part on the kernel, with dense copies if the operands have gaps, or on operators."""
-    refusal: Refusal | None = None
+    refusal = kernels.refusal_of_cell(call.layer, operands.x)
+    if refusal is not None:
+        return refusal
     if not is_compiling():
         refusal = kernels.mode_refusal()
         if refusal is None:
@@ -55,40 +203,35 @@ def _run(
             try:
                 return part(call, operands, kernel)
             except kernels.RefusedError:
-                refusal = kernels.refusal(operands)
+                refusal = kernels.refusal(operands) or kernels.refusal_of_cell(
+                    call.layer, operands.x
+                )
                 if refusal is None:
                     raise
             if refusal.why is Why.GAPS:
                 return part(call, _dense(operands), kernel)
+            if refusal.why is Why.CELL:
+                return refusal
     if not have_operators(operands):
         return refusal or Refusal(Why.OPERAND, "an operand")
-    return part(call, operands, None)
+    if is_compiling():
+        return part(call, operands, None)
+    return _unless_refused(call, operands, lambda: part(call, operands, None))
 
 
 def _stack(call: Call, operands: Operands, kernel: Kernel | None) -> Outputs:
     """All layers, one after the other: on the kernel, or without one on operators."""
     module, layer, steps = call.module, call.layer, call.steps
-    if module.num_layers == 1:
-        return _one_layer(layer, steps, operands, kernel)
-    if module.dropout and module.training and kernel is not None:
+    if module.num_layers > 1 and module.dropout and module.training and kernel is not None:
         # No random number may be drawn for a call that torch.nn runs in the end.
         refusal = kernels.refusal(operands)
         if refusal is not None:
             raise kernels.RefusedError(refusal.text)
-    x = operands.x
-    finals: list[tuple[Tensor, Maybe]] = []
-    for i in range(module.num_layers):
-        if i:
-            x = dropout(module, x)
-        own = layer.of_stack(i, operands, x)
-        x, hn, cn = _one_layer(layer, steps, own, kernel, i + 1 == module.num_layers)
-        finals.append((hn, cn))
-    hn = torch.cat([h for h, _ in finals])
-    return (
-        x,
-        hn,
-        torch.cat([c for _, c in finals if c is not None]) if layer.has_cell_state else None,
-    )
+
+    def one_layer(i: int, own: Operands) -> Outputs:
+        return _one_layer(layer, steps, own, kernel, i + 1 == module.num_layers)
+
+    return _through_layers(call, operands, one_layer)  # type: ignore[no-any-return]
 
 
 def _one_layer(
@@ -129,11 +272,8 @@ def _cell(call: Call, operands: Operands, kernel: Kernel | None) -> tuple[Tensor
     if kernel is None:
         own = Operands(one_step(x), one_step(h0), one_step(c0), weights)
         _, hn, cn = _one_layer(call.layer, None, own, None)
-        # No views: torch.nn's are none, and `detach_` refuses those. Nothing else holds their
-        # memory.
-        view = torch.ops.aten._unsafe_view.default
         shape = (*x.shape[:-1], call.module.hidden_size)
-        return tuple(view(z, shape) for z in (hn, cn) if z is not None)
+        return tuple(_without_time(z, shape) for z in (hn, cn) if z is not None)
     run = kernels.profiled(kernel.forward, kernel.mode)
     outputs, training, kept_h, saved = run(x, h0, c0, weights, None, keeps_y=True)
     if not training:
@@ -143,26 +283,41 @@ def _cell(call: Call, operands: Operands, kernel: Kernel | None) -> tuple[Tensor
     return recorded((kernel, None, len(states)), outputs, kept_h, saved, x, *weights, *states)
 
 
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_TENSORS = (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+TENSORS = (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
 
 
 def have_operators(operands: Operands) -> bool:
     """Whether the operators of `rnnkern.ops` take these operands."""
     x, h0, c0, weights, _ = operands
+    return all(
+        t is None or is_covered(type(t), t.dtype, t.device, t.layout, x.dtype, x.device)
+        for t in (x, h0, c0, *weights)
+    )
+
+
+def is_covered(
+    kind: type,
+    dtype: torch.dtype,
+    device: torch.device,
+    layout: torch.layout,
+    wanted_dtype: torch.dtype,
+    wanted_device: torch.device,
+) -> bool:
+    """Whether the operators take a tensor like this beside an input of that dtype on that device.
+
+    Dynamo takes the answer for constant (`rnnkern.traced`).
+    """
     kinds = ("cpu", "meta") if kernels.cuda is None else ("cpu", "meta", "cuda")
     if is_compiling() and to_torch():  # a program of torch's operators needs no kernel of rnnkern
-        kinds = (*kinds, x.device.type)
-    return x.dtype in _DTYPES and all(
-        t is None
-        or (
-            type(t) in _TENSORS
-            and t.dtype == x.dtype
-            and t.device == x.device
-            and t.device.type in kinds
-            and t.layout == torch.strided
-        )
-        for t in (x, h0, c0, *weights)
+        kinds = (*kinds, wanted_device.type)
+    return (
+        kind in TENSORS
+        and dtype in DTYPES
+        and dtype == wanted_dtype
+        and device == wanted_device
+        and device.type in kinds
+        and layout == torch.strided
     )
 
 

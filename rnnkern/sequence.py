@@ -19,7 +19,7 @@ class Steps(NamedTuple):
     Attributes:
         active: int64 ``[T]``, the number of rows active at each step, never increasing. None means
             all rows at every step. For a packed sequence, its ``batch_sizes``, on the CPU.
-        order: int64 ``[N]``, the row of the batch at each place. None means the order of the batch.
+        order: int64 ``[N]``, the row of the batch at each rank. None means the order of the batch.
         reset: bool ``[T, N]`` (``[N, T]`` batch first), whether an episode begins at that step.
             None means never.
         packed: the data is a packed sequence: only active rows are stored, step after step.
@@ -37,27 +37,27 @@ class Steps(NamedTuple):
     lengths: Tensor | None = None
 
 
-def place_of(x: Tensor) -> torch.device:
+def device_of(x: Tensor) -> torch.device:
     """The device from which kernels read the `Steps` of an input: its GPU, or the CPU."""
     return x.device if x.device.type == "cuda" else torch.device("cpu")
 
 
-def packed_steps(batch_sizes: Tensor, sorted_indices: Tensor | None, place: torch.device) -> Steps:
-    """Steps of a ``torch.nn.utils.rnn.PackedSequence`` whose data is on the device ``place``."""
+def packed_steps(batch_sizes: Tensor, sorted_indices: Tensor | None, device: torch.device) -> Steps:
+    """Steps of a ``torch.nn.utils.rnn.PackedSequence`` whose data is on the device."""
     # Copies, because backward reads them again and the caller may change them in between.
-    order = None if sorted_indices is None else _copy(sorted_indices, place)
+    order = None if sorted_indices is None else _copy(sorted_indices, device)
     active = batch_sizes.to("cpu", copy=True).contiguous()
-    if place.type == "cpu":
+    if device.type == "cpu":
         return Steps(active, order, None, True)
     if order is not None:
-        rows = torch.arange(order.numel(), device=place)
+        rows = torch.arange(order.numel(), device=device)
         # An assertion on the GPU, because a check on the CPU would wait for it.
         torch._assert_async(
             order.sort().values.eq(rows).all(),
             "order of rows must be a permutation of the batch",
         )
     starts = active.cumsum(0) - active
-    return Steps(active, order, None, True, _copy(torch.stack([active, starts]), place))
+    return Steps(active, order, None, True, _copy(torch.stack([active, starts]), device))
 
 
 def padded_steps(
@@ -66,9 +66,9 @@ def padded_steps(
     T: int,
     N: int,
     batch_first: bool,
-    place: torch.device,
+    device: torch.device,
 ) -> Steps | None:
-    """Steps of a padded batch whose kernels run on the device ``place``.
+    """Steps of a padded batch whose kernels run on the device.
 
     Args:
         lengths: int64 ``[N]`` with ``0 <= lengths[n] <= T``, any device, any order.
@@ -76,9 +76,9 @@ def padded_steps(
 
     Raises:
         TypeError: ``lengths`` or ``reset`` is not a tensor, or has the wrong dtype.
-        ValueError: the shape is wrong, or a length is out of range. If ``lengths`` are on a GPU and
-            ``place`` is, too, a length out of range is an assertion there, as an index out of range
-            is for torch, because a check on the CPU would wait for the GPU.
+        ValueError: the shape is wrong, or a length is out of range. If ``lengths`` and ``device``
+            are a GPU's, a length out of range is an assertion there, as an index out of range is
+            for torch, because a check on the CPU would wait for the GPU.
     """
     if lengths is None and reset is None:
         return None
@@ -86,20 +86,20 @@ def padded_steps(
     if reset is not None:
         wanted = (N, T) if batch_first else (T, N)
         _expect("reset", reset, torch.bool, wanted, "(N, T)" if batch_first else "(T, N)")
-        # A copy, because backward reads it again and the caller may change it in between.
-        reset = _copy(reset, place)
+        # A copy, because backward reads it again, and the caller may change it in between.
+        reset = _copy(reset, device)
     if lengths is not None:
         _expect("lengths", lengths, torch.int64, (N,), "(N,)")
         compiling = torch.compiler.is_compiling()
         if compiling and to_torch():
             return Steps(None, None, reset, False, lengths=lengths)
         if compiling:  # only an operator may look into the lengths
-            active, order = torch.ops.rnnkern.ranked(lengths.to(place), T)
+            active, order = torch.ops.rnnkern.ranked(lengths.to(device), T)
         else:
-            if place.type == "cpu":
+            if device.type == "cpu":
                 lengths = lengths.cpu()
             check_range(lengths, T)
-            active, order = ranked(lengths.to(place, non_blocking=True), T)
+            active, order = ranked(lengths.to(device, non_blocking=True), T)
     return Steps(active, order, reset, False)
 
 
@@ -117,8 +117,8 @@ def active_rows(steps: Steps) -> Tensor:
     return torch.argsort(steps.order) < steps.active[:, None]
 
 
-def _copy(tensor: Tensor, place: torch.device) -> Tensor:
-    return tensor.to(place, copy=True, non_blocking=place.type != "cpu")
+def _copy(tensor: Tensor, device: torch.device) -> Tensor:
+    return tensor.to(device, copy=True, non_blocking=device.type != "cpu")
 
 
 def check_range(lengths: Tensor, T: int) -> None:

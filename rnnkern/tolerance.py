@@ -7,7 +7,7 @@ in float64.
 
 The factor of two allows for another order of summation, which moves rounding errors about but does
 not make them larger. Because the limit follows torch.nn's own error, it also fits gradients that
-are sums over many thousand rows, where a fixed tolerance would be too tight or blind.
+are sums over many thousand rows, for which a fixed tolerance would be too tight or too loose.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 #: How much larger than torch.nn's own error ours may be.
 FACTOR = 2.0
 
-#: What is allowed even where torch.nn happens to be exact, in eps. With few and small terms
+#: What is allowed even if torch.nn happens to be exact, in eps. With few and small terms
 #: torch.nn is often right to the last bit by luck, while each of our activations may be off by 2
 #: ulp; a step multiplies and adds up to four of them, and the gates' slopes (at most 1) carry what
 #: is wrong on to a few steps more. That makes about 16. A mistake in a kernel (a wrong gate, a
@@ -34,7 +34,7 @@ NOTEBOOK_LIMIT = 1e-10
 
 @dataclass(frozen=True)
 class Verdict:
-    """The outcome of one check. True in a condition when it passed.
+    """The outcome of one check. In a condition it is true if the check passed.
 
     Attributes:
         ok: whether ``error <= limit``.
@@ -124,7 +124,7 @@ def check(ours: Tensor, theirs: Tensor, reference: Tensor) -> Verdict:
     if ours.shape != reference.shape:
         return wrong(f"shape {tuple(ours.shape)}, should be {tuple(reference.shape)}")
     torch_error = error_eps(theirs, reference)
-    # Where torch.nn itself goes wrong it is no yardstick: only the floor is left.
+    # If torch.nn itself goes wrong it is no yardstick: only the floor is left.
     usable = torch_error if torch_error < float("inf") else 0.0
     limit = FACTOR * usable + FLOOR_EPS[ours.dtype]
     error = error_eps(ours, reference)

@@ -35,6 +35,8 @@ collect_ignore = [] if GPUS else ["test_cuda.py"]
 
 # Asked of torch's products under deterministic algorithms, and read when CUDA starts.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+# Cells that tests compile are kept from run to run, and not in the user's cache.
+os.environ.setdefault("RNNKERN_CACHE", str(ROOT / "build" / "cells"))
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -129,6 +131,23 @@ def deterministic() -> None:
     unwritten shows.
     """
     torch.set_deterministic_debug_mode("error")
+
+
+@pytest.fixture
+def cell_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache of compiled cells."""
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("RNNKERN_CACHE", str(folder))
+    return folder
+
+
+@pytest.fixture
+def no_refusals() -> Iterator[None]:
+    """What this test finds of cells that cannot be compiled is forgotten after it."""
+    from rnnkern import kernels
+
+    yield
+    kernels.WITHOUT_KERNELS.clear()
 
 
 @pytest.fixture

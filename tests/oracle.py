@@ -8,14 +8,27 @@ torch.nn on each of them alone.
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 States: TypeAlias = tuple[Tensor, ...]
 
-_LAYERS = {"RNN_TANH": nn.RNN, "RNN_RELU": nn.RNN, "LSTM": nn.LSTM, "GRU": nn.GRU}
+
+class Kind(NamedTuple):
+    """What runs the layers of a mode, and whether its state is ``(h, c)``."""
+
+    module: type[nn.Module]
+    has_cell_state: bool = False
+
+
+LAYERS = {
+    "RNN_TANH": Kind(nn.RNN),
+    "RNN_RELU": Kind(nn.RNN),
+    "LSTM": Kind(nn.LSTM, has_cell_state=True),
+    "GRU": Kind(nn.GRU),
+}
 _CELLS = (nn.RNNCell, nn.LSTMCell, nn.GRUCell)
 
 
@@ -30,7 +43,7 @@ def twin(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
             options["nonlinearity"] = module.mode[4:].lower()
         if module.proj_size:
             options["proj_size"] = module.proj_size
-        kind = _LAYERS[module.mode]
+        kind = LAYERS[module.mode].module
     else:
         assert isinstance(module, nn.RNNCellBase)
         options = {"bias": module.bias}
@@ -110,9 +123,63 @@ def _row(
     return torch.cat(outputs), tuple(torch.where(forward, ahead, back) for ahead, back in lasts)
 
 
+class _Tf32Product(torch.autograd.Function):
+    """``x @ w.T`` of operands that are rounded to TF32, forward and backward."""
+
+    @staticmethod
+    def forward(x: Tensor, w: Tensor) -> Tensor:
+        return tf32(x) @ tf32(w).T
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        x, w = ctx.saved_tensors
+        (dy,) = gradients
+        rows = dy.reshape(-1, dy.shape[-1])
+        dw = tf32(rows).T @ tf32(x.reshape(-1, x.shape[-1]))
+        return tf32(dy) @ tf32(w), dw
+
+
+def tf32(x: Tensor) -> Tensor:
+    """To 10 bits behind the point, to the nearest."""
+    bits = x.float().view(torch.int32) + 0x1000 & ~0x1FFF
+    return bits.view(torch.float32).to(x.dtype)
+
+
+def run_as_tf32(
+    module: nn.RNNBase, x: Tensor, hx: Tensor | States | None = None
+) -> tuple[Tensor, Tensor | States]:
+    """`module(x, hx)`, one layer in one direction, as exactly as products of TF32 allow."""
+    product = _Tf32Product.apply
+    w_ih, w_hh = module.weight_ih_l0, module.weight_hh_l0
+    states = () if hx is None else (hx,) if isinstance(hx, Tensor) else tuple(hx)
+    h, *c = (state[0] for state in states or zeros(module, x))
+    outputs = []
+    for inputs in product(x, w_ih) + module.bias_ih_l0:
+        recurrent = product(h, w_hh) + module.bias_hh_l0
+        if module.mode == "LSTM":
+            i, f, g, o = (inputs + recurrent).chunk(4, 1)
+            c = [f.sigmoid() * c[0] + i.sigmoid() * g.tanh()]
+            h = o.sigmoid() * c[0].tanh()
+        elif module.mode == "GRU":
+            of_inputs, of_h = inputs.chunk(3, 1), recurrent.chunk(3, 1)
+            r, z = ((a + b).sigmoid() for a, b in zip(of_inputs[:2], of_h[:2], strict=True))
+            h = (1 - z) * (of_inputs[2] + r * of_h[2]).tanh() + z * h
+        else:
+            h = (inputs + recurrent).tanh()
+        outputs.append(h)
+    last = tuple(state.unsqueeze(0) for state in (h, *c))
+    return torch.stack(outputs), last if has_cell_state(module) else last[0]
+
+
 def has_cell_state(module: nn.Module) -> bool:
-    """Of an LSTM of any kind: the state is a tuple."""
-    return isinstance(module, nn.LSTMCell) or "LSTM" in getattr(module, "mode", "")
+    """Whether the state of a layer or of a cell is a tuple."""
+    if isinstance(module, nn.RNNBase):
+        return LAYERS[module.mode].has_cell_state
+    return isinstance(module, nn.LSTMCell)
 
 
 def zeros(module: nn.RNNBase, x: Tensor) -> States:

@@ -20,6 +20,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
+import int8_reference
 import torch
 import wrong_calls
 from support import (
@@ -40,6 +41,7 @@ from support import (
 from torch import Tensor, nn
 
 import rnnkern
+from rnnkern import tolerance
 
 # T, N, I, H: tiny, one row, several rows per register tile with remainders, and enough work for two
 # threads.
@@ -72,6 +74,28 @@ def numbers(path: str) -> str:
                 )
             torch.set_num_threads(1)
     torch.save(results, path)
+    return isa()
+
+
+def frozen_weights() -> str:
+    """Checks layers with int8 and bfloat16 weights; gives the instruction set that was used."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    for kind in LAYERS:
+        for I, H, N in ((9, 33, 7), (70, 64, 1), (5, 150, 13)):
+            module = build(kind, I, H)
+            frozen = rnnkern.freeze(module, torch.int8)
+            for ours, theirs, reference in int8_reference.worst(module, frozen, 3, N):
+                verdict = tolerance.check(ours, theirs, reference)
+                assert verdict, f"{kind} {I} {H} {N}: {verdict}"
+            halves = rnnkern.freeze(module, torch.bfloat16)
+            x = torch.randn(3, N, I)
+            if "bf16" in isa() or "amx" in isa():
+                continue  # rounds x and h, too: tests/test_frozen.py
+            torch.use_deterministic_algorithms(True)
+            with torch.no_grad():
+                assert torch.equal(halves(x)[0], rnnkern.thaw(halves)(x)[0])
+            torch.use_deterministic_algorithms(False)
     return isa()
 
 

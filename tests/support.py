@@ -230,6 +230,22 @@ def check(
     return got
 
 
+def check_as_tf32(ours: nn.Module, leaves: Leaves) -> None:
+    """That a layer in float32 has at most twice the error that its products must have as TF32.
+
+    No library is the yardstick, because one may multiply small matrices in float32 all the same.
+    """
+    reference = oracle.twin(ours, torch.float64)
+    as_tf32 = evaluate(
+        reference, leaves, lambda m, own: oracle.run_as_tf32(m, own["x"], states_of(own))
+    )
+    assert_agree(
+        evaluate(ours, leaves),
+        {name: result.float() for name, result in as_tf32.items()},
+        evaluate(reference, leaves),
+    )
+
+
 def of_integers(T: int, N: int, I: int, H: int, dtype: torch.dtype) -> tuple[nn.Module, Leaves]:
     """A relu network of small integers, and its input: every product and sum is exact."""
 

@@ -386,6 +386,23 @@ def test_gradients_of_each_output_add_up(form: str) -> None:
     check(module, leaves, one_by_one, oracle_call=at_once)
 
 
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("kind", [*LAYERS, *CELLS])
+def test_a_gradient_of_a_subclass(kind: str, create_graph: bool) -> None:
+    """A function after the layer may give back an instance of a subclass of Tensor."""
+
+    class Marked(Tensor):
+        pass
+
+    module = build(kind, 3, 4)
+    y = next(iter(flatten(module(torch.randn(*((2,) if kind in CELLS else (5, 2)), 3))).values()))
+    parameters, dy = list(module.parameters()), torch.randn_like(y)
+    want = torch.autograd.grad(y, parameters, dy, retain_graph=True)
+    made = torch.autograd.grad(y, parameters, dy.as_subclass(Marked), create_graph=create_graph)
+    for got, expected in zip(made, want, strict=True):
+        torch.testing.assert_close(got.detach().as_subclass(Tensor), expected)
+
+
 @pytest.mark.parametrize("kind", LAYERS)
 def test_gradients_accumulate(kind: str) -> None:
     module = build(kind, 4, 6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 import sys
 from pathlib import Path
@@ -9,7 +10,19 @@ from types import ModuleType
 
 import pytest
 
-from benchmarks import decoder, entry_points, everyday, steps, versions
+from benchmarks import (
+    busy,
+    compiled,
+    decoder,
+    drawn,
+    entry_points,
+    everyday,
+    frozen,
+    models,
+    options,
+    precision,
+    versions,
+)
 
 pytestmark = pytest.mark.cpu_only
 
@@ -24,11 +37,35 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):  #
     return table
 
 
-def test_the_benchmark_of_steps_runs(run) -> None:  # type: ignore[no-untyped-def]
-    lines = run(steps, "--draws", "1", "--seconds", "0", "--threads", "1")
+def test_the_benchmark_of_drawn_sizes_runs(run, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setattr(drawn, "MOST_FLOPS", 1e6)
+    cells = "LSTM,GRUCell"
+    lines = run(drawn, "--cell", cells, "--draws", "2", "--seconds", "0", "--threads", "1")
     rows = [line for line in lines if re.match(r" +[\d.]+x ", line)]
-    assert len(rows) == 6
+    assert len(rows) == 2 * 2 * 2
     assert rows == sorted(rows, key=lambda row: float(row.split("x")[0]))
+
+
+def test_a_draw_has_the_sizes_asked_for() -> None:
+    generator = random.Random(0)
+    drawings = [drawn.draw(generator, "LSTM") for _ in range(200)]
+    assert all(1 <= w.steps <= 500 and 1 <= w.batch <= 300 for w in drawings)
+    assert all(1 <= w.input_size <= 1200 and 1 <= w.hidden_size <= 1600 for w in drawings)
+    assert max(w.hidden_size for w in drawings) > 1200
+    assert drawn.draw(generator, "GRUCell").steps == 1
+
+
+def test_the_benchmark_of_a_busy_machine_runs(run, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setattr(busy, "SAMPLE_S", 0.001)
+    chosen = ("--cell", "GRU", "--workload", "notebook,sine", "--rounds", "1", "--threads", "1")
+    lines = run(busy, *chosen)
+    rows = [line.split()[:3] for line in lines if line.startswith("GRU")]
+    assert rows == [
+        ["GRU", "notebook", "inference"],
+        ["GRU", "sine", "inference"],
+        ["GRU", "notebook", "training"],
+        ["GRU", "sine", "training"],
+    ]
 
 
 def test_the_benchmark_of_entry_points_runs(run) -> None:  # type: ignore[no-untyped-def]
@@ -36,6 +73,14 @@ def test_the_benchmark_of_entry_points_runs(run) -> None:  # type: ignore[no-unt
     lines = run(entry_points, "--seconds", "0", "--threads", "1", "--entry", names)
     assert [line.split()[0] for line in lines[-3:]] == names.split(",")
     assert lines[-2].count("torch.nn cannot") == 3
+
+
+def test_the_benchmark_of_compiled_calls_runs(run, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setattr(compiled, "SHAPES", (("GRU", 3, 2, 2, 4),))
+    lines = run(compiled, "--seconds", "0", "--threads", "1")
+    rows = [line.split() for line in lines if line.startswith("GRU T3 N2 I2 H4")]
+    assert [row[5] for row in rows] == ["inference", "forward+backward"]
+    assert [len(row[6:]) for row in rows] == [8, 8]
 
 
 def test_the_benchmark_of_a_decoder_runs(run, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
@@ -46,19 +91,66 @@ def test_the_benchmark_of_a_decoder_runs(run, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_the_everyday_cases_run(run, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
-    monkeypatch.setattr(everyday, "PACKED_STEPS", 40)
+    monkeypatch.setattr(everyday, "PACKED_STEPS", (20, 40))
     monkeypatch.setattr(everyday, "LONG_STEPS", 50)
     monkeypatch.setattr(everyday, "SERVING_S", 0.01)
     lines = run(everyday, "--repeat", "1")
-    rows = [line.split("|") for line in lines if re.search(r"[\d.]+x \|$", line)]
+    rows = [line for line in lines if re.search(r"[\d.]+x$", line)]
     assert len(rows) == 6
-    assert "L=40" in rows[0][1]
+    assert "L=40: packed" in rows[1]
+    assert all(f"{own} over torch.nn packed" in rows[1] for own in ("packed", "lengths="))
+
+
+def test_packing_that_takes_torch_nn_too_long_is_left_out(
+    run,  # type: ignore[no-untyped-def]
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(everyday, "PACKED_STEPS", (2, 4))
+    monkeypatch.setattr(everyday, "TOO_LONG_S", 0.0)
+    first, second = run(everyday, "--repeat", "1", "--case", "packed")[-2:]
+    assert "torch.nn packed" in first
+    assert "torch.nn packed" not in second
+    assert "lengths= over torch.nn padded" in second
 
 
 def test_everyday_cases_that_do_not_exist(run, capsys: pytest.CaptureFixture[str]) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(SystemExit):
         run(everyday, "--case", "packed,sleeping")
     assert "some of packed,long,serving,busy, got packed,sleeping" in capsys.readouterr().err
+
+
+def test_the_benchmark_of_models_runs(run) -> None:  # type: ignore[no-untyped-def]
+    lines = run(models, "--model", "Silero VAD", "--seconds", "0", "--threads", "1")
+    assert "Silero VAD: in the manner of" in lines[1]
+    assert [line.split(", ")[2] for line in lines[2:]] == ["float32", "autocast to bfloat16"]
+
+
+def test_the_benchmark_of_frozen_layers_runs(run) -> None:  # type: ignore[no-untyped-def]
+    chosen = ("--workloads", "notebook", "--cells", "GRU", "--threads", "1", "--seconds", "0")
+    lines = run(frozen, *chosen)
+    assert [line.split(": ")[2] for line in lines if line.startswith("frozen")] == [
+        "notebook GRU",
+        "GRU I64 H256",
+    ]
+    assert any(line.startswith("int8 over rnnkern: geometric mean") for line in lines)
+
+
+def test_the_benchmark_of_precision_runs(run) -> None:  # type: ignore[no-untyped-def]
+    lines = run(precision, "--workloads", "notebook", "--threads", "1", "--seconds", "0")
+    assert len([line for line in lines if "over highest" in line]) == 2 * 3
+
+
+def test_the_benchmark_of_options_runs(run, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setattr(options, "WORKLOADS", ("notebook",))
+    lines = run(options, "--cell", "GRU", "--threads", "1", "--seconds", "0")
+    assert [line.split(": ")[2].split(",")[0] for line in lines] == [
+        "reset",
+        "reset_to",
+        "recurrent_dropout",
+        "zoneout",
+        "layer_norm",
+    ]
+    assert ["over a loop" in line for line in lines] == [False, True, True, True, True]
 
 
 def test_the_benchmark_of_versions_runs(

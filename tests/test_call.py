@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,10 +12,10 @@ from support import build, pack_rows
 from torch import nn
 
 import rnnkern
-from rnnkern import call, kernels, layer
+from rnnkern import _C, call, kernels
 from rnnkern.call import Call
-from rnnkern.cells import CELLS
 from rnnkern.kernels import Refusal, Why
+from rnnkern.known_cells import CELLS, MODES
 from rnnkern.layer import PACKED, Layer, Operands
 
 pytestmark = pytest.mark.cpu_only
@@ -51,9 +52,9 @@ def test_what_is_read(given: Any, sizes: tuple[int, int]) -> None:
         ((torch.zeros(4),), "axes"),
         ((torch.zeros(0, 3, 4),), "no steps"),
         ((torch.zeros(5, 3, 7),), "4 features, got 7"),
-        ((torch.zeros(5, 3, 4), torch.zeros(1, 3, 6)), "hx does not fit a batch of 3"),
+        ((torch.zeros(5, 3, 4), torch.zeros(1, 3, 6)), "h_0 must be a tensor of shape (2, 3, 6)"),
         ((torch.zeros(5, 4), torch.zeros(2, 1, 6)), "hx does not fit an input without a batch"),
-        ((pack_rows([torch.zeros(5, 7)]),), "4 features"),
+        ((pack_rows([torch.zeros(5, 7)]),), "a packed input must be [rows, 4], got (5, 7)"),
     ],
     ids=["axes", "steps", "features", "states", "unbatched", "packed"],
 )
@@ -64,7 +65,7 @@ def test_what_torch_nn_refuses(operands: tuple[Any, ...], text: str) -> None:
     assert refusal.why is Why.INVALID
     assert text in refusal.text
     if len(operands) > 1 and operands[0].dim() == 3:
-        assert "torch.nn refuses this: hx" in rnnkern.explain(module, *operands)
+        assert "torch.nn refuses this: h_0" in rnnkern.explain(module, *operands)
 
 
 def test_why_no_kernel_covers_operands() -> None:
@@ -98,7 +99,10 @@ def test_a_cell_that_is_added_changes_no_number(monkeypatch: pytest.MonkeyPatch)
     codes = [each.code for each in layers]
     assert Layer("RNN_TANH", 1, False, False, False, False, False).code == 0
     assert Layer("GRU", 2, True, False, True, False, True).code == 490
-    monkeypatch.setattr(layer, "_MODES", (*CELLS, *(f"LATER_{i}" for i in range(9))))
+    for i in range(9):
+        mode, number = f"LATER_{i}", len(_C.CELLS) + i
+        monkeypatch.setitem(CELLS, mode, replace(CELLS["GRU"], number=number))
+        monkeypatch.setitem(MODES, number, mode)
     assert [each.code for each in layers] == codes
     assert [Layer.of_code(code | PACKED) for code in codes] == layers
     later = [each._replace(mode=f"LATER_{i}") for i in range(9) for each in layers]

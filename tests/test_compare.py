@@ -189,8 +189,8 @@ def test_a_failed_check_is_exit_status_1_and_is_not_timed(
         (["--threads", "two"], "at least 1"),
         (["--device", "tpu"], "expected cpu, cuda"),
         (["--device", "meta"], "expected cpu, cuda"),
-        (["--dtype", "float16"], "known are: float32, float64"),
-        (["--dtype", "float32,tf32"], "known are: float32, float64"),
+        (["--dtype", "float128"], "known are: float32, bfloat16, float16, float64"),
+        (["--dtype", "float32,tf32"], "known are: float32, bfloat16, float16, float64"),
         (["--json", "no/such/directory/x.json"], "no such directory"),
         (["--plot", "no/such/directory/x.png"], "no such directory"),
     ],
@@ -280,6 +280,7 @@ def test_what_is_compared_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_dtypes_of_the_cpu() -> None:
     assert names(options().precisions) == ["float32"]
     assert names(options("--dtype", "float64,float32").precisions) == ["float32", "float64"]
+    assert names(options("--dtype", "float16,bfloat16").precisions) == ["bfloat16", "float16"]
     assert options().time_limit_s == math.inf
 
 

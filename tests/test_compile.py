@@ -146,6 +146,52 @@ def test_many_sizes_recompile_as_those_of_linear(kind: str) -> None:
 
 
 @pytest.mark.cpu_only
+@pytest.mark.parametrize("kind", [*LAYERS, *CELLS])
+def test_a_compiled_call_checks_little(kind: str) -> None:
+    """At most three times what it checks for `nn.Linear`, which has half as many parameters."""
+
+    def checked(module: nn.Module, x: Tensor) -> int:
+        counts: list[int] = []
+
+        def count(guards: Any) -> list[bool]:
+            counts.append(len(guards))
+            return [True] * len(guards)
+
+        torch._dynamo.reset()
+        torch.compile(module, backend="eager", options={"guard_filter_fn": count})(x)
+        return counts[0]
+
+    x = torch.randn(*((3,) if kind in CELLS else (5, 3)), 4)
+    assert checked(build(kind, 4, 6), x) <= 3 * checked(nn.Linear(4, 6), x)
+
+
+@pytest.mark.cpu_only
+def test_modes_that_torch_nn_refuses_compiled() -> None:
+    layer, cell = build("RNN", 4, 6), build("RNNCell", 4, 6)
+    layer.mode, cell.nonlinearity = "GRU", "TANH"
+    for module, x in ((layer, torch.randn(5, 3, 4)), (cell, torch.randn(3, 4))):
+        torch._dynamo.reset()
+        with pytest.raises(
+            (AssertionError, RuntimeError), match=r"mode must be|Unknown nonlinearity"
+        ):
+            torch.compile(module, backend="eager")(x)
+
+
+@pytest.mark.cpu_only
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_compiled_layer_with_a_method_of_its_own(kind: str) -> None:
+    """torch.nn's forward calls it, so ours does not run the layer."""
+    module = build(kind, 4, 6)
+    x = torch.randn(5, 3, 4)
+    want = module(x)[0]
+    module.check_forward_args = lambda *args: seen.append(1)  # type: ignore[method-assign]
+    seen: list[int] = []
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(module, backend="eager")(x)[0], want)
+    assert seen
+
+
+@pytest.mark.cpu_only
 def test_dropout_draws_the_same_numbers_compiled() -> None:
     module = build("GRU", 4, 6, num_layers=3, dropout=0.5)
     call, x = compiled(module), torch.randn(5, 3, 4)

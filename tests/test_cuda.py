@@ -31,6 +31,7 @@ from support import (
     autocast,
     build,
     check,
+    check_as_tf32,
     cudnn,
     evaluate,
     flatten,
@@ -42,6 +43,8 @@ from support import (
     states_of,
     with_integer_gradients,
 )
+from test_cuda_cells import has_nvcc
+from test_own_cells import check_against_reference
 from torch import Tensor, nn
 
 import rnnkern
@@ -97,10 +100,9 @@ def test_many_rows_agree_with_torch_nn(kind: str) -> None:
 @pytest.mark.parametrize("H", [40, 129, 512])
 @pytest.mark.parametrize("kind", LAYERS)
 def test_tf32(kind: str, H: int) -> None:
-    """Where torch allows it we are allowed it too, and measured by what torch.nn makes of it."""
     module = build(kind, H, H)
     with tf32_allowed(True):
-        check(module, leaves_for(module, 20, 33))
+        check_as_tf32(module, leaves_for(module, 20, 33))
 
 
 @pytest.mark.parametrize("dtype", WIDE_DTYPES, ids=str)
@@ -525,6 +527,19 @@ def test_second_derivatives_where_torch_nn_has_none(kind: str) -> None:
 
 
 # The command
+
+
+@pytest.mark.parametrize("tier", ["resident", "stepwise"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["lstm", "mgu", "peephole_lstm", "s_lstm", "ind_rnn"])
+def test_cells_that_are_written_in_python(
+    name: str, dtype: torch.dtype, tier: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """nvcc compiles them when they are first called. A fallback would be an error."""
+    if not has_nvcc():
+        pytest.skip("needs nvcc")
+    monkeypatch.setenv("RNNKERN_CUDA_TIER", tier)
+    check_against_reference(getattr(rnnkern.cells, name), dtype)
 
 
 def test_compare_on_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def test_python_blocks_run(page: str, tmp_path: Path, monkeypatch: pytest.Monkey
     space: dict[str, Any] = {}
     for number, body in enumerate(blocks(page, "python")):
         exec(compile(body, f"{page}, block {number}", "exec"), space)
-    assert any(name in space for name in ("lstm", "model"))
+    assert any(name in space for name in ("lstm", "model", "layer"))
 
 
 def targets() -> set[str]:

@@ -23,6 +23,7 @@ SCRIPTS: dict[str, Sequence[str]] = {
     "compare_notebook": (),
     "digits_rows": ("digits_rows.png",),
     "gradient_flow": ("gradient_flow.png", "gradient_flow_40.png"),
+    "own_cell": ("own_cell.png",),
     "sine": ("sine.png",),
     "sentiment": (),
     "char_lm": tuple(f"char_lm_{part}.png" for part in ("neurons", "unit", "gates", "states")),

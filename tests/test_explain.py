@@ -34,6 +34,32 @@ def test_explain_names_the_instruction_set_that_runs() -> None:
         assert f"forward: {isa}," in text
 
 
+@pytest.mark.cpu_only
+@pytest.mark.parametrize("kind", [*LAYERS, *CELLS])
+def test_explain_says_when_w_hh_is_not_read(kind: str) -> None:
+    """One step from zeros leaves out the product with h (`docs/design.md`)."""
+    module, is_cell = build(kind, 3, 4), kind in CELLS
+    words = "W_hh not read, because one step starts from zeros"
+    x = torch.randn(3, 2, 3)
+    step, state = (
+        (x[0] if is_cell else x[:1]),
+        torch.zeros(2, 4) if is_cell else x.new_zeros(1, 2, 4),
+    )
+    hx = (state, state) if "LSTM" in kind else state
+    assert str(rnnkern.explain(module, step)).count(words) == 2
+    assert words not in str(rnnkern.explain(module, step, hx))
+    if not is_cell:
+        assert words not in str(rnnkern.explain(module, x))
+
+
+@pytest.mark.cpu_only
+def test_explain_of_a_cell_without_w_hh() -> None:
+    text = str(
+        rnnkern.explain(rnnkern.Recurrent(rnnkern.cells.ind_rnn, 3, 4), torch.randn(5, 2, 3))
+    )
+    assert text.count("; no W_hh; ") == 2
+
+
 def test_explain_where_operators_run() -> None:
     module, x = build("GRU", 4, 6), torch.randn(5, 2, 4)
     with Seen():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -179,3 +180,20 @@ def test_lengths_are_not_scripted() -> None:
 
     with pytest.raises(RuntimeError, match="Keyword argument lengths unknown"):
         torch.jit.script(Model())
+
+
+@pytest.mark.cpu_only
+@pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated")
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("kind", ["Recurrent", "FrozenLayer", "FrozenCell"])
+def test_modules_that_torch_nn_does_not_have_are_not_scripted(kind: str, inside: bool) -> None:
+    """The error says what to do instead."""
+    make: dict[str, Callable[[], nn.Module]] = {
+        "Recurrent": lambda: rnnkern.Recurrent(rnnkern.cells.mgu, 4, 6),
+        "FrozenLayer": lambda: rnnkern.freeze(build("GRU", 4, 6)),
+        "FrozenCell": lambda: rnnkern.freeze(build("GRUCell", 4, 6)),
+    }
+    model = nn.Sequential(make[kind]()) if inside else make[kind]()
+    instead = "torch.export" if kind == "Recurrent" else "before it is frozen"
+    with pytest.raises(NotImplementedError, match=f"cannot compile {kind}.*{instead}"):
+        torch.jit.script(model)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import rnnkern
-from benchmarks import report
+from benchmarks import report, report_page
 from benchmarks.gpu import kinds, page, speed
 from rnnkern.bench.workloads import (
     CELLS,
@@ -60,7 +60,7 @@ def test_the_page_has_what_was_measured(tmp_path: Path, monkeypatch: pytest.Monk
     small = {"hidden_size": (3, 4), "steps": (1, 2)}
     monkeypatch.setattr(speed, "SWEEPS", small)
     monkeypatch.setattr(speed, "BASE", dict.fromkeys(speed.BASE, 2))
-    options = ("--dtype", "float32", "--budget", "100", "--sweeps", "100")
+    options = ("--dtype", "float32", "--sweeps")
     header, *rows = measured(tmp_path, monkeypatch, *options)
     assert header["torch"] == torch.__version__
     assert sum("sweep" in row for row in rows) == 4 * len(CELLS) * 2 * 2
@@ -85,7 +85,7 @@ def test_the_page_has_what_was_measured(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_a_page_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a machine that measures, where the rest of the page is not at hand."""
-    measured(tmp_path, monkeypatch, "--dtype", "float32", "--budget", "100")
+    measured(tmp_path, monkeypatch, "--dtype", "float32")
     file = str(tmp_path / "speed.jsonl")
     monkeypatch.setattr(sys, "argv", ["page.py", file, file, "--docs", str(tmp_path)])
     page.main()
@@ -98,11 +98,11 @@ def test_a_page_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_peer_that_fails_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """None of them is installed here."""
-    options = ("--dtype", "float32", "--cell", "LSTM", "--budget", "100", "--peers")
+    """None of them is installed here but ours, with resets."""
+    options = ("--dtype", "float32", "--cell", "LSTM", "--peers")
     _, *rows = measured(tmp_path, monkeypatch, *options)
     for row in rows:
-        assert set(row["failed_peers"]) == set(speed.PEERS)
+        assert set(row["failed_peers"]) == set(speed.PEERS) - {"rnnkern with resets"}
         assert all("ModuleNotFoundError" in reason for reason in row["failed_peers"].values())
 
 
@@ -116,8 +116,58 @@ def test_a_row_that_fails_ends_nothing(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_what_time_is_left_for_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _, *rows = measured(tmp_path, monkeypatch, "--dtype", "float32", "--budget", "0")
+    _, *rows = measured(tmp_path, monkeypatch, "--dtype", "float32", "--seconds", "0")
     assert rows == [{"not_measured": 2 * len(CELLS)}]
+
+
+def test_the_order_of_rows_and_where_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ("--dtype", "bfloat16", "--dtype", "float32", "--cell", "GRU", "--cell", "LSTM")
+    _, *rows = measured(tmp_path, monkeypatch, *options)
+    assert [row["row"] for row in rows] == list(range(8))
+    assert [row["dtype"] for row in rows] == ["bfloat16"] * 4 + ["float32"] * 4
+    assert [row["cell"] for row in rows[:4]] == ["GRU", "GRU", "LSTM", "LSTM"]
+    file = tmp_path / "speed.jsonl"
+    whole = file.read_text(encoding="utf-8").splitlines()
+    file.write_text("\n".join(whole[:3]) + "\n", encoding="utf-8")
+    _, *rows = measured(tmp_path, monkeypatch, *options, "--from-row", "6")
+    assert [row["row"] for row in rows] == [0, 1, 6, 7]
+
+
+def test_a_sticky_error_ends_the_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(speed, "measure", fail)
+    monkeypatch.setattr(speed, "sticky_error", lambda _: True)
+    file = tmp_path / "speed.jsonl"
+    command = ["speed.py", str(file), "--device", "cpu", "--workload", "notebook"]
+    monkeypatch.setattr(sys, "argv", command)
+    assert speed.main() == speed.STICKY
+    _, *rows = map(json.loads, file.read_text(encoding="utf-8").splitlines())
+    assert [row["sticky"] for row in rows] == [True]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "cell", "workload", "regimes"),
+    [
+        ("float16", "LSTM", "h128", ["persistent", "persistent"]),
+        ("bfloat16", "LSTM", "h128", ["small H", "small H"]),
+        ("float16", "LSTM", "h129", ["small H", "step by step"]),
+        ("float16", "LSTM", "h1024", ["persistent", "persistent"]),
+        ("float16", "LSTM", "h2048", ["step by step", "step by step"]),
+        ("float16", "GRU", "h1024", ["step by step", "step by step"]),
+        ("float16", "GRU", "h128", ["small H", "small H"]),
+        ("float32", "LSTM", "flash768", ["step by step", "step by step"]),
+        ("float32", "RNN", "h256", ["small H", "small H"]),
+        ("float16", "LSTM", "rl", ["step by step", "step by step"]),
+    ],
+)
+def test_regimes_of_cudnn(dtype: str, cell: str, workload: str, regimes: list[str]) -> None:
+    forward, both = speed.rows([workload], [dtype], [cell])
+    assert speed.cudnn_regimes(forward) == regimes[:1]
+    assert speed.cudnn_regimes(both) == regimes
 
 
 def test_tiers_and_what_is_expected(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,12 +193,9 @@ def test_the_report_of_the_cpu_keeps_the_section(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "benchmarks.md").write_text("# Old\n\n## On a GPU\n\nfigures\n")
-    monkeypatch.setattr(report, "run", lambda *_: {})
-    monkeypatch.setattr(report, "draw", lambda *_: [])
-    monkeypatch.setattr(report, "markdown", lambda *_: "# New\n")
-    monkeypatch.setattr(
-        sys, "argv", ["report", "--docs", str(tmp_path), "--json", str(tmp_path / "r.json")]
-    )
+    monkeypatch.setattr(report_page, "markdown", lambda *_: "# New\n")
+    folders = ["--docs", str(tmp_path), "--results", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["report", "--page", *folders])
     report.main()
     text = (tmp_path / "benchmarks.md").read_text(encoding="utf-8")
     assert text == "# New\n\n## On a GPU\n\nfigures\n"
@@ -166,7 +213,7 @@ MEASURED = {
     "constants": [
         {"name": "l2_read_by_all_16_mib", "value": 5432.1},
         {"name": "memory_read", "value": 4321.0},
-        {"name": "flags_threads_132_128_bytes_apart", "value": 1.25},
+        {"name": "gather_flags_relaxed_n16_h256_132", "value": 1.32},
         {"name": "launch_kernel_132_blocks", "value": 2.125},
     ],
 }
@@ -176,7 +223,7 @@ def test_measured_constants_take_the_place_of_published_ones() -> None:
     before = kinds.TABLE.read_text(encoding="utf-8")
     after = kinds.replaced(before, MEASURED)
     changed = set(after.splitlines()) - set(before.splitlines())
-    row = "    {9, 0, 1.98, 5.43, 62.9, 4.32, 1.25, 2.12},  // NVIDIA H200, measured"
+    row = "    {9, 0, 1.98, 5.43, 62.9, 4.32, 1.26, 2.12},  // NVIDIA H200, measured"
     assert changed == {row}
     assert kinds.replaced(after, MEASURED) == after
 

@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import rnnkern
 from rnnkern import inspect
+from rnnkern.derivatives import cells as derivatives
 
 
 def stepped(
@@ -211,6 +212,46 @@ def test_gradient_flow(form: str, options: dict[str, Any]) -> None:
         torch.testing.assert_close(flow.c, torch.stack(expected["c"]))
 
 
+@rnnkern.cell(gates=("f", "g"), states=("h", "c"))
+def late(x: Any, h: Any, prev: Any) -> Any:
+    """h is made from the c before the step."""
+    return rnnkern.sigmoid(x.g + h.g) * prev.c, 0.5 * prev.c + rnnkern.tanh(x.f + h.f)
+
+
+@pytest.mark.cpu_only
+@pytest.mark.parametrize("given", [{}, {"lengths": LENGTHS}, {"reset": RESET}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"bidirectional": True, "num_layers": 2}, {"proj_size": 2}], ids=str
+)
+def test_gradient_flow_of_an_lstm_in_python(options: dict[str, Any], given: dict[str, Any]) -> None:
+    """As of the hand-written one: c has its gradients through h of the same step, too."""
+    theirs = build("LSTM", 2, 4, dtype=torch.float64, **options)
+    ours = rnnkern.Recurrent(rnnkern.cells.lstm, 2, 4, dtype=torch.float64, **options)
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(3, 2, 2, dtype=torch.float64, requires_grad=True)
+    flows = [inspect.gradient_flow(module, x, **given) for module in (ours, theirs)]
+    torch.testing.assert_close(*flows)
+    slopes = [torch.autograd.grad(flow.c.sum(), x)[0] for flow in flows if flow.c is not None]
+    torch.testing.assert_close(*slopes)
+    with torch.no_grad():
+        torch.testing.assert_close(inspect.gradient_flow(ours, x, **given), flows[0])
+
+
+@pytest.mark.cpu_only
+def test_gradient_flow_where_h_is_not_made_from_the_new_c() -> None:
+    """The last c has no gradient, and the one before it that of the gate."""
+    module = rnnkern.Recurrent(late, 2, 4, dtype=torch.float64)
+    x = torch.randn(2, 3, 2, dtype=torch.float64)
+    flow = inspect.gradient_flow(module, x)
+    assert flow.c is not None
+    assert not flow.c[0, 1].any()
+    with torch.no_grad():
+        h = module(x[:1])[0][0]
+        gate = x[1] @ module.weight_ih_l0[4:].T + module.bias_ih_l0[4:]
+        gate = gate + h @ module.weight_hh_l0[4:].T + module.bias_hh_l0[4:]
+    torch.testing.assert_close(flow.c[0, 0], gate.sigmoid().norm(dim=-1))
+
+
 def test_a_gradient_that_vanishes_in_float32() -> None:
     """Its norm is as small as float32 can say."""
     module, x = build("RNN", 1, 20), torch.randn(100, 1, 1)
@@ -244,7 +285,11 @@ def test_gradient_flow_is_differentiable_and_follows_lengths(kind: str) -> None:
         (nn.GRU(2, 3), (torch.zeros(3, 2),), "three axes"),
         (nn.GRU(2, 3), (torch.zeros(3, 2, 4),), "2 features, got 4"),
         (nn.GRU(2, 3), (torch.zeros(0, 2, 2),), "no steps"),
-        (nn.GRU(2, 3), (torch.zeros(3, 2, 2), torch.zeros(1, 3, 3)), "hx does not fit"),
+        (
+            nn.GRU(2, 3),
+            (torch.zeros(3, 2, 2), torch.zeros(1, 3, 3)),
+            "h_0 must be a tensor of shape",
+        ),
         (nn.GRU(2, 3), ([1.0],), "three axes"),
     ],
     ids=["module", "axes", "features", "steps", "hx", "type"],
@@ -268,6 +313,49 @@ def test_no_transform_is_known() -> None:
     module = build("GRU", 2, 3)
     with pytest.raises(NotImplementedError, match=r"no transform of torch\.func"):
         torch.func.grad(lambda x: inspect.trace(module, x).output.sum())(torch.zeros(3, 2, 2))
+
+
+class _Coupled(derivatives.Lstm):
+    """Says that c(t) = f(t) c(t-1) + (1 - f(t)) g(t), which is not so of the kernel."""
+
+    @staticmethod
+    def cell_updates(*gates: Tensor) -> tuple[Tensor, Tensor]:
+        _, f, g, _ = gates
+        return f, (1 - f) * g
+
+
+class _WithoutUpdates(derivatives.Elman):
+    activated = derivatives.Lstm.activated
+
+
+def test_the_class_of_a_cell_says_how_c_depends_on_the_gates(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module, x = build("LSTM", 2, 3), torch.randn(1, 2, 2)  # one step: gates depend on x alone
+
+    def gradient_of_i() -> Tensor:
+        c = inspect.trace(module, x).layers[0][0].c
+        (gradient,) = torch.autograd.grad(c.sum(), module.weight_ih_l0)
+        return gradient[:3]
+
+    assert gradient_of_i().abs().sum() > 0
+    monkeypatch.setitem(derivatives.DERIVATIVES, "LSTM", _Coupled)
+    assert gradient_of_i().abs().sum() == 0
+    monkeypatch.setitem(derivatives.DERIVATIVES, "LSTM", _WithoutUpdates)
+    with pytest.raises(NotImplementedError, match=r"how c depends on the gates.*torch\.no_grad"):
+        inspect.trace(module, x)
+    with torch.no_grad():
+        assert inspect.trace(module, x).layers[0][0].c is not None
+
+
+@pytest.mark.cpu_only
+def test_a_cell_without_derivatives_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(derivatives.DERIVATIVES, "GRU")
+    module, x = build("GRU", 2, 3), torch.randn(4, 2, 2)
+    with pytest.raises(NotImplementedError, match="how the gates depend on their sums"):
+        inspect.trace(module, x)
+    with torch.no_grad():
+        assert inspect.trace(module, x).layers[0][0].gates.keys() == {"r", "z", "n"}
 
 
 @pytest.mark.parametrize("packed", [False, True])

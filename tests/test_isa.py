@@ -29,6 +29,7 @@ pytestmark = pytest.mark.cpu_only
 KNOWN = {
     "x86-64-v4-amx": "AVX512",
     "x86-64-v4-bf16": "AVX512",
+    "x86-64-v4-vnni": "AVX512",
     "x86-64-v4": "AVX512",
     "x86-64-v3": "AVX2",
     "baseline": "DEFAULT",
@@ -36,6 +37,7 @@ KNOWN = {
 EXTENDED = {
     "x86-64-v4-amx": torch.cpu._is_amx_tile_supported,
     "x86-64-v4-bf16": torch.cpu._is_avx512_bf16_supported,
+    "x86-64-v4-vnni": torch.cpu._is_vnni_supported,
 }
 WITH_FMA = ("x86-64-v4", "x86-64-v3")
 
@@ -121,6 +123,11 @@ def test_integers_are_exact_everywhere(numbers: dict[str, Results], name: str) -
     assert len(baseline) > 5
     assert_bitwise(numbers[name]["integers"]["training"], baseline)
     assert_bitwise(baseline, {key: value.round() for key, value in baseline.items()})
+
+
+@pytest.mark.parametrize("name", supported())
+def test_frozen_weights_are_right_everywhere(name: str) -> None:
+    assert in_a_process(subprocesses.frozen_weights, RNNKERN_ISA=name) == name
 
 
 def test_the_best_is_used_unless_told_otherwise() -> None:

@@ -32,7 +32,7 @@ from torch.func import functional_call
 from torch.nn.utils.rnn import PackedSequence
 
 import rnnkern
-from rnnkern import forward
+from rnnkern import constructor, forward, modules
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -119,11 +119,12 @@ def test_positional_arguments_are_torchs(kind: str, arguments: tuple[Any, ...]) 
 @pytest.mark.parametrize("kind", LAYERS)
 def test_forward_signature(kind: str) -> None:
     parameters = inspect.signature(getattr(rnnkern, kind).forward).parameters
-    assert list(parameters) == ["self", "input", "hx", "lengths", "reset"]
+    own = {"lengths": None, "reset": None, "reset_to": None, "return_cells": False}
+    assert list(parameters) == ["self", "input", "hx", *own]
     assert parameters["hx"].default is None
-    for name in ("lengths", "reset"):
+    for name, default in own.items():
         assert parameters[name].kind is inspect.Parameter.KEYWORD_ONLY
-        assert parameters[name].default is None
+        assert parameters[name].default is default
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -429,11 +430,13 @@ def test_small_results_cannot_be_resized() -> None:
 
 
 @pytest.mark.parametrize("kind", [*LAYERS, *CELLS])
-def test_no_public_name_that_torch_nn_lacks(kind: str) -> None:
+def test_no_public_name_that_torch_nn_lacks_but_options(kind: str) -> None:
     ours, theirs = getattr(rnnkern, kind), getattr(nn, kind)
 
     def public(thing: Any) -> set[str]:
-        return {name for name in dir(thing) if not name.startswith("_")}
+        return {
+            name for name in dir(thing) if not name.startswith("_")
+        } - constructor.DEFAULTS.keys()
 
     assert public(ours) == public(theirs)
     assert public(ours(4, 5)) == public(theirs(4, 5))
@@ -450,6 +453,15 @@ def test_a_cell_may_have_any_attribute(kind: str, name: str) -> None:
     theirs = reverted(module)
     assert getattr(rnnkern.convert(theirs), name) == "greedy"
     torch.testing.assert_close(theirs(x), wanted)
+
+
+@pytest.mark.parametrize("mode", ["RNN_TANH", "GRU"])
+def test_a_layer_of_a_cell_without_a_projection(mode: str) -> None:
+    """It saves no slots, or it reads h. It is an error before the first call."""
+    assert modules.OwnRNN("LSTM", 2, 5, proj_size=3).weight_hr_l0.shape == (3, 5)
+    assert modules.OwnRNN(mode, 2, 5).proj_size == 0
+    with pytest.raises(ValueError, match=f"got {mode} and proj_size=3"):
+        modules.OwnRNN(mode, 2, 5, proj_size=3)
 
 
 def test_packed_sequences_are_still_packed() -> None:

@@ -106,6 +106,7 @@ def test_a_long_sequence(form: str, dtype: torch.dtype) -> None:
     check(module, leaves_for(module, 300, 2))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize(
     ("T", "N", "I", "H"),
@@ -120,8 +121,9 @@ def test_sizes_that_several_threads_share(
     I: int,
     H: int,
     threads: int,
+    dtype: torch.dtype,
 ) -> None:
-    module = build(kind, I, H)
+    module = build(kind, I, H, dtype=dtype)
     check(module, leaves_for(module, T, N), on_threads(plain, threads), oracle_call=one_thread)
 
 
@@ -301,6 +303,35 @@ def test_nan_begins_at_its_step(form: str) -> None:
     assert torch.equal(dirty[:4], clean[:4])
     assert dirty[4:, 1].isnan().all()
     assert not dirty[:, [0, 2]].isnan().any()
+
+
+@pytest.mark.kernel
+@pytest.mark.usefixtures("deterministic")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("T", [1, 3])
+@pytest.mark.parametrize("form", FORMS)
+def test_no_state_is_a_state_of_zeros(form: str, T: int, dtype: torch.dtype) -> None:
+    """To the bit, although the product with it is left out."""
+    kind, own = FORMS[form]
+    module = build(kind, 16, 40, dtype=dtype, bidirectional=True, **own)
+    leaves = {name: leaf.to(dtype) for name, leaf in leaves_for(module, T, 3).items()}
+    for name in leaves.keys() - {"x"}:
+        leaves[name].zero_()
+    with torch.no_grad():
+        assert_bitwise(flatten(module(leaves["x"])), flatten(plain(module, leaves)))
+
+
+@pytest.mark.cpu_only
+@pytest.mark.kernel
+@pytest.mark.parametrize("form", FORMS)
+def test_a_step_from_zeros_does_not_read_w_hh(form: str) -> None:
+    kind, own = FORMS[form]
+    module = build(kind, 16, 40, **own)
+    x = torch.randn(1, 3, 16)
+    wanted = module(x)[0]
+    with torch.no_grad():
+        module.weight_hh_l0.fill_(float("nan"))
+    assert torch.equal(module(x)[0], wanted)
 
 
 @pytest.mark.cpu_only

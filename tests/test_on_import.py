@@ -62,9 +62,10 @@ print(*sorted(set(sys.modules) - before))
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=100
     )
-    kept = "_C autocast autograd call cells convert forward interop interop.by_type interop.dynamo"
-    kept += " interop.exporting interop.on_import interop.scripting kernels layer loops modules ops"
-    kept += " ops.differentiable ops.kernel_ops ops.modes run sequence"
+    kept = "_C autocast autograd call constructor convert forward interop interop.by_type"
+    kept += " interop.dynamo interop.exporting interop.on_import interop.scripting kernels"
+    kept += " known_cells layer loops modules ops ops.differentiable ops.kernel_ops ops.modes"
+    kept += " ops.with_options options run sequence traced"
     assert done.stdout.split() == ["rnnkern", *(f"rnnkern.{name}" for name in kept.split())]
 
 

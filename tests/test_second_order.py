@@ -30,11 +30,7 @@ from rnnkern import derivatives, kernels
 from rnnkern.layer import Gradients, Layer, Operands, Recorded
 from rnnkern.ops import second_order
 
-pytestmark = [
-    pytest.mark.cpu_only,
-    pytest.mark.kernel,
-    pytest.mark.skipif(kernels.IS_STAND_IN, reason="the stand-in for GPUs has none"),
-]
+pytestmark = pytest.mark.kernel
 # T, N, I, H: less than a vector, whole vectors and a bit, several panels with few rows (units are
 # split), with many (rows are split).
 SIZES = {
@@ -80,7 +76,12 @@ def with_lengths(module: nn.Module, leaves: Leaves) -> Any:
 
 
 def with_all(module: nn.Module, leaves: Leaves) -> Any:
-    return module(leaves["x"], states_of(leaves), lengths=LENGTHS, reset=RESET)
+    reset = RESET.to(leaves["x"].device)
+    return module(leaves["x"], states_of(leaves), lengths=LENGTHS, reset=reset)
+
+
+def with_reset(module: nn.Module, leaves: Leaves) -> Any:
+    return module(leaves["x"], states_of(leaves), reset=RESET.to(leaves["x"].device))
 
 
 def packed(module: nn.Module, leaves: Leaves) -> Any:
@@ -92,7 +93,7 @@ RESET = torch.arange(35).view(5, 7) % 4 == 1
 CALLS: dict[str, Call] = {
     "plain": plain,
     "lengths": with_lengths,
-    "reset": lambda module, own: module(own["x"], states_of(own), reset=RESET),
+    "reset": with_reset,
     "lengths-reset": with_all,
     "packed": packed,
 }
@@ -144,6 +145,32 @@ def test_gradients_of_the_incoming_gradients(
     for ours, expected in zip(found, product(), strict=True):
         torch.testing.assert_close(ours, expected)
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_gradient_of_each_operand_alone(
+    form: str, calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its derivatives: the direction moves that operand of one direction, and no other."""
+    kind, own = FORMS[form]
+    module = build(kind, 3, 20, dtype=torch.float64, bidirectional=True, **own)
+    leaves = leaves_for(module, 4, 5, hx=True)
+    leaves = {name: leaf.double().requires_grad_() for name, leaf in leaves.items()}
+    tensors = [*leaves.values(), *module.parameters()]
+
+    def derivatives_of(k: int) -> tuple[Tensor, ...]:
+        outputs = list(flatten(plain(module, leaves)).values())
+        incoming = [seeded(i, z).detach() for i, z in enumerate(outputs)]
+        gradients = torch.autograd.grad(outputs, tensors, incoming, create_graph=True)
+        vector = seeded(k, gradients[k]).detach()
+        return torch.autograd.grad(gradients[k], tensors, vector, materialize_grads=True)
+
+    found = [derivatives_of(k) for k in range(len(tensors))]
+    assert calls == len(tensors) * [module.mode]
+    monkeypatch.setattr(second_order, "has_kernel", lambda _: False)
+    for k, ours in enumerate(found):
+        for own_part, expected in zip(ours, derivatives_of(k), strict=True):
+            torch.testing.assert_close(own_part, expected)
 
 
 @pytest.mark.parametrize("wanted", ["x", "h0", "weight_hh_l0", "bias_ih_l0"])

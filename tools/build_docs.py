@@ -26,9 +26,10 @@ PAGES = {
 """Files outside docs/ that are pages, and their names on the site."""
 
 CONTENTS = {
-    "Use": "guide install torch reproducibility differences gallery api changelog",
+    "Use": "guide own_cells install torch reproducibility differences gallery api changelog",
     "Results": "results benchmarks",
-    "Inside": "tour design cuda operators notebook gpu-notes glossary wheels contributing",
+    "Inside": "tour design options frozen cuda operators notebook gpu-notes glossary wheels "
+    "contributing",
 }
 """The pages by heading, in their order."""
 

@@ -4,8 +4,9 @@ Usage: python tools/cuda_report.py LOG. Fails where a hot kernel, one of the sca
 float32 and narrower, spills registers or keeps an object in memory (float64 is to be right, not
 fast). Of true float32 in the resident tier, where all sums of a tile are in a lane and the compiler
 fills what registers are left with loads ahead, it lets the few words through that it then keeps in
-memory from step to step, outside the loop of the products, and prints them; and of our own product,
-which shares its multiprocessor with another block.
+memory from step to step, outside the loop of the products, and prints them. It does the same for
+tiles of 32 columns, and for our own product, which shares its multiprocessor with another
+block.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +23,7 @@ MEMORY = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) b
 REGISTERS = re.compile(r"Used (\d+) registers")
 
 HOT = ("Resident", "Stepwise", "MatrixProduct")
+WIDE = re.compile(r"TileShape\{\d, 4,")
 FEW_BYTES, FEW_BYTES_OF_PRODUCT = 48, 64
 
 
@@ -40,7 +43,7 @@ class Kernel(NamedTuple):
         allowed = 0
         if self.name.startswith("MatrixProduct"):
             allowed = FEW_BYTES_OF_PRODUCT
-        elif "<float, float" in self.name:
+        elif "<float, float" in self.name or WIDE.search(self.name):
             allowed = FEW_BYTES
         return self.is_hot and max(self.spilled, self.stack) > allowed
 
@@ -56,14 +59,15 @@ def kernels(log: str) -> list[Kernel]:
             stack, spilled = int(match[1]), int(match[2]) + int(match[3])
         elif match := REGISTERS.search(line):
             found.append(Kernel(name, architecture, int(match[1]), stack, spilled))
-    names = subprocess.run(
-        ["c++filt"],
-        input="\n".join(kernel.name for kernel in found),
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.splitlines()
-    return [kernel._replace(name=plain(name)) for kernel, name in zip(found, names, strict=True)]
+    names = plain_names(kernel.name for kernel in found)
+    return [kernel._replace(name=name) for kernel, name in zip(found, names, strict=True)]
+
+
+def plain_names(mangled: Iterable[str]) -> list[str]:
+    done = subprocess.run(
+        ["c++filt"], input="\n".join(mangled), capture_output=True, text=True, check=True
+    )
+    return [plain(name) for name in done.stdout.splitlines()]
 
 
 def plain(name: str) -> str:

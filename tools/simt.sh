@@ -15,7 +15,7 @@ RNNKERN_SIMT=ON "$python" setup.py --quiet build --build-base "$base" --build-li
 
 # The script and not `python -m pytest`, which would put the repository's own package first.
 run_tests() {
-  PYTHONPATH="$lib:$PWD/tools:$PWD/tests" RNNKERN_LOADED_FROM="$lib" RNNKERN_TEST_DEVICES=cpu \
+  PYTHONPATH="$lib:$PWD/tools:$PWD/tests:$PWD/tests/own_cells" RNNKERN_LOADED_FROM="$lib" RNNKERN_TEST_DEVICES=cpu \
     "$(dirname "$python")/pytest" -m 'kernel and not cpu_only' -p loaded_from "$@"
 }
 tests="tests/test_cells.py tests/test_sequences.py"
@@ -25,9 +25,21 @@ RNNKERN_CUDA_TIER=resident run_tests $tests "$@"
 # shellcheck disable=SC2086
 RNNKERN_CUDA_TIER=stepwise run_tests $tests -k 'float32 or LSTM' "$@"
 
-# Every barrier and every wait is needed: without any one of them a test fails.
+# Second derivatives are of the stepwise tier, whatever tier is named.
+run_tests tests/test_second_order.py "$@"
+
+# Cells that are written in Python are compiled for the stand-in when they are first called.
+own_cells() {
+  run_tests -p stand_in -p three_cells "$@"
+}
+own_cells tests/simt/check_own_cells.py "$@"
+RNNKERN_CUDA_TIER=resident own_cells tests/test_sequences.py -k 'Own and float32' "$@"
+RNNKERN_CUDA_TIER=stepwise own_cells tests/test_sequences.py -k 'OwnMGU and float32' "$@"
+own_cells tests/test_second_order.py -k Own "$@"
+
+# Every barrier, every wait and every flag is needed: without any one of them a test fails.
 places() {
-  (cd csrc/cuda && grep -HnE '^ +(sync_block|sync_warp|wait_until)\(' "$@" |
+  (cd csrc/cuda && grep -HnE '^ +(sync_block|sync_warp|wait_until|set_flag)\(' "$@" |
     sed -E 's/^([^:]+:[0-9]+):.*/\1/')
 }
 fails_without() {  # fails_without PLACE [pytest arguments]
@@ -35,11 +47,11 @@ fails_without() {  # fails_without PLACE [pytest arguments]
   shift
   log=$base/without-$place.log
   if RNNKERN_SIMT_WITHOUT=$place run_tests -q -x "$@" >"$log" 2>&1; then
-    echo "simt: no test fails without the wait at csrc/cuda/$place" >&2
+    echo "simt: no test fails without the wait $place" >&2
     return 1
   fi
   grep -q '^FAILED' "$log" || { cat "$log" >&2; return 1; }
-  echo "simt: without the wait at csrc/cuda/$place a test fails, as it should"
+  echo "simt: without the wait $place a test fails, as it should"
 }
 two_at_once() {  # two_at_once PYTEST_K PLACES...
   selected=$1
@@ -58,3 +70,5 @@ two_at_once 'float32 or bfloat16' \
   $(places resident.cuh resident_forward.cuh resident_backward.cuh gradients.cuh)
 # shellcheck disable=SC2046
 two_at_once without_a_library $(places product.cuh)
+# So is every wait of a stream for another one.
+two_at_once window wait_for_main main_waits

@@ -3,7 +3,7 @@
 Every instruction set that this CPU has is in one of them. What a plan chooses depends on the
 machine, so a test that passes here alone is found. Files whose tests start processes and compilers,
 or look at tools and pictures, are left out: they take most of the time, and the machine is nothing
-to them.
+to them. own_cells is not left out, because each instruction set has code of its own for a cell.
 
 Usage: python tools/test_machines.py [pytest arguments]
 """
@@ -26,12 +26,16 @@ KIB = 1024
 LEFT_OUT = {
     "benchmarks",
     "compile",
+    "compiled_cells",
     "cuda",
+    "cuda_sass",
+    "derived_cells",
     "distributed",
     "docs",
     "ecosystem",
     "examples",
     "export",
+    "gpu_run",
     "isa",
     "plot",
     "report",
@@ -42,14 +46,14 @@ LEFT_OUT = {
 
 def machines(isas: list[str]) -> Iterator[tuple[dict[str, str], list[str]]]:
     """The environment that describes each machine, and the tests that run there."""
-    # The sets of AVX-512 differ from one another only in the kernels of bfloat16.
+    # The sets of AVX-512 differ from one another only in the kernels of bfloat16 and int8.
     alike = [isa for isa in isas[1:] if isa.startswith("x86-64-v4")]
     different = [isa for isa in isas if isa not in alike]
     caches, threads = (512 * KIB, 1024 * KIB, 2048 * KIB), (64, 2, 1)
     count = max(3, len(different))
     rows: list[tuple[str, int, list[str]]]
     rows = [(different[i % len(different)], i % 3, []) for i in range(count)]
-    rows += [(isa, 2, ["-k", "bfloat16"]) for isa in alike]
+    rows += [(isa, 1, ["-k", "bfloat16 or int8"]) for isa in alike]
     for isa, i, selection in rows:
         environment = {
             "RNNKERN_ISA": isa,

@@ -25,7 +25,7 @@ INSERTED = {
         ('#include "cells/elman.h"', '#include "cells/coupled_lstm.h"\n'),
         (">;", ", CoupledLstm"),
     ],
-    "rnnkern/cells.py": [
+    "rnnkern/known_cells.py": [
         (
             "_STEPS: ",
             """\
@@ -38,7 +38,7 @@ def _coupled_lstm(a: Tensor, b: Tensor, state: State) -> State:
 
 """,
         ),
-        ('    "LSTM": _lstm,', '    "COUPLED_LSTM": _coupled_lstm,\n'),
+        ('    "LSTM": _lstm,', '    "COUPLED": _coupled_lstm,\n'),
     ],
     "rnnkern/modules.py": [
         (
@@ -49,25 +49,37 @@ class CoupledLSTM(OwnRNN):
     """LSTM that writes as much as it forgets."""
 
     def __init__(self, *sizes: int, **options: Any) -> None:
-        super().__init__("COUPLED_LSTM", *sizes, **options)
+        super().__init__("COUPLED", *sizes, **options)
 ''',
         ),
     ],
 }
 
-# What is changed in the header, and what the compiler says then.
+# What is changed in the header of a cell, and what the compiler says then: what the cell misses, or
+# which value is not initialized because the cell does not do what its shape says.
+TOY, GRU = ("coupled_lstm.h", "CoupledLstm"), ("gru.h", "Gru")
 CONTRACT = (
-    ("kF", "kF", ""),
-    (".gates = 3", ".gates = 9", "a cell has kShape"),
-    ("kMode", "kName", "a cell has kMode"),
-    ('"f", "g", "o"', '"f", "g"', "a cell has kMode"),
-    ("void forward", "void forwards", "a cell has forward"),
-    ("void backward", "void backwards", "a cell has backward"),
-    ("void tangent", "void tangents", "a cell has tangent"),
+    (TOY, "kF", "kF", ""),
+    (TOY, ".gates = 3", ".gates = 9", "a cell has kShape"),
+    (TOY, "kMode", "kName", "a cell has kMode"),
+    (TOY, '"f", "g", "o"', '"f", "g"', "a cell has kMode"),
+    (TOY, ", .saves_slots = true", "", "a cell has kMode"),
+    (TOY, "void forward", "void forwards", "a cell has forward"),
+    (TOY, "void backward", "void backwards", "a cell has backward"),
+    (TOY, "void tangent", "void tangents", "a cell has tangent"),
+    (TOY, ".cell_state = true, ", "", "::c_prev' may be used uninitialized"),
+    (TOY, "= true};", "= true, .reads_h = true};", "::dh_direct"),
+    (TOY, "s.c = f", "const V c = f", "::c' may be used uninitialized"),
+    (TOY, "s.h = o", "const V h = o", "::h' may be used uninitialized"),
+    (GRU, "", "", ""),
+    (GRU, ".slots = 4, ", "", "may be used uninitialized"),
+    (GRU, ", .reads_h = true", "", "::h_prev' may be used uninitialized"),
+    (GRU, "s.dh_direct =", "const V direct =", "::dh_direct"),
 )
 COMPILER = os.environ.get("CXX", "g++")
 OPTIONS = ["-std=c++20", "-O1", "-march=native", "-fopenmp", "-ffp-contract=fast", "-Wall"]
-OPTIONS += ["-Wno-unknown-pragmas", "-Icsrc", "-Itests/simt"]
+OPTIONS += ["-Werror=uninitialized", "-Werror=maybe-uninitialized", "-Wno-unknown-pragmas"]
+OPTIONS += ["-Icsrc", "-Itests/simt"]
 
 # Tests of all forms of layers. Those of autocast ask for the dtypes that torch.nn has, and torch.nn
 # has no such cell.
@@ -82,6 +94,7 @@ def main() -> None:
     check_contract()
     check_any_gates()
     build("build_ext", "--inplace", RNNKERN_INSTRUCTION_SETS="native", RNNKERN_CUDA="OFF")
+    check_generated()
     run_tests(COPY, CPU_TESTS)
     base = Path("build") / "simt"
     lib = COPY / base / "lib"
@@ -118,24 +131,37 @@ def add_the_cell() -> None:
 
 
 def check_contract() -> None:
-    """The compiler says what a cell misses."""
-    header = (COPY / "csrc/cells/coupled_lstm.h").read_text()
-    check = "static_assert(rnnkern::portable::check_cell<rnnkern::portable::CoupledLstm>());\n"
-    for old, new, message in CONTRACT:
-        assert old in header
-        changed = header.replace(old, new) + check
-        command = [COMPILER, *OPTIONS, "-fsyntax-only", "-x", "c++", "-"]
-        result = subprocess.run(command, cwd=COPY, input=changed, capture_output=True, text=True)
+    """The compiler says what a cell misses, and where it does not do what its shape says."""
+    changed = COPY / "changed" / "cells"  # before csrc on the path
+    for (header, cell), old, new, message in CONTRACT:
+        text = (COPY / "csrc" / "cells" / header).read_text()
+        assert old in text
+        shutil.rmtree(changed, ignore_errors=True)
+        changed.mkdir(parents=True)
+        (changed / header).write_text(text.replace(old, new))
+        command = [COMPILER, "-Ichanged", *OPTIONS, f"-DCELL={cell}", "-S", "-o", os.devnull]
+        command += [str(Path("tests") / "toy_cell" / "drivers.cpp")]
+        english = {**os.environ, "LC_ALL": "C"}
+        result = subprocess.run(command, cwd=COPY, env=english, capture_output=True, text=True)
         if (result.returncode != 0) != bool(message) or message not in result.stderr:
             sys.exit(f"toy_cell: {old} -> {new}: wanted {message!r}, got\n{result.stderr}")
 
 
-def check_any_gates() -> None:
+def check_generated() -> None:
+    """Cells that rnnkern.cell generates, in the same programs: on the CPU and on the stand-in."""
+    cells = COPY / "generated" / "cells"
+    cells.mkdir(parents=True, exist_ok=True)
+    script = str(Path("tests") / "own_cells" / "weighted_sums.py")
+    run([sys.executable, script, str(cells / "list.h")], PYTHONPATH=str(COPY))
+    check_any_gates("-Igenerated", "-DRNNKERN_CELL=WeightedSum11")
+
+
+def check_any_gates(*options: str) -> None:
     """Made-up cells of 1 to 8 gates, in programs of their own, take the place of the list."""
     stand_in = ["-DRNNKERN_SIMT", "csrc/cuda/plan.cpp", "tests/simt/library.cpp"]
     for name, sources in {"cpu": [], "cuda": stand_in}.items():
         program = str(COPY / f"any_gates_{name}")
-        own = ["-Itests/any_gates", *OPTIONS, *sources, f"tests/any_gates/{name}.cpp"]
+        own = [*options, "-Itests/any_gates", *OPTIONS, *sources, f"tests/any_gates/{name}.cpp"]
         run([COMPILER, *own, "-o", program])
         run([program])
 

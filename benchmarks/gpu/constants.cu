@@ -4,8 +4,8 @@
 //   nvcc -std=c++20 -O3 -gencode arch=compute_90a,code=sm_90a -o constants constants.cu
 //   ./constants constants.json [group ...]
 //
-// Every time is the median of 5 after 2 warm-ups. Where blocks hand on a state, the result is
-// checked in each run: a wrong one is a failure and not a time.
+// Every time is the median of 5 runs after 2 warm-ups. If blocks hand on a state, the result of
+// each run is checked, and a wrong one is a failure and not a time.
 #include <cstring>
 #include <numeric>
 #include <random>
@@ -39,8 +39,8 @@ class Graph {
       launches();
     } catch (...) {
       cudaGraph_t broken = nullptr;
-      complain(cudaStreamEndCapture(stream, &broken), "cudaStreamEndCapture");
-      if (broken) complain(cudaGraphDestroy(broken), "cudaGraphDestroy");
+      report_error(cudaStreamEndCapture(stream, &broken), "cudaStreamEndCapture");
+      if (broken) report_error(cudaGraphDestroy(broken), "cudaGraphDestroy");
       throw;
     }
     check(cudaStreamEndCapture(stream, &graph_));
@@ -49,8 +49,8 @@ class Graph {
     check(cudaStreamSynchronize(stream));
   }
   ~Graph() {
-    if (runnable_) complain(cudaGraphExecDestroy(runnable_), "cudaGraphExecDestroy");
-    if (graph_) complain(cudaGraphDestroy(graph_), "cudaGraphDestroy");
+    if (runnable_) report_error(cudaGraphExecDestroy(runnable_), "cudaGraphExecDestroy");
+    if (graph_) report_error(cudaGraphDestroy(graph_), "cudaGraphDestroy");
   }
   Graph(const Graph&) = delete;
   Graph& operator=(const Graph&) = delete;
@@ -61,7 +61,7 @@ class Graph {
   cudaGraphExec_t runnable_ = nullptr;
 };
 
-// Median host time of something together with waiting for it.
+// Median time on the host of a call and of waiting for its end.
 double median_wall_us(cudaStream_t stream, const std::function<void()>& work) {
   std::vector<double> samples;
   for (int i = 0; i < 220; ++i) {
@@ -167,8 +167,8 @@ void measure_memory(Bench& bench) {
 
 // ---- Shared memory and arithmetic ----
 
-// Runs a kernel of one block a multiprocessor and reports `work` of a block by its clock and,
-// scaled to tera and all blocks, by time.
+// Runs a kernel with one block on each multiprocessor. Reports `work` of a block by its clock, and
+// of all blocks by time, in tera.
 template <typename Arguments>
 void measure_rate(Bench& bench, const std::string& name, const std::string& what,
                   void (*kernel)(Arguments), int threads, size_t shared, Arguments arguments,
@@ -253,7 +253,7 @@ void measure_wgmma(Bench& bench) {
   const auto flop = [&](int warpgroups) {
     return 2.0 * kWgmmaRows * kColumns * kDepth * timed.iterations * warpgroups;
   };
-  // 1 where the result is right: the descriptors are as documented.
+  // 1 if the result is right, and so the descriptors are as documented.
   bench.measure(name + "_checked", "", "one product of depth 256 against integers", [&] {
     const size_t shared = bench.whole_multiprocessor(wgmma_bytes(4, kColumns));
     bench.allow_shared(warpgroup_products<kColumns, kSwizzled, 0>, shared);

@@ -3,8 +3,8 @@
 //
 // The state is `chunks` pieces of 16 bytes. In a step each block makes its own pieces from pieces
 // of the step before, which are rotated so that they come mostly from other blocks:
-// h(t)[c] = h(t - 1)[(c + kRotation) % chunks] + 1. So what the last step must give is known, and a
-// block that once reads too early spoils it.
+// h(t)[c] = h(t - 1)[(c + kRotation) % chunks] + 1. So the result of the last step is known, and it
+// is wrong if any block has read too early.
 #pragma once
 
 #include <cooperative_groups.h>
@@ -16,22 +16,23 @@ namespace gpubench {
 
 constexpr int kHandoffThreads = 256;
 constexpr int kRotation = 769;
-// Polls until a wait is given up: of some 0.7 us each through L2; a look at a barrier in shared
-// memory may take longer than a microsecond, for the hardware waits a while before it says no.
+// After so many polls a wait times out. A poll of a flag in L2 takes about 0.7 us. A poll of a
+// barrier in shared memory may take longer than a microsecond, because the instruction blocks for a
+// while before it returns false.
 constexpr int kMostPolls = 1 << 20;
-constexpr int kMostLooks = 1 << 16;
+constexpr int kMostPollsOfBarrier = 1 << 16;
 
-// Waits that end: after one that lasted too long none of this thread waits any more.
-class Patience {
+// Waits with a limit. After one has timed out, this thread does not wait again.
+class BoundedWait {
  public:
-  GPUBENCH_DEVICE explicit Patience(int* status) : status_(status) {}
+  GPUBENCH_DEVICE explicit BoundedWait(int* status) : status_(status) {}
   template <typename Ready>
   GPUBENCH_DEVICE void until(Ready ready, int most = kMostPolls) {
-    if (lost_) return;
+    if (timed_out_) return;
     for (int polls = 0; !ready(); ++polls) {
       if (polls == most) {
-        lost_ = true;
-        complain_once(status_, kTimedOut);
+        timed_out_ = true;
+        report_once(status_, kTimedOut);
         return;
       }
     }
@@ -39,14 +40,14 @@ class Patience {
 
  private:
   int* status_;
-  bool lost_ = false;
+  bool timed_out_ = false;
 };
 
-// How a block says that it has come to a step, and how the others of its group find out.
+// How a block signals that it has finished a step, and how the other blocks of its group see that.
 enum class Signal {
-  kThreads,  // a flag a block, each acquired by a thread of its own
-  kWarp,     // a flag a block, acquired by one warp, one after the other where there are more
-  kRelaxed,  // a flag a block, read relaxed by one warp, all at once, then one fence
+  kThreads,  // one flag for each block, each acquired by a thread of its own
+  kWarp,     // one flag for each block, acquired by one warp, in turn if there are more than lanes
+  kRelaxed,  // one flag for each block, all read relaxed by one warp at once, then one fence
   kCounter,  // one counter, to which each block adds
 };
 
@@ -79,13 +80,13 @@ GPUBENCH_DEVICE void publish(const Flags& f, const Team& team, unsigned step) {
   }
 }
 
-// Whether the flags of a lane are of the step; all loads are under way together.
+// Whether the flags of a lane have reached the step. All loads are in flight together.
 template <int kFlags>
 GPUBENCH_DEVICE bool lane_has(const Flags& f, const Team& team, unsigned step) {
   unsigned seen[kFlags];
 #pragma unroll
   for (int i = 0; i < kFlags; ++i) {
-    // Who has no flag there looks at the last one, for a branch would part the loads.
+    // A lane without a flag reads the last one, because a branch would serialize the loads.
     const int m = min(int(threadIdx.x) + i * 32, f.members - 1);
     seen[i] = ptx::load_relaxed(team.flags + m * f.stride);
   }
@@ -94,30 +95,30 @@ GPUBENCH_DEVICE bool lane_has(const Flags& f, const Team& team, unsigned step) {
   for (int i = 0; i < kFlags; ++i) all &= seen[i] >= step;
   return all;
 }
-constexpr int kMostMembers = 5 * 32;
+constexpr int kMostMembers = 6 * 32;  // 188 of an RTX PRO 6000
 
-// All blocks of the group have published the step.
-GPUBENCH_DEVICE void wait_for(const Flags& f, const Team& team, unsigned step, Patience& patience) {
+// Waits until all blocks of the group have published the step.
+GPUBENCH_DEVICE void wait_for(const Flags& f, const Team& team, unsigned step, BoundedWait& wait) {
   const int thread = int(threadIdx.x);
   if (f.signal == Signal::kCounter) {
     if (thread == 0) {
-      patience.until([&] { return ptx::load_acquire(team.flags) >= step * unsigned(f.members); });
+      wait.until([&] { return ptx::load_acquire(team.flags) >= step * unsigned(f.members); });
     }
   } else if (f.signal == Signal::kRelaxed) {
     if (thread < 32) {
       if (f.members <= 32) {
-        patience.until([&] { return lane_has<1>(f, team, step); });
+        wait.until([&] { return lane_has<1>(f, team, step); });
       } else if (f.members <= 64) {
-        patience.until([&] { return lane_has<2>(f, team, step); });
+        wait.until([&] { return lane_has<2>(f, team, step); });
       } else {
-        patience.until([&] { return lane_has<kMostMembers / 32>(f, team, step); });
+        wait.until([&] { return lane_has<kMostMembers / 32>(f, team, step); });
       }
       ptx::fence_gpu();
     }
   } else {
     const int pollers = f.signal == Signal::kWarp ? 32 : int(blockDim.x);
     for (int m = thread; thread < pollers && m < f.members; m += pollers) {
-      patience.until([&] { return ptx::load_acquire(team.flags + m * f.stride) >= step; });
+      wait.until([&] { return ptx::load_acquire(team.flags + m * f.stride) >= step; });
     }
   }
   __syncthreads();
@@ -129,13 +130,13 @@ struct BarrierArguments {
   int* status;
 };
 
-// Nothing but the hand-off of flags.
+// The hand-off of flags alone, without a state.
 __global__ void __launch_bounds__(kHandoffThreads) flags_alone(BarrierArguments a) {
   const Team team = team_of(a.flags);
-  Patience patience(a.status);
+  BoundedWait wait(a.status);
   for (int step = 1; step <= a.steps; ++step) {
     publish(a.flags, team, unsigned(step));
-    wait_for(a.flags, team, unsigned(step), patience);
+    wait_for(a.flags, team, unsigned(step), wait);
   }
 }
 
@@ -157,7 +158,7 @@ GPUBENCH_DEVICE uint4 first_value(int c) {
   return {unsigned(c), unsigned(c) + 1000003u, unsigned(c) ^ 0x5555u, unsigned(c) * 7u};
 }
 GPUBENCH_DEVICE uint4 plus(uint4 v, unsigned n) { return {v.x + n, v.y + n, v.z + n, v.w + n}; }
-// What piece c is after all steps.
+// The value of piece c after all steps.
 GPUBENCH_DEVICE uint4 last_value(int c, int chunks, int steps) {
   const long long from = (c + (long long)(kRotation)*steps) % chunks;
   return plus(first_value(int(from)), unsigned(steps));
@@ -165,7 +166,7 @@ GPUBENCH_DEVICE uint4 last_value(int c, int chunks, int steps) {
 GPUBENCH_DEVICE bool same(uint4 a, uint4 b) {
   return a.x == b.x && a.y == b.y && a.z == b.z && a.w == b.w;
 }
-// From where piece c is made; without a division, which would stand in every step.
+// The piece of the step before from which piece c is made. It avoids a division in each step.
 GPUBENCH_DEVICE int source_of(int c, int chunks, int rotation) {
   const int from = c + rotation;
   return from < chunks ? from : from - chunks;
@@ -183,17 +184,17 @@ __global__ void __launch_bounds__(kHandoffThreads) gather_by_flags(GatherArgumen
   const int begin = share_begin(a.chunks, a.flags.members, team.member);
   const int end = share_begin(a.chunks, a.flags.members, team.member + 1);
   const int thread = int(threadIdx.x), rotation = kRotation % a.chunks;
-  Patience patience(a.status);
+  BoundedWait wait(a.status);
   for (int c = thread; c < a.chunks; c += kHandoffThreads) staged[c] = first_value(c);
   __syncthreads();
   for (int step = 1; step <= a.steps; ++step) {
-    // Two places in turn: who has come to step t has seen that all have read step t - 2.
+    // Double buffering: a block that reaches step t knows that all blocks have read step t - 2.
     uint4* state = a.state + (size_t(team.group) * 2 + step % 2) * size_t(a.chunks);
     for (int c = begin + thread; c < end; c += kHandoffThreads) {
       state[c] = plus(staged[source_of(c, a.chunks, rotation)], 1);
     }
     publish(a.flags, team, unsigned(step));
-    wait_for(a.flags, team, unsigned(step), patience);
+    wait_for(a.flags, team, unsigned(step), wait);
     for (int first = thread; first < a.chunks; first += kBatch * kHandoffThreads) {
       uint4 read[kBatch];
 #pragma unroll
@@ -210,12 +211,12 @@ __global__ void __launch_bounds__(kHandoffThreads) gather_by_flags(GatherArgumen
     __syncthreads();
   }
   for (int c = thread; c < a.chunks; c += kHandoffThreads) {
-    if (!same(staged[c], last_value(c, a.chunks, a.steps))) complain_once(a.status, kWrongResult);
+    if (!same(staged[c], last_value(c, a.chunks, a.steps))) report_once(a.status, kWrongResult);
   }
 }
 
-// Pieces that carry the number of their step: two words of 4 bytes data and 4 bytes number, or one
-// of 12 and 4.
+// Pieces that carry the number of their step: two words with 4 bytes of data and 4 bytes of number
+// each, or one word with 12 and 4.
 struct TwoWords {
   static constexpr int kPayload = 8;
   GPUBENCH_DEVICE static uint4 load(const uint4* from) { return ptx::load_two_words(from); }
@@ -231,8 +232,8 @@ struct WideWord {
   GPUBENCH_DEVICE static bool is_of(uint4 v, unsigned step) { return v.w == step; }
 };
 
-// No flags and no fences: whoever reads a piece with the number of this step has the data with it.
-// A block overwrites step t - 2 only after it has all of step t - 1, whose writers had read t - 2.
+// No flags and no fences: a thread that reads a piece with the number of this step has its data.
+// A block overwrites step t-2 only after it has all of step t-1, whose writers had read step t-2.
 template <typename Word>
 __global__ void __launch_bounds__(kHandoffThreads) gather_by_words(GatherArguments a) {
   extern __shared__ __align__(1024) uint4 staged[];  // [chunks]
@@ -241,7 +242,7 @@ __global__ void __launch_bounds__(kHandoffThreads) gather_by_words(GatherArgumen
   const int begin = share_begin(a.chunks, a.flags.members, team.member);
   const int end = share_begin(a.chunks, a.flags.members, team.member + 1);
   const int thread = int(threadIdx.x), rotation = kRotation % a.chunks;
-  Patience patience(a.status);
+  BoundedWait wait(a.status);
   for (int c = thread; c < a.chunks; c += kHandoffThreads) staged[c] = first_value(c);
   __syncthreads();
   for (int step = 1; step <= a.steps; ++step) {
@@ -251,10 +252,10 @@ __global__ void __launch_bounds__(kHandoffThreads) gather_by_words(GatherArgumen
       Word::store(state + c,
                   Word::marked(plus(staged[source_of(c, a.chunks, rotation)], 1), number));
     }
-    __syncthreads();  // all have read what the next lines overwrite
+    __syncthreads();  // all threads have read what the next lines overwrite
     for (int first = thread; first < a.chunks; first += kBatch * kHandoffThreads) {
       uint4 read[kBatch] = {};  // of step 0, which nobody waits for
-      patience.until([&] {
+      wait.until([&] {
 #pragma unroll
         for (int i = 0; i < kBatch; ++i) {
           const int c = first + i * kHandoffThreads;
@@ -277,7 +278,7 @@ __global__ void __launch_bounds__(kHandoffThreads) gather_by_words(GatherArgumen
   }
   for (int c = thread; c < a.chunks; c += kHandoffThreads) {
     const uint4 wanted = Word::marked(last_value(c, a.chunks, a.steps), unsigned(a.steps));
-    if (!same(staged[c], wanted)) complain_once(a.status, kWrongResult);
+    if (!same(staged[c], wanted)) report_once(a.status, kWrongResult);
   }
 }
 
@@ -300,11 +301,11 @@ __global__ void __launch_bounds__(kHandoffThreads) cluster_barrier(ClusterArgume
     }
   }
 #else
-  complain_once(a.status, kNotBuilt);
+  report_once(a.status, kNotBuilt);
 #endif
 }
 
-// Two blocks, one thread each: 16 bytes there, 16 bytes back.
+// Two blocks, one thread each: 16 bytes to the other block, 16 bytes back.
 template <bool kClusterScope>
 __global__ void __launch_bounds__(kHandoffThreads) ping_pong(ClusterArguments a) {
 #ifdef GPUBENCH_CLUSTERS
@@ -322,30 +323,30 @@ __global__ void __launch_bounds__(kHandoffThreads) ping_pong(ClusterArguments a)
     const uint32_t mine = ptx::shared_address(&box);
     const uint32_t to = ptx::address_at_peer(mine, rank ^ 1);
     const uint32_t their_barrier = ptx::address_at_peer(barrier, rank ^ 1);
-    Patience patience(a.status);
+    BoundedWait wait(a.status);
     uint4 value = {0, 0, 0, 0};
     for (int step = 0; step < a.steps; ++step) {
-      // One message a step reaches this block: phase `step` of its barrier. It comes after the
-      // previous phase is over, for the peer sends only in answer.
+      // One message arrives at this block in each step: phase `step` of its barrier. The previous
+      // phase is over by then, because the peer only answers.
       ptx::arrive_expecting(barrier, sizeof box);
       if (rank == 0) ptx::store_async(to, plus(value, 1), their_barrier);
-      patience.until([&] { return ptx::phase_is_over<kClusterScope>(barrier, unsigned(step) & 1); },
-                     kMostLooks);
+      wait.until([&] { return ptx::phase_is_over<kClusterScope>(barrier, unsigned(step) & 1); },
+                 kMostPollsOfBarrier);
       value = ptx::load_shared(mine);
       if (rank == 1) ptx::store_async(to, plus(value, 1), their_barrier);
     }
     const unsigned wanted = unsigned(2 * a.steps) - (rank == 1);
-    if (!same(value, {wanted, wanted, wanted, wanted})) complain_once(a.status, kWrongResult);
+    if (!same(value, {wanted, wanted, wanted, wanted})) report_once(a.status, kWrongResult);
   }
   __syncthreads();
-  ptx::sync_cluster();  // nobody leaves while something may still be on its way to it
+  ptx::sync_cluster();  // no block exits while a message to it may be in flight
 #else
-  complain_once(a.status, kNotBuilt);
+  report_once(a.status, kNotBuilt);
 #endif
 }
 
-// Each block of a cluster sends its pieces to all: by st.async, to itself too, or as one bulk copy
-// a peer and ordinary stores for itself. The barrier of a step counts the bytes that are sent.
+// Each block of a cluster sends its pieces to all blocks: with st.async, to itself too, or with one
+// bulk copy for each peer and ordinary stores for itself. The barrier of a step counts the bytes.
 template <bool kBulk, bool kClusterScope>
 __global__ void __launch_bounds__(kHandoffThreads) gather_in_cluster(ClusterArguments a) {
 #ifdef GPUBENCH_CLUSTERS
@@ -366,9 +367,9 @@ __global__ void __launch_bounds__(kHandoffThreads) gather_in_cluster(ClusterArgu
     ptx::fence_barrier_init();
   }
   for (int c = thread; c < a.chunks; c += kHandoffThreads) memory[c] = first_value(c);
-  // Nothing in the loop but what a step needs: where this thread's pieces come from and go to. By
-  // st.async a thread has a piece for one peer each time. Bulk copies of one warp start one after
-  // the other, so each warp has its own peers, and one thread starts them.
+  // Sources and destinations of this thread's pieces, computed before the loop. With st.async a
+  // thread sends each piece to one peer. Bulk copies of one warp start one after the other, so each
+  // warp has its own peers, and one thread starts them.
   int from[kMostSends];
   uint32_t to[kMostSends], their_barriers[kMostSends];
 #pragma unroll
@@ -383,10 +384,10 @@ __global__ void __launch_bounds__(kHandoffThreads) gather_in_cluster(ClusterArgu
   }
   __syncthreads();
   ptx::sync_cluster();
-  Patience patience(a.status);
-  // Step t goes to place t % 2 and is phase t / 2 - 1 (even t) or t / 2 (odd t) of its barrier. Who
-  // sends step t has all of step t - 1. Its senders meet between reading step t - 2 and sending, so
-  // that all of a block's threads have read what is overwritten, and none still waits for t - 2.
+  BoundedWait wait(a.status);
+  // Step t uses buffer t % 2, and is phase t / 2 - 1 (even t) or t / 2 (odd t) of its barrier. A
+  // block that sends step t has all of step t-1. Its threads synchronize between reading step t-2
+  // and sending, so all of them have read what is overwritten, and none still waits for t-2.
   for (int step = 1; step <= a.steps; ++step) {
     const int place = step % 2;
     const uint4* before = memory + (1 - place) * a.chunks;
@@ -424,20 +425,20 @@ __global__ void __launch_bounds__(kHandoffThreads) gather_in_cluster(ClusterArgu
       }
     }
     const unsigned phase = unsigned(place ? step / 2 : step / 2 - 1);
-    patience.until(
+    wait.until(
         [&] { return ptx::phase_is_over<kClusterScope>(barriers + barrier_offset, phase & 1); },
-        kMostLooks);
+        kMostPollsOfBarrier);
   }
   __syncthreads();
   for (int c = thread; c < a.chunks; c += kHandoffThreads) {
     if (!same(memory[a.steps % 2 * a.chunks + c], last_value(c, a.chunks, a.steps))) {
-      complain_once(a.status, kWrongResult);
+      report_once(a.status, kWrongResult);
     }
   }
   __syncthreads();
-  ptx::sync_cluster();  // nobody leaves while a copy may still read from it or write to it
+  ptx::sync_cluster();  // no block exits while a copy may read from it or write to it
 #else
-  complain_once(a.status, kNotBuilt);
+  report_once(a.status, kNotBuilt);
 #endif
 }
 

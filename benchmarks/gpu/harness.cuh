@@ -1,6 +1,6 @@
-// What every measurement needs: checked calls, timing, a device's status word, and results that are
-// written as they come. Each group of measurements runs in a process of its own, so that an error
-// which ends a CUDA context, or a hang, costs that group alone.
+// What every measurement needs: checked calls, timing, a status word on the device, and results
+// that are written as they come. Each group of measurements runs in a process of its own, so that a
+// hang, or an error that ends a CUDA context, costs that group alone.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -25,10 +25,10 @@ constexpr int kSamples = 5;
 constexpr int kWarmUps = 2;
 constexpr unsigned kGroupSeconds = 60;
 
-// What a kernel leaves in the status word; 0 is well.
-enum Status : int { kWell = 0, kTimedOut = 1, kWrongResult = 2, kNotBuilt = 3 };
-// The first one counts: after a wait that was given up results are wrong as well.
-__device__ inline void complain_once(int* status, Status what) { atomicCAS(status, kWell, what); }
+// What a kernel writes to the status word.
+enum Status : int { kNoError = 0, kTimedOut = 1, kWrongResult = 2, kNotBuilt = 3 };
+// The first error counts, because after a wait has timed out the result is wrong as well.
+__device__ inline void report_once(int* status, Status what) { atomicCAS(status, kNoError, what); }
 
 inline void check(cudaError_t error, std::source_location at = std::source_location::current()) {
   if (error == cudaSuccess) return;
@@ -36,7 +36,7 @@ inline void check(cudaError_t error, std::source_location at = std::source_locat
                            ", " + cudaGetErrorString(error));
 }
 // For destructors, which must not throw.
-inline void complain(cudaError_t error, const char* what) {
+inline void report_error(cudaError_t error, const char* what) {
   if (error != cudaSuccess) std::fprintf(stderr, "%s: %s\n", what, cudaGetErrorString(error));
 }
 
@@ -46,7 +46,7 @@ class Buffer {
   explicit Buffer(size_t count) : bytes_(count * sizeof(T)) {
     check(cudaMalloc(reinterpret_cast<void**>(&data_), bytes_));
   }
-  ~Buffer() { complain(cudaFree(data_), "cudaFree"); }
+  ~Buffer() { report_error(cudaFree(data_), "cudaFree"); }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
   T* get() const { return data_; }
@@ -60,7 +60,7 @@ class Buffer {
 class Event {
  public:
   Event() { check(cudaEventCreate(&event_)); }
-  ~Event() { complain(cudaEventDestroy(event_), "cudaEventDestroy"); }
+  ~Event() { report_error(cudaEventDestroy(event_), "cudaEventDestroy"); }
   Event(const Event&) = delete;
   Event& operator=(const Event&) = delete;
   cudaEvent_t get() const { return event_; }
@@ -78,7 +78,7 @@ inline std::string quoted(const std::string& text) {
   return out + "\"";
 }
 
-// "_8", "_8_warps": appended and not added up, for which GCC 12 has a warning without a reason.
+// "_8", "_8_warps". Appended, because GCC 12 has a spurious warning about operator+ here.
 inline std::string suffix_of(long long number, const char* unit = "") {
   std::string text = "_";
   text += std::to_string(number);
@@ -96,7 +96,7 @@ inline std::string failure(const std::string& name, const std::string& why) {
   return "{\"name\": " + quoted(name) + ", \"why\": " + quoted(why) + "}";
 }
 
-// Lines are shorter than what a pipe takes in one piece, so each arrives whole or not at all.
+// Lines are shorter than PIPE_BUF, so each is written whole or not at all.
 inline void send_line(int out, char kind, const std::string& json) {
   std::fflush(stdout);
   const std::string line = kind + json + "\n";
@@ -105,7 +105,7 @@ inline void send_line(int out, char kind, const std::string& json) {
   }
 }
 
-// One group's means: the device, a stream, the status word that kernels write, and the way out.
+// What one group measures with: the device, a stream, the status word, and where results go.
 class Bench {
  public:
   explicit Bench(int out) : out_(out), status_(1), cycles_(kMostBlocks) {
@@ -114,7 +114,7 @@ class Bench {
     check(cudaStreamCreate(&stream));
     clear_status();
   }
-  ~Bench() { complain(cudaStreamDestroy(stream), "cudaStreamDestroy"); }
+  ~Bench() { report_error(cudaStreamDestroy(stream), "cudaStreamDestroy"); }
   Bench(const Bench&) = delete;
   Bench& operator=(const Bench&) = delete;
 
@@ -158,7 +158,7 @@ class Bench {
       float ms = 0;
       check(cudaEventElapsedTime(&ms, start.get(), stop.get()));
       if (i >= kWarmUps) samples.push_back(1e3 * ms);
-      verify();  // a kernel that gave up must not be timed seven times
+      verify();  // a kernel that has timed out must not run seven times
     }
     return median(samples);
   }
@@ -171,7 +171,7 @@ class Bench {
   }
 
   void verify() {
-    int status = kWell;
+    int status = kNoError;
     check(cudaMemcpyAsync(&status, status_.get(), sizeof status, cudaMemcpyDeviceToHost, stream));
     check(cudaStreamSynchronize(stream));
     if (status == kTimedOut) throw std::runtime_error("a wait on the GPU took too long");
@@ -182,7 +182,7 @@ class Bench {
   int* status() { return status_.get(); }
   long long* cycles() { return cycles_.get(); }
   int multiprocessors() const { return properties.multiProcessorCount; }
-  // Dynamic shared memory of which no two blocks fit on a multiprocessor, at least `needed` bytes.
+  // So much dynamic shared memory that only one block fits on a multiprocessor; at least `needed`.
   size_t whole_multiprocessor(size_t needed) const {
     return std::max(needed, properties.sharedMemPerMultiprocessor / 2 + 1024);
   }

@@ -18,7 +18,7 @@ std::vector<int> group_sizes(const Bench& bench) {
   return sizes;
 }
 
-// All groups of this size that fit, one block a multiprocessor; flags in lines of their own.
+// All groups of this size that fit, one block on each multiprocessor; flags in their own lines.
 class Groups {
  public:
   Groups(const Bench& bench, int members, Signal signal, int padding_bytes)
@@ -145,7 +145,8 @@ struct ClusterLaunch {
 
   ClusterLaunch(Bench& bench, void (*kernel)(ClusterArguments), int size, size_t shared) {
     bench.allow_shared(kernel, shared);
-    // Beyond 8 a cluster needs leave; asking for it does no harm below.
+    // A cluster of more than 8 blocks needs this attribute, which changes nothing for a smaller
+    // one.
     check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
     attribute.id = cudaLaunchAttributeClusterDimension;

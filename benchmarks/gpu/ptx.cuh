@@ -1,6 +1,6 @@
 // The instructions that the measurements use, one small function each. Addresses in shared memory
-// are 32 bits wide. Where an architecture lacks clusters or wgmma, the kernels that use them say so
-// when they run.
+// are 32 bits wide. On architectures without clusters or wgmma, the kernels that use them report
+// that when they run.
 #pragma once
 
 #include <cstdint>
@@ -47,7 +47,7 @@ GPUBENCH_DEVICE uint4 load_cg(const uint4* from) {
                : "memory");
   return v;
 }
-// Two words of 8 bytes, each whole: either may be new while the other is old.
+// Two words of 8 bytes. Each is read and written whole, but one may be newer than the other.
 GPUBENCH_DEVICE uint4 load_two_words(const uint4* from) {
   uint64_t low, high;
   asm volatile("ld.relaxed.gpu.global.v2.b64 {%0, %1}, [%2];"
@@ -61,7 +61,7 @@ GPUBENCH_DEVICE void store_two_words(uint4* to, uint4 v) {
                "l"(v.x | uint64_t(v.y) << 32), "l"(v.z | uint64_t(v.w) << 32)
                : "memory");
 }
-// One word of 16 bytes, old or new as a whole.
+// One word of 16 bytes, read and written whole.
 GPUBENCH_DEVICE uint4 load_wide_word(const uint4* from) {
   uint64_t low, high;
   asm volatile(
@@ -128,7 +128,7 @@ GPUBENCH_DEVICE void sync_cluster() {
       "barrier.cluster.wait.acquire.aligned;" ::
           : "memory");
 }
-// Orders no memory: all are here, nothing more.
+// A barrier over all threads of the cluster, which orders no memory.
 GPUBENCH_DEVICE void meet_cluster() {
   asm volatile(
       "barrier.cluster.arrive.relaxed.aligned;\n"
@@ -145,7 +145,7 @@ GPUBENCH_DEVICE unsigned blocks_in_cluster() {
   asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(count));
   return count;
 }
-// Where the peer has what lies at `mine` here.
+// The address in the peer's shared memory that corresponds to `mine` in ours.
 GPUBENCH_DEVICE uint32_t address_at_peer(uint32_t mine, unsigned rank) {
   uint32_t theirs;
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(theirs) : "r"(mine), "r"(rank));
@@ -161,8 +161,8 @@ GPUBENCH_DEVICE void arrive_expecting(uint32_t barrier, unsigned bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
                : "memory");
 }
-// Whether the phase of that parity is over: phases count from 0. At the scope of the cluster the
-// compiler also has the first level of caches dropped, which data in shared memory does not need.
+// Whether the phase of that parity is over; phases count from 0. At cluster scope the compiler also
+// invalidates the first-level cache, which data in shared memory does not need.
 template <bool kClusterScope>
 GPUBENCH_DEVICE bool phase_is_over(uint32_t barrier, unsigned parity) {
   unsigned over;
@@ -185,7 +185,7 @@ GPUBENCH_DEVICE bool phase_is_over(uint32_t barrier, unsigned parity) {
   }
   return over != 0;
 }
-// To the peer's shared memory, and the bytes counted at the barrier beside it.
+// A store to the peer's shared memory, whose bytes are counted at the peer's barrier.
 GPUBENCH_DEVICE void store_async(uint32_t to, uint4 v, uint32_t barrier) {
   asm volatile(
       "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 "
@@ -216,7 +216,7 @@ template <int kPending>
 GPUBENCH_DEVICE void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
-// The sums are not read or written by what stands on the other side of this.
+// The compiler moves no access of the sums across this.
 template <int kCount>
 GPUBENCH_DEVICE void wgmma_fence_sums(float (&d)[kCount]) {
 #pragma unroll

@@ -1,6 +1,6 @@
-// Kernels that move or multiply as fast as a multiprocessor can: one block a multiprocessor, ticks
-// of its clock taken around the loop. Operands are never zero, for multiplying zeros takes less
-// power and may run at a higher clock.
+// Kernels that move or multiply as fast as a multiprocessor can: one block on each multiprocessor,
+// whose clock is read before and after the loop. Operands are never zero, because multiplying zeros
+// takes less power and may run at a higher clock.
 #pragma once
 
 #include "harness.cuh"
@@ -24,13 +24,13 @@ class Stopwatch {
   long long start_;
 };
 
-// So that results are needed: never true, which the compiler cannot know.
+// Never true, which the compiler cannot know. So it does not remove what makes the results.
 GPUBENCH_DEVICE void use(float value, int* status) {
-  if (value == 1.2345678e33f) complain_once(status, kWrongResult);
+  if (value == 1.2345678e33f) report_once(status, kWrongResult);
 }
 GPUBENCH_DEVICE void use(uint4 v, int* status) {
   if (v.x == 0x9e3779b9u && v.y == 0x7f4a7c15u && v.z == 0xf39cc060u && v.w == 0x5cedc834u) {
-    complain_once(status, kWrongResult);
+    report_once(status, kWrongResult);
   }
 }
 
@@ -74,8 +74,8 @@ GPUBENCH_DEVICE void read_range(const uint4* data, size_t begin, size_t end, uin
   }
 }
 
-// The first level of caches is passed by (ld.global.cg), so each pass reads from L2, or from memory
-// where the buffer is larger.
+// Loads bypass the first-level cache (ld.global.cg), so each pass reads from L2, or from memory if
+// the buffer is larger than L2.
 __global__ void __launch_bounds__(kReadThreads, kReadBlocks) read_global(ReadArguments a) {
   const size_t begin = a.count * blockIdx.x / gridDim.x;
   const size_t end = a.count * (blockIdx.x + 1) / gridDim.x;
@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(kReadThreads, kReadBlocks) read_global(ReadArg
 }
 
 struct ChaseArguments {
-  const unsigned* next;  // [entries], at `stride` words from each other
+  const unsigned* next;  // [entries], `stride` words apart
   int hops;
   bool acquire;
   long long* cycles;
@@ -97,7 +97,7 @@ struct ChaseArguments {
 
 __global__ void chase(ChaseArguments a) {
   unsigned at = 0;
-  // Once untimed, so that all of it is in L2.
+  // Once without timing, so that all of it is in L2.
   for (int i = 0; i < a.hops; ++i) at = ptx::load_relaxed(a.next + at);
   const Stopwatch watch;
   if (a.acquire) {
@@ -106,7 +106,7 @@ __global__ void chase(ChaseArguments a) {
     for (int i = 0; i < a.hops; ++i) at = ptx::load_relaxed(a.next + at);
   }
   watch.stop(a.cycles);
-  if (at == ~0u) complain_once(a.status, kWrongResult);
+  if (at == ~0u) report_once(a.status, kWrongResult);
 }
 
 struct RateArguments {
@@ -132,7 +132,7 @@ __global__ void __launch_bounds__(1024) read_shared(RateArguments a) {
   for (int it = 0; it < a.iterations; ++it) {
 #pragma unroll
     for (unsigned i = 0; i < kBatch; ++i) {
-      // 32 further in each iteration: else the loads could leave the loop.
+      // Moved by 32 in each iteration, so that the compiler does not hoist the loads.
       const unsigned c = (thread + i * threads + unsigned(it) * 32) % kChunks;
       const uint4 read = ptx::load_shared(base + c * uint32_t(sizeof(uint4)));
       sum.x ^= read.x, sum.y ^= read.y, sum.z ^= read.z, sum.w ^= read.w;
@@ -204,8 +204,8 @@ constexpr int kFragmentBytes = 512;    // of A, 16 x 16 bfloat16
 constexpr int kFragmentsOfWarp = 16;   // in shared memory
 constexpr int kFragmentsInFlight = 4;  // rows of W that do not wait for each other
 
-// A from shared memory, as where W_hh is resident there: each fragment meets kColumns / 8 fragments
-// of B in registers, that is a batch of kColumns.
+// A from shared memory, as if W_hh were resident there. Each fragment is multiplied by kColumns / 8
+// fragments of B in registers, which are a batch of kColumns.
 template <int kColumns>
 __global__ void __launch_bounds__(512) products_from_shared(RateArguments arguments) {
   extern __shared__ __align__(1024) uint4 memory[];
@@ -222,7 +222,7 @@ __global__ void __launch_bounds__(512) products_from_shared(RateArguments argume
     b[n][0] = random_bfloat16s(unsigned(thread * 64 + n * 2));
     b[n][1] = random_bfloat16s(unsigned(thread * 64 + n * 2 + 1));
   }
-  // A row of 8 is 16 bytes, a fragment 32 such rows in one piece: no bank is asked twice.
+  // A row of 8 is 16 bytes, and a fragment 32 contiguous rows: no bank conflicts.
   const uint32_t mine = ptx::shared_address(memory) + uint32_t(thread % 32) * 16 +
                         uint32_t(thread / 32 * kFragmentsOfWarp * kFragmentBytes);
   const Stopwatch watch;
@@ -231,7 +231,7 @@ __global__ void __launch_bounds__(512) products_from_shared(RateArguments argume
 #pragma unroll
     for (int i = 0; i < kFragmentsOfWarp; ++i) {
       uint32_t a[4];
-      // One further in each iteration: else the loads could leave the loop.
+      // Moved by one in each iteration, so that the compiler does not hoist the loads.
       ptx::load_matrices(a, mine + uint32_t((i + it) % kFragmentsOfWarp * kFragmentBytes));
 #pragma unroll
       for (int n = 0; n < kTiles; ++n) ptx::mma_bf16(d[i % kFragmentsInFlight][n], a, b[n]);
@@ -255,9 +255,9 @@ constexpr int wgmma_bytes(int warpgroups, int columns) {
   return (warpgroups * kWgmmaRows + columns) * kDepth * 2;
 }
 
-// Where element (row, k) of an operand stands, in bytes. Plain: core matrices of 8 rows by 16 bytes
-// in one piece, those of one k above each other. Swizzled: rows of 128 bytes, whose eight pieces of
-// 16 bytes are exchanged by the row's number, eight rows an atom.
+// The offset of element (row, k) of an operand, in bytes. Plain: contiguous core matrices of 8 rows
+// by 16 bytes, those of one k one after the other. Swizzled: rows of 128 bytes, whose eight pieces
+// of 16 bytes are permuted by the number of the row; an atom has eight rows.
 template <bool kSwizzled>
 GPUBENCH_DEVICE int place_of(int row, int k, int rows) {
   if (kSwizzled) {
@@ -266,9 +266,9 @@ GPUBENCH_DEVICE int place_of(int row, int k, int rows) {
   }
   return (k / 8 * (rows / 8) + row / 8) * 128 + row % 8 * 16 + k % 8 * 2;
 }
-// The operand's description for k = 16 i and the 15 after it. Plain: the leading offset leads from
-// one core matrix to the next along k, the stride offset to the next 8 rows. Swizzled: the leading
-// offset is not used, the stride offset leads to the next atom.
+// The descriptor of an operand for k from 16 i to 16 i + 15. Plain: the leading offset is that of
+// the next core matrix along k, the stride offset that of the next 8 rows. Swizzled: the leading
+// offset is not used, and the stride offset is that of the next atom.
 template <bool kSwizzled>
 GPUBENCH_DEVICE uint64_t descriptor(uint32_t operand, int rows, int i) {
   const int start = kSwizzled ? i / 4 * rows * 128 + i % 4 * 32 : i * 2 * rows * 16;
@@ -300,7 +300,7 @@ __global__ void __launch_bounds__(512) warpgroup_products(WgmmaArguments argumen
 #ifdef GPUBENCH_WGMMA
   extern __shared__ __align__(1024) char operands[];
   const int thread = int(threadIdx.x), threads = int(blockDim.x);
-  // The same for the whole warp, and the compiler shall know it: descriptors are uniform registers.
+  // Uniform over the warp, which the compiler has to see: descriptors are in uniform registers.
   const int warpgroups = threads / 128, warpgroup = __shfl_sync(~0u, thread / 128, 0);
   constexpr int kBytesOfA = kWgmmaRows * kDepth * 2;
   char* b = operands + warpgroups * kBytesOfA;
@@ -348,10 +348,10 @@ __global__ void __launch_bounds__(512) warpgroup_products(WgmmaArguments argumen
     const int column = i / 4 * 8 + thread % 4 * 2 + i % 2;
     int wanted = 0;
     for (int k = 0; k < kDepth; ++k) wanted += wgmma_a(row, k) * wgmma_b(column, k);
-    if (d[i] != float(wanted)) complain_once(arguments.status, kWrongResult);
+    if (d[i] != float(wanted)) report_once(arguments.status, kWrongResult);
   }
 #else
-  complain_once(arguments.status, kNotBuilt);
+  report_once(arguments.status, kNotBuilt);
 #endif
 }
 

@@ -1,24 +1,31 @@
 """Times rnnkern on a GPU: torch.nn, each tier of ours, and peers, all in turn in one process.
 
-    python benchmarks/gpu/speed.py speed.jsonl [--budget 200] [--sweeps 60]
+    python benchmarks/gpu/speed.py speed.jsonl [--seconds 300] [--sweeps]
     python benchmarks/gpu/speed.py peers.jsonl --peers --workload flash768 --dtype bfloat16
 
-All cells, workloads and dtypes for GPUs of rnnkern/bench/workloads.json, forward without grad and
-with backward; then one cell after the other while H or T grows. Each result is one line of JSON,
-written as it comes, after one line about the machine. ``--peers`` times FlashRNN (its CUDA and its
-Triton kernels) and haste as well, if they are installed. They compile for each shape at its first
-call, which takes minutes, so use that option for few rows.
+All workloads, dtypes and cells for GPUs of rnnkern/bench/workloads.json, in that order or as they
+are named, forward without grad and with backward; with ``--sweeps`` then one cell after the other
+while H or T grows. Each result is one line of JSON, written as it comes, after one line about the
+machine. ``--peers`` times FlashRNN (its CUDA and its Triton kernels), haste, and TorchRL's Triton
+kernels as well, if they are installed. They compile for each shape at its first call, which takes
+minutes, so use that option for few rows.
+
+A row may hang, or leave an error after which no call to CUDA succeeds. Then the process ends, and
+``--from-row`` is for the next one.
 """
 
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
 import os
 import re
 import statistics
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -61,6 +68,13 @@ SWEEPS: dict[str, tuple[int, ...]] = {
 SWEPT_DTYPES = ("tf32", "bfloat16")
 FEWEST_ROUNDS = 3
 
+#: The exit status after an error that no later call survives.
+STICKY = 70
+
+PERSISTENT, SMALL_H, STEP_BY_STEP = "persistent", "small H", "step by step"
+#: The largest H for which cuDNN keeps the weights of a small layer, forward and backward.
+SMALL_SIZES = {"RNN": (384, 256), "LSTM": (192, 128), "GRU": (192, 128)}
+
 
 @dataclass(frozen=True)
 class Row:
@@ -88,14 +102,14 @@ class Row:
 
 
 def rows(names: list[str], dtypes: list[str], cells: list[str]) -> list[Row]:
-    """The rows of all workloads, or of the named ones; the rows of one case are together."""
+    """The rows of all dtypes, cells and workloads, or of the named ones, in that order."""
     chosen = [w for w in load_workloads("cuda").values() if not names or w.name in names]
     wanted = dtypes or [precision.name for precision in default_precisions("cuda")]
     return [
         Row(workload, cell, dtype, pass_name)
-        for workload in chosen
-        for cell in cells or CELLS
         for dtype in wanted
+        for cell in cells or CELLS
+        for workload in chosen
         for pass_name in PASSES
     ]
 
@@ -112,6 +126,25 @@ def swept_rows() -> Iterator[Row]:
                     for pass_name in PASSES:
                         workload = Workload(f"{swept}={value}", **sizes)
                         yield Row(workload, cell, dtype, pass_name, swept)
+
+
+def cudnn_regimes(row: Row) -> list[str]:
+    """Which kernels torch asks cuDNN for, in each pass, on compute capability 8.0 and later."""
+    w = row.workload
+    persists = (
+        row.dtype == "float16"
+        and row.cell != "GRU"
+        and w.hidden_size % 128 == w.input_size % 128 == 0
+        and w.hidden_size <= 1024
+        and w.batch % 8 == 0
+        and w.batch <= 128
+        and (row.cell == "LSTM" or w.batch < 96 or w.hidden_size < 896)
+    )
+    passes = SMALL_SIZES[row.cell][: 1 if row.pass_name == FORWARD else 2]
+    return [
+        PERSISTENT if persists else SMALL_H if w.hidden_size <= largest else STEP_BY_STEP
+        for largest in passes
+    ]
 
 
 def in_tier(tier: str, call: timing.Call) -> timing.Call:
@@ -195,11 +228,62 @@ def haste_call(row: Row, case: Case, device: torch.device) -> timing.Call:
     return call
 
 
+def episodes(w: Workload) -> torch.Tensor:
+    """Where an episode begins, bool [T, N]: at every 64th step on average."""
+    chances = torch.rand(w.steps, w.batch, generator=torch.Generator().manual_seed(0), device="cpu")
+    return chances < 1 / 64
+
+
+def reset_call(row: Row, case: Case, device: torch.device) -> timing.Call:
+    """Ours with episodes that begin within the sequence."""
+    side = case.side(rnnkern, PRECISIONS[row.dtype].dtype, device)
+    reset = episodes(row.workload).to(device)
+    leaves = [side.x, *side.module.parameters()]
+
+    def call() -> None:
+        for leaf in leaves:
+            leaf.grad = None
+        y, _ = side.module(side.x, reset=reset)
+        if row.pass_name == FORWARD_BACKWARD:
+            y.backward(side.dy)
+
+    return call
+
+
+def torchrl_call(row: Row, case: Case, device: torch.device) -> timing.Call:
+    """TorchRL, Triton kernels of LSTMModule and GRUModule: float32, or products of bfloat16."""
+    from torchrl.modules.tensordict_module import _rnn_triton
+
+    w, precision = row.workload, PRECISIONS[row.dtype]
+    function = getattr(_rnn_triton, f"{row.cell.lower()}_triton")
+    names = ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")
+    weights = [case.state[name].to(device, copy=True).requires_grad_() for name in names]
+    x = case.x.to(device).transpose(0, 1).contiguous().requires_grad_()  # [N, T, I]
+    dy = case.dy.to(device).transpose(0, 1).contiguous()
+    resets = episodes(w).to(device).transpose(0, 1).contiguous()
+    zeros = torch.zeros(w.batch, w.steps, w.hidden_size, device=device)
+    states = [zeros] * (2 if row.cell == "LSTM" else 1)
+    multiplied = torch.bfloat16 if precision.dtype == torch.bfloat16 else torch.float32
+    rounding = "tf32" if precision.tf32 else "ieee"
+    leaves = (x, *weights)
+
+    def call() -> None:
+        for leaf in leaves:
+            leaf.grad = None
+        y, *_ = function(x, *states, *weights, resets, multiplied, input_precision=rounding)
+        if row.pass_name == FORWARD_BACKWARD:
+            y.backward(dy)
+
+    return call
+
+
 PEERS: dict[str, Callable[[Row, Case, torch.device], timing.Call]] = {
     "FlashRNN cuda_fused": lambda *a: flashrnn_call(*a, "cuda_fused"),
     "FlashRNN cuda": lambda *a: flashrnn_call(*a, "cuda"),
     "FlashRNN triton_fused": lambda *a: flashrnn_call(*a, "triton_fused"),
     "haste": haste_call,
+    "rnnkern with resets": reset_call,
+    "TorchRL with resets": torchrl_call,
 }
 
 
@@ -262,6 +346,7 @@ def measure(
     }
     per_step = us[OURS] / row.workload.steps
     result = {
+        "cudnn": cudnn_regimes(row),
         "us": us[OURS],
         "torch_us": us[THEIRS],
         "speedup": ratios[THEIRS],
@@ -292,41 +377,73 @@ def header(device: torch.device) -> dict[str, Any]:
     }
 
 
+def sticky_error(device: torch.device) -> bool:
+    """Whether an error has broken CUDA for the rest of the process."""
+    if device.type != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return True
+    return False
+
+
 def run(
-    wanted: list[Row], device: torch.device, budget_s: float, peers: Iterable[str] = ()
+    wanted: list[Row],
+    device: torch.device,
+    seconds: float,
+    peers: Iterable[str] = (),
+    first: int = 0,
 ) -> Iterator[dict[str, Any]]:
-    """The results as they come. Rows left when twice the budget is spent are only counted."""
+    """The results from row ``first`` on, as they come. Rows for which no time is left are counted.
+
+    After a sticky error there is no further one.
+    """
     start = perf_counter()
-    share_s = budget_s / max(1, len(wanted)) / 2  # the other half goes into warming up
-    case: Case | None = None
-    for done, row in enumerate(wanted):
-        if perf_counter() - start > 2 * budget_s:
-            yield {"not_measured": len(wanted) - done}
+    draw = lru_cache(maxsize=None)(draw_case)  # the same numbers for every dtype
+    for index in range(first, len(wanted)):
+        row = wanted[index]
+        left = seconds - (perf_counter() - start)
+        if left <= 0:
+            yield {"not_measured": len(wanted) - index}
             return
-        if case is None or (case.cell, case.workload) != (row.cell, row.workload):
-            case = draw_case(row.cell, row.workload)
+        share_s = left / (len(wanted) - index) / 4  # the rest goes into warming up
+        is_broken = False
         try:
-            result = measure(row, case, device, share_s, peers)
+            result = measure(row, draw(row.cell, row.workload), device, share_s, peers)
         except RuntimeError as error:  # out of memory, or a case that cuDNN refuses
-            result = {"failed": str(error).splitlines()[0]}
-        yield {"device": device.type} | row.as_json() | result
+            is_broken = sticky_error(device)
+            result = {"failed": str(error).splitlines()[0], "sticky": is_broken}
+        yield {"row": index, "device": device.type} | row.as_json() | result
+        if is_broken:
+            return
 
 
-def main() -> None:
+def main() -> int:
     """Reads the command line and writes the file."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("file", type=Path, help="JSON lines are written there")
-    parser.add_argument(
-        "--budget", type=float, default=150.0, metavar="S", help="for the workloads"
-    )
-    parser.add_argument("--sweeps", type=float, default=0.0, metavar="S", help="and for sweeps")
-    parser.add_argument("--peers", action="store_true", help="time FlashRNN and haste too")
+    parser.add_argument("file", type=Path, help="lines of JSON are written there")
+    parser.add_argument("--seconds", type=float, default=300.0, metavar="S", help="for all rows")
+    parser.add_argument("--row-seconds", type=float, metavar="S", help="end if one takes longer")
+    parser.add_argument("--from-row", type=int, default=0, metavar="N", help="append to the file")
+    parser.add_argument("--sweeps", action="store_true", help="the sweeps behind the workloads")
+    parser.add_argument("--peers", action="store_true", help="time the peers too")
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
     for option in ("workload", "dtype", "cell"):
         parser.add_argument(f"--{option}", action="append", default=[], help="only; repeatable")
     arguments = parser.parse_args()
     device: torch.device = arguments.device
-    with arguments.file.open("w", encoding="utf-8") as file:
+    chosen = rows(arguments.workload, arguments.dtype, arguments.cell)
+    if arguments.sweeps:
+        chosen += swept_rows()
+    peers = PEERS if arguments.peers else ()
+
+    def watch() -> None:
+        if arguments.row_seconds:
+            faulthandler.dump_traceback_later(arguments.row_seconds, exit=True)
+
+    result: dict[str, Any] = {}
+    with arguments.file.open("a" if arguments.from_row else "w", encoding="utf-8") as file:
 
         def write(result: dict[str, Any]) -> None:
             line = json.dumps(result)
@@ -334,14 +451,15 @@ def main() -> None:
             file.write(line + "\n")
             file.flush()
 
-        write(header(device))
-        chosen = rows(arguments.workload, arguments.dtype, arguments.cell)
-        for result in run(chosen, device, arguments.budget, PEERS if arguments.peers else ()):
+        watch()
+        if not arguments.from_row:
+            write(header(device))
+        for result in run(chosen, device, arguments.seconds, peers, arguments.from_row):
             write(result)
-        if arguments.sweeps:
-            for result in run(list(swept_rows()), device, arguments.sweeps):
-                write(result)
+            watch()
+    faulthandler.cancel_dump_traceback_later()
+    return STICKY if result.get("sticky") else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -49,7 +49,7 @@ constexpr std::optional<CellId> cell_named(std::string_view mode) {
 }  // namespace RNNKERN_NAMESPACE
 
 // For code that is compiled once.
-using RNNKERN_NAMESPACE::cell_info, RNNKERN_NAMESPACE::cell_named, RNNKERN_NAMESPACE::cell_shape,
-    RNNKERN_NAMESPACE::kCellInfos;
+using RNNKERN_NAMESPACE::CellInfo, RNNKERN_NAMESPACE::cell_info, RNNKERN_NAMESPACE::cell_named,
+    RNNKERN_NAMESPACE::cell_shape, RNNKERN_NAMESPACE::kCellInfos;
 
 }  // namespace rnnkern

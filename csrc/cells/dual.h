@@ -1,5 +1,9 @@
 // Dual numbers a + a' eps with eps^2 = 0. A computation with them also computes its derivative in
 // one direction. So a cell's backward on dual numbers is its second derivative.
+//
+// What a cell's backward may use on them: + - * of two duals, a number minus a dual, tanh and
+// where_above_zero. Its tangent has known_sigmoid and known_tanh besides. Add here what another
+// cell needs.
 #pragma once
 
 #include "cells/math.h"

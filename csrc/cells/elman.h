@@ -1,6 +1,6 @@
-// Elman RNN: h' = f(W_ih x + b_ih + W_hh h + b_hh), f = tanh or relu.
+// Elman RNN: h(t) = f(W_ih x + b_ih + W_hh h(t-1) + b_hh), f = tanh or relu.
 //
-// There is one slot per unit. Only h' is saved, because both derivatives are functions of it.
+// There is one slot per unit. Only h(t) is saved, because both derivatives are functions of it.
 #pragma once
 
 #include <array>

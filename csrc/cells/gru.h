@@ -2,7 +2,7 @@
 //
 //   r = sigmoid(W_ir x + b_ir + W_hr h + b_hr)      z = sigmoid(W_iz x + b_iz + W_hz h + b_hz)
 //   m = W_hn h + b_hn                               n = tanh(W_in x + b_in + r m)
-//   h' = (1 - z) n + z h
+//   h(t) = (1 - z) n + z h(t-1)
 //
 // There are four slots m, r, z, n. The recurrent product owns the first three and the input product
 // the last three. So each product has one contiguous range, in the accumulators and in the saved

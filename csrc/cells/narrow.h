@@ -1,6 +1,6 @@
 // bfloat16 and float16 as bits, to float and back, for one value or a SIMD vector of them: rounded
 // to the nearest, ties to even; NaN stays NaN; what is too large becomes infinite. Denormal numbers
-// of float16 are kept where float's own are flushed, for they are normal numbers in float.
+// of float16 are kept although float's own are flushed, because they are normal numbers in float.
 #pragma once
 
 #include "cells/math.h"
@@ -38,7 +38,7 @@ RNNKERN_INLINE V widen(F16, Bits bits) {
   return bit_cast<V>((exponent == zero ? bit_cast<Bits>(denormal) : normal) | sign);
 }
 
-// The bits in the lower half; what stands in the upper half is not for use.
+// The bits in the lower half; the upper half is undefined.
 template <typename V>
 RNNKERN_INLINE typename UnsignedBits<V>::Type narrow(Bf16, V value) {
   using Bits = typename UnsignedBits<V>::Type;
@@ -65,6 +65,9 @@ RNNKERN_INLINE typename UnsignedBits<V>::Type narrow(F16, V value) {
 RNNKERN_INLINE float value(float x) { return x; }
 RNNKERN_INLINE double value(double x) { return x; }
 RNNKERN_INLINE float value(F32ByBf16 x) { return x.number; }
+RNNKERN_INLINE float value(F32By3Bf16 x) { return x.number; }
+RNNKERN_INLINE float value(F32ByI8 x) { return x.number; }
+RNNKERN_INLINE float value(I8 x) { return x.bits; }
 
 // Elements that are stored as what is computed of them.
 template <typename T>

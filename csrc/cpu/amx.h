@@ -7,6 +7,8 @@
 
 #include <cstdint>
 
+#include "elements.h"
+
 #ifdef RNNKERN_AMX_STAND_IN
 #include <cstdio>
 #include <cstdlib>
@@ -17,6 +19,9 @@ namespace rnnkern {
 namespace RNNKERN_NAMESPACE {
 
 constexpr int kTiles = 8, kTileHeight = 16, kTileBytes = 64;
+// How many k a tile of operands has: 16 groups of 4 bytes.
+template <typename E>
+constexpr int64_t kTileDepth = kTileBytes / int64_t(sizeof(E));
 
 // What LDTILECFG reads.
 struct alignas(64) TileShapes {
@@ -66,6 +71,11 @@ void load_tile(const void* from, int64_t stride) {
   }
 }
 template <int tile>
+void zero_tile() {
+  expect(tile_state.configured && tile_state.shapes.rows[tile], "a tile without a shape");
+  std::memset(tile_state.data[tile], 0, sizeof(tile_state.data[tile]));
+}
+template <int tile>
 void store_tile(void* to, int64_t stride) {
   expect(tile_state.configured && tile_state.shapes.rows[tile], "a tile without a shape");
   for (int r = 0; r < tile_state.shapes.rows[tile]; ++r) {
@@ -73,14 +83,29 @@ void store_tile(void* to, int64_t stride) {
                 tile_state.shapes.row_bytes[tile]);
   }
 }
-// c += a x b, pairs of bfloat16: a [M][K/2][2], b [K/2][N][2], c [M][N] of float.
-template <int c, int a, int b>
+// c += a x b. Of bfloat16 they are a [M][K/2][2], b [K/2][N][2], c [M][N] of float; of integers,
+// those of a without a sign, they are a [M][K/4][4], b [K/4][N][4], c [M][N] of int32.
+template <typename E, int c, int a, int b>
 void multiply_tiles() {
   const TileShapes& s = tile_state.shapes;
   expect(tile_state.configured && s.rows[a] && s.rows[b] && s.rows[c], "a tile without a shape");
   expect(
       s.rows[c] == s.rows[a] && s.row_bytes[c] == s.row_bytes[b] && s.row_bytes[a] == 4 * s.rows[b],
       "tiles do not fit each other");
+  if constexpr (sizeof(E) == 1) {
+    for (int m = 0; m < s.rows[c]; ++m) {
+      int32_t sums[16];
+      std::memcpy(sums, tile_state.data[c][m], sizeof(sums));
+      for (int k = 0; k < s.row_bytes[a]; ++k) {
+        for (int n = 0; n < 16; ++n) {
+          const auto right = int8_t(tile_state.data[b][k / 4][4 * n + k % 4]);
+          sums[n] += int32_t(tile_state.data[a][m][k]) * right;
+        }
+      }
+      std::memcpy(tile_state.data[c][m], sums, s.row_bytes[c]);
+    }
+    return;
+  }
   const auto widen = [](const uint8_t (&tile)[kTileHeight][kTileBytes], float (*to)[32]) {
     for (int r = 0; r < kTileHeight; ++r) {
       uint16_t bits[32];
@@ -123,16 +148,58 @@ inline __attribute__((always_inline)) void load_tile(const void* from, int64_t s
   asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(tile) : "memory");
 }
 template <int tile>
+inline __attribute__((always_inline)) void zero_tile() {
+  asm volatile("tilezero %%tmm%c0" ::"i"(tile) : "memory");
+}
+template <int tile>
 inline __attribute__((always_inline)) void store_tile(void* to, int64_t stride) {
   asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(stride), "i"(tile) : "memory");
 }
-// c += a x b, pairs of bfloat16: a [M][K/2][2], b [K/2][N][2], c [M][N] of float.
-template <int c, int a, int b>
+// c += a x b. Of bfloat16 they are a [M][K/2][2], b [K/2][N][2], c [M][N] of float; of integers,
+// those of a without a sign, they are a [M][K/4][4], b [K/4][N][4], c [M][N] of int32.
+template <typename E, int c, int a, int b>
 inline __attribute__((always_inline)) void multiply_tiles() {
-  asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(c), "i"(a), "i"(b) : "memory");
+  if constexpr (sizeof(E) == 1) {
+    asm volatile("tdpbusd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(c), "i"(a), "i"(b) : "memory");
+  } else {
+    asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(c), "i"(a), "i"(b) : "memory");
+  }
 }
 
 #endif
+
+// The shapes of this thread's tiles, which take time to set. While it lives they stay as they were
+// set last, because nothing else on this thread uses tiles. It is made before the first product.
+class TilesOfThread {
+ public:
+  TilesOfThread() { rows_ = 0; }
+  ~TilesOfThread() {
+    if (rows_) release_tiles();
+    rows_ = 0;
+  }
+  TilesOfThread(const TilesOfThread&) = delete;
+  TilesOfThread& operator=(const TilesOfThread&) = delete;
+
+  // Tiles 0 to 3: two by two of the result; 4, 5: of the left operand, with `upper` > 0 and `lower`
+  // rows; 6, 7: of the right one.
+  static void set(int64_t upper, int64_t lower) {
+    const auto rows = int(upper + (kTileHeight + 1) * lower);
+    if (rows == rows_) return;
+    rows_ = rows;
+    TileShapes shapes;
+    for (int column = 0; column < 2; ++column) {
+      shapes.set(column, upper, kTileBytes);
+      if (lower) shapes.set(2 + column, lower, kTileBytes);
+      shapes.set(6 + column, kTileHeight, kTileBytes);
+    }
+    shapes.set(4, upper, kTileBytes);
+    if (lower) shapes.set(5, lower, kTileBytes);
+    shape_tiles(shapes);
+  }
+
+ private:
+  static inline constinit thread_local int rows_ = 0;  // of both, as one number
+};
 
 }  // namespace RNNKERN_NAMESPACE
 }  // namespace rnnkern

@@ -1,151 +1,164 @@
-// The product of gemm.h for bfloat16 on AMX: tiles of 16 rows by 16 columns, two by two of them in
-// registers, which 32 k of two tiles of the left operand and two of the panel feed.
+// The product of gemm.h on AMX: tiles of 16 rows by 16 columns, two by two of them in registers,
+// which two tiles of the left operand and two of the panel feed: 32 k of bfloat16, or 64 of
+// integers.
 //
-// Every sum is made of sums over 32 k: even and odd k apart, each in ascending order. It does not
-// depend on where in a tile, or with how many other rows, a row stands.
+// Every sum of bfloat16 is made of sums over 32 k: even and odd k apart, each in ascending order.
+// It does not depend on where in a tile a row is, or with how many other rows.
+//
+// A product of 2 x 2 tiles takes 64 cycles. To load what feeds it takes 32 from the first-level
+// cache, and 84 from the second-level one. Of blocks of kNear k of bfloat16, the rows (16 KiB) stay
+// in the first-level cache while all vectors of the panel pass by. Integers have one scale for all
+// k, so their sums stay in registers.
 #pragma once
 
-#include <cstring>
-
 #include "cpu/amx.h"
+#include "cpu/int8.h"
 #include "cpu/vec.h"
 #include "elements.h"
 
 namespace rnnkern {
 namespace RNNKERN_NAMESPACE {
 
+template <typename E>
 class TileProduct {
  public:
-  // As `product` in gemm.h.
-  TileProduct(int vectors, int64_t rows, int64_t first, int64_t K, const Bf16* const* a,
-              const float* panel, int64_t panel_row, float* acc, int64_t acc_row)
+  // As `product` in gemm.h. K is whole tiles.
+  TileProduct(int vectors, int64_t rows, int64_t first, int64_t K, const E* const* a,
+              const float* panel, float* acc, int64_t acc_row)
       : vectors_(vectors),
         rows_(rows),
         first_(first),
         K_(K),
         a_(a),
+        left_stride_(rows > 1 ? reinterpret_cast<intptr_t>(a[1]) - reinterpret_cast<intptr_t>(a[0])
+                              : 0),
         panel_(panel),
-        panel_row_(panel_row),
         acc_(acc),
         acc_row_(acc_row) {}
 
-  void run() {
+  template <bool kAdds>
+  void run() const {
     for (int64_t row = 0; row < rows_; row += 2 * kTileHeight) {
       const int64_t upper = min_of(kTileHeight, rows_ - row);
       const int64_t lower = min_of(kTileHeight, rows_ - row - upper);
-      const int64_t whole = K_ / kTileDepth * kTileDepth, rest = K_ - whole;
-      if (whole) {
-        shape(upper, lower, kTilePairs);
-        for (int64_t k = 0; k < whole; k += kCopiedDepth) {
-          multiply(row, upper, lower, k, min_of(kCopiedDepth, whole - k), kTileDepth);
-        }
-      }
-      if (rest) {
-        shape(upper, lower, (rest + 1) / 2);
-        multiply(row, upper, lower, whole, rest, rest);
+      TilesOfThread::set(upper, lower);
+      multiply<kAdds>(row, upper, lower, 0);
+      if constexpr (!kIntegers) {
+        for (int64_t k = kNear; k < K_; k += kNear) multiply<true>(row, upper, lower, k);
       }
     }
-    release_tiles();
   }
 
  private:
-  static constexpr int64_t kTilePairs = kTileHeight, kTileDepth = 2 * kTilePairs;
-  static constexpr int64_t kCopiedDepth = 512;  // k of rows that have to be copied
-  static_assert(kLanes<float> == kTileHeight, "a vector is as wide as a tile");
+  static constexpr bool kIntegers = std::is_same_v<E, I8>;
+  static constexpr int64_t kNear = 256, kL = kTileHeight;
+  static constexpr int64_t kGroup = sizeof(float) / sizeof(E),
+                           kHead = kIntegers ? kHeadOfIntegers : 0;
+  static_assert(kLanes<float> == kL, "a vector is as wide as a tile");
+  static_assert(!kIntegers || kLeftOffset > 0, "the left integers have no sign");
 
-  // Rows of the left operand at equal distances, in bytes.
-  struct Left {
-    const Bf16* data;
-    int64_t stride;
-  };
-
-  // Tiles 0-3: two by two of the result; 4, 5: of the left operand; 6, 7: of the panel.
-  static void shape(int64_t upper, int64_t lower, int64_t pairs) {
-    TileShapes shapes;
-    for (int column = 0; column < 2; ++column) {
-      shapes.set(column, upper, kTileBytes);
-      if (lower) shapes.set(2 + column, lower, kTileBytes);
-      shapes.set(6 + column, pairs, kTileBytes);
-    }
-    shapes.set(4, upper, 4 * pairs);
-    if (lower) shapes.set(5, lower, 4 * pairs);
-    shape_tiles(shapes);
-  }
-
-  // Adds the products over [k, k + depth), in parts of `part`.
-  void multiply(int64_t row, int64_t upper, int64_t lower, int64_t k, int64_t depth, int64_t part) {
-    const Left left[2] = {rows(row, upper, k, depth, copies_[0]),
-                          rows(row + upper, lower, k, depth, copies_[1])};
+  // Adds or writes the products over a block of k that begins here.
+  template <bool kAdds>
+  void multiply(int64_t row, int64_t upper, int64_t lower, int64_t k) const {
     for (int v = 0; v < vectors_; v += 2) {
       const bool wide = v + 1 < vectors_;
       if (lower) {
-        wide ? add<true, true>(left, row, v, k, depth, part)
-             : add<true, false>(left, row, v, k, depth, part);
+        wide ? add<kAdds, true, true>(row, upper, lower, v, k)
+             : add<kAdds, true, false>(row, upper, lower, v, k);
       } else {
-        wide ? add<false, true>(left, row, v, k, depth, part)
-             : add<false, false>(left, row, v, k, depth, part);
+        wide ? add<kAdds, false, true>(row, upper, lower, v, k)
+             : add<kAdds, false, false>(row, upper, lower, v, k);
       }
     }
   }
 
+  template <bool kAdds, int tile>
+  static void begin(const float* acc, int64_t stride) {
+    if constexpr (kAdds) {
+      load_tile<tile>(acc, stride);
+    } else {
+      zero_tile<tile>();
+    }
+  }
+
+  template <bool kAdds, bool kLower, bool kWide>
+  void add(int64_t row, int64_t rows_above, int64_t rows_below, int v, int64_t k) const {
+    const int64_t vector = (kHead + K_ / kGroup) * kL;  // lanes of the panel
+    const float* const head = panel_ + v * vector;
+    float* const upper = acc_ + row * acc_row_ + v * kL;
+    float* const lower = upper + kTileHeight * acc_row_;
+    if constexpr (kIntegers) {
+      // What all sums of a column begin with.
+      const float* const first = head + kL;
+      load_tile<0>(first, 0);
+      if constexpr (kWide) load_tile<1>(first + vector, 0);
+      if constexpr (kLower) load_tile<2>(first, 0);
+      if constexpr (kLower && kWide) load_tile<3>(first + vector, 0);
+      add_products<kLower, kWide>(row, head, vector, 0, K_);
+      store_scaled<0>(row, rows_above, head, upper);
+      if constexpr (kWide) store_scaled<1>(row, rows_above, head + vector, upper + kL);
+      if constexpr (kLower) store_scaled<2>(row + kTileHeight, rows_below, head, lower);
+      if constexpr (kLower && kWide) {
+        store_scaled<3>(row + kTileHeight, rows_below, head + vector, lower + kL);
+      }
+    } else {
+      const int64_t stride = acc_row_ * int64_t(sizeof(float));
+      begin<kAdds, 0>(upper, stride);
+      if constexpr (kWide) begin<kAdds, 1>(upper + kL, stride);
+      if constexpr (kLower) begin<kAdds, 2>(lower, stride);
+      if constexpr (kLower && kWide) begin<kAdds, 3>(lower + kL, stride);
+      add_products<kLower, kWide>(row, head, vector, k, min_of(kNear, K_ - k));
+      store_tile<0>(upper, stride);
+      if constexpr (kWide) store_tile<1>(upper + kL, stride);
+      if constexpr (kLower) store_tile<2>(lower, stride);
+      if constexpr (kLower && kWide) store_tile<3>(lower + kL, stride);
+    }
+  }
+
+  // To tiles 0 to 3, over [k, k + depth).
   template <bool kLower, bool kWide>
-  void add(const Left (&left)[2], int64_t row, int v, int64_t k, int64_t depth, int64_t part) {
-    constexpr int kLanesOfTile = kTileHeight;
-    const int64_t panel_stride = panel_row_ * int64_t(sizeof(float));
-    const int64_t acc_stride = acc_row_ * int64_t(sizeof(float));
-    float* upper = acc_ + row * acc_row_ + v * kLanesOfTile;
-    float* lower = upper + kTileHeight * acc_row_;
-    load_tile<0>(upper, acc_stride);
-    if constexpr (kWide) load_tile<1>(upper + kLanesOfTile, acc_stride);
-    if constexpr (kLower) load_tile<2>(lower, acc_stride);
-    if constexpr (kLower && kWide) load_tile<3>(lower + kLanesOfTile, acc_stride);
-    for (int64_t i = 0; i < depth; i += part) {
-      const float* panel = panel_ + (k + i) / 2 * panel_row_ + v * kLanesOfTile;
-      load_tile<6>(panel, panel_stride);
-      load_tile<4>(left[0].data + i, left[0].stride);
-      multiply_tiles<0, 4, 6>();
+  RNNKERN_INLINE void add_products(int64_t row, const float* head, int64_t vector, int64_t k,
+                                   int64_t depth) const {
+    const float* panel = head + (kHead + k / kGroup) * kL;
+    const E *left = a_[row] + first_ + k,
+            *left_lower = kLower ? a_[row + kTileHeight] + first_ + k : nullptr;
+    if constexpr (kIntegers) left += kScaleBytes, left_lower += kLower ? kScaleBytes : 0;
+    for (; depth > 0; depth -= kTileDepth<E>) {
+      load_tile<6>(panel, kTileBytes);
+      load_tile<4>(left, left_stride_);
+      multiply_tiles<E, 0, 4, 6>();
       if constexpr (kWide) {
-        load_tile<7>(panel + kLanesOfTile, panel_stride);
-        multiply_tiles<1, 4, 7>();
+        load_tile<7>(panel + vector, kTileBytes);
+        multiply_tiles<E, 1, 4, 7>();
       }
       if constexpr (kLower) {
-        load_tile<5>(left[1].data + i, left[1].stride);
-        multiply_tiles<2, 5, 6>();
-        if constexpr (kWide) multiply_tiles<3, 5, 7>();
+        load_tile<5>(left_lower, left_stride_);
+        multiply_tiles<E, 2, 5, 6>();
+        if constexpr (kWide) multiply_tiles<E, 3, 5, 7>();
       }
+      panel += kTileHeight * kL;
+      left += kTileDepth<E>;
+      if constexpr (kLower) left_lower += kTileDepth<E>;
     }
-    store_tile<0>(upper, acc_stride);
-    if constexpr (kWide) store_tile<1>(upper + kLanesOfTile, acc_stride);
-    if constexpr (kLower) store_tile<2>(lower, acc_stride);
-    if constexpr (kLower && kWide) store_tile<3>(lower + kLanesOfTile, acc_stride);
   }
 
-  // Where they lie, if they lie at equal distances and are whole pairs; else copied, and the last
-  // pair filled up with zero.
-  Left rows(int64_t row, int64_t count, int64_t k, int64_t depth, Bf16* copies) const {
-    if (count == 0) return {nullptr, 0};
-    const Bf16* const* a = a_ + row;
-    const auto address = [&](int64_t i) { return reinterpret_cast<intptr_t>(a[i]); };
-    const int64_t stride = count > 1 ? address(1) - address(0) : 0;
-    bool lie = depth % 2 == 0;
-    for (int64_t i = 1; i < count; ++i) lie = lie && address(i) - address(i - 1) == stride;
-    if (lie) return {a[0] + first_ + k, stride};
-    for (int64_t i = 0; i < count; ++i) {
-      Bf16* to = copies + i * kCopiedDepth;
-      std::memcpy(to, a[i] + first_ + k, size_t(depth) * sizeof(Bf16));
-      if (depth % 2) to[depth] = Bf16{0};
+  template <int tile>
+  void store_scaled(int64_t row, int64_t rows, const float* head, float* acc) const {
+    alignas(kTileBytes) int32_t sums[kTileHeight][kL];
+    store_tile<tile>(sums, kTileBytes);
+    for (int64_t m = 0; m < rows; ++m) {
+      add_scaled(*reinterpret_cast<const Ints*>(sums[m]), load(head), scale_of(a_[row + m]),
+                 acc + m * acc_row_);
     }
-    return {copies, kCopiedDepth * int64_t(sizeof(Bf16))};
   }
 
   const int vectors_;
   const int64_t rows_, first_, K_;
-  const Bf16* const* const a_;
+  const E* const* const a_;
+  const int64_t left_stride_;  // in bytes
   const float* const panel_;
-  const int64_t panel_row_;
   float* const acc_;
   const int64_t acc_row_;
-  alignas(kTileBytes) Bf16 copies_[2][kTileHeight * kCopiedDepth];
 };
 
 }  // namespace RNNKERN_NAMESPACE

@@ -1,4 +1,4 @@
-// Backward pass of one layer, in reverse scan order:
+// Backward pass of one layer, against scan order:
 //
 //   dh(t) = dy(t) + dh
 //   dslots(t), dc, dh' = cell_backward(slots(t), c(t), c(t-1), h(t-1), dh(t), dc)
@@ -8,316 +8,599 @@
 // and dx.
 //
 // Only dslots x W_hh is inside the loop. W_hh [G*H, O] is read by its rows k, contiguous along the
-// result, so packing is a copy and not a transposition. Tasks and teams as in forward.h: a member
-// owns the same units in dslots and in dh, and the barrier stands between writing dslots(t) and
-// reading it whole. The gradients of a step overwrite the saved slots where the caller passes the
-// same memory for both.
+// result, so packing is a copy and not a transposition. A member of a team (pass.h) owns the same
+// units in dslots and in dh, and the barrier is between writing dslots(t) and reading all of it.
+// The gradients of a step overwrite the saved slots if the caller passes the same memory for both.
+//
+// Recurrent dropout multiplies dslots x W_hh by the mask of h(t-1). Zoneout (noise.h) splits dh and
+// dc in each step before the cell: what the states before get of them is held until after it. With
+// layer normalisation (normalised.h) what W_hh is multiplied by is not dslots but the gradient of
+// the sums, and the gradient of c passes through its normalisation between two parts of the cell.
 #pragma once
+
+#include <array>
 
 #include "cells/cells.h"
 #include "cpu/gradients.h"
-#include "cpu/panels.h"
-#include "cpu/rows.h"
-#include "cpu/threads.h"
-#include "plan.h"
-#include "workspace.h"
+#include "cpu/noisy_rows.h"
+#include "cpu/normalised.h"
+#include "cpu/pass.h"
 
 namespace rnnkern {
 namespace RNNKERN_NAMESPACE {
 
-template <typename T, typename Cell>
-class BackwardScan {
+// The loop, on values (kOrders = 1) or on dual numbers (kOrders = 2). On dual numbers, order 0 is
+// the values and order 1 their tangents. Then dslots of order 0 is known and only read.
+template <typename T, typename Cell, int kOrders>
+class BackwardLoop {
   using A = Compute<T>;
-  using E = Operand<T>;
+  using V = std::conditional_t<kOrders == 1, Vec<T>, Dual<Vec<T>>>;
   static constexpr CellShape kShape = Cell::kShape;
-  static constexpr int64_t kWidth = kPanelWidth<T>;
+  static constexpr int kStored = kShape.stored();
+  static constexpr int kPlanes = kShape.planes();
+  static constexpr int kLast = kOrders - 1;  // the order of the results
 
  public:
-  BackwardScan(const Backward<T>& b, const Plan& plan, Carver& carver)
-      : b_(b), plan_(plan), gradients_(products_of(b), plan, carver) {
-    const Sizes& z = b.sizes;
-    block_rows_ = ceil_div(b.steps.N, plan.row_blocks);
-    barriers_ = carver.take<Barrier>(1 + plan.threads);
-    for (int d = 0; d < z.D; ++d) {
-      const Weights<T>& w = b.weights[d];
-      const bool packs = plan.recurrent == Reading::kPacked;
-      recurrent_[d] = {kShape.gates * z.H, z.O, w.w_hh, w.w_hh_row, &kShape, packs, nullptr};
-      projection_[d] = {z.O, z.H, w.w_hr, w.w_hr_row, nullptr, packs, nullptr};
-      if (reads_recurrent()) recurrent_[d].packed = carver.take<A>(recurrent_[d].lanes());
-      if (z.projected) projection_[d].packed = carver.take<A>(projection_[d].lanes());
-    }
-    h_row_ = ceil_div(z.O, kWidth) * kWidth;
-    u_row_ = ceil_div(z.H, kWidth) * kWidth;
-    dh_ = carver.take<A>(z.D * b.steps.N * h_row_);
-    if (kShape.cell_state) dc_ = carver.take<A>(z.D * b.steps.N * u_row_);
-    if (z.projected) dm_ = carver.take<A>(z.D * b.steps.N * u_row_);
-    Carver count(nullptr);
-    scratch(count);
-    scratch_bytes_ = int64_t(count.used());
-    scratch_ = carver.take<char>(plan.threads * scratch_bytes_);
+  // Of one row in one step. dm is the gradient of h before the projection.
+  struct RowPointers {
+    struct {
+      const T *h_prev, *c_prev, *h, *c, *slots, *dy;
+      T *dslots, *dprojected;
+      A *dh, *dc, *dm;
+    } by[kOrders];
+  };
+  struct Scratch {
+    LeftRows<T> dslots;     // [block_rows * kOrders][G*H]
+    LeftRows<T> projected;  // [kRowsAtOnce][O]
+    RowPointers* pointers;  // [block_rows]
+    A* kept;                // [max(H, O)], with zoneout
+  };
+
+  BackwardLoop(const std::array<const Backward<T>*, kOrders>& by, const Plan& plan, const T* zeros,
+               Carver& carver)
+      : by_(by),
+        sizes_(by[0]->sizes),
+        steps_(by[0]->steps),
+        packs_(plan.recurrent == Reading::kPacked),
+        has_zoneout_(by[0]->noise.zoneout > 0),
+        zeros_(zeros),
+        directions_{direction(0, carver), direction(1, carver)},
+        masks_(DropoutMasks<T>::take(by[0]->noise, sizes_, steps_, carver)),
+        norms_(sizes_, steps_, carver) {
+    const auto take = [&](int64_t width) {
+      return CarriedRows<A, kOrders>::take(sizes_, steps_, width, carver);
+    };
+    dh_ = take(sizes_.O);
+    if (kShape.cell_state) dc_ = take(kPlanes * sizes_.H);
+    if (sizes_.projected) dm_ = take(sizes_.H);
+    if (masks_) products_ = take(sizes_.O);
+    if (has_zoneout_) held_h_ = take(sizes_.O);
+    if (has_zoneout_ && kShape.cell_state) held_c_ = take(kPlanes * sizes_.H);
+    if (by_[kLast]->dreset_h.data) dreset_h_ = take(sizes_.O);
+    if (by_[kLast]->dreset_c.data) dreset_c_ = take(kPlanes * sizes_.H);
   }
 
-  void run() {
-    gradients_.prepare();
-    for (int i = 0; i <= plan_.threads; ++i) barriers_[i] = Barrier();
-    parallel(plan_.threads, [this](int thread, int threads) {
-      Barrier& everyone = barriers_[plan_.threads];
-      pack(thread, threads);
-      gradients_.pack(thread, threads);
-      everyone.wait(threads);
-      const int unit_blocks = threads < plan_.threads ? 1 : plan_.unit_blocks;
-      const int teams = threads / unit_blocks, team = thread / unit_blocks;
-      for (int task = team; team < teams && task < b_.sizes.D * plan_.row_blocks; task += teams) {
-        scan(task, thread % unit_blocks, unit_blocks, barriers_[team], scratch_of(thread));
+  Scratch scratch(int64_t rows, Carver& carver) const {
+    return {
+        .dslots = LeftRows<T>(rows * kOrders, kShape.gates * sizes_.H, carver),
+        .projected = LeftRows<T>(sizes_.projected ? kRowsAtOnce : 0, sizes_.O, carver),
+        .pointers = carver.take<RowPointers>(rows),
+        .kept = carver.take<A>(has_zoneout_ ? max_of(max_of(1, kPlanes) * sizes_.H, sizes_.O) : 0)};
+  }
+
+  void pack(int thread, int threads) const {
+    for (int d = 0; d < sizes_.D; ++d) {
+      for (const Operands& of : directions_[d].by) {
+        pack_share(of.recurrent, thread, threads);
+        pack_share(of.projection, thread, threads);
       }
-      everyone.wait(threads);
-      gradients_.run(thread, threads);
-    });
+    }
+    masks_.draw(by_[0]->noise, sizes_, steps_, thread, threads);
+  }
+
+  const DropoutMasks<T>& masks() const { return masks_; }
+
+  // Before the first step of a task, and after the last one.
+  template <typename Part>
+  void begin(const Part& part) const {
+    for_resets(part, [](A* sum, T*, Range own) { zero_row(sum, own); });
+  }
+  template <typename Part>
+  void end(const Part& part) const {
+    for_resets(part, [](const A* sum, T* to, Range own) { copy_row(to, sum, own); });
+  }
+
+  template <typename Part>
+  void step(const Part& part, const Scratch& scratch, const Visit& v) const {
+    const int64_t count = part.active(v);
+    for (int64_t rank = v.entering; rank < v.active_end; ++rank) enter(part, rank);
+    for (int64_t m = 0; m < count; ++m) {
+      const RowPointers& row = scratch.pointers[m] =
+          pointers(part.direction, v.t, part.rows.begin + m);
+      for (int k = 0; k < kOrders; ++k) scratch.dslots[m * kOrders + k] = row.by[k].dslots;
+    }
+    if (by_[0]->dcells.data) add_gradients_of_cells(part, v.t, count);
+    if (has_zoneout_) hold(part, scratch, v.t, count);
+    if (sizes_.projected) unproject(part, scratch, count);
+    if (sizes_.normalised) {
+      normalised_cells(part, scratch, v.t, count);
+    } else {
+      for (int64_t m = 0; m < count; ++m) cell(part.direction, part.units, scratch.pointers[m]);
+    }
+    part.wait_for_team();
+    if (v.leaving > part.rows.begin || wants_first_product()) {
+      recurrent_product(part, scratch, count);
+    }
+    if (has_zoneout_) let_go(part, count);
+  }
+
+  // Ends a step. If an episode begins with it, it passes on gradients of the states of a reset, or
+  // nothing. If a row leaves, what it passes on are the gradients of its initial states.
+  template <typename Part>
+  void end_step(const Part& part, const Visit& v) const {
+    for (int64_t rank = part.rows.begin; steps_.reset && rank < v.active_end; ++rank) {
+      for (int k = 0; k < kOrders && cut(steps_, part.direction, v.t, rank); ++k) {
+        end_episode(dreset_h_, dh_, part, rank, k, part.columns);
+        for_planes<kPlanes>(part.units, sizes_.H,
+                            [&](Range own) { end_episode(dreset_c_, dc_, part, rank, k, own); });
+      }
+    }
+    for (int64_t rank = v.leaving; rank < v.active_end; ++rank) leave(part, rank);
+  }
+
+  // A row that takes part in no step.
+  template <typename Part>
+  void pass_idle_row(const Part& part, int64_t rank) const {
+    enter(part, rank);
+    leave(part, rank);
+  }
+
+  bool wants_dh0() const { return by_[kLast]->dh0.data; }
+
+  const ColumnPanels<T>& recurrent(int direction, int order) const {
+    return directions_[direction].by[order].recurrent;
+  }
+  A* dh(int direction, int64_t rank, int order) const { return dh_.at(direction, rank, order); }
+
+ private:
+  using Carried = CarriedRows<A, kOrders>;
+  struct Operands {
+    Rows<const T> y, slots, cells, candidates, unprojected, normalised, dy;
+    Rows<T> dslots, dprojected, dnormalised;
+    ColumnPanels<T> recurrent, projection;
+  };
+  struct Direction {
+    Operands by[kOrders];
+  };
+
+  Direction direction(int d, Carver& carver) const {
+    Direction made = {};
+    for (int k = 0; k < kOrders && d < sizes_.D; ++k) made.by[k] = operands(*by_[k], d, carver);
+    return made;
+  }
+  Operands operands(const Backward<T>& b, int d, Carver& carver) const {
+    const int64_t H = sizes_.H, S = kStored * H, O = sizes_.O;
+    const Weights<T>& w = b.weights[d];
+    Operands of = {
+        .y = columns(b.y, d * O),
+        .slots = saved_rows(steps_, b.slots, d, S),
+        .cells = saved_rows(steps_, b.cells, d, kPlanes * H),
+        .candidates = saved_rows(steps_, b.candidates, d, kPlanes * H),
+        .unprojected = saved_rows(steps_, b.unprojected, d, H),
+        .normalised = saved_rows(steps_, b.normalised, d, normalised_width<T>(kShape, H)),
+        .dy = columns(b.dy, b.dy_uniform ? 0 : d * O),
+        .dslots = saved_rows(steps_, b.dslots, d, S),
+        .dprojected = saved_rows(steps_, b.dprojected, d, O),
+        .dnormalised = saved_rows(steps_, b.dnormalised, d, normalised_width<T>(kShape, H)),
+        .recurrent = {.K = kShape.gates * H,
+                      .width = O,
+                      .w = w.w_hh,
+                      .row_stride = w.w_hh_row,
+                      .shape = &kShape,
+                      .packs = packs_},
+        .projection = {.K = O, .width = H, .w = w.w_hr, .row_stride = w.w_hr_row, .packs = packs_}};
+    // Nothing reads what a single step passes on, unless the gradient of its first state is wanted.
+    if (w.w_hh && (steps_.T > 1 || wants_first_product())) of.recurrent.take_room(carver);
+    if (w.w_hr) of.projection.take_room(carver);
+    return of;
+  }
+
+  RowPointers pointers(int d, int64_t t, int64_t rank) const {
+    RowPointers row = {};
+    for (int k = 0; k < kOrders; ++k) {
+      const Operands& of = directions_[d].by[k];
+      auto& r = row.by[k];
+      const auto previous = [&](const Rows<const T>& states, const State<const T>& initial,
+                                const State<const T>& reset) {
+        return previous_state(steps_, d, t, rank, states, initial, zeros_, reset);
+      };
+      r.dh = dh_.at(d, rank, k);
+      r.dslots = row_at(steps_, of.dslots, t, rank);
+      r.slots = row_or_null(steps_, of.slots, t, rank);
+      r.dy = row_or_null(steps_, of.dy, t, rank);
+      if constexpr (!kShape.saves_slots) {
+        r.h = row_at(steps_, has_zoneout_ ? of.unprojected : of.y, t, rank);
+      }
+      if constexpr (kShape.reads_h) r.h_prev = previous(of.y, by_[k]->h0, by_[k]->reset_h);
+      if constexpr (kShape.cell_state) {
+        r.c = row_at(steps_, has_zoneout_ ? of.candidates : of.cells, t, rank);
+        r.c_prev = previous(of.cells, by_[k]->c0, by_[k]->reset_c);
+        r.dc = dc_.at(d, rank, k);
+      }
+      if (sizes_.projected) {
+        r.dm = dm_.at(d, rank, k);
+        r.dprojected = row_at(steps_, of.dprojected, t, rank);
+      }
+    }
+    return row;
+  }
+
+  // A row enters with the gradients of its final states.
+  template <typename Part>
+  void enter(const Part& part, int64_t rank) const {
+    const int d = part.direction;
+    for (int k = 0; k < kOrders; ++k) {
+      const Backward<T>& b = *by_[k];
+      copy_or_zero_row(dh_.at(d, rank, k), state_or_null(steps_, b.dhn, d, rank), part.columns);
+      for_planes<kPlanes>(part.units, sizes_.H, [&](Range own) {
+        copy_or_zero_row(dc_.at(d, rank, k), state_or_null(steps_, b.dcn, d, rank), own);
+      });
+    }
+  }
+  template <typename Part>
+  void leave(const Part& part, int64_t rank) const {
+    const int d = part.direction;
+    for (int k = 0; k < kOrders; ++k) {
+      const Backward<T>& b = *by_[k];
+      copy_row_if_wanted(state_or_null(steps_, b.dh0, d, rank), dh_.at(d, rank, k), part.columns);
+      for_planes<kPlanes>(part.units, sizes_.H, [&](Range own) {
+        copy_row_if_wanted(state_or_null(steps_, b.dc0, d, rank), dc_.at(d, rank, k), own);
+      });
+    }
+  }
+
+  bool wants_first_product() const { return wants_dh0() || by_[kLast]->dreset_h.data; }
+
+  // f(sum, result, the thread's units or columns) for the states of a reset whose gradients are
+  // wanted.
+  template <typename Part, typename F>
+  void for_resets(const Part& part, F f) const {
+    const auto each = [&](const Carried& sums, const State<T>& to, Range own) {
+      for (int64_t rank = part.rows.begin; sums.data && rank < part.rows.end; ++rank) {
+        f(sums.at(part.direction, rank), state_at(steps_, to, part.direction, rank), own);
+      }
+    };
+    each(dreset_h_, by_[kLast]->dreset_h, part.columns);
+    for_planes<kPlanes>(part.units, sizes_.H,
+                        [&](Range own) { each(dreset_c_, by_[kLast]->dreset_c, own); });
+  }
+
+  // Adds the gradients of a state to the sums of a reset, if there are any, and clears them.
+  template <typename Part>
+  static void end_episode(const Carried& sums, const Carried& gradients, const Part& part,
+                          int64_t rank, int order, Range own) {
+    A* const from = gradients.at(part.direction, rank, order);
+    if (sums.data) add_row(sums.at(part.direction, rank, order), from, own);
+    zero_row(from, own);
+  }
+  template <typename Part>
+  void add_gradients_of_cells(const Part& part, int64_t t, int64_t count) const {
+    const Rows<const T> dcells = columns(by_[0]->dcells, part.direction * sizes_.H);
+    for (int64_t rank = part.rows.begin; rank < part.rows.begin + count; ++rank) {
+      add_row(dc_.at(part.direction, rank), row_at(steps_, dcells, t, rank), part.units);
+    }
+  }
+
+  // Of the gradients of the states after zoneout: holds what the states before get, and leaves what
+  // the cell gets. dy is then part of dh.
+  template <typename Part>
+  void hold(const Part& part, const Scratch& scratch, int64_t t, int64_t count) const {
+    const int d = part.direction;
+    const auto split = [&](A* gradient, A* held, const T* dy, Purpose purpose, int64_t rank,
+                           Range own) {
+      draw_kept(by_[0]->noise, purpose, d, t, batch_row(steps_, rank), own, scratch.kept);
+      for (int64_t i = own.begin; i < own.end; i += kLanes<T>) {
+        const int64_t n = own.end - i;
+        const Vec<T> all = load_up_to(gradient + i, n) + dy_at(dy, i, n);
+        const Vec<T> before = all * load_up_to(scratch.kept + i, n);
+        store_up_to(held + i, before, n);
+        store_up_to(gradient + i, all - before, n);
+      }
+    };
+    for (int64_t m = 0; m < count; ++m) {
+      const int64_t rank = part.rows.begin + m;
+      auto& row = scratch.pointers[m].by[0];
+      split(row.dh, held_h_.at(d, rank), row.dy, Purpose::kHidden, rank, part.columns);
+      row.dy = nullptr;
+      for_planes<kPlanes>(part.units, sizes_.H, [&](Range own) {
+        split(row.dc, held_c_.at(d, rank), nullptr, Purpose::kCell, rank, own);
+      });
+    }
+  }
+  template <typename Part>
+  void let_go(const Part& part, int64_t count) const {
+    for (int64_t rank = part.rows.begin; rank < part.rows.begin + count; ++rank) {
+      const int d = part.direction;
+      add_row(dh_.at(d, rank), held_h_.at(d, rank), part.columns);
+      for_planes<kPlanes>(part.units, sizes_.H,
+                          [&](Range own) { add_row(dc_.at(d, rank), held_c_.at(d, rank), own); });
+    }
+  }
+
+  // dm = (dy + dh) x W_hr. Keeps dy + dh for the gradient of W_hr.
+  template <typename Part>
+  void unproject(const Part& part, const Scratch& scratch, int64_t count) const {
+    const RowPointers* rows = scratch.pointers;
+    const auto dprojected = [&](int k) {
+      return [rows, k](int64_t m) { return rows[m].by[k].dprojected; };
+    };
+    const auto dm = [&](int k) { return [rows, k](int64_t m) { return rows[m].by[k].dm; }; };
+    const Range own = part.columns;
+    for (int64_t i = 0; i < count * kOrders; ++i) {
+      const auto& row = rows[i / kOrders].by[i % kOrders];
+      for (int64_t j = own.begin; j < own.end; j += kLanes<T>) {
+        const Vec<T> sum = load(row.dh + j) + dy_at(row.dy, j, own.end - j);
+        store_up_to(row.dprojected + j, sum, own.end - j);
+      }
+    }
+    part.wait_for_team();
+    const auto& by = directions_[part.direction].by;
+    const auto multiply = [&](int of_w, int of_dy, int of_dm, bool adds) {
+      by[of_w].projection.multiply_rows(part.units, count, scratch.projected, dprojected(of_dy),
+                                        dm(of_dm), adds);
+    };
+    multiply(0, 0, 0, false);
+    if constexpr (kOrders == 2) {
+      multiply(0, 1, 1, false);
+      multiply(1, 0, 1, true);
+    }
+  }
+
+  // At most n elements of a row of dy from column i on. A null row is zeros.
+  Vec<T> dy_at(const T* dy, int64_t i, int64_t n) const {
+    if (!dy) return Vec<T>{};
+    return by_[0]->dy_uniform ? Vec<T>{} + value(dy[0]) : load_up_to(dy + i, n);
+  }
+
+  // A value or a dual number of f(order).
+  template <typename F>
+  static RNNKERN_INLINE V by_order(F f) {
+    if constexpr (kOrders == 1) {
+      return f(0);
+    } else {
+      return {f(0), f(1)};
+    }
+  }
+  static RNNKERN_INLINE Vec<T>& value_of(V& x) {
+    if constexpr (kOrders == 1) {
+      return x;
+    } else {
+      return x.value;
+    }
+  }
+  static RNNKERN_INLINE Vec<T> of_order(const V& x, int k) {
+    if constexpr (kOrders == 1) {
+      return x;
+    } else {
+      return k == 0 ? x.value : x.tangent;
+    }
+  }
+
+  // The cells of the thread's units, and the gradients of the sums that were normalised.
+  template <typename Part>
+  __attribute__((noinline)) void normalised_cells(const Part& part, const Scratch& scratch,
+                                                  int64_t t, int64_t count) const {
+    if constexpr (kOrders == 1) {
+      const int d = part.direction;
+      const Gains<const T>& gains = by_[0]->weights[d].gains;
+      const auto of_row = [&](int64_t m) {
+        const Operands& of = directions_[d].by[0];
+        const int64_t rank = part.rows.begin + m;
+        return typename NormGradients<T, Cell>::Row{
+            .direction = d,
+            .rank = rank,
+            .saved = row_at(steps_, of.normalised, t, rank),
+            .gradients = row_at(steps_, of.dnormalised, t, rank),
+            .dslots = scratch.pointers[m].by[0].dslots};
+      };
+      if constexpr (kShape.normalises_c) {
+        for (int64_t m = 0; m < count; ++m) {
+          const auto row = of_row(m);
+          norms_.publish_c(gains, row, part.units, [&](int64_t u, int64_t n) {
+            return output_of(scratch.pointers[m], row, gains, u, n).dc;
+          });
+        }
+        part.wait_for_team();
+        for (int64_t m = 0; m < count; ++m) {
+          const auto row = of_row(m);
+          const auto means = norms_.means(row, Normed::kCell);
+          cell(d, part.units, scratch.pointers[m], [&](Step<V>& s, int64_t u, int64_t n) {
+            const Vec<T> dc = s.dc;
+            const Step<V> output = output_of(scratch.pointers[m], row, gains, u, n);
+            for (int i = 0; i < kStored; ++i) s.slot[i] = output.slot[i];
+            s.dc =
+                means.gradient(output.dc * load_up_to(gains.c + u, n), norms_.normal_c(row, u, n)) +
+                dc;
+            Cell::backward_state(s);
+          });
+        }
+      } else {
+        for (int64_t m = 0; m < count; ++m) cell(d, part.units, scratch.pointers[m]);
+      }
+      for (int64_t m = 0; m < count; ++m) norms_.publish(gains, of_row(m), part.units);
+      part.wait_for_team();
+      for (int64_t m = 0; m < count; ++m) {
+        const auto row = of_row(m);
+        norms_.apply(gains, row, part.units);
+        scratch.dslots[m] =
+            row.gradients + NormalisedRow<T, Cell>::place(Normed::kRecurrent, sizes_.H);
+      }
+    }
+  }
+  // The cell after `backward_output`, of n units from u on: slots, and dc of the normalised c.
+  template <typename Row>
+  Step<V> output_of(const RowPointers& row, const Row& norms, const Gains<const T>& gains,
+                    int64_t u, int64_t n) const {
+    Step<V> s = {};
+    for (int i = 0; i < kStored; ++i) {
+      s.slot[i] = load_up_to(row.by[0].slots + i * sizes_.H + u, n);
+    }
+    s.c = read_by_output<T>(gains, norms_.normal_c(norms, u, n), u, n);
+    s.dh = dh_of_cell(row, 0, u, n);
+    Cell::backward_output(s);
+    return s;
+  }
+  // The gradient of h as the cell has made it.
+  RNNKERN_INLINE Vec<T> dh_of_cell(const RowPointers& row, int k, int64_t u, int64_t n) const {
+    const auto& of = row.by[k];
+    return of.dm ? load(of.dm + u) : load(of.dh + u) + dy_at(of.dy, u, n);
+  }
+
+  void cell(int direction, Range units, const RowPointers& row) const {
+    cell(direction, units, row, [](Step<V>& s, int64_t, int64_t) { Cell::backward(s); });
+  }
+  // backward(s, u, n) in place of the cell's.
+  template <typename Back>
+  RNNKERN_INLINE void cell(int direction, Range units, const RowPointers& row,
+                           Back backward) const {
+    const int64_t H = sizes_.H;
+    const auto& by = row.by;
+    for (int64_t u = units.begin; u < units.end; u += kLanes<T>) {
+      const int64_t n = H - u;
+      Step<V> s;
+      if constexpr (kShape.saves_slots) {
+#pragma GCC unroll 8
+        for (int i = 0; i < kStored; ++i) {
+          s.slot[i] = by_order([&](int k) { return load_up_to(by[k].slots + i * H + u, n); });
+        }
+      } else {
+        s.h = by_order([&](int k) { return load_up_to(by[k].h + u, n); });
+      }
+      load_parameters<kShape>(by_[0]->weights[direction], u, n,
+                              [&](int i) -> auto& { return value_of(s.parameter[i]); });
+      if constexpr (kOrders == 2) {
+        load_parameters<kShape>(by_[kLast]->weights[direction], u, n,
+                                [&](int i) -> auto& { return s.parameter[i].tangent; });
+      }
+      if constexpr (kShape.reads_h) {
+        s.h_prev = by_order([&](int k) { return load_up_to(by[k].h_prev + u, n); });
+      }
+      if constexpr (kShape.cell_state) {
+        s.c = by_order([&](int k) { return load_up_to(by[k].c + u, n); });
+        s.c_prev = by_order([&](int k) { return load_up_to(by[k].c_prev + u, n); });
+        s.dc = by_order([&](int k) { return load(by[k].dc + u); });
+      }
+      for (int i = 0; i < kShape.more_states; ++i) {
+        const int64_t place = (i + 1) * H + u;
+        s.more[i] = by_order([&](int k) { return load_up_to(by[k].c + place, n); });
+        s.more_prev[i] = by_order([&](int k) { return load_up_to(by[k].c_prev + place, n); });
+        s.dmore[i] = by_order([&](int k) { return load_up_to(by[k].dc + place, n); });
+      }
+      s.dh = by_order([&](int k) { return dh_of_cell(row, k, u, n); });
+      backward(s, u, n);
+#pragma GCC unroll 8
+      for (int i = 0; i < kStored; ++i) {
+        store_up_to(by[kLast].dslots + i * H + u, of_order(s.slot[i], kLast), n);
+      }
+#pragma GCC unroll 2
+      for (int k = 0; k < kOrders; ++k) {
+        for (int i = 0; i < kShape.more_states; ++i) {  // a plane ends where the next one begins
+          store_up_to(by[k].dc + (i + 1) * H + u, of_order(s.dmore[i], k), n);
+        }
+        if constexpr (kShape.cell_state && kShape.more_states == 0) {
+          store(by[k].dc + u, of_order(s.dc, k));
+        } else if constexpr (kShape.cell_state) {
+          store_up_to(by[k].dc + u, of_order(s.dc, k), n);
+        }
+        if constexpr (kShape.reads_h) store(by[k].dh + u, of_order(s.dh_direct, k));
+      }
+    }
+  }
+
+  // dh = dh' + dslots x W_hh, for the thread's own columns. Rows of dh are padded to whole panels.
+  template <typename Part>
+  void recurrent_product(const Part& part, const Scratch& scratch, int64_t count) const {
+    constexpr int64_t kWidth = kPanelWidth<T>;
+    const auto* dslots = scratch.dslots.operands(count * kOrders);
+    const Carried& to = masks_ ? products_ : dh_;
+    for (int64_t p = part.columns.begin / kWidth; p * kWidth < part.columns.end; ++p) {
+      A* const acc = to.at(part.direction, part.rows.begin) + p * kWidth;
+      for (int64_t m = 0; (!kShape.reads_h || masks_) && m < count * kOrders; ++m) {
+        zero_row(acc + m * to.stride, 0, kWidth);
+      }
+      if constexpr (kShape.recurrent) {
+        recurrent(part.direction, 0).add(p, count * kOrders, dslots, acc, to.stride);
+      }
+    }
+    if (masks_) add_masked_products(part, count);
+  }
+  template <typename Part>
+  void add_masked_products(const Part& part, int64_t count) const {
+    const int d = part.direction;
+    for (int64_t rank = part.rows.begin; rank < part.rows.begin + count; ++rank) {
+      A* const dh = dh_.at(d, rank);
+      const A *const product = products_.at(d, rank), *const mask = masks_.at(d, rank);
+      for (int64_t i = part.columns.begin; i < part.columns.end; ++i) {
+        dh[i] = (kShape.reads_h ? dh[i] : A(0)) + product[i] * mask[i];
+      }
+    }
+  }
+
+  const std::array<const Backward<T>*, kOrders> by_;
+  const Sizes& sizes_;
+  const Steps& steps_;
+  const bool packs_, has_zoneout_;
+  const T* zeros_;
+  Direction directions_[kMaxDirections];
+  const DropoutMasks<T> masks_;
+  const NormGradients<T, Cell> norms_;
+  Carried dh_, dc_, dm_;
+  Carried products_;         // dslots x W_hh before the mask
+  Carried held_h_, held_c_;  // what zoneout passes on
+  Carried dreset_h_, dreset_c_;
+};
+
+template <typename T, typename Cell>
+class BackwardScan : public Pass<BackwardScan<T, Cell>, T> {
+  using Base = Pass<BackwardScan, T>;
+  using Loop = BackwardLoop<T, Cell, 1>;
+  friend Base;
+
+ public:
+  static constexpr int kPlanes = Cell::kShape.planes();
+
+  BackwardScan(const Backward<T>& b, const Plan& plan, Carver& carver)
+      : Base(b.sizes, b.steps, plan, kPanelWidth<T>, carver),
+        loop_({&b}, plan, Base::zeros(), carver),
+        gradients_(b, nullptr, plan, Base::zeros(), carver, loop_.masks()) {
+    Base::take_scratch(carver);
   }
 
  private:
-  static GradientProducts<T> products_of(const Backward<T>& b) {
-    const GradientTerm<T> term = {b.dslots, b.x, b.y, b.h0, b.weights, b.dprojected, b.unprojected};
-    return {b.sizes, b.steps, 1, {term}, b.dx, b.gradients, b.adds};
-  }
+  using Scratch = typename Loop::Scratch;
+  using Part = rnnkern::RNNKERN_NAMESPACE::Part<Scratch>;
 
-  struct RowPointers {
-    const T *h_prev, *c_prev, *h, *c, *slots, *dy;
-    T* dslots;
-    A *dh, *dc, *dm;
-  };
-  struct Scratch {
-    LeftRows<T> dslots;     // [block_rows_][G*H]
-    LeftRows<T> projected;  // [kGroupRows][O]
-    RowPointers* pointers;  // [block_rows_]
-  };
-  struct Part {
-    int direction;
-    int64_t row_begin, row_end;
-    Range units;          // of H: the cell
-    Range columns_of_dh;  // of O: the product
-    int members;
-    Barrier& barrier;
-    const Scratch& scratch;
-    Rows<const T> y, slots, cells, dy;
-    Rows<T> dslots, dprojected;
-  };
-
-  Scratch scratch(Carver& carver) const {
-    const Sizes& z = b_.sizes;
-    return {LeftRows<T>(block_rows_, kShape.gates * z.H, carver),
-            LeftRows<T>(z.projected ? kGroupRows : 0, z.O, carver),
-            carver.take<RowPointers>(block_rows_)};
-  }
-  Scratch scratch_of(int thread) const {
-    Carver carver(scratch_ + thread * scratch_bytes_);
-    return scratch(carver);
-  }
-
-  // Nobody asks what a single step passes on.
-  bool reads_recurrent() const { return b_.steps.T > 1 || b_.dh0.data; }
+  Scratch scratch(Carver& carver) const { return loop_.scratch(Base::block_rows(), carver); }
 
   void pack(int thread, int threads) {
-    for (int d = 0; d < b_.sizes.D; ++d) {
-      for (int64_t p = thread; reads_recurrent() && p < recurrent_[d].count(); p += threads) {
-        recurrent_[d].pack(p);
-      }
-      if (!b_.sizes.projected) continue;
-      for (int64_t p = thread; p < projection_[d].count(); p += threads) projection_[d].pack(p);
-    }
+    loop_.pack(thread, threads);
+    gradients_.pack(thread, threads);
   }
 
-  void scan(int task, int member, int members, Barrier& barrier, const Scratch& scratch) {
-    const Sizes& z = b_.sizes;
-    const Steps& s = b_.steps;
-    const int d = task % z.D;
-    const Range rows = split(s.N, plan_.row_blocks, task / z.D);
-    const Part part = {d,
-                       rows.begin,
-                       rows.end,
-                       split(z.H, members, member, kWidth),
-                       split(z.O, members, member, kWidth),
-                       members,
-                       barrier,
-                       scratch,
-                       columns(b_.y, d * z.O),
-                       saved_rows(s, b_.slots, d, kShape.slots * z.H),
-                       saved_rows(s, b_.cells, d, z.H),
-                       columns(b_.dy, b_.dy_uniform ? 0 : d * z.O),
-                       saved_rows(s, b_.dslots, d, kShape.slots * z.H),
-                       saved_rows(s, b_.dprojected, d, z.O)};
-    for (int64_t i = 0; i < s.T; ++i) step(part, visit(s, d == 1, i, part.row_begin, part.row_end));
-    finish_idle_rows(part);
+  void run_task(const Part& part) const {
+    loop_.begin(part);
+    Base::for_steps_back(part, [&](const Visit& v) {
+      loop_.step(part, part.scratch, v);
+      loop_.end_step(part, v);
+    });
+    loop_.end(part);
+    Base::for_idle_rows(part, [&](int64_t rank) { loop_.pass_idle_row(part, rank); });
   }
 
-  void step(const Part& part, const Visit& v) const {
-    const int64_t count = v.active_end - part.row_begin;
-    for (int64_t slot = v.entering; slot < v.active_end; ++slot) enter_row(part, slot);
-    for (int64_t k = 0; k < count; ++k) {
-      part.scratch.pointers[k] = pointers(part, v.t, part.row_begin + k);
-      part.scratch.dslots[k] = part.scratch.pointers[k].dslots;
-    }
-    if (b_.sizes.projected) unproject(part, v, count);
-    for (int64_t k = 0; k < count; ++k) cell(part, part.scratch.pointers[k]);
-    part.barrier.wait(part.members);
-    const bool wanted = v.leaving > part.row_begin || b_.dh0.data;
-    if (wanted) recurrent_product(part, count);
-    for (int64_t slot = part.row_begin; b_.steps.reset && slot < v.active_end; ++slot) {
-      if (cut(b_.steps, part.direction, v.t, slot)) zero_carry(part, slot);
-    }
-    for (int64_t slot = v.leaving; slot < v.active_end; ++slot) leave_row(part, slot);
-  }
+  void finish(int thread, int threads) const { gradients_.run(thread, threads); }
 
-  A* dh_row(int d, int64_t slot) const { return dh_ + (d * b_.steps.N + slot) * h_row_; }
-  A* dc_row(int d, int64_t slot) const { return dc_ + (d * b_.steps.N + slot) * u_row_; }
-
-  RowPointers pointers(const Part& part, int64_t t, int64_t slot) const {
-    const Steps& s = b_.steps;
-    const int d = part.direction;
-    RowPointers r = {};
-    r.dh = dh_row(d, slot);
-    r.dslots = row_at(s, part.dslots, t, slot);
-    r.slots = part.slots.data ? row_at(s, part.slots, t, slot) : nullptr;
-    r.dy = part.dy.data ? row_at(s, part.dy, t, slot) : nullptr;
-    if constexpr (!kShape.saves_slots) r.h = row_at(s, part.y, t, slot);
-    if constexpr (kShape.reads_h)
-      r.h_prev = previous_state(s, d, t, slot, part.y, b_.h0, gradients_.zeros());
-    if constexpr (kShape.cell_state) {
-      r.c = row_at(s, part.cells, t, slot);
-      r.c_prev = previous_state(s, d, t, slot, part.cells, b_.c0, gradients_.zeros());
-      r.dc = dc_row(d, slot);
-    }
-    if (b_.sizes.projected) r.dm = dm_ + (d * s.N + slot) * u_row_;
-    return r;
-  }
-
-  // The gradients a row starts from at its last step: those of its final states.
-  void enter_row(const Part& part, int64_t slot) const {
-    const Steps& s = b_.steps;
-    const auto begin = [&](A* to, const State<const T>& from, Range r) {
-      if (from.data) {
-        copy_row(to, state_at(s, from, part.direction, slot), r.begin, r.end);
-      } else {
-        zero_row(to, r.begin, r.end);
-      }
-    };
-    begin(dh_row(part.direction, slot), b_.dhn, part.columns_of_dh);
-    if (kShape.cell_state) begin(dc_row(part.direction, slot), b_.dcn, part.units);
-  }
-
-  void zero_carry(const Part& part, int64_t slot) const {
-    zero_row(dh_row(part.direction, slot), part.columns_of_dh.begin, part.columns_of_dh.end);
-    if (kShape.cell_state) zero_row(dc_row(part.direction, slot), part.units.begin, part.units.end);
-  }
-
-  void leave_row(const Part& part, int64_t slot) const {
-    const Steps& s = b_.steps;
-    const int d = part.direction;
-    const Range h = part.columns_of_dh, c = part.units;
-    if (b_.dh0.data) copy_row(state_at(s, b_.dh0, d, slot), dh_row(d, slot), h.begin, h.end);
-    if (kShape.cell_state && b_.dc0.data)
-      copy_row(state_at(s, b_.dc0, d, slot), dc_row(d, slot), c.begin, c.end);
-  }
-
-  // dm = (dy + dh) x W_hr; dy + dh is kept for the gradient of W_hr.
-  void unproject(const Part& part, const Visit& v, int64_t count) const {
-    const Range own = part.columns_of_dh;
-    for (int64_t k = 0; k < count; ++k) {
-      const RowPointers& r = part.scratch.pointers[k];
-      T* sum = row_at(b_.steps, part.dprojected, v.t, part.row_begin + k);
-      for (int64_t i = own.begin; i < own.end; i += kLanes<T>) {
-        store_up_to(sum + i, load(r.dh + i) + dy_at(r, i, own.end - i), own.end - i);
-      }
-    }
-    part.barrier.wait(part.members);
-    const ColumnPanels<T>& w = projection_[part.direction];
-    A* to[kGroupRows];
-    for (int64_t begin = 0; begin < count; begin += kGroupRows) {
-      const int64_t rows = min_of(kGroupRows, count - begin);
-      for (int64_t k = 0; k < rows; ++k) {
-        part.scratch.projected[k] =
-            row_at(b_.steps, part.dprojected, v.t, part.row_begin + begin + k);
-      }
-      const E* const* from = part.scratch.projected.operands(rows);
-      for (int64_t p = part.units.begin / kWidth; p * kWidth < part.units.end; ++p) {
-        for (int64_t k = 0; k < rows; ++k) {
-          to[k] = part.scratch.pointers[begin + k].dm + p * kWidth;
-        }
-        w.multiply(p, rows, from, to, false);
-      }
-    }
-  }
-
-  // Up to n elements of dy from column i on.
-  Vec<T> dy_at(const RowPointers& row, int64_t i, int64_t n) const {
-    if (!row.dy) return Vec<T>{};
-    return b_.dy_uniform ? Vec<T>{} + value(row.dy[0]) : load_up_to(row.dy + i, n);
-  }
-
-  void cell(const Part& part, const RowPointers& row) const {
-    const int64_t H = b_.sizes.H;
-    for (int64_t u = part.units.begin; u < part.units.end; u += kLanes<T>) {
-      const int64_t n = H - u;
-      Step<Vec<T>> s;
-      if constexpr (kShape.saves_slots) {
-#pragma GCC unroll 8
-        for (int i = 0; i < kShape.slots; ++i) s.slot[i] = load_up_to(row.slots + i * H + u, n);
-      } else {
-        s.h = load_up_to(row.h + u, n);
-      }
-      if constexpr (kShape.reads_h) s.h_prev = load_up_to(row.h_prev + u, n);
-      if constexpr (kShape.cell_state) {
-        s.c = load_up_to(row.c + u, n);
-        s.c_prev = load_up_to(row.c_prev + u, n);
-        s.dc = load(row.dc + u);
-      }
-      if (row.dm) {
-        s.dh = load(row.dm + u);
-      } else {
-        s.dh = load(row.dh + u) + dy_at(row, u, n);
-      }
-      Cell::backward(s);
-#pragma GCC unroll 8
-      for (int i = 0; i < kShape.slots; ++i) store_up_to(row.dslots + i * H + u, s.slot[i], n);
-      if constexpr (kShape.cell_state) store(row.dc + u, s.dc);
-      if constexpr (kShape.reads_h) store(row.dh + u, s.dh_direct);
-    }
-  }
-
-  // dh = dh' + dslots x W_hh, for the member's own columns; dh rows are padded to whole panels.
-  void recurrent_product(const Part& part, int64_t count) const {
-    const ColumnPanels<T>& w = recurrent_[part.direction];
-    const E* const* dslots = part.scratch.dslots.operands(count);
-    A* dh = dh_row(part.direction, part.row_begin);
-    for (int64_t p = part.columns_of_dh.begin / kWidth; p * kWidth < part.columns_of_dh.end; ++p) {
-      A* acc = dh + p * kWidth;
-      if constexpr (!kShape.reads_h) {
-        for (int64_t k = 0; k < count; ++k) zero_row(acc + k * h_row_, 0, kWidth);
-      }
-      w.add(p, count, dslots, acc, h_row_);
-    }
-  }
-
-  // Rows that never take part pass the gradients of their final states on to their initial ones.
-  void finish_idle_rows(const Part& part) const {
-    const int64_t first =
-        b_.steps.T == 0 ? part.row_begin : max_of(part.row_begin, active_rows(b_.steps, 0));
-    for (int64_t slot = first; slot < part.row_end; ++slot) {
-      enter_row(part, slot);
-      leave_row(part, slot);
-    }
-  }
-
-  const Backward<T>& b_;
-  const Plan& plan_;
+  Loop loop_;
   Gradients<T, Cell> gradients_;
-  int64_t block_rows_, h_row_, u_row_;
-  Barrier* barriers_;
-  ColumnPanels<T> recurrent_[kMaxDirections];
-  ColumnPanels<T> projection_[kMaxDirections];
-  A *dh_, *dc_ = nullptr, *dm_ = nullptr;
-  char* scratch_;
-  int64_t scratch_bytes_;
 };
 
 }  // namespace RNNKERN_NAMESPACE

@@ -7,12 +7,13 @@
 // accumulator of their own, which is then added: the result depends neither on the tile, nor on the
 // vector width, nor on who computes it, and rounding grows with kDepth and K / kDepth, not with K.
 // Three exceptions have an order of their own, as independent of rows and threads: pairs of
-// bfloat16, AMX tiles (amx_product.h), and weights read as they lie (dot_rows).
+// bfloat16, AMX tiles (amx_product.h), and weights read as they lie (dot_rows). Sums of integers
+// are exact (int8.h).
 //
 // A lane of a panel holds one *group* of consecutive k: one element; or a pair of bfloat16 where
-// the CPU multiplies pairs of them and adds both products to a float. That is bfloat16, and
-// F32ByBf16. Tensors of 16 bits whose products the CPU does not make itself are multiplied as
-// float.
+// the CPU multiplies pairs of them and adds both products to a float, which is bfloat16 and
+// F32ByBf16; or four integers. Tensors of 16 bits whose products the CPU does not make itself are
+// multiplied as float.
 //
 // Of a tile of 6 x 4 vectors, one group costs 24 multiply-adds, 4 loads of the panel and 6
 // broadcasts. Blocks of kDepth k keep the part of the panel near while all row tiles pass over it:
@@ -23,6 +24,7 @@
 #ifdef RNNKERN_AMX
 #include "cpu/amx_product.h"
 #endif
+#include "cpu/int8.h"
 #include "cpu/rows.h"
 #include "workspace.h"
 
@@ -31,28 +33,31 @@ namespace RNNKERN_NAMESPACE {
 
 constexpr int kPanelVectors = 4;
 constexpr int64_t kDepth = 256;
-constexpr int64_t kGroupRows =
-    48;  // rows that share one pass over a panel where the result is not padded
-static_assert(kGroupRows % kTileRows == 0, "row groups are whole tiles");
 static_assert(kDepth * kPanelVectors * kVectorBytes <= 64 * 1024,
               "a panel block fits a quarter of a small L2 cache");
 
-// Products of operands E are made of tiles, which add to the result every 32 k.
+// Products of operands E are made of tiles, which add to the result every 32 k. kRowsAtOnce rows
+// share one reading of a panel if the result is not padded.
 #ifdef RNNKERN_AMX
 template <typename E>
-constexpr bool kByTiles = std::is_same_v<E, Bf16>;
+constexpr bool kByTiles = std::is_same_v<E, Bf16> || std::is_same_v<E, I8>;
+// Fewer rows of integers are multiplied by AVX512-VNNI, which gives the same sums.
+constexpr int64_t kRowsWorthTilesOfIntegers = 5;
+constexpr int64_t kRowsAtOnce = 4 * kTileHeight;
 #else
 template <typename E>
 constexpr bool kByTiles = false;
+constexpr int64_t kRowsAtOnce = 48;
+static_assert(kRowsAtOnce % kTileRows == 0, "these rows are whole tiles");
 #endif
 
 // Lanes of a panel.
 template <typename T>
 constexpr int64_t kPanelWidth = kPanelVectors * kLanes<T>;
 
-// Rows that a part of the batch should have, to fill the registers.
+// Half of the rows that a part of the batch should have. For tiles it is one tile.
 #ifdef RNNKERN_AMX
-constexpr int kRowsOfPart = kTileHeight;
+constexpr int kRowsOfPart = kTileHeight / 2;
 #else
 constexpr int kRowsOfPart = kTileRows;
 #endif
@@ -71,13 +76,23 @@ template <>
 struct OperandOf<F32ByBf16> {
   using Type = Bf16;
 };
+template <>
+struct OperandOf<F32By3Bf16> {
+  using Type = Bf16;
+};
 #endif
+template <>
+struct OperandOf<F32ByI8> {
+  using Type = I8;
+};
 template <typename T>
 using Operand = typename OperandOf<T>::Type;
 
-// Products take fewer bits than are stored: weights are always packed.
+// The lanes of a panel of weights in memory. One that is narrower than what is computed with is
+// widened when it is read.
 template <typename T>
-constexpr bool kRoundedForProducts = sizeof(T) > sizeof(Operand<T>);
+using Panel = std::conditional_t<std::is_same_v<T, F32ByBf16> && std::is_same_v<Operand<T>, float>,
+                                 Bf16, Compute<T>>;
 
 // Rows of weights are rows of a panel as they lie.
 template <typename T>
@@ -90,6 +105,62 @@ template <typename E>
 RNNKERN_INLINE int64_t groups(int64_t K) {
   return ceil_div(K, kGroup<E>);
 }
+// Groups of a panel in memory, with those that come before the weights.
+template <typename E>
+constexpr int64_t kHead = std::is_same_v<E, I8> ? kHeadOfIntegers : 0;
+// Tiles are whole: behind K elements of both operands there are zeros, up to this.
+template <typename E>
+constexpr int64_t filled(int64_t K) {
+#ifdef RNNKERN_AMX
+  if constexpr (kByTiles<E>) return ceil_div(K, kTileDepth<E>) * kTileDepth<E>;
+#endif
+  return K;
+}
+template <typename E>
+RNNKERN_INLINE int64_t groups_in_memory(int64_t K) {
+  return kHead<E> + groups<E>(filled<E>(K));
+}
+
+// How a panel for K elements is in memory: group by group, all lanes of each. For tiles, vector by
+// vector, all groups of each, so that a tile is one stretch of memory.
+template <typename E>
+class PanelLayout {
+  static constexpr int64_t kL = kLanes<Compute<E>>;
+
+ public:
+  PanelLayout(int64_t K, int64_t lanes) : groups_(groups_in_memory<E>(K)), lanes_(lanes) {}
+
+  // Of a lane in the first group.
+  int64_t at(int64_t lane) const {
+    return kByTiles<E> ? lane / kL * kL * groups_ + lane % kL : lane;
+  }
+  // From a group to the next.
+  int64_t stride() const { return kByTiles<E> ? kL : lanes_; }
+  // From a panel to that of what is lost.
+  int64_t part() const { return groups_ * lanes_; }
+
+ private:
+  const int64_t groups_, lanes_;
+};
+
+// An element is the sum of two operands: itself rounded, and what rounding has lost, rounded. Both
+// factors are such sums. The product of what both have lost is left out, so that the relative error
+// of a product is about 2^-16. Behind a row of the left operands there are those that are lost, and
+// behind a panel another one.
+template <typename T>
+constexpr bool kSplit = std::is_same_v<T, F32By3Bf16>;
+template <typename T>
+constexpr int kParts = kSplit<T> ? 2 : 1;
+
+// Bytes of a weight in a panel.
+template <typename T>
+constexpr int kPanelBytes = int(sizeof(Panel<T>)) / kGroup<Operand<T>> * kParts<T>;
+// Panels have fewer bits than tensors: weights are always packed.
+template <typename T>
+constexpr bool kRoundedForProducts = kSplit<T> || sizeof(T) > kPanelBytes<T>;
+// There are kernels for frozen weights only.
+template <typename T>
+constexpr bool kFrozenOnly = std::is_same_v<T, F32ByI8> || !std::is_same_v<Panel<T>, Compute<T>>;
 
 template <typename E>
 RNNKERN_INLINE E group_at(const E* row) {
@@ -121,10 +192,10 @@ RNNKERN_INLINE Vec<Bf16> multiply_add<Bf16>(Pair a, Vec<Bf16> b, Vec<Bf16> c) {
 }
 #endif
 
-// kAdds: to what acc holds; else acc is written.
-template <typename E, int kVectors, int kRows, bool kAdds>
-void tile(int64_t k_begin, int64_t k_count, const E* const* a, const Compute<E>* panel,
-          int64_t panel_row, Compute<E>* acc, int64_t acc_row) {
+// P: the lanes of the panel. kAdds: to what acc holds; else acc is written.
+template <typename E, typename P, int kVectors, int kRows, bool kAdds>
+void tile(int64_t k_begin, int64_t k_count, const E* const* a, const P* panel, int64_t panel_row,
+          Compute<E>* acc, int64_t acc_row) {
   using V = Vec<E>;
   V c[kRows][kVectors];
   const E* row[kRows];
@@ -163,62 +234,88 @@ void tile(int64_t k_begin, int64_t k_count, const E* const* a, const Compute<E>*
   }
 }
 
-template <typename E>
-using TileFunction = void (*)(int64_t, int64_t, const E* const*, const Compute<E>*, int64_t,
-                              Compute<E>*, int64_t);
+template <typename E, typename P>
+using TileFunction = void (*)(int64_t, int64_t, const E* const*, const P*, int64_t, Compute<E>*,
+                              int64_t);
 
-template <typename E, int kVectors, bool kAdds>
-TileFunction<E> tile_of(int64_t rows) {
+template <typename E, typename P, int kVectors, int kRows, bool kAdds>
+constexpr TileFunction<E, P> tile_function() {
+  if constexpr (std::is_same_v<E, I8>) {
+    static_assert(kAdds, "integers are added");
+    return tile_of_integers<kVectors, kRows>;
+  } else {
+    return tile<E, P, kVectors, kRows, kAdds>;
+  }
+}
+
+template <typename E, typename P, int kVectors, bool kAdds>
+TileFunction<E, P> tile_of(int64_t rows) {
   static_assert(kTileRows <= 6, "extend the table");
   constexpr auto at_most = [](int rows) { return rows < kTileRows ? rows : kTileRows; };
-  static constexpr TileFunction<E> kTable[6] = {
-      tile<E, kVectors, at_most(1), kAdds>, tile<E, kVectors, at_most(2), kAdds>,
-      tile<E, kVectors, at_most(3), kAdds>, tile<E, kVectors, at_most(4), kAdds>,
-      tile<E, kVectors, at_most(5), kAdds>, tile<E, kVectors, at_most(6), kAdds>};
+  static constexpr TileFunction<E, P> kTable[6] = {
+      tile_function<E, P, kVectors, at_most(1), kAdds>(),
+      tile_function<E, P, kVectors, at_most(2), kAdds>(),
+      tile_function<E, P, kVectors, at_most(3), kAdds>(),
+      tile_function<E, P, kVectors, at_most(4), kAdds>(),
+      tile_function<E, P, kVectors, at_most(5), kAdds>(),
+      tile_function<E, P, kVectors, at_most(6), kAdds>()};
   return kTable[rows - 1];
 }
 
-template <typename E, bool kAdds>
-TileFunction<E> tile_of(int vectors, int64_t rows) {
+template <typename E, typename P, bool kAdds>
+TileFunction<E, P> tile_of(int vectors, int64_t rows) {
   switch (vectors) {
     case 1:
-      return tile_of<E, 1, kAdds>(rows);
+      return tile_of<E, P, 1, kAdds>(rows);
     case 2:
-      return tile_of<E, 2, kAdds>(rows);
+      return tile_of<E, P, 2, kAdds>(rows);
     case 3:
-      return tile_of<E, 3, kAdds>(rows);
+      return tile_of<E, P, 3, kAdds>(rows);
     default:
-      return tile_of<E, 4, kAdds>(rows);
+      return tile_of<E, P, 4, kAdds>(rows);
   }
 }
 
-template <typename E>
-TileFunction<E> tile_of(int vectors, int64_t rows, bool adds) {
-  return adds ? tile_of<E, true>(vectors, rows) : tile_of<E, false>(vectors, rows);
+template <typename E, typename P>
+TileFunction<E, P> tile_of(int vectors, int64_t rows, bool adds) {
+  if constexpr (!std::is_same_v<E, I8>) {
+    if (!adds) return tile_of<E, P, false>(vectors, rows);
+  }
+  return tile_of<E, P, true>(vectors, rows);
 }
 
 // acc[m][..] += a[m][first..first+K) x panel for `rows` rows; the rows of acc are padded to whole
-// vectors. Groups of the panel are panel_row lanes apart. With kAdds false, acc is written.
-template <typename E, bool kAdds = true>
-void product(int vectors, int64_t rows, int64_t first, int64_t K, const E* const* a,
-             const Compute<E>* panel, int64_t panel_row, Compute<E>* acc, int64_t acc_row) {
+// vectors. The panel has panel_row lanes. With kAdds false, acc is written. For tiles, all K are
+// given at once, and the 16 rows of a tile are at equal distances.
+template <typename E, bool kAdds = true, typename P>
+void product(int vectors, int64_t rows, int64_t first, int64_t K, const E* const* a, const P* panel,
+             int64_t panel_row, Compute<E>* acc, int64_t acc_row) {
   static_assert(kDepth % kGroup<E> == 0, "a block is whole groups");
 #ifdef RNNKERN_AMX
   if constexpr (kByTiles<E>) {
-    for (int64_t m = 0; !kAdds && m < rows; ++m)
-      zero_row(acc + m * acc_row, 0, vectors * kLanes<E>);
-    TileProduct(vectors, rows, first, K, a, panel, panel_row, acc, acc_row).run();
-    return;
+    if (!std::is_same_v<E, I8> || rows >= kRowsWorthTilesOfIntegers) {
+      TileProduct<E>(vectors, rows, first, filled<E>(K), a, panel, acc, acc_row)
+          .template run<kAdds>();
+      return;
+    }
   }
 #endif
   const int64_t whole = rows / kTileRows * kTileRows, rest = max_of(1, rows - whole);
+  if constexpr (std::is_same_v<E, I8>) {
+    // Their tile asks for the distance of vectors instead of the first k, which is zero.
+    const PanelLayout<E> layout(K, panel_row);
+    first = layout.at(kLanes<float>);
+    panel_row = layout.stride();
+  }
+  // Sums of integers have one scale each.
+  const int64_t most = std::is_same_v<E, I8> ? max_of(1, K) : kDepth;
   // A sum of nothing is written too.
-  for (int64_t k = 0; k < K || (k == 0 && !kAdds); k += kDepth) {
+  for (int64_t k = 0; k < K || (k == 0 && !kAdds); k += most) {
     const bool adds = kAdds || k > 0;
-    const TileFunction<E> full = tile_of<E>(vectors, kTileRows, adds),
-                          last = tile_of<E>(vectors, rest, adds);
-    const int64_t depth = min_of(kDepth, K - k);
-    const Compute<E>* block = panel + groups<E>(k) * panel_row;
+    const TileFunction<E, P> full = tile_of<E, P>(vectors, kTileRows, adds),
+                             last = tile_of<E, P>(vectors, rest, adds);
+    const int64_t depth = min_of(most, K - k);
+    const P* block = panel + groups<E>(k) * panel_row;
     for (int64_t m = 0; m < whole; m += kTileRows) {
       full(first + k, depth, a + m, block, panel_row, acc + m * acc_row, acc_row);
     }
@@ -228,15 +325,29 @@ void product(int vectors, int64_t rows, int64_t first, int64_t K, const E* const
   }
 }
 
+// acc[m][..] += a[m] x panel, all K of elements T. `part`: lanes from the panel to that of what is
+// lost.
+template <typename T, bool kAdds = true>
+void product_of(int vectors, int64_t rows, int64_t K, const Operand<T>* const* a,
+                const Panel<T>* panel, int64_t panel_row, [[maybe_unused]] int64_t part,
+                Compute<T>* acc, int64_t acc_row) {
+  using E = Operand<T>;
+  product<E, kAdds>(vectors, rows, 0, K, a, panel, panel_row, acc, acc_row);
+  if constexpr (kSplit<T>) {
+    product<E>(vectors, rows, 0, K, a, panel + part, panel_row, acc, acc_row);
+    product<E>(vectors, rows, filled<E>(K), K, a, panel, panel_row, acc, acc_row);
+  }
+}
+
 // out[m][0..width) = or += what add_to(first row, rows, acc) adds to zeros, width <= kPanelWidth:
 // for results that are not padded. Where it adds, the new sum is made apart and added once, so that
 // long sums stay accurate.
 template <typename A, typename Out, typename AddTo>
 void product_to(int64_t rows, Out* const* out, int64_t width, bool add, AddTo add_to) {
   constexpr int64_t kWidth = kPanelWidth<A>;
-  alignas(kVectorBytes) A acc[kGroupRows * kWidth];
-  for (int64_t first = 0; first < rows; first += kGroupRows) {
-    const int64_t count = min_of(kGroupRows, rows - first);
+  alignas(kVectorBytes) A acc[kRowsAtOnce * kWidth];
+  for (int64_t first = 0; first < rows; first += kRowsAtOnce) {
+    const int64_t count = min_of(kRowsAtOnce, rows - first);
     for (int64_t i = 0; i < count * kWidth; i += kLanes<A>) store(acc + i, Vec<A>{});
     add_to(first, count, acc);
     for (int64_t m = 0; m < count; ++m) {
@@ -250,8 +361,16 @@ void product_to(int64_t rows, Out* const* out, int64_t width, bool add, AddTo ad
   }
 }
 
+// One of the operands whose sum a number is.
+template <typename T, int kPart>
+RNNKERN_INLINE Vec<T> part_of(Vec<T> number) {
+  static_assert(kPart < kParts<T>);
+  if constexpr (kPart > 0) return number - rounded<Operand<T>>(number);
+  return number;
+}
+
 // The n elements at p, n > 0, as one vector of groups: at most lanes of them, zero behind the end.
-template <typename T>
+template <typename T, int kPart = 0>
 RNNKERN_INLINE Vec<T> load_groups(const T* p, int64_t n) {
   using E = Operand<T>;
   if constexpr (kGroup<E> == 1) {
@@ -263,7 +382,8 @@ RNNKERN_INLINE Vec<T> load_groups(const T* p, int64_t n) {
       const __mmask32 present = n >= 2 * kL ? ~0u : (1u << n) - 1;
       return (Vec<T>)_mm512_maskz_loadu_epi16(present, p);
     } else {
-      const Vec<T> low = load_up_to(p, n), high = n > kL ? load_up_to(p + kL, n - kL) : Vec<T>{};
+      const Vec<T> low = part_of<T, kPart>(load_up_to(p, n)),
+                   high = n > kL ? part_of<T, kPart>(load_up_to(p + kL, n - kL)) : Vec<T>{};
       return (Vec<T>)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
     }
 #endif
@@ -357,8 +477,8 @@ void dot_rows(int64_t rows, int64_t K, const Operand<T>* const* a, const T* w, i
 
 // panel[group of k][column] = row_of(column)[k] for `width` <= lanes columns, `count` of them real,
 // the others zero; consecutive groups are panel_row lanes apart.
-template <typename T, typename RowOf>
-void pack_transposed(int64_t K, RowOf row_of, int64_t count, Compute<T>* panel, int64_t panel_row,
+template <typename T, int kPart = 0, typename RowOf>
+void pack_transposed(int64_t K, RowOf row_of, int64_t count, Panel<T>* panel, int64_t panel_row,
                      int64_t width) {
   using E = Operand<T>;
   constexpr int kL = kLanes<T>;
@@ -366,18 +486,56 @@ void pack_transposed(int64_t K, RowOf row_of, int64_t count, Compute<T>* panel, 
 #pragma GCC unroll 16
   for (int i = 0; i < kL; ++i) rows[i] = i < count ? row_of(i) : nullptr;
   for (int64_t k = 0; k < K; k += kL * kGroup<E>) {
-    const int64_t depth = min_of(kL, groups<E>(K - k));
+    const int64_t depth = kByTiles<E> ? kL : min_of(kL, groups<E>(K - k));
     Vec<T> block[kL];
 #pragma GCC unroll 16
-    for (int i = 0; i < kL; ++i) block[i] = i < count ? load_groups(rows[i] + k, K - k) : Vec<T>{};
+    for (int i = 0; i < kL; ++i)
+      block[i] = i < count ? load_groups<T, kPart>(rows[i] + k, K - k) : Vec<T>{};
     transpose<Compute<T>>(block);
-    Compute<T>* to = panel + groups<E>(k) * panel_row;
+    Panel<T>* to = panel + groups<E>(k) * panel_row;
 #pragma GCC unroll 16
     for (int i = 0; i < kL; ++i) {
       __builtin_prefetch(to + (kL + i) * panel_row, 1);  // stores wait longer than loads
       if (i < depth) store_up_to(to + i * panel_row, block[i], width);
     }
   }
+}
+
+// The same for rows of weights, in the `width` lanes of a panel from `lane` on. Those of integers
+// have scales.
+template <typename T, typename RowOf>
+void pack_weights(int64_t K, RowOf row_of, [[maybe_unused]] const float* scales, int64_t count,
+                  const PanelLayout<Operand<T>>& layout, int64_t lane, Panel<T>* panel,
+                  int64_t width) {
+  panel += layout.at(lane);
+  if constexpr (std::is_same_v<Operand<T>, I8>) {
+    pack_integers(K, filled<I8>(K), row_of, scales, min_of(count, width), panel, layout.stride(),
+                  width);
+  } else {
+    pack_transposed<T>(K, row_of, count, panel, layout.stride(), width);
+    if constexpr (kSplit<T>) {
+      pack_transposed<T, 1>(K, row_of, count, panel + layout.part(), layout.stride(), width);
+    }
+  }
+}
+
+// The weight at k of a column of a panel, as a number.
+template <typename T>
+Compute<T> unpacked(const Panel<T>* panel, const PanelLayout<Operand<T>>& layout, int64_t k,
+                    int64_t column) {
+  using E = Operand<T>;
+  using Stored = std::conditional_t<kGroup<E> == 1, Panel<T>, E>;
+  constexpr int kG = kGroup<E>;
+  const int64_t lane = layout.at(column) + (kHead<E> + k / kG) * layout.stride();
+  const int64_t place = lane * kG + k % kG;
+  const auto number_in = [&](const Panel<T>* part) {
+    Stored stored;
+    __builtin_memcpy(&stored, reinterpret_cast<const char*>(part) + place * int(sizeof(stored)),
+                     sizeof(stored));
+    return value(stored);
+  };
+  if constexpr (kSplit<T>) return number_in(panel) + number_in(panel + layout.part());
+  return number_in(panel);
 }
 
 // Lanes that rows take in the panel that they begin, if they are across.
@@ -413,20 +571,22 @@ struct BatchRows {
 };
 
 // Rows of a tensor, by pointers, for a product: as they lie, or copies of them where the products
-// take another type; or across.
+// take another type, or tiles; or across. Integers are made of each row, with a scale of its own.
 template <typename T>
 class LeftRows {
   using E = Operand<T>;
-  static constexpr bool kCopied = !std::is_same_v<E, T>;
+  static constexpr bool kCopied = kByTiles<E> || (!std::is_same_v<E, T> && sizeof(E) != sizeof(T));
+  static constexpr bool kInIntegers = std::is_same_v<E, I8>;
 
  public:
   LeftRows() = default;
   LeftRows(int64_t rows, int64_t columns, Carver& carver, bool across = false)
       : columns_(columns), rows_(carver.take<const T*>(rows)) {
     if (across) {
-      across_ = carver.take<Compute<T>>(ceil_div(rows, kLanes<T>) * kLanes<T> * groups<E>(columns));
+      across_ = carver.take<Compute<T>>(ceil_div(rows, kLanes<T>) * kLanes<T> *
+                                        groups_in_memory<E>(columns));
     } else if constexpr (kCopied) {
-      copies_ = carver.take<E>(rows * columns);
+      copies_ = carver.take<E>(rows * stride());
       copied_ = carver.take<const E*>(rows);
     }
   }
@@ -437,27 +597,62 @@ class LeftRows {
   const E* const* operands(int64_t count) const {
     if constexpr (kCopied) {
       for (int64_t i = 0; i < count; ++i) {
-        copied_[i] = copies_ + i * columns_;
-        copy_row(copies_ + i * columns_, rows_[i], 0, columns_);
+        E* const copy = copies_ + i * stride();
+        copied_[i] = copy;
+        if constexpr (kInIntegers) {
+          quantize_row(numbers(rows_[i]), columns_, copy);
+        } else {
+          const int64_t end = filled<E>(columns_);
+          copy_row(copy, rows_[i], 0, columns_);
+          zero_row(copy, columns_, end);
+          if constexpr (kSplit<T>) copy_lost(rows_[i], copy + end);
+        }
       }
       return copied_;
     } else {
-      return rows_;
+      return reinterpret_cast<const E* const*>(rows_);  // of numbers that are stored as E
     }
   }
-  BatchRows<T> batch(int64_t count) const {
-    if (!across_) return {operands(count), nullptr};
-    for (int64_t i = 0; i < count; i += kLanes<T>) {
-      const int64_t panel = i / kPanelWidth<T> * kPanelWidth<T>;
-      const int64_t panel_row = lanes_across<T>(count - panel);
-      pack_transposed<T>(
-          columns_, [&](int64_t row) { return rows_[i + row]; }, count - i,
-          across_ + panel * groups<E>(columns_) + (i - panel), panel_row, kLanes<T>);
+  // The same for runs of `run` rows at equal distances, which tiles read without a copy if they are
+  // whole.
+  const E* const* as_they_lie(int64_t count, [[maybe_unused]] int64_t run) const {
+    if constexpr (kByTiles<E> && std::is_same_v<T, E>) {
+      if (run % kLanes<T> == 0 && columns_ == filled<E>(columns_)) return rows_;
     }
+    return operands(count);
+  }
+  BatchRows<T> batch(int64_t count) const {
+    if constexpr (kRoundedForProducts<T>) return {operands(count), nullptr};
+    if (!across_) return {operands(count), nullptr};
+    if constexpr (!kRoundedForProducts<T>) pack_across(count);
     return {nullptr, across_};
   }
 
  private:
+  // The rows of a tile must not all compete for the same places in the cache.
+  int64_t stride() const {
+    const int64_t end = filled<E>(columns_);
+    constexpr int64_t kApart = kByTiles<E> ? kVectorBytes / int64_t(sizeof(E)) : 0;
+    return (kInIntegers ? bytes_of_integers(end) : kParts<T> * end) + kApart;
+  }
+  void copy_lost(const T* from, E* to) const {
+    for (int64_t i = 0; i < columns_; i += kLanes<T>) {
+      const int64_t n = columns_ - i;
+      store_up_to(to + i, part_of<T, 1>(load_up_to(from + i, n)), n);
+    }
+    zero_row(to, columns_, filled<E>(columns_));
+  }
+  void pack_across(int64_t count) const {
+    for (int64_t i = 0; i < count; i += kLanes<T>) {
+      const int64_t panel = i / kPanelWidth<T> * kPanelWidth<T>;
+      const PanelLayout<E> layout(columns_, lanes_across<T>(count - panel));
+      pack_transposed<T>(
+          columns_, [&](int64_t row) { return rows_[i + row]; }, count - i,
+          across_ + panel * groups_in_memory<E>(columns_) + layout.at(i - panel), layout.stride(),
+          kLanes<T>);
+    }
+  }
+
   int64_t columns_ = 0;
   const T** rows_ = nullptr;
   E* copies_ = nullptr;
@@ -469,23 +664,29 @@ class LeftRows {
 // vectors.
 template <typename T, typename RowOf>
 RNNKERN_INLINE void pack_group(int64_t k, int64_t K, RowOf row_of, int64_t width,
-                               Compute<T>* panel) {
+                               const PanelLayout<Operand<T>>& layout, Panel<T>* panel) {
   using E = Operand<T>;
+  static_assert(kGroup<E> <= 2, "integers are packed by pack_integers");
   const T* row = row_of(k);
   if constexpr (kGroup<E> == 1) {
-    for (int64_t i = 0; i < width; i += kLanes<T>) store(panel + i, load_up_to(row + i, width - i));
+    for (int64_t i = 0; i < width; i += kLanes<T>)
+      store(panel + layout.at(i), load_up_to(row + i, width - i));
   } else {
     const T* next = k + 1 < K ? row_of(k + 1) : nullptr;
-    const auto load_operands = [](const T* p, int64_t n) {
-      // Widened, a bfloat16 stands in the upper half of its lane.
-      if constexpr (std::is_same_v<T, E>) return bit_cast<Bits32>(load_up_to(p, n));
-      return bit_cast<Bits32>(rounded<E>(load_up_to(p, n)));
+    const auto pack_part = [&]<int kPart>(std::integral_constant<int, kPart>) {
+      const auto load_operands = [](const T* p, int64_t n) {
+        const Vec<T> numbers = part_of<T, kPart>(load_up_to(p, n));
+        // Widened, a bfloat16 is in the upper half of its lane.
+        return bit_cast<Bits32>(std::is_same_v<T, E> ? numbers : rounded<E>(numbers));
+      };
+      for (int64_t i = 0; i < width; i += kLanes<T>) {
+        const Bits32 low = load_operands(row + i, width - i) >> 16;
+        const Bits32 high = next ? load_operands(next + i, width - i) : Bits32{};
+        store(panel + layout.at(i) + kPart * layout.part(), bit_cast<Vec<T>>(high | low));
+      }
     };
-    for (int64_t i = 0; i < width; i += kLanes<T>) {
-      const Bits32 low = load_operands(row + i, width - i) >> 16;
-      const Bits32 high = next ? load_operands(next + i, width - i) : Bits32{};
-      store(panel + i, bit_cast<Vec<T>>(high | low));
-    }
+    pack_part(std::integral_constant<int, 0>{});
+    if constexpr (kSplit<T>) pack_part(std::integral_constant<int, 1>{});
   }
 }
 

@@ -27,11 +27,17 @@ struct UnitPanels {
   static constexpr int64_t kGroupLanes = kShape.gates * kUnits;  // of one group of a whole panel
   static constexpr int64_t kAccWidth = kTiles * kPanelWidth<T>;  // a row of accumulators
 
-  int64_t H;
+  int64_t H = 0;
 
   int64_t count() const { return ceil_div(H, kUnits); }
+  // `units` begins with a panel.
+  static Range panels_of(Range units) {
+    return {units.begin / kUnits, ceil_div(units.end, kUnits)};
+  }
   int64_t first_unit(int64_t p) const { return p * kUnits; }
-  static int64_t panel_lanes(int64_t K) { return kGroupLanes * groups<Operand<T>>(K); }
+  static int64_t panel_lanes(int64_t K) {
+    return kParts<T> * kGroupLanes * groups_in_memory<Operand<T>>(K);
+  }
   int64_t packed_lanes(int64_t K) const { return count() * panel_lanes(K); }
 
   // Of one slot in panel p.
@@ -50,15 +56,16 @@ struct UnitPanels {
   }
 
   // The row of accumulators that products start from: the biases of each slot, which are b_ih +
-  // b_hh if both products enter it.
+  // b_hh if both products enter it. If the sums are normalised, the biases come after that.
   void pack_bias(int64_t p, const Weights<T>& w, Compute<T>* to) const {
     const int64_t lanes = width(p);
     zero_row(to, 0, kAccWidth);
     for (int slot = 0; slot < kShape.slots; ++slot) {
       for (int64_t i = 0; i < lanes; ++i) {
         const int64_t u = first_unit(p) + i;
-        const T* b_ih = slot >= kShape.input_slot && u < H ? w.b_ih : nullptr;
-        const T* b_hh = slot < kShape.gates && u < H ? w.b_hh : nullptr;
+        const bool has_biases = u < H && !w.gains.ih;
+        const T* b_ih = has_biases && slot >= kShape.input_slot ? w.b_ih : nullptr;
+        const T* b_hh = has_biases && slot < kShape.gates ? w.b_hh : nullptr;
         to[slot_at(slot, lanes) + i] =
             (b_ih ? value(b_ih[kShape.input_gate(slot) * H + u]) : Compute<T>(0)) +
             (b_hh ? value(b_hh[kShape.recurrent_gate(slot) * H + u]) : Compute<T>(0));
@@ -78,11 +85,13 @@ struct StepWeights {
   static constexpr int kFirstSlot = role == Role::kInput ? kShape.input_slot : 0;
 
   Panels panels;
-  const T* w;
-  int64_t row, K;
-  Compute<T>* packed;
+  const T* w = nullptr;
+  int64_t row_stride = 0, K = 0;
+  const float* scales = nullptr;  // of the rows of integers
+  Panel<T>* packed = nullptr;
 
-  int64_t lanes() const { return panels.packed_lanes(K); }
+  int64_t count() const { return panels.count(); }
+  void take_room(Carver& carver) { packed = carver.take<Panel<T>>(panels.packed_lanes(K)); }
 
   static constexpr int gate_of(int i) {
     return role == Role::kInput ? kShape.input_gate(i + kFirstSlot) : kShape.recurrent_gate(i);
@@ -98,15 +107,34 @@ struct StepWeights {
 
   void pack(int64_t p) const {
     const int64_t width = panels.width(p), unit = panels.first_unit(p);
-    const int64_t panel_row = slots_of(width) * width;
-    Compute<T>* panel = packed + p * Panels::panel_lanes(K);
-    if (slots_of(width) > kShape.gates) zero_row(panel, 0, groups<E>(K) * panel_row);
+    const int64_t lanes = slots_of(width) * width;
+    const PanelLayout<E> layout(K, lanes);
+    Panel<T>* panel = packed + p * Panels::panel_lanes(K);
+    if (slots_of(width) > kShape.gates) zero_row(panel, 0, kParts<T> * layout.part());
     for (int i = 0; i < kShape.gates; ++i) {
       for (int64_t v = 0; v < width; v += kLanes<T>) {
-        const T* first = w + (gate_of(i) * panels.H + unit + v) * row;
-        pack_transposed<T>(
-            K, [&](int64_t u) { return first + u * row; }, panels.H - unit - v,
-            panel + (zeros_before(width) + i) * width + v, panel_row, min_of(width, kLanes<T>));
+        const int64_t row = gate_of(i) * panels.H + unit + v;
+        pack_weights<T>(
+            K, [&](int64_t u) { return w + (row + u) * row_stride; },
+            scales ? scales + row : nullptr, panels.H - unit - v, layout,
+            (zeros_before(width) + i) * width + v, panel, min_of(width, kLanes<T>));
+      }
+    }
+  }
+
+  // Writes the packed weights to a dense matrix [G*H, K].
+  void unpack(Compute<T>* to) const {
+    for (int64_t p = 0; p < count(); ++p) {
+      const int64_t width = panels.width(p), unit = panels.first_unit(p);
+      const PanelLayout<E> layout(K, slots_of(width) * width);
+      const Panel<T>* panel = packed + p * Panels::panel_lanes(K);
+      for (int i = 0; i < kShape.gates; ++i) {
+        for (int64_t u = 0; u < min_of(Panels::kUnits, panels.H - unit); ++u) {
+          Compute<T>* const row = to + (gate_of(i) * panels.H + unit + u) * K;
+          for (int64_t k = 0; k < K; ++k) {
+            row[k] = unpacked<T>(panel, layout, k, (zeros_before(width) + i) * width + u);
+          }
+        }
       }
     }
   }
@@ -116,25 +144,19 @@ struct StepWeights {
     const int64_t width = panels.width(p);
     if (kRoundedForProducts<T> || packed) {
       const int64_t panel_row = slots_of(width) * width;
-      const Compute<T>* panel = packed + p * Panels::panel_lanes(K);
+      const Panel<T>* panel = packed + p * Panels::panel_lanes(K);
       acc += Panels::slot_at(kFirstSlot - zeros_before(width), width);
+      const PanelLayout<E> layout(K, panel_row);
       auto vectors = int(panel_row / kLanes<T>);
       if constexpr (kShape.gates > kPanelVectors) {
-        product(kPanelVectors, rows, 0, K, a, panel, panel_row, acc, acc_row);
-        vectors -= kPanelVectors, panel += kPanelWidth<T>, acc += kPanelWidth<T>;
+        product_of<T>(kPanelVectors, rows, K, a, panel, panel_row, layout.part(), acc, acc_row);
+        panel += layout.at(kPanelWidth<T>);
+        vectors -= kPanelVectors, acc += kPanelWidth<T>;
       }
-      product(vectors, rows, 0, K, a, panel, panel_row, acc, acc_row);
+      product_of<T>(vectors, rows, K, a, panel, panel_row, layout.part(), acc, acc_row);
       return;
     }
-    if constexpr (!kRoundedForProducts<T>) {
-      acc += Panels::slot_at(kFirstSlot, width);
-      for (int i = 0; i < kShape.gates; ++i) {
-        for (int64_t v = 0; v < width; v += kLanes<T>) {
-          const int64_t u = panels.first_unit(p) + v, n = min_of(kLanes<T>, panels.H - u);
-          dot_rows(rows, K, a, row_of(i, u), row, n, acc + i * width + v, acc_row);
-        }
-      }
-    }
+    if constexpr (!kRoundedForProducts<T>) add_dots(p, rows, a, acc, acc_row);
   }
 
   // The same with the batch across: the rows of this matrix are the left operand, and the result is
@@ -153,7 +175,7 @@ struct StepWeights {
     }
     acc += Panels::slot_at(kFirstSlot, width);
     const int64_t count = kShape.gates * units;
-    const E* const* left = weights.operands(count);
+    const E* const* left = weights.as_they_lie(count, units);
     alignas(kVectorBytes) Compute<T> sums[Panels::kAccWidth * kWidth];
     constexpr bool kFromAcc = kByTiles<E>;
     for (int64_t m = 0; m < rows; m += kWidth) {
@@ -178,7 +200,8 @@ struct StepWeights {
       const int64_t depth = kFromAcc ? K : kDepth;
       for (int64_t k = 0; k < K; k += depth) {
         product<E, kFromAcc>(int(lanes / kLanes<T>), count, k, min_of(depth, K - k), left,
-                             across + m * groups<E>(K) + groups<E>(k) * lanes, lanes, sums, lanes);
+                             across + m * groups_in_memory<E>(K) + groups<E>(k) * lanes, lanes,
+                             sums, lanes);
         for_blocks(
             [&](const Compute<T>* sum, int64_t units_left, Compute<T>* to, int64_t rows_left) {
               transpose_to<!kFromAcc>(sum, lanes, units_left, rows_left, to, acc_row,
@@ -190,7 +213,19 @@ struct StepWeights {
 
  private:
   const T* row_of(int gate, int64_t unit) const {
-    return w + (gate_of(gate) * panels.H + unit) * row;
+    return w + (gate_of(gate) * panels.H + unit) * row_stride;
+  }
+
+  __attribute__((noinline)) void add_dots(int64_t p, int64_t rows, const E* const* a,
+                                          Compute<T>* acc, int64_t acc_row) const {
+    const int64_t width = panels.width(p);
+    acc += Panels::slot_at(kFirstSlot, width);
+    for (int i = 0; i < kShape.gates; ++i) {
+      for (int64_t v = 0; v < width; v += kLanes<T>) {
+        const int64_t u = panels.first_unit(p) + v, n = min_of(kLanes<T>, panels.H - u);
+        dot_rows(rows, K, a, row_of(i, u), row_stride, n, acc + i * width + v, acc_row);
+      }
+    }
   }
 };
 
@@ -200,63 +235,83 @@ struct StepWeights {
 // into the next row, and those products are not used. Only the last row is copied, because there is
 // no row behind it.
 //
-// Row k is w + k*row; with `shape`, the rows of a weight matrix of gates in the order of the
-// recurrent slots.
+// Row k is w + k*row_stride. With `shape`, the rows are those of a weight matrix of gates, in the
+// order of the recurrent slots. If `transposed`, then w and row_stride describe the transposed
+// matrix [width, K].
 template <typename T>
 struct ColumnPanels {
   using E = Operand<T>;
 
-  int64_t K, width;
-  const T* w;
-  int64_t row;
-  const CellShape* shape;
-  bool packs;
-  Compute<T>* packed;
+  int64_t K = 0, width = 0;
+  const T* w = nullptr;
+  int64_t row_stride = 0;
+  const CellShape* shape = nullptr;
+  bool packs = true, transposed = false;
+  const float* scales = nullptr;  // of the columns, which are rows of integers
+  bool frozen = false;            // packed before, and w is not there
+  Panel<T>* packed = nullptr;
 
   int64_t count() const { return ceil_div(width, kPanelWidth<T>); }
   int64_t lanes() const {
     if (lies()) return copies_last_row() ? kPanelWidth<T> : 0;
-    return count() * kPanelWidth<T> * groups<E>(K);
+    return count() * panel_lanes();
   }
+  void take_room(Carver& carver) { packed = carver.take<Panel<T>>(lanes()); }
   int64_t columns(int64_t p) const { return min_of(kPanelWidth<T>, width - p * kPanelWidth<T>); }
   int vectors(int64_t p) const { return int(ceil_div(columns(p), kLanes<T>)); }
-  Compute<T>* panel(int64_t p) const { return packed + p * kPanelWidth<T> * groups<E>(K); }
+  int64_t panel_lanes() const { return kParts<T> * kPanelWidth<T> * groups_in_memory<E>(K); }
+  Panel<T>* panel(int64_t p) const { return packed + p * panel_lanes(); }
   // No vector reaches beyond the next row.
-  bool lies() const { return !packs && row >= kLanes<T>; }
+  bool lies() const { return !packs && row_stride >= kLanes<T>; }
   bool copies_last_row() const { return width % kLanes<T> != 0; }
-  const T* last_row() const { return w + (K - 1) * row; }
+  const T* last_row() const { return w + (K - 1) * row_stride; }
 
   const T* row_of(int64_t k) const {
-    if (!shape) return w + k * row;
+    if (!shape) return w + k * row_stride;
     const int64_t H = K / shape->gates;
-    return w + (shape->recurrent_gate(int(k / H)) * H + k % H) * row;
+    return w + (shape->recurrent_gate(int(k / H)) * H + k % H) * row_stride;
   }
 
-  void pack(int64_t p) const {
-    if (!lies()) {
-      pack_rows(p, [&](int64_t k) { return row_of(k); });
-    } else if (p == count() - 1 && copies_last_row()) {
-      pack_group<T>(
-          0, 1, [&](int64_t) { return last_row() + p * kPanelWidth<T>; }, columns(p), packed);
+  __attribute__((noinline)) void pack(int64_t p) const {
+    if (kFrozenOnly<T> || transposed) {
+      pack_transposed_rows(p);
+    } else if constexpr (!kFrozenOnly<T>) {
+      if (!lies()) {
+        pack_rows(p, [&](int64_t k) { return row_of(k); });
+      } else if (p == count() - 1 && copies_last_row()) {
+        pack_group<T>(
+            0, 1, [&](int64_t) { return last_row() + p * kPanelWidth<T>; }, columns(p), {1, 0},
+            packed);
+      }
+    }
+  }
+  // Writes the packed matrix, transposed, to a dense one [width, K].
+  void unpack_transposed(Compute<T>* to) const {
+    for (int64_t p = 0; p < count(); ++p) {
+      const PanelLayout<E> layout = layout_of(p);
+      for (int64_t i = 0; i < columns(p); ++i) {
+        for (int64_t k = 0; k < K; ++k) {
+          to[(p * kPanelWidth<T> + i) * K + k] = unpacked<T>(panel(p), layout, k, i);
+        }
+      }
     }
   }
   // From rows anywhere in memory: row k begins at rows(k).
   template <typename RowsOf>
   void pack_rows(int64_t p, RowsOf rows) const {
-    const int64_t panel_row = vectors(p) * kLanes<T>;
+    const PanelLayout<E> layout = layout_of(p);
     for (int64_t k = 0; k < K; k += kGroup<E>) {
       pack_group<T>(
-          k, K, [&](int64_t i) { return rows(i) + p * kPanelWidth<T>; }, columns(p),
-          panel(p) + groups<E>(k) * panel_row);
+          k, K, [&](int64_t i) { return rows(i) + p * kPanelWidth<T>; }, columns(p), layout,
+          panel(p) + groups<E>(k) * layout.stride());
     }
-  }
-  // From the transposed matrix [width, K], which is then what w and row describe.
-  void pack_transpose(int64_t p) const {
-    for (int v = 0; v < vectors(p); ++v) {
-      const int64_t column = p * kPanelWidth<T> + v * kLanes<T>;
-      pack_transposed<T>(
-          K, [&](int64_t i) { return w + (column + i) * row; }, width - column,
-          panel(p) + v * kLanes<T>, vectors(p) * kLanes<T>, kLanes<T>);
+    for (int64_t v = 0; v < vectors(p); ++v) {
+      Panel<T>* const to = panel(p) + layout.at(v * kLanes<T>);
+      for (int64_t g = groups<E>(K); g < groups_in_memory<E>(K); ++g) {
+        for (int part = 0; part < kParts<T>; ++part) {
+          zero_row(to + part * layout.part() + g * layout.stride(), 0, kLanes<T>);
+        }
+      }
     }
   }
 
@@ -265,11 +320,11 @@ struct ColumnPanels {
     if constexpr (kMultipliedInPlace<T>) {
       if (lies()) {
         const bool copied = p == count() - 1 && copies_last_row();
-        const int64_t depth = shape ? K / shape->gates : K;  // rows in a row
+        const int64_t depth = shape ? K / shape->gates : K;  // consecutive rows
         for (int64_t k = 0; k < K; k += depth) {
           const T* first = row_of(k);
-          const int64_t last = copied && first + (depth - 1) * row == last_row();
-          product(vectors(p), rows, k, depth - last, a, first + p * kPanelWidth<T>, row, acc,
+          const int64_t last = copied && first + (depth - 1) * row_stride == last_row();
+          product(vectors(p), rows, k, depth - last, a, first + p * kPanelWidth<T>, row_stride, acc,
                   acc_row);
           if (last) {
             product(vectors(p), rows, k + depth - 1, 1, a, packed, kPanelWidth<T>, acc, acc_row);
@@ -278,28 +333,61 @@ struct ColumnPanels {
         return;
       }
     }
-    product(vectors(p), rows, 0, K, a, panel(p), vectors(p) * kLanes<T>, acc, acc_row);
+    product_of<T>(vectors(p), rows, K, a, panel(p), vectors(p) * kLanes<T>, layout_of(p).part(),
+                  acc, acc_row);
   }
 
   // acc[m][columns of p] = or += a[m] x this matrix, of panels that have been packed and whose
   // vectors are whole.
   void put(int64_t p, int64_t rows, const E* const* a, Compute<T>* acc, int64_t acc_row,
            bool adds) const {
-    const int64_t panel_row = vectors(p) * kLanes<T>;
+    const int64_t panel_row = vectors(p) * kLanes<T>, part = layout_of(p).part();
     if (adds) {
-      product<E, true>(vectors(p), rows, 0, K, a, panel(p), panel_row, acc, acc_row);
+      product_of<T, true>(vectors(p), rows, K, a, panel(p), panel_row, part, acc, acc_row);
     } else {
-      product<E, false>(vectors(p), rows, 0, K, a, panel(p), panel_row, acc, acc_row);
+      product_of<T, false>(vectors(p), rows, K, a, panel(p), panel_row, part, acc, acc_row);
     }
   }
 
   // out[m][columns of p] = or += a[m] x this matrix.
   template <typename Out>
-  void multiply(int64_t p, int64_t rows, const E* const* a, Out* const* out, bool adds) const {
+  __attribute__((noinline)) void multiply(int64_t p, int64_t rows, const E* const* a,
+                                          Out* const* out, bool adds) const {
     product_to<Compute<T>>(rows, out, columns(p), adds,
                            [&](int64_t first, int64_t count, Compute<T>* acc) {
                              add(p, count, a + first, acc, kPanelWidth<T>);
                            });
+  }
+
+  // The columns `own` of the rows to(m) = or += from(m) x this matrix, for m < rows. If it is null,
+  // which is zeros to add, this does nothing. `left` has room for kRowsAtOnce rows.
+  template <typename From, typename To>
+  void multiply_rows(Range own, int64_t rows, const LeftRows<T>& left, From from, To to,
+                     bool adds) const {
+    decltype(to(0)) out[kRowsAtOnce];
+    for (int64_t first = 0; (w || frozen) && first < rows; first += kRowsAtOnce) {
+      const int64_t count = min_of(kRowsAtOnce, rows - first);
+      for (int64_t m = 0; m < count; ++m) left[m] = from(first + m);
+      const E* const* operands = left.operands(count);
+      for (int64_t p = own.begin / kPanelWidth<T>; p * kPanelWidth<T> < own.end; ++p) {
+        for (int64_t m = 0; m < count; ++m) out[m] = to(first + m) + p * kPanelWidth<T>;
+        multiply(p, count, operands, out, adds);
+      }
+    }
+  }
+
+ private:
+  PanelLayout<E> layout_of(int64_t p) const { return {K, vectors(p) * kLanes<T>}; }
+
+  void pack_transposed_rows(int64_t p) const {
+    const PanelLayout<E> layout = layout_of(p);
+    for (int v = 0; v < vectors(p); ++v) {
+      const int64_t column = p * kPanelWidth<T> + v * kLanes<T>;
+      pack_weights<T>(
+          K, [&](int64_t i) { return w + (column + i) * row_stride; },
+          scales ? scales + column : nullptr, width - column, layout, v * kLanes<T>, panel(p),
+          kLanes<T>);
+    }
   }
 };
 

@@ -1,4 +1,4 @@
-// The derivative of forward and backward pass in a direction (SecondOrder of scan.h):
+// The tangents of the forward and the backward pass (SecondOrder of scan.h):
 //
 //   ascending    a'(t) = W_ih x'(t) + W_ih' x(t) + W_hh' h(t-1) + W_hh h'(t-1) + b'
 //                (h, c)'(t) = tangent of the cell
@@ -6,626 +6,376 @@
 //                dh(t-1)  = dh direct + da(t) x W_hh        for values and tangents at once:
 //                dh'(t-1) += da(t) x W_hh'                  two rows of one product for each row
 //
-// with a projection between cell and state as in forward.h and backward.h,
-// and after the loops, as products over all rows at once (gradients.h), the tangents of dW, db, dx.
+// with a projection between cell and state as in forward.h and backward.h, and after the loops, as
+// products over all rows at once (gradients.h), the tangents of dW, db and dx.
 //
-// The cell's backward needs dh and dc themselves, which backward has not kept: the values are
-// carried along with their tangents. What no tangent of a state enters is known before the loops:
-// ascending it is made for block_steps steps at once, descending for all of them. Tasks and teams
-// as in forward.h and backward.h. All in all 13 products where forward has 2 and backward 4: of one
-// step and row 2 G H times 6 I + 7 O operations.
+// The descending loop is that of backward.h. The cell's backward needs dh and dc themselves, which
+// backward has not kept, so the loop carries the values along with their tangents. Products that no
+// tangent of a state enters are computed before the loops: ascending for block_steps steps at once,
+// descending for all of them. All in all there are 13 products, while forward has 2 and backward 4:
+// for one row in one step 2 G H times 6 I + 7 O operations.
 #pragma once
 
 #include "cells/cells.h"
+#include "cpu/backward.h"
 #include "cpu/gradients.h"
-#include "cpu/panels.h"
-#include "cpu/rows.h"
-#include "cpu/threads.h"
-#include "plan.h"
-#include "workspace.h"
+#include "cpu/pass.h"
 
 namespace rnnkern {
 namespace RNNKERN_NAMESPACE {
 
 template <typename T, typename Cell>
-class SecondOrderScan {
-  using D = Dual<Vec<T>>;
+class SecondOrderScan : public Pass<SecondOrderScan<T, Cell>, T> {
+  using Base = Pass<SecondOrderScan, T>;
+  using Loop = BackwardLoop<T, Cell, 2>;
   using Panels = UnitPanels<T, Cell>;
+  using D = Dual<Vec<T>>;
+  using Base::steps_, Base::sizes_;
+  friend Base;
   static constexpr CellShape kShape = Cell::kShape;
-  static constexpr int64_t kWidth = kPanelWidth<T>;
+  static constexpr int kStored = kShape.stored();
   static constexpr int64_t kAccWidth = Panels::kAccWidth;
   static_assert(std::is_same_v<T, Compute<T>>, "tangents are not rounded from step to step");
 
  public:
-  // `up` says how the weights of the ascending products are read, `down` all else.
-  SecondOrderScan(const SecondOrder<T>& s, const Plan& up, const Plan& down, Carver& carver)
-      : s_(s),
-        plan_(down),
-        block_steps_(up.block_steps),
-        block_rows_(ceil_div(s.steps.N, down.row_blocks)),
-        h_row_(ceil_div(s.sizes.O, kWidth) * kWidth),
-        u_row_(ceil_div(s.sizes.H, kWidth) * kWidth),
-        panels_{s.sizes.H},
-        projected_(projected_of(s, carver)),
-        gradients_(products_of(s, projected_), down, carver) {
-    const Sizes& z = s.sizes;
-    const int64_t states = z.D * s.steps.N, rows = z.D * s.steps.total;
-    barriers_ = carver.take<Barrier>(1 + plan_.threads);
-    const bool packs = plan_.recurrent == Reading::kPacked;
-    for (int d = 0; d < z.D; ++d) {
-      bias_[d] = carver.take<T>(panels_.count() * kAccWidth);
-      for (int k : {kValue, kTangent}) {
-        const Weights<T>& w = k == kValue ? s.weights[d] : s.tangent_weights[d];
-        input_[k][d] = {panels_, w.w_ih, w.w_ih_row, z.I, nullptr};
-        recurrent_[k][d] = {panels_, w.w_hh, w.w_hh_row, z.O, nullptr};
-        back_[k][d] = {kShape.gates * z.H, z.O, w.w_hh, w.w_hh_row, &kShape, packs, nullptr};
-        if (w.w_hr) {
-          project_[k][d] = {z.H, z.O, w.w_hr, w.w_hr_row, nullptr, true, nullptr};
-          project_[k][d].packed = carver.take<T>(project_[k][d].lanes());
-          unproject_[k][d] = {z.O, z.H, w.w_hr, w.w_hr_row, nullptr, packs, nullptr};
-          unproject_[k][d].packed = carver.take<T>(unproject_[k][d].lanes());
-        }
-        if (w.w_ih && up.input == Reading::kPacked) {
-          input_[k][d].packed = carver.take<T>(input_[k][d].lanes());
-        }
-        if (!w.w_hh) continue;
-        if (up.recurrent == Reading::kPacked) {
-          recurrent_[k][d].packed = carver.take<T>(recurrent_[k][d].lanes());
-        }
-        back_[k][d].packed = carver.take<T>(back_[k][d].lanes());
-        if (k == kTangent) crossing_[d] = carver.take<T>(s.steps.total * z.O);
-      }
-    }
-    dh_ = carver.take<T>(2 * states * h_row_);
-    if (z.projected) dm_ = carver.take<T>(2 * states * u_row_);
-    if (kShape.cell_state) {
-      dc_ = carver.take<T>(2 * states * u_row_);
-      tangent_cells_ = carver.take<T>(rows * z.H);
-    }
-    Carver count(nullptr);
-    scratch(count);
-    scratch_bytes_ = int64_t(count.used());
-    scratch_ = carver.take<char>(plan_.threads * scratch_bytes_);
-  }
+  static constexpr int kPlanes = kShape.planes();
 
-  void run() {
-    gradients_.prepare();
-    for (int i = 0; i <= plan_.threads; ++i) barriers_[i] = Barrier();
-    parallel(plan_.threads, [this](int thread, int threads) {
-      Barrier& everyone = barriers_[plan_.threads];
-      pack(thread, threads);
-      gradients_.pack(thread, threads);
-      everyone.wait(threads);
-      const int members = threads < plan_.threads ? 1 : plan_.unit_blocks;
-      const int teams = threads / members, team = thread / members;
-      for (int task = team; team < teams && task < s_.sizes.D * plan_.row_blocks; task += teams) {
-        scan(task, thread % members, members, barriers_[team], scratch_of(thread));
-      }
-      everyone.wait(threads);
-      gradients_.run(thread, threads);
-    });
+  // `up` says how the weights of the ascending products are read, `down` everything else.
+  SecondOrderScan(const SecondOrder<T>& s, const Plan& up, const Plan& down, Carver& carver)
+      : Base(s.sizes, s.steps, down, kPanelWidth<T>, carver),
+        s_(s),
+        value_(s),
+        tangent_(s.tangent),
+        block_steps_(up.block_steps),
+        panels_{sizes_.H},
+        loop_(complete_operands(carver), down, Base::zeros(), carver),
+        gradients_(value_, &tangent_, down, Base::zeros(), carver),
+        directions_{direction(0, up, carver), direction(1, up, carver)} {
+    Base::take_scratch(carver);
   }
 
  private:
-  enum Of { kValue, kTangent };
-  // Where one row of one step stands.
+  enum Order { kValue, kTangent };
+  // W_ih, W_hh and W_hr, or their tangents, as the ascending products read them.
+  struct Matrices {
+    StepWeights<T, Cell, Role::kInput> input;
+    StepWeights<T, Cell, Role::kRecurrent> recurrent;
+    ColumnPanels<T> projection;
+  };
+  struct Direction {
+    Rows<const T> y, slots, cells, unprojected, dslots, tangent_sums;
+    Rows<T> tangent_y, tangent_slots, tangent_cells, tangent_unprojected;
+    Rows<T> crossing;  // da x W_hh' of all steps, or null
+    T* bias;           // tangents
+    Matrices by[2];    // Order
+  };
+  // Of one row in one step, ascending.
   struct RowPointers {
-    const T *slots, *h, *h_prev, *c, *c_prev;
+    const T *slots, *h, *h_prev, *c, *c_prev, *unprojected;
     const T *tangent_sums, *tangent_h_prev, *tangent_c_prev;
-    const T *dslots, *dy, *tangent_dy, *crossing;
-    T *tangent_slots, *tangent_h, *tangent_c;
-    T *dh, *dc, *dm;  // of the value, with that of the tangent behind
+    T *tangent_y, *tangent_slots, *tangent_h, *tangent_c;
   };
   struct Scratch {
     T* acc;                         // [panels][capacity][kAccWidth]
     const T **x, **tangent_x, **h;  // [capacity]
-    const T** left;                 // [2 * block_rows_]
-    RowPointers* pointers;          // [block_rows_]
+    const T** tangent_h;            // [block_rows]
+    LeftRows<T> multiplied;         // [kRowsAtOnce]
+    RowPointers* pointers;          // [block_rows]
+    typename Loop::Scratch descending;
   };
-  // One thread's part of one task.
-  struct Part {
-    int direction;
-    Range rows;
-    Range units;    // of H: the cell
-    Range columns;  // of O
-    int members;
-    Barrier& barrier;
-    const Scratch& scratch;
-    Rows<const T> y, slots, cells, dslots, dy, tangent_sums, tangent_dy;
-    Rows<T> tangent_y, tangent_slots, tangent_cells, crossing;
-    Rows<const T> unprojected;
-    Rows<T> tangent_unprojected, dprojected, tangent_dprojected;
-  };
-  // Of all steps, where there is a projection: tangents before it, and gradients behind it.
-  struct Projected {
-    T *tangent_h = nullptr, *dh = nullptr, *tangent_dh = nullptr;
-  };
+  using Part = rnnkern::RNNKERN_NAMESPACE::Part<Scratch>;
 
-  static Projected projected_of(const SecondOrder<T>& s, Carver& carver) {
-    const Sizes& z = s.sizes;
-    if (!z.projected) return {};
-    const int64_t rows = z.D * s.steps.total;
-    return {carver.take<T>(rows * z.H), carver.take<T>(rows * z.O), carver.take<T>(rows * z.O)};
+  // Adds what the ascending loop writes for the descending one and the gradients.
+  std::array<const Backward<T>*, 2> complete_operands(Carver& carver) {
+    const int64_t rows = sizes_.D * steps_.total;
+    tangent_.y = constant(s_.tangent_y);
+    tangent_.slots = tangent_.dslots;
+    if (kShape.cell_state)
+      tangent_.cells = tangent_cells_ = carver.take<T>(rows * kPlanes * sizes_.H);
+    if (sizes_.projected) {
+      tangent_.unprojected = tangent_unprojected_ = carver.take<T>(rows * sizes_.H);
+      for (Backward<T>* b : {&value_, &tangent_}) b->dprojected = carver.take<T>(rows * sizes_.O);
+    }
+    value_.dh0 = value_.dc0 = {};
+    return {&value_, &tangent_};
   }
 
-  static GradientProducts<T> products_of(const SecondOrder<T>& s, const Projected& projected) {
-    const GradientTerm<T> by_tangents = {s.tangent_dslots,     s.x,          s.y, s.h0, s.weights,
-                                         projected.tangent_dh, s.unprojected};
-    const GradientTerm<T> by_values = {s.dslots,           s.tangent_x,       constant(s.tangent_y),
-                                       s.tangent_h0,       s.tangent_weights, projected.dh,
-                                       projected.tangent_h};
-    return {s.sizes, s.steps, 2, {by_tangents, by_values}, s.tangent_dx, s.tangent_gradients,
-            false};
+  Direction direction(int d, const Plan& up, Carver& carver) const {
+    if (d >= sizes_.D) return {};
+    const int64_t H = sizes_.H, S = kStored * H, O = sizes_.O;
+    const Weights<T>&w = value_.weights[d], &tangent_w = tangent_.weights[d];
+    T* const crossing = tangent_w.w_hh ? carver.take<T>(steps_.total * O) : nullptr;
+    return {.y = columns(value_.y, d * O),
+            .slots = saved_rows(steps_, value_.slots, d, S),
+            .cells = saved_rows(steps_, value_.cells, d, kPlanes * H),
+            .unprojected = saved_rows(steps_, value_.unprojected, d, H),
+            .dslots = constant(saved_rows(steps_, value_.dslots, d, S)),
+            .tangent_sums = saved_rows(steps_, s_.tangent_sums, d, S),
+            .tangent_y = columns(s_.tangent_y, d * O),
+            .tangent_slots = saved_rows(steps_, tangent_.dslots, d, S),
+            .tangent_cells = saved_rows(steps_, tangent_cells_, d, kPlanes * H),
+            .tangent_unprojected = saved_rows(steps_, tangent_unprojected_, d, H),
+            .crossing = {crossing, steps_.N * O, O},
+            .bias = carver.take<T>(panels_.count() * kAccWidth),
+            .by = {matrices(w, up, carver), matrices(tangent_w, up, carver)}};
   }
 
-  static Rows<const T> constant(const Rows<T>& rows) { return {rows.data, rows.step, rows.row}; }
+  Matrices matrices(const Weights<T>& w, const Plan& up, Carver& carver) const {
+    Matrices m = {
+        .input = {.panels = panels_, .w = w.w_ih, .row_stride = w.w_ih_row, .K = sizes_.I},
+        .recurrent = {.panels = panels_, .w = w.w_hh, .row_stride = w.w_hh_row, .K = sizes_.O},
+        .projection = {.K = sizes_.H,
+                       .width = sizes_.O,
+                       .w = w.w_hr,
+                       .row_stride = w.w_hr_row,
+                       .transposed = true}};
+    if (w.w_ih && up.input == Reading::kPacked) m.input.take_room(carver);
+    if (w.w_hh && up.recurrent == Reading::kPacked) m.recurrent.take_room(carver);
+    if (w.w_hr) m.projection.take_room(carver);
+    return m;
+  }
+
+  int64_t capacity() const { return block_steps_ * Base::block_rows(); }
 
   Scratch scratch(Carver& carver) const {
-    const int64_t capacity = block_steps_ * block_rows_;
-    return {carver.take<T>(panels_.count() * capacity * kAccWidth),
-            carver.take<const T*>(capacity),
-            carver.take<const T*>(capacity),
-            carver.take<const T*>(capacity),
-            carver.take<const T*>(2 * block_rows_),
-            carver.take<RowPointers>(block_rows_)};
-  }
-  Scratch scratch_of(int thread) const {
-    Carver carver(scratch_ + thread * scratch_bytes_);
-    return scratch(carver);
+    const int64_t rows = Base::block_rows();
+    return {.acc = carver.take<T>(panels_.count() * capacity() * kAccWidth),
+            .x = carver.take<const T*>(capacity()),
+            .tangent_x = carver.take<const T*>(capacity()),
+            .h = carver.take<const T*>(capacity()),
+            .tangent_h = carver.take<const T*>(rows),
+            .multiplied = LeftRows<T>(kRowsAtOnce, 0, carver),
+            .pointers = carver.take<RowPointers>(rows),
+            .descending = loop_.scratch(rows, carver)};
   }
 
-  void pack(int thread, int threads) const {
-    for (int d = 0; d < s_.sizes.D; ++d) {
-      for (int64_t p = thread; p < panels_.count(); p += threads) {
-        panels_.pack_bias(p, s_.tangent_weights[d], bias_[d] + p * kAccWidth);
-        for (int k : {kValue, kTangent}) {
-          if (input_[k][d].packed) input_[k][d].pack(p);
-          if (recurrent_[k][d].packed) recurrent_[k][d].pack(p);
-        }
-      }
-      for (int k : {kValue, kTangent}) {
-        const auto each = [&](const ColumnPanels<T>& w, auto pack) {
-          for (int64_t p = thread; w.w && p < w.count(); p += threads) pack(w, p);
-        };
-        each(back_[k][d], [](const ColumnPanels<T>& w, int64_t p) { w.pack(p); });
-        each(unproject_[k][d], [](const ColumnPanels<T>& w, int64_t p) { w.pack(p); });
-        each(project_[k][d], [](const ColumnPanels<T>& w, int64_t p) { w.pack_transpose(p); });
+  void pack(int thread, int threads) {
+    for (int d = 0; d < sizes_.D; ++d) {
+      const Direction& of = directions_[d];
+      for_share(panels_.count(), thread, threads, [&](int64_t p) {
+        panels_.pack_bias(p, tangent_.weights[d], of.bias + p * kAccWidth);
+      });
+      for (const Matrices& m : of.by) {
+        pack_share(m.input, thread, threads);
+        pack_share(m.recurrent, thread, threads);
+        pack_share(m.projection, thread, threads);
       }
     }
+    loop_.pack(thread, threads);
+    gradients_.pack(thread, threads);
   }
 
-  void scan(int task, int member, int members, Barrier& barrier, const Scratch& scratch) const {
-    const Sizes& z = s_.sizes;
-    const Steps& s = s_.steps;
-    const int d = task % z.D;
-    const int64_t S = kShape.slots * z.H;
-    const Part part = {d,
-                       split(s.N, plan_.row_blocks, task / z.D),
-                       split(z.H, members, member, kWidth),
-                       split(z.O, members, member, kWidth),
-                       members,
-                       barrier,
-                       scratch,
-                       columns(s_.y, d * z.O),
-                       saved_rows(s, s_.slots, d, S),
-                       saved_rows(s, s_.cells, d, z.H),
-                       saved_rows(s, s_.dslots, d, S),
-                       columns(s_.dy, d * z.O),
-                       saved_rows(s, s_.tangent_sums, d, S),
-                       columns(s_.tangent_dy, d * z.O),
-                       columns(s_.tangent_y, d * z.O),
-                       saved_rows(s, s_.tangent_dslots, d, S),
-                       saved_rows(s, tangent_cells_, d, z.H),
-                       {crossing_[d], s.N * z.O, z.O},
-                       saved_rows(s, s_.unprojected, d, z.H),
-                       saved_rows(s, projected_.tangent_h, d, z.H),
-                       saved_rows(s, projected_.dh, d, z.O),
-                       saved_rows(s, projected_.tangent_dh, d, z.O)};
-    ascend(part);
-    cross(part);
-    for (int64_t i = 0; i < s.T; ++i) {
-      descend(part, visit(s, d == 1, i, part.rows.begin, part.rows.end));
-    }
-    const int64_t idle = s.T ? max_of(part.rows.begin, active_rows(s, 0)) : part.rows.begin;
-    for (int64_t slot = idle; slot < part.rows.end; ++slot) {
-      begin(state_at(s, s_.tangent_hn, d, slot), s_.tangent_h0, d, slot, part.columns);
-      if (kShape.cell_state) {
-        begin(state_at(s, s_.tangent_cn, d, slot), s_.tangent_c0, d, slot, part.units);
-      }
-      enter_row(part, slot);
-      leave_row(part, slot);
-    }
-  }
-
-  RowPointers pointers(const Part& part, int64_t t, int64_t slot) const {
-    const Steps& s = s_.steps;
+  void run_task(const Part& part) const {
     const int d = part.direction;
-    const auto row = [&](const auto& rows) {
-      return rows.data ? row_at(s, rows, t, slot) : nullptr;
-    };
-    const auto before = [&](const Rows<const T>& rows, const State<const T>& initial) {
-      return previous_state(s, d, t, slot, rows, initial, gradients_.zeros());
+    Base::for_blocks(
+        part, block_steps_,
+        [&](int64_t k, int64_t t, int64_t rank) {
+          part.scratch.x[k] = row_at(steps_, value_.x, t, rank);
+          part.scratch.tangent_x[k] = row_or_null(steps_, tangent_.x, t, rank);
+          part.scratch.h[k] = Base::previous(d, t, rank, directions_[d].y, value_.h0);
+        },
+        [&](int64_t count) { add_known_products(part, count); },
+        [&](const Visit& v, int64_t first) { ascend(part, v, first); });
+    Base::finish_idle_rows(part, s_.tangent_hn, tangent_.h0, s_.tangent_cn, tangent_.c0);
+    cross(part);
+    Base::for_steps_back(part, [&](const Visit& v) { descend(part, v); });
+    Base::for_idle_rows(part, [&](int64_t rank) { loop_.pass_idle_row(part, rank); });
+  }
+
+  RowPointers pointers(int d, int64_t t, int64_t rank) const {
+    const Direction& of = directions_[d];
+    const auto row = [&](const auto& rows) { return row_or_null(steps_, rows, t, rank); };
+    const auto previous = [&](const Rows<const T>& states, const State<const T>& initial) {
+      return Base::previous(d, t, rank, states, initial);
     };
     RowPointers r = {};
-    r.slots = row(part.slots);
-    r.dslots = row(part.dslots);
-    r.dy = row(part.dy);
-    r.tangent_sums = row(part.tangent_sums);
-    r.tangent_dy = row(part.tangent_dy);
-    r.tangent_slots = row(part.tangent_slots);
-    r.crossing = row(part.crossing);
-    r.h = row(part.y);
-    r.tangent_h = row(s_.sizes.projected ? part.tangent_unprojected : part.tangent_y);
-    r.h_prev = before(part.y, s_.h0);
-    r.tangent_h_prev = before(constant(part.tangent_y), s_.tangent_h0);
-    r.dh = dh_row(d, slot);
+    r.slots = row(of.slots);
+    r.h = row(of.y);
+    r.h_prev = previous(of.y, value_.h0);
+    r.unprojected = row(of.unprojected);
+    r.tangent_sums = row(of.tangent_sums);
+    r.tangent_h_prev = previous(constant(of.tangent_y), tangent_.h0);
+    r.tangent_y = row(of.tangent_y);
+    r.tangent_slots = row(of.tangent_slots);
+    r.tangent_h = sizes_.projected ? row(of.tangent_unprojected) : r.tangent_y;
     if constexpr (kShape.cell_state) {
-      r.c = row(part.cells);
-      r.tangent_c = row(part.tangent_cells);
-      r.c_prev = before(part.cells, s_.c0);
-      r.tangent_c_prev = before(constant(part.tangent_cells), s_.tangent_c0);
-      r.dc = dc_row(d, slot);
+      r.c = row(of.cells);
+      r.tangent_c = row(of.tangent_cells);
+      r.c_prev = previous(of.cells, value_.c0);
+      r.tangent_c_prev = previous(constant(of.tangent_cells), tangent_.c0);
     }
-    if (s_.sizes.projected) r.dm = dm_ + 2 * (d * s.N + slot) * u_row_;
     return r;
   }
 
-  // Ascending
-
-  void ascend(const Part& part) const {
-    const Steps& s = s_.steps;
-    for (int64_t i = 0; i < s.T; i += block_steps_) {
-      const int64_t end = min_of(i + block_steps_, s.T);
-      add_known_products(part, gather(part, i, end));
-      int64_t first = 0;
-      for (int64_t j = i; j < end; ++j) {
-        const Visit v = visit(s, part.direction == 0, j, part.rows.begin, part.rows.end);
-        ascend(part, v, first);
-        first += v.active_end - part.rows.begin;
-      }
-    }
-  }
-
-  // The rows of the steps [begin, end), one step after the other; returns their number.
-  int64_t gather(const Part& part, int64_t begin, int64_t end) const {
-    const Steps& s = s_.steps;
-    const int d = part.direction;
-    int64_t count = 0;
-    for (int64_t j = begin; j < end; ++j) {
-      const Visit v = visit(s, d == 0, j, part.rows.begin, part.rows.end);
-      for (int64_t slot = part.rows.begin; slot < v.active_end; ++slot, ++count) {
-        part.scratch.x[count] = row_at(s, s_.x, v.t, slot);
-        if (s_.tangent_x.data) part.scratch.tangent_x[count] = row_at(s, s_.tangent_x, v.t, slot);
-        part.scratch.h[count] = previous_state(s, d, v.t, slot, part.y, s_.h0, gradients_.zeros());
-      }
-    }
-    return count;
-  }
-
+  // Products that no tangent of a state enters, for `count` rows.
   void add_known_products(const Part& part, int64_t count) const {
-    const int d = part.direction;
+    const Direction& of = directions_[part.direction];
     for_panels(part, [&](int64_t p, T* acc) {
       for (int64_t m = 0; m < count; ++m) {
-        copy_row(acc + m * kAccWidth, bias_[d] + p * kAccWidth, 0, kAccWidth);
+        copy_row(acc + m * kAccWidth, of.bias + p * kAccWidth, 0, kAccWidth);
       }
       const auto add = [&](const auto& weights, const T* const* rows) {
         if (weights.w) weights.add(p, count, rows, acc, kAccWidth);
       };
-      if (s_.tangent_x.data) add(input_[kValue][d], part.scratch.tangent_x);
-      add(input_[kTangent][d], part.scratch.x);
-      add(recurrent_[kTangent][d], part.scratch.h);
+      if (tangent_.x.data) add(of.by[kValue].input, part.scratch.tangent_x);
+      add(of.by[kTangent].input, part.scratch.x);
+      add(of.by[kTangent].recurrent, part.scratch.h);
     });
   }
 
-  // f(panel, its accumulators) for those of the member's units.
+  // Calls f(panel, its accumulators) for the panels of the thread's units.
   template <typename F>
   void for_panels(const Part& part, F f) const {
-    const int64_t lanes = block_steps_ * block_rows_ * kAccWidth;
-    for (int64_t p = part.units.begin / Panels::kUnits; panels_.first_unit(p) < part.units.end;
-         ++p) {
-      f(p, part.scratch.acc + p * lanes);
+    const Range panels = Panels::panels_of(part.units);
+    for (int64_t p = panels.begin; p < panels.end; ++p) {
+      f(p, part.scratch.acc + p * capacity() * kAccWidth);
     }
   }
 
-  // One step; first: of its rows among those gathered.
+  // One step. `first`: the number of its first row in the block.
   void ascend(const Part& part, const Visit& v, int64_t first) const {
-    const Steps& s = s_.steps;
     const int d = part.direction;
-    const int64_t count = v.active_end - part.rows.begin;
+    const Direction& of = directions_[d];
+    const int64_t count = part.active(v);
+    const RowPointers* rows = part.scratch.pointers;
     for (int64_t k = 0; k < count; ++k) {
-      part.scratch.pointers[k] = pointers(part, v.t, part.rows.begin + k);
-      part.scratch.left[k] = part.scratch.pointers[k].tangent_h_prev;
+      part.scratch.pointers[k] = pointers(d, v.t, part.rows.begin + k);
+      part.scratch.tangent_h[k] = rows[k].tangent_h_prev;
     }
     for_panels(part, [&](int64_t p, T* acc) {
       acc += first * kAccWidth;
-      recurrent_[kValue][d].add(p, count, part.scratch.left, acc, kAccWidth);
-      for (int64_t k = 0; k < count; ++k) tangent(p, part.scratch.pointers[k], acc + k * kAccWidth);
-    });
-    if (s_.sizes.projected) project(part, v, count);
-    for (int64_t slot = v.active_end; s.active && !s.start && slot < part.rows.end; ++slot) {
-      zero_row(row_at(s, part.tangent_y, v.t, slot), part.columns.begin, part.columns.end);
-    }
-    for (int64_t slot = v.leaving; slot < v.active_end; ++slot) {
-      const auto finish = [&](const State<T>& to, const Rows<T>& from, Range own) {
-        copy_row(state_at(s, to, d, slot), row_at(s, from, v.t, slot), own.begin, own.end);
-      };
-      finish(s_.tangent_hn, part.tangent_y, part.columns);
-      if (kShape.cell_state) finish(s_.tangent_cn, part.tangent_cells, part.units);
-    }
-    part.barrier.wait(part.members);
-  }
-
-  // y' = W_hr m' + W_hr' m, once the whole team has written m'.
-  void project(const Part& part, const Visit& v, int64_t count) const {
-    part.barrier.wait(part.members);
-    for_groups(count, [&](int64_t first, int64_t rows) {
-      const T *values[kGroupRows], *tangents[kGroupRows];
-      T* to[kGroupRows];
-      for (int64_t k = 0; k < rows; ++k) {
-        const int64_t slot = part.rows.begin + first + k;
-        values[k] = row_at(s_.steps, part.unprojected, v.t, slot);
-        tangents[k] = row_at(s_.steps, part.tangent_unprojected, v.t, slot);
-        to[k] = row_at(s_.steps, part.tangent_y, v.t, slot);
+      if constexpr (kShape.recurrent) {
+        of.by[kValue].recurrent.add(p, count, part.scratch.tangent_h, acc, kAccWidth);
       }
-      multiply(project_[kValue][part.direction], part.columns, rows, tangents, to, false);
-      multiply(project_[kTangent][part.direction], part.columns, rows, values, to, true);
+      for (int64_t k = 0; k < count; ++k) tangent(d, p, rows[k], acc + k * kAccWidth);
     });
+    if (sizes_.projected) project(part, count);
+    Base::zero_padding(part, v, of.tangent_y);
+    for (int64_t rank = v.leaving; rank < v.active_end; ++rank) {
+      const auto finish = [&](const State<T>& to, const Rows<T>& from, Range own) {
+        copy_row(state_at(steps_, to, d, rank), row_at(steps_, from, v.t, rank), own);
+      };
+      finish(s_.tangent_hn, of.tangent_y, part.columns);
+      for_planes<kPlanes>(part.units, sizes_.H,
+                          [&](Range own) { finish(s_.tangent_cn, of.tangent_cells, own); });
+    }
+    part.wait_for_team();
   }
 
-  // f(first, rows) for groups of at most kGroupRows.
-  template <typename F>
-  static void for_groups(int64_t count, F f) {
-    for (int64_t first = 0; first < count; first += kGroupRows) {
-      f(first, min_of(kGroupRows, count - first));
-    }
+  // y' = W_hr m' + W_hr' m, once the whole team has written m'. m is h before the projection.
+  void project(const Part& part, int64_t count) const {
+    const RowPointers* rows = part.scratch.pointers;
+    const LeftRows<T>& left = part.scratch.multiplied;
+    const auto& by = directions_[part.direction].by;
+    const auto values = [&](int64_t k) { return rows[k].unprojected; };
+    const auto tangents = [&](int64_t k) { return rows[k].tangent_h; };
+    const auto y = [&](int64_t k) { return rows[k].tangent_y; };
+    part.wait_for_team();
+    by[kValue].projection.multiply_rows(part.columns, count, left, tangents, y, false);
+    by[kTangent].projection.multiply_rows(part.columns, count, left, values, y, true);
   }
 
-  // The columns `own` of to = or += left x w; nothing where w is zeros.
-  static void multiply(const ColumnPanels<T>& w, Range own, int64_t rows, const T* const* left,
-                       T* const* to, bool adds) {
-    T* out[kGroupRows];
-    for (int64_t p = own.begin / kWidth; w.w && p * kWidth < own.end; ++p) {
-      for (int64_t k = 0; k < rows; ++k) out[k] = to[k] + p * kWidth;
-      w.multiply(p, rows, left, out, adds);
-    }
-  }
-
-  // What both ways know of a step: values, and tangents of the states that enter it.
-  Step<D> load_step(const RowPointers& row, int64_t u) const {
-    const int64_t H = s_.sizes.H, n = H - u;
-    Step<D> s;
-    if constexpr (kShape.saves_slots) {
-#pragma GCC unroll 8
-      for (int k = 0; k < kShape.slots; ++k) s.slot[k].value = load_up_to(row.slots + k * H + u, n);
-    } else {
-      s.h.value = load_up_to(row.h + u, n);
-    }
-    if constexpr (kShape.reads_h) {
-      s.h_prev = {load_up_to(row.h_prev + u, n), load_up_to(row.tangent_h_prev + u, n)};
-    }
-    if constexpr (kShape.cell_state) {
-      s.c_prev = {load_up_to(row.c_prev + u, n), load_up_to(row.tangent_c_prev + u, n)};
-    }
-    return s;
-  }
-
-  void store_slots(const RowPointers& row, int64_t u, const Step<D>& s) const {
-    const int64_t H = s_.sizes.H;
-#pragma GCC unroll 8
-    for (int k = 0; k < kShape.slots; ++k) {
-      store_up_to(row.tangent_slots + k * H + u, s.slot[k].tangent, H - u);
-    }
-  }
-
-  // On the units of a panel of one row.
-  void tangent(int64_t p, const RowPointers& row, const T* acc) const {
-    const int64_t H = s_.sizes.H, width = panels_.width(p);
+  // The cell on the units of a panel of one row.
+  void tangent(int d, int64_t p, const RowPointers& row, const T* acc) const {
+    const int64_t H = sizes_.H, width = panels_.width(p);
     for (int64_t v = 0; v < width; v += kLanes<T>) {
       const int64_t u = panels_.first_unit(p) + v, n = H - u;
-      Step<D> s = load_step(row, u);
+      Step<D> s;
+      if constexpr (kShape.saves_slots) {
+#pragma GCC unroll 8
+        for (int k = 0; k < kStored; ++k) s.slot[k].value = load_up_to(row.slots + k * H + u, n);
+      }
 #pragma GCC unroll 8
       for (int k = 0; k < kShape.slots; ++k) {
         s.slot[k].tangent = load(acc + Panels::slot_at(k, width) + v);
         if (row.tangent_sums) s.slot[k].tangent += load_up_to(row.tangent_sums + k * H + u, n);
       }
+      load_parameters<kShape>(value_.weights[d], u, n,
+                              [&](int k) -> auto& { return s.parameter[k].value; });
+      load_parameters<kShape>(tangent_.weights[d], u, n,
+                              [&](int k) -> auto& { return s.parameter[k].tangent; });
+      if constexpr (!kShape.saves_slots) s.h.value = load_up_to(row.h + u, n);
+      if constexpr (kShape.reads_h) {
+        s.h_prev = {load_up_to(row.h_prev + u, n), load_up_to(row.tangent_h_prev + u, n)};
+      }
+      if constexpr (kShape.cell_state) {
+        s.c.value = load_up_to(row.c + u, n);
+        s.c_prev = {load_up_to(row.c_prev + u, n), load_up_to(row.tangent_c_prev + u, n)};
+      }
+      for (int k = 0; k < kShape.more_states; ++k) {
+        const int64_t place = (k + 1) * H + u;
+        s.more[k].value = load_up_to(row.c + place, n);
+        s.more_prev[k] = {load_up_to(row.c_prev + place, n),
+                          load_up_to(row.tangent_c_prev + place, n)};
+      }
       Cell::tangent(s);
-      if constexpr (kShape.saves_slots) store_slots(row, u, s);
-      store_up_to(row.tangent_h + u, s.h.tangent, n);
-      if constexpr (kShape.cell_state) store_up_to(row.tangent_c + u, s.c.tangent, n);
-    }
-  }
-
-  // Descending
-
-  // crossing = da x W_hh', of all steps, for the member's own columns.
-  void cross(const Part& part) const {
-    const ColumnPanels<T>& w = back_[kTangent][part.direction];
-    const T* left[kGroupRows];
-    T* to[kGroupRows];
-    int64_t count = 0;
-    const auto make = [&] {
-      multiply(w, part.columns, count, left, to, false);
-      count = 0;
-    };
-    for (int64_t t = 0; w.w && t < s_.steps.T; ++t) {
-      const int64_t end = min_of(part.rows.end, active_rows(s_.steps, t));
-      for (int64_t slot = part.rows.begin; slot < end; ++slot) {
-        if (is_last(part, t, slot)) continue;
-        left[count] = row_at(s_.steps, part.dslots, t, slot);
-        to[count] = row_at(s_.steps, part.crossing, t, slot);
-        if (++count == kGroupRows) make();
-      }
-    }
-    make();
-  }
-
-  // Nobody wants what this step of the row hands on.
-  bool is_last(const Part& part, int64_t t, int64_t slot) const {
-    return !s_.tangent_dh0.data && enters(s_.steps, part.direction, t, slot);
-  }
-
-  T* dh_row(int d, int64_t slot) const { return dh_ + 2 * (d * s_.steps.N + slot) * h_row_; }
-  T* dc_row(int d, int64_t slot) const { return dc_ + 2 * (d * s_.steps.N + slot) * u_row_; }
-
-  void descend(const Part& part, const Visit& v) const {
-    const Steps& s = s_.steps;
-    const int d = part.direction;
-    const int64_t count = v.active_end - part.rows.begin;
-    for (int64_t slot = v.entering; slot < v.active_end; ++slot) enter_row(part, slot);
-    for (int64_t k = 0; k < count; ++k) {
-      RowPointers& row = part.scratch.pointers[k];
-      row = pointers(part, v.t, part.rows.begin + k);
-      part.scratch.left[2 * k] = row.dslots;
-      part.scratch.left[2 * k + 1] = row.tangent_slots;
-    }
-    if (s_.sizes.projected) unproject(part, v, count);
-    for (int64_t k = 0; k < count; ++k) cell(part, part.scratch.pointers[k]);
-    part.barrier.wait(part.members);
-    const bool wanted = v.leaving > part.rows.begin || s_.tangent_dh0.data;
-    for (int64_t p = part.columns.begin / kWidth; wanted && p * kWidth < part.columns.end; ++p) {
-      T* dh = dh_row(d, part.rows.begin) + p * kWidth;
-      for (int64_t k = 0; !kShape.reads_h && k < 2 * count; ++k)
-        zero_row(dh + k * h_row_, 0, kWidth);
-      back_[kValue][d].add(p, 2 * count, part.scratch.left, dh, h_row_);
-    }
-    for (int64_t k = 0; crossing_[d] && k < count; ++k) {
-      if (is_last(part, v.t, part.rows.begin + k)) continue;
-      const RowPointers& row = part.scratch.pointers[k];
-      for (int64_t i = part.columns.begin; i < part.columns.end; ++i) {
-        row.dh[h_row_ + i] += row.crossing[i];
-      }
-    }
-    for (int64_t slot = part.rows.begin; s.reset && slot < v.active_end; ++slot) {
-      if (cut(s, d, v.t, slot)) zero_carry(part, slot);
-    }
-    for (int64_t slot = v.leaving; slot < v.active_end; ++slot) leave_row(part, slot);
-  }
-
-  // dm = (dy + dh) x W_hr, and its tangent; dy + dh is kept for the gradient of W_hr.
-  void unproject(const Part& part, const Visit& v, int64_t count) const {
-    const int d = part.direction;
-    const auto sum = [&](T* to, const T* dh, const T* dy) {
-      for (int64_t i = part.columns.begin; i < part.columns.end; ++i) {
-        to[i] = dy ? dh[i] + dy[i] : dh[i];
-      }
-    };
-    for (int64_t k = 0; k < count; ++k) {
-      const RowPointers& row = part.scratch.pointers[k];
-      const int64_t slot = part.rows.begin + k;
-      sum(row_at(s_.steps, part.dprojected, v.t, slot), row.dh, row.dy);
-      sum(row_at(s_.steps, part.tangent_dprojected, v.t, slot), row.dh + h_row_, row.tangent_dy);
-    }
-    part.barrier.wait(part.members);
-    for_groups(count, [&](int64_t first, int64_t rows) {
-      const T *values[kGroupRows], *tangents[kGroupRows];
-      T *to[kGroupRows], *tangent_to[kGroupRows];
-      for (int64_t k = 0; k < rows; ++k) {
-        const int64_t slot = part.rows.begin + first + k;
-        values[k] = row_at(s_.steps, part.dprojected, v.t, slot);
-        tangents[k] = row_at(s_.steps, part.tangent_dprojected, v.t, slot);
-        to[k] = part.scratch.pointers[first + k].dm;
-        tangent_to[k] = to[k] + u_row_;
-      }
-      multiply(unproject_[kValue][d], part.units, rows, values, to, false);
-      multiply(unproject_[kValue][d], part.units, rows, tangents, tangent_to, false);
-      multiply(unproject_[kTangent][d], part.units, rows, values, tangent_to, true);
-    });
-  }
-
-  void cell(const Part& part, const RowPointers& row) const {
-    const int64_t H = s_.sizes.H;
-    const auto incoming = [&](const T* dy, int64_t u) {
-      return dy ? load_up_to(dy + u, H - u) : Vec<T>{};
-    };
-    for (int64_t u = part.units.begin; u < part.units.end; u += kLanes<T>) {
-      const int64_t n = H - u;
-      Step<D> s = load_step(row, u);
       if constexpr (kShape.saves_slots) {
 #pragma GCC unroll 8
-        for (int k = 0; k < kShape.slots; ++k) {
-          s.slot[k].tangent = load_up_to(row.tangent_slots + k * H + u, n);
+        for (int k = 0; k < kStored; ++k) {
+          store_up_to(row.tangent_slots + k * H + u, s.slot[k].tangent, n);
         }
-      } else {
-        s.h.tangent = load_up_to(row.tangent_h + u, n);
       }
-      if (row.dm) {
-        s.dh = {load(row.dm + u), load(row.dm + u_row_ + u)};
-      } else {
-        s.dh = {load(row.dh + u) + incoming(row.dy, u),
-                load(row.dh + h_row_ + u) + incoming(row.tangent_dy, u)};
-      }
-      if constexpr (kShape.cell_state) {
-        s.c = {load_up_to(row.c + u, n), load_up_to(row.tangent_c + u, n)};
-        s.dc = {load(row.dc + u), load(row.dc + u_row_ + u)};
-      }
-      Cell::backward(s);
-      store_slots(row, u, s);
-      if constexpr (kShape.cell_state) {
-        store(row.dc + u, s.dc.value);
-        store(row.dc + u_row_ + u, s.dc.tangent);
-      }
-      if constexpr (kShape.reads_h) {
-        store(row.dh + u, s.dh_direct.value);
-        store(row.dh + h_row_ + u, s.dh_direct.tangent);
+      store_up_to(row.tangent_h + u, s.h.tangent, n);
+      if constexpr (kShape.cell_state) store_up_to(row.tangent_c + u, s.c.tangent, n);
+      for (int k = 0; k < kShape.more_states; ++k) {
+        store_up_to(row.tangent_c + (k + 1) * H + u, s.more[k].tangent, n);
       }
     }
   }
 
-  void begin(T* to, const State<const T>& from, int d, int64_t slot, Range own) const {
-    if (from.data) {
-      copy_row(to, state_at(s_.steps, from, d, slot), own.begin, own.end);
-    } else {
-      zero_row(to, own.begin, own.end);
-    }
-  }
-
-  // The gradients a row starts from at its last step: those of its final states.
-  void enter_row(const Part& part, int64_t slot) const {
-    const int d = part.direction;
-    begin(dh_row(d, slot), s_.dhn, d, slot, part.columns);
-    begin(dh_row(d, slot) + h_row_, s_.tangent_dhn, d, slot, part.columns);
-    if constexpr (kShape.cell_state) {
-      begin(dc_row(d, slot), s_.dcn, d, slot, part.units);
-      begin(dc_row(d, slot) + u_row_, s_.tangent_dcn, d, slot, part.units);
-    }
-  }
-
-  void zero_carry(const Part& part, int64_t slot) const {
-    const auto zero = [&](T* row, int64_t of_value, Range own) {
-      zero_row(row, own.begin, own.end);
-      zero_row(row + of_value, own.begin, own.end);
+  // crossing = da x W_hh', of all steps, in the thread's columns.
+  void cross(const Part& part) const {
+    const Direction& of = directions_[part.direction];
+    if (!of.crossing.data) return;
+    const T* da[kRowsAtOnce];
+    T* to[kRowsAtOnce];
+    int64_t count = 0;
+    const auto multiply = [&] {
+      loop_.recurrent(part.direction, kTangent)
+          .multiply_rows(
+              part.columns, count, part.scratch.multiplied, [&](int64_t k) { return da[k]; },
+              [&](int64_t k) { return to[k]; }, false);
+      count = 0;
     };
-    zero(dh_row(part.direction, slot), h_row_, part.columns);
-    if (kShape.cell_state) zero(dc_row(part.direction, slot), u_row_, part.units);
+    for (int64_t t = 0; t < steps_.T; ++t) {
+      const int64_t end = min_of(part.rows.end, active_rows(steps_, t));
+      for (int64_t rank = part.rows.begin; rank < end; ++rank) {
+        if (is_last(part, t, rank)) continue;
+        da[count] = row_at(steps_, of.dslots, t, rank);
+        to[count] = row_at(steps_, of.crossing, t, rank);
+        if (++count == kRowsAtOnce) multiply();
+      }
+    }
+    multiply();
   }
 
-  void leave_row(const Part& part, int64_t slot) const {
-    const int d = part.direction;
-    const auto leave = [&](const State<T>& to, const T* from, Range own) {
-      if (to.data) copy_row(state_at(s_.steps, to, d, slot), from, own.begin, own.end);
-    };
-    leave(s_.tangent_dh0, dh_row(d, slot) + h_row_, part.columns);
-    if (kShape.cell_state) leave(s_.tangent_dc0, dc_row(d, slot) + u_row_, part.units);
+  // True if nothing reads the gradient that this step of the row passes on.
+  bool is_last(const Part& part, int64_t t, int64_t rank) const {
+    return !loop_.wants_dh0() && enters(steps_, part.direction, t, rank);
   }
+
+  void descend(const Part& part, const Visit& v) const {
+    const Direction& of = directions_[part.direction];
+    loop_.step(part, part.scratch.descending, v);
+    for (int64_t rank = part.rows.begin; of.crossing.data && rank < v.active_end; ++rank) {
+      if (is_last(part, v.t, rank)) continue;
+      const T* const crossing = row_at(steps_, of.crossing, v.t, rank);
+      T* const to = loop_.dh(part.direction, rank, kTangent);
+      for (int64_t i = part.columns.begin; i < part.columns.end; ++i) to[i] += crossing[i];
+    }
+    loop_.end_step(part, v);
+  }
+
+  void finish(int thread, int threads) const { gradients_.run(thread, threads); }
 
   const SecondOrder<T>& s_;
-  const Plan& plan_;
-  int64_t block_steps_, block_rows_, h_row_, u_row_;
+  Backward<T> value_, tangent_;
+  T *tangent_cells_ = nullptr, *tangent_unprojected_ = nullptr;  // [D, total, H]
+  const int64_t block_steps_;
   Panels panels_;
-  Projected projected_;
+  Loop loop_;
   Gradients<T, Cell> gradients_;
-  Barrier* barriers_;
-  T* bias_[kMaxDirections];
-  StepWeights<T, Cell, Role::kInput> input_[2][kMaxDirections];          // by Of
-  StepWeights<T, Cell, Role::kRecurrent> recurrent_[2][kMaxDirections];  // likewise
-  ColumnPanels<T> project_[2][kMaxDirections] = {};                      // W_hr
-  ColumnPanels<T> back_[2][kMaxDirections];                              // W_hh, descending
-  ColumnPanels<T> unproject_[2][kMaxDirections] = {};                    // W_hr, descending
-  T* crossing_[kMaxDirections] = {};                                     // [total, O]
-  T *dh_, *dc_ = nullptr, *dm_ = nullptr;  // [D, N, 2, h_row_ or u_row_]
-  T* tangent_cells_ = nullptr;             // [D, total, H]
-  char* scratch_;
-  int64_t scratch_bytes_;
+  Direction directions_[kMaxDirections];
 };
 
 }  // namespace RNNKERN_NAMESPACE

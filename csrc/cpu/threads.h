@@ -2,12 +2,18 @@
 // and the barrier between their steps.
 #pragma once
 
+#ifndef RNNKERN_CELL_LIBRARY
 #include <omp.h>
+#endif
 #include <sched.h>
 
 #include <cstdint>
 
 #include "cells/math.h"
+#ifdef RNNKERN_AMX
+#include "cpu/amx.h"
+#endif
+#include "cpu/library.h"
 #include "steps.h"
 
 namespace rnnkern {
@@ -82,19 +88,32 @@ class FlushDenormals {
   const State before_;
 };
 
+// What a thread needs while it runs a pass.
+struct ThreadInPass {
+  FlushDenormals flush;
+#ifdef RNNKERN_AMX
+  TilesOfThread tiles;
+#endif
+};
+
 // Calls f(thread, threads) on at most `threads` threads; fewer may be granted.
 template <typename F>
 void parallel(int threads, const F& f) {
   if (threads <= 1) {
-    const FlushDenormals flush;
+    const ThreadInPass in_pass;
     f(0, 1);
     return;
   }
+  const auto part = [](const void* f, int thread, int granted) {
+    const ThreadInPass in_pass;
+    (*static_cast<const F*>(f))(thread, granted);
+  };
+#ifdef RNNKERN_CELL_LIBRARY
+  run_on_threads(threads, part, &f);
+#else
 #pragma omp parallel num_threads(threads)
-  {
-    const FlushDenormals flush;
-    f(omp_get_thread_num(), omp_get_num_threads());
-  }
+  part(&f, omp_get_thread_num(), omp_get_num_threads());
+#endif
 }
 
 }  // namespace RNNKERN_NAMESPACE

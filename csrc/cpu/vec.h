@@ -71,6 +71,20 @@ RNNKERN_CLAMP(double, __m128d, _mm_min_pd(a, b), _mm_max_pd(a, b))
 #endif
 #undef RNNKERN_CLAMP
 
+#if defined(__AVX512BF16__) && defined(RNNKERN_ELEMENT)
+// A division takes as long as 16 multiplications. What multiplies bfloat16 has no bits in common
+// with other instruction sets anyway, so it takes an approximation of 14 bits, doubled once.
+// Integers have the same bits everywhere.
+template <>
+struct Quotient<Vec<float>> {
+  static RNNKERN_INLINE Vec<float> of(Vec<float> a, Vec<float> b) {
+    if constexpr (std::is_same_v<RNNKERN_ELEMENT, F32ByI8>) return a / b;
+    const auto guess = (Vec<float>)_mm512_maskz_rcp14_ps(kAll, (__m512)b);
+    return a * (guess + guess * (1.0f - b * guess));
+  }
+};
+#endif
+
 // The 16 bits of each float of a vector.
 typedef uint16_t Bits16 __attribute__((vector_size(kVectorBytes / 2)));
 typedef uint16_t UnalignedBits16
@@ -218,6 +232,16 @@ RNNKERN_INLINE V interleave(V a, V b, std::integer_sequence<int, i...>) {
 template <int kHalf, typename T>
 RNNKERN_INLINE Vec<T> interleave(Vec<T> a, Vec<T> b) {
   return interleave<kHalf>(a, b, std::make_integer_sequence<int, kLanes<T>>{});
+}
+
+// Lane i of the result is lane i ^ kHalf.
+template <int kHalf, typename V, int... i>
+RNNKERN_INLINE V halves_swapped(V v, std::integer_sequence<int, i...>) {
+  return __builtin_shufflevector(v, v, (i ^ kHalf)...);
+}
+template <int kHalf, int kCount, typename V>
+RNNKERN_INLINE V halves_swapped(V v) {
+  return halves_swapped<kHalf>(v, std::make_integer_sequence<int, kCount>{});
 }
 
 // rows[i][j] becomes rows[j][i]: log2(lanes) rounds of perfect shuffles.

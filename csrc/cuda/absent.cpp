@@ -31,6 +31,16 @@ const char* refusal(int) { return kReason; }
   void run(const Backward<T>&, const Call&, const Allocate&) {                 \
     throw std::logic_error(kReason);                                           \
   }
+template <typename T>
+void run(const SecondOrder<T>&, const Call&, const Allocate&) {
+  throw std::logic_error(kReason);
+}
+void load_library(const std::string&, const std::string&, const std::string&, const std::string&,
+                  int) {
+  throw std::runtime_error(kReason);
+}
+template void run(const SecondOrder<float>&, const Call&, const Allocate&);
+template void run(const SecondOrder<double>&, const Call&, const Allocate&);
 RNNKERN_INSTANTIATE(float)
 RNNKERN_INSTANTIATE(double)
 RNNKERN_INSTANTIATE(Bf16)

@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 #include "cells/math.h"
 #include "cells/narrow.h"
@@ -35,6 +36,31 @@ struct Tf32 {
   float number;
 };
 
+// 1 / x within one unit in the last place; zero if that is no normal number.
+RNNKERN_INLINE float approximate_reciprocal(float x) {
+#ifdef __CUDA_ARCH__
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+#else
+  // The stand-in is off by one, up or down.
+  const float exact = 1 / x;
+  const auto bits = bit_cast<uint32_t>(exact);
+  return exact > 0x1p-126f && exact < 1 ? bit_cast<float>(bits + (bits % 3 - 1)) : exact;
+#endif
+}
+
+// Division has a branch to a slow path, which keeps the compiler from computing several gates at
+// once. One correction of an approximate quotient is within 0.51 ulp.
+template <>
+struct Quotient<float> {
+  static RNNKERN_INLINE float of(float a, float b) {
+    const float reciprocal = approximate_reciprocal(b);
+    const float quotient = a * reciprocal;
+    return __builtin_fmaf(__builtin_fmaf(-quotient, b, a), reciprocal, quotient);
+  }
+};
+
 #ifdef RNNKERN_SIMT
 
 RNNKERN_DEVICE int thread_index() { return int(simt::thread_in_block()); }
@@ -50,10 +76,12 @@ RNNKERN_DEVICE void sync_block(RNNKERN_HERE) {
 RNNKERN_DEVICE char* shared_memory() { return simt::launch().fiber().block->shared.data(); }
 
 // A flag in global memory, which grows: who sees its value sees what was written before it was set.
-RNNKERN_DEVICE void wait_until(const int* flag, int least, RNNKERN_HERE) {
+// The stand-in itself notices a flag that nobody sets.
+RNNKERN_DEVICE void wait_until(const int* flag, int least, int*, RNNKERN_HERE) {
   while (*flag < least && !simt::left_out(where)) simt::launch().park();
 }
-RNNKERN_DEVICE void set_flag(int* flag, int value) {
+RNNKERN_DEVICE void set_flag(int* flag, int value, RNNKERN_HERE) {
+  if (simt::left_out(where)) return;
   *flag = value;
   simt::launch().progress();
 }
@@ -64,6 +92,9 @@ RNNKERN_DEVICE void sync_warp(RNNKERN_HERE) {
 }
 
 RNNKERN_DEVICE void hold_loads() {}
+template <typename... Value>
+RNNKERN_DEVICE void compute_here(Value&...) {}
+RNNKERN_DEVICE int computed_once(int value) { return value; }
 
 // What other blocks have written, past this multiprocessor's cache.
 RNNKERN_DEVICE Quad load_from_l2(const Quad* from) { return *from; }
@@ -83,6 +114,16 @@ auto with_all_lanes(const Value& own, F f) {
 template <typename A>
 RNNKERN_DEVICE A from_lane_xor(A value, int mask) {
   return with_all_lanes(value, [&](auto lane) { return lane((thread_index() % kWarp) ^ mask); });
+}
+
+// Rounded to 16 bits as by narrow(), but one NaN may become another one; and back.
+template <typename E>
+RNNKERN_DEVICE E narrowed(float x) {
+  return {uint16_t(narrow(E{}, x))};
+}
+template <typename E>
+RNNKERN_DEVICE float widened(E x) {
+  return value(x);
 }
 
 RNNKERN_DEVICE Tf32 to_tf32(float x) {
@@ -143,12 +184,34 @@ RNNKERN_DEVICE char* shared_memory() {
   return memory;
 }
 
-RNNKERN_DEVICE void wait_until(const int* flag, int least) {
+// About ten seconds of looks, each a trip to the L2.
+constexpr int kMostLooks = 1 << 26;
+
+// Ends the launch with an error, and the process' use of the device with it. What is written to
+// memory of the host tells it who has given up.
+[[noreturn]] RNNKERN_DEVICE void give_up(int* gave_up) {
+  if (gave_up) *gave_up = 1;
+  __threadfence_system();
+  __trap();
+  __builtin_unreachable();
+}
+
+// The looks are relaxed, because each one that acquires empties the multiprocessor's cache. The
+// acquire follows the look that has seen the value. It makes no second trip: both forms are
+// compiled to CCTL.IVALL alone, because nobody uses what the load has read.
+RNNKERN_DEVICE void wait_until(const int* flag, int least, int* gave_up) {
   int value;
-  do {  // each look that acquires would empty the multiprocessor's cache
+#pragma unroll 1
+  for (int looks = 0;; ++looks) {
     asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
-  } while (value < least);
+    if (value >= least) break;
+    if (looks == kMostLooks) give_up(gave_up);
+  }
+#if __CUDA_ARCH__ >= 900 && __CUDACC_VER_MAJOR__ * 100 + __CUDACC_VER_MINOR__ >= 1208
+  asm volatile("fence.acquire.gpu;" ::: "memory");
+#else
   asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
+#endif
 }
 RNNKERN_DEVICE void set_flag(int* flag, int value) {
   asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
@@ -158,6 +221,25 @@ RNNKERN_DEVICE void sync_warp() { __syncwarp(); }
 
 // No load below moves above: the compiler would fill all registers with loads ahead, and then some.
 RNNKERN_DEVICE void hold_loads() { __syncwarp(); }
+
+// The compiler has computed the values here, and not after what the caller waits for next.
+template <typename Pointee>
+RNNKERN_DEVICE void compute_one_here(Pointee*& value) {
+  asm volatile("" : "+l"(value));
+}
+RNNKERN_DEVICE void compute_one_here(int& value) { asm volatile("" : "+r"(value)); }
+RNNKERN_DEVICE void compute_one_here(float& value) { asm volatile("" : "+f"(value)); }
+RNNKERN_DEVICE void compute_one_here(double& value) { asm volatile("" : "+d"(value)); }
+template <typename... Value>
+RNNKERN_DEVICE void compute_here(Value&... values) {
+  (compute_one_here(values), ...);
+}
+
+// The value, in a register for good. Where registers are few, ptxas would rather compute it again
+// in every step, behind a barrier; what comes from another lane it cannot. Whole warps ask.
+RNNKERN_DEVICE int computed_once(int value) {
+  return __shfl_sync(~0u, value, int(threadIdx.x % kWarp));
+}
 
 RNNKERN_DEVICE Quad load_from_l2(const Quad* from) {
   Quad quad;
@@ -171,6 +253,23 @@ RNNKERN_DEVICE Quad load_from_l2(const Quad* from) {
 template <typename A>
 RNNKERN_DEVICE A from_lane_xor(A value, int mask) {
   return __shfl_xor_sync(~0u, value, mask);
+}
+
+template <typename E>
+RNNKERN_DEVICE E narrowed(float x) {
+  E to;
+  if constexpr (std::is_same_v<E, Bf16>) {
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(to.bits) : "f"(x));
+  } else {
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(to.bits) : "f"(x));
+  }
+  return to;
+}
+RNNKERN_DEVICE float widened(Bf16 x) { return value(x); }
+RNNKERN_DEVICE float widened(F16 x) {
+  float result;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(x.bits));
+  return result;
 }
 
 RNNKERN_DEVICE Tf32 to_tf32(float x) {

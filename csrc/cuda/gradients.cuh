@@ -9,14 +9,10 @@ namespace rnnkern {
 namespace RNNKERN_NAMESPACE {
 
 constexpr int kRowThreads = cuda::kBlockThreads;
-#ifdef RNNKERN_SIMT
-constexpr int kRowBlocks = 1;  // fibers are dear
-#else
-constexpr int kRowBlocks = 4;  // of a multiprocessor
-#endif
+constexpr int kRowBlocks = cuda::kSmallBlocks ? 1 : 4;  // of a multiprocessor
 
-// to[row] for every row with storage: row of x at that step, or the state that entered it; zero
-// where a row takes no part.
+// to[row] for every row of some steps with storage: row of x at that step, or the state that
+// entered it; zero where a row takes no part.
 template <typename T>
 class GatherRows {
  public:
@@ -28,7 +24,8 @@ class GatherRows {
     bool is_state;
     int direction;
     int64_t width;
-    T* to;  // [total, width]
+    int64_t first_step, end_step;
+    T* to;  // [total, width], of which the rows of those steps are there
   };
 
   static constexpr bool kBlocksWait = false;
@@ -39,7 +36,8 @@ class GatherRows {
     const Rows<T> to = saved_rows(s, a.to, 0, a.width);
     const int warps = threads_per_block() / kWarp, lane = thread_index() % kWarp;
     const int64_t first = int64_t(block_index()) * warps + thread_index() / kWarp;
-    for (int64_t i = first; i < s.T * s.N; i += int64_t(blocks_in_grid()) * warps) {
+    for (int64_t i = a.first_step * s.N + first; i < a.end_step * s.N;
+         i += int64_t(blocks_in_grid()) * warps) {
       const int64_t t = i / s.N, slot = i % s.N;
       const bool active = slot < active_rows(s, t);
       if (!active && s.start) continue;
@@ -100,7 +98,26 @@ class SlotSums {
   }
 };
 
-// Gradients of both biases from those sums, a thread for each column.
+// Numbers as what they are stored as, a thread for each.
+template <typename T>
+struct RoundNumbers {
+  static constexpr bool kBlocksWait = false;
+  static constexpr int kMostThreads = kRowThreads;
+
+  struct Arguments {
+    const Compute<T>* from;
+    int64_t count;
+    T* to;
+  };
+
+  RNNKERN_DEVICE static void run(const Arguments& a) {
+    const int64_t i = int64_t(block_index()) * kRowThreads + thread_index();
+    if (i < a.count) put(a.to + i, a.from[i]);
+  }
+};
+
+// Gradients of both biases, and of the cell's own parameters, from those sums, a thread for each
+// column.
 template <typename T, typename Cell>
 class BiasGradients {
   using A = Compute<T>;
@@ -113,19 +130,29 @@ class BiasGradients {
   struct Arguments {
     const A* sums;  // [parts, S * H]
     int64_t parts, H;
-    T *b_ih, *b_hh;  // or null: not wanted
+    WeightGradients<T> to;
   };
 
   RNNKERN_DEVICE static void run(const Arguments& a) {
-    const int64_t width = kShape.slots * a.H;
+    const int64_t width = kShape.stored() * a.H;
     const int64_t column = int64_t(block_index()) * kRowThreads + thread_index();
     if (column >= width) return;
     A sum = 0;
     for (int64_t part = 0; part < a.parts; ++part) sum += a.sums[part * width + column];
     const int slot = int(column / a.H);
     const int64_t unit = column % a.H;
-    if (a.b_ih && slot >= kShape.input_slot) put(a.b_ih + input_gate<Cell>(slot) * a.H + unit, sum);
-    if (a.b_hh && slot < kShape.gates) put(a.b_hh + recurrent_gate<Cell>(slot) * a.H + unit, sum);
+    const WeightGradients<T>& to = a.to;
+    if constexpr (kShape.parameters > 0) {
+      if (slot >= kShape.slots) {
+        T* const own = to.parameters[slot - kShape.slots];
+        if (own) put(own + unit, sum);
+        return;
+      }
+    }
+    if (to.b_ih && slot >= kShape.input_slot) {
+      put(to.b_ih + input_gate<Cell>(slot) * a.H + unit, sum);
+    }
+    if (to.b_hh && slot < kShape.gates) put(to.b_hh + recurrent_gate<Cell>(slot) * a.H + unit, sum);
   }
 };
 

@@ -32,7 +32,13 @@ constexpr bool kIsStandIn = false;
 
 // float32 that is multiplied as bfloat16 is for CPUs.
 template <typename T>
-constexpr bool kHasKernels = !std::is_same_v<T, F32ByBf16>;
+constexpr bool kHasKernels = !std::is_same_v<T, F32ByBf16> && !std::is_same_v<T, F32By3Bf16>;
+
+// Loads the kernels of a cell that Python has added, for a device. `headers` is the digest of those
+// that the extension was built from. Throws std::runtime_error if the file is no library of that
+// cell, element type and headers.
+void load_library(const std::string& path, const std::string& mode, const std::string& element,
+                  const std::string& headers, int device);
 
 struct Call {
   int device;
@@ -52,8 +58,11 @@ template <typename T>
 void run(const Forward<T>& scan, const Call& call, const Allocate& allocate);
 template <typename T>
 void run(const Backward<T>& scan, const Call& call, const Allocate& allocate);
+template <typename T>
+void run(const SecondOrder<T>& scan, const Call& call,
+         const Allocate& allocate);  // not of narrow T
 
-// What run() would do, for people.
+// What run() would do if the call is recorded, for people.
 template <typename T>
 std::string describe(const Sizes& sizes, int64_t steps, int64_t rows, bool backward,
                      const Call& call);

@@ -28,13 +28,20 @@ struct Grid {
 template <typename Kernel>
 bool launch(const Queue& queue, const char* kernel, Grid grid,
             const typename Kernel::Arguments& arguments) {
-  if (simt::fails(kernel)) throw std::runtime_error(queue.name_of(kernel) + ": as a test wants it");
   if (Kernel::kBlocksWait && grid.blocks > simt::most_blocks()) return false;
   static uint32_t seed = 0;
-  simt::Launch(
-      {unsigned(grid.blocks)}, {unsigned(grid.threads)}, size_t(grid.shared_bytes),
-      [&] { Kernel::run(arguments); }, ++seed)
-      .run();
+  const bool fails = simt::fails(kernel);
+  const auto run = [=, name = queue.name_of(kernel), seed = ++seed] {
+    try {
+      if (fails) throw std::runtime_error("as a test wants it");
+      simt::Launch({unsigned(grid.blocks)}, {unsigned(grid.threads)}, size_t(grid.shared_bytes),
+                   simt::body_of<Kernel>(arguments), seed)
+          .run();
+    } catch (const std::exception& error) {
+      throw std::runtime_error(name + ": " + error.what());
+    }
+  };
+  simt::streams().add(queue.stream(), run);
   return true;
 }
 
@@ -43,7 +50,8 @@ bool launch(const Queue& queue, const char* kernel, Grid grid,
 inline void check(cudaError_t error, const Queue& queue, const char* kernel) {
   if (error == cudaSuccess) return;
   cudaGetLastError();  // so that nobody else finds it
-  throw std::runtime_error(queue.name_of(kernel) + ": " + cudaGetErrorString(error));
+  throw std::runtime_error(
+      cuda::with_who_gave_up(queue.name_of(kernel) + ": " + cudaGetErrorString(error)));
 }
 
 // Blocks that wait for each other have all registers of a multiprocessor; of others it has two at
@@ -56,14 +64,25 @@ __global__ void __launch_bounds__(Kernel::kMostThreads, Kernel::kBlocksWait ? 1 
 
 // False where the blocks wait for each other and the device does not run that many at once; then
 // nothing has been started. Errors name kernel and shape.
+//
+// A kernel that wants much shared memory is allowed all that there is, each time. Threads that
+// launch it with other sizes at the same time set the same value.
 template <typename Kernel>
 bool launch(const Queue& queue, const char* kernel, Grid grid,
             const typename Kernel::Arguments& arguments) {
   constexpr int64_t kSharedWithoutAsking = 48 << 10;
   if (grid.shared_bytes > kSharedWithoutAsking) {
     check(cudaFuncSetAttribute(run_kernel<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               int(grid.shared_bytes)),
+                               int(queue.device.shared_bytes)),
           queue, kernel);
+  }
+  if (Kernel::kBlocksWait) {
+    // Asked before the launch, because a capture refuses only when its graph is instantiated.
+    int at_once = 0;
+    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&at_once, run_kernel<Kernel>, grid.threads,
+                                                        size_t(grid.shared_bytes)),
+          queue, kernel);
+    if (int64_t(at_once) * queue.device.multiprocessors < grid.blocks) return false;
   }
   cudaLaunchAttribute cooperative;
   cooperative.id = cudaLaunchAttributeCooperative;

@@ -6,9 +6,12 @@
 
 #include <cstdlib>
 #include <map>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 #include <string_view>
+
+#include "cuda/plan.h"
 
 namespace rnnkern::cuda {
 namespace {
@@ -96,35 +99,39 @@ bool has_library() {
   const char* const wanted = std::getenv("RNNKERN_CUBLAS");
   return library().complete && !(wanted && std::string_view(wanted) == "0");
 }
-size_t library_bytes() { return size_t(32) << 20; }
+size_t library_bytes() { return size_t(kLibraryBytes); }
 
-Products::Products(const Call& call, char* workspace)
-    : lock_(of_device(call.device).mutex), tf32_(call.tf32) {
-  Handle& handle = of_device(call.device).handle;
-  if (!handle) {
+void* begin_products(int device, void* stream, char* workspace) {
+  OfDevice& own = of_device(device);
+  std::unique_lock lock(own.mutex);
+  if (!own.handle) {
     Handle created = nullptr;
     check(library().create(&created), "create");
     check(library().set_math_mode(created, kNoReducedPrecisionReduction), "math mode");
-    handle = created;
+    own.handle = created;
   }
-  handle_ = handle;
   // The stream first: it resets the workspace.
-  check(library().set_stream(handle_, call.stream), "stream");
-  check(library().set_workspace(handle_, workspace, library_bytes()), "workspace");
+  check(library().set_stream(own.handle, stream), "stream");
+  check(library().set_workspace(own.handle, workspace, library_bytes()), "workspace");
+  lock.release();  // until end_products
+  return &own;
 }
 
-void Products::multiply(const Product& p) {
+void end_products(void* products) { static_cast<OfDevice*>(products)->mutex.unlock(); }
+
+void multiply(void* products, const Product& p, bool tf32) {
   const bool is_double = p.operands == Number::kDouble;
-  const int compute = is_double                               ? kCompute64F
-                      : p.operands == Number::kFloat && tf32_ ? kCompute32FFastTf32
-                                                              : kCompute32F;
+  const int compute = is_double                              ? kCompute64F
+                      : p.operands == Number::kFloat && tf32 ? kCompute32FFastTf32
+                                                             : kCompute32F;
   const float one = 1, beta = p.adds;
   const double double_one = 1, double_beta = p.adds;
   const void* const factors[] = {is_double ? static_cast<const void*>(&double_one) : &one,
                                  is_double ? static_cast<const void*>(&double_beta) : &beta};
   const int operands = data_type(p.operands);
   // cuBLAS has matrices by columns: rows of ours are columns of its, so the product is b^T a^T.
-  check(library().multiply(handle_, p.b.transposed ? kTransposed : kAsItIs,
+  const Handle handle = static_cast<OfDevice*>(products)->handle;
+  check(library().multiply(handle, p.b.transposed ? kTransposed : kAsItIs,
                            p.a.transposed ? kTransposed : kAsItIs, p.n, p.m, p.k, factors[0],
                            p.b.data, operands, p.b.row, p.a.data, operands, p.a.row, factors[1],
                            p.to, data_type(p.results), p.row, compute, kDefaultAlgorithm),

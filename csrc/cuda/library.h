@@ -3,7 +3,6 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <mutex>
 
 #include "cuda/kernels.h"
 #include "elements.h"
@@ -44,18 +43,26 @@ bool has_library();
 size_t library_bytes();
 constexpr size_t kLibraryAlignment = 256;
 
-// The products of a call: they are queued on its stream and use that memory. One call at a time has
-// them on a device, others wait.
+// Products are queued on a stream and use that memory. One call at a time has them on a device,
+// others wait. begin_products and multiply throw std::runtime_error.
+void* begin_products(int device, void* stream, char* workspace);
+// 16-bit operands are summed in float, float32 as it is, or as TF32 if that is allowed.
+void multiply(void* products, const Product& product, bool tf32);
+void end_products(void* products);
+
+// The products of a call.
 class Products {
  public:
-  Products(const Call& call, char* workspace);
-  // 16-bit operands are summed in float, float32 as it is, or as TF32 where the call allows. Both
-  // throw std::runtime_error.
-  void multiply(const Product& product);
+  Products(const Call& call, void* stream, char* workspace)
+      : products_(begin_products(call.device, stream, workspace)), tf32_(call.tf32) {}
+  ~Products() { end_products(products_); }
+  Products(const Products&) = delete;
+  Products& operator=(const Products&) = delete;
+
+  void multiply(const Product& product) { cuda::multiply(products_, product, tf32_); }
 
  private:
-  std::unique_lock<std::mutex> lock_;
-  void* handle_ = nullptr;
+  void* const products_;
   const bool tf32_;
 };
 

@@ -15,14 +15,26 @@ namespace rnnkern::cuda {
 // goes by 64 bytes.
 constexpr int kTileRows = 16, kTileColumns = 8, kChunkBytes = 64;
 
-#ifdef RNNKERN_SIMT
-constexpr int kBlockThreads = 64;  // fibers are dear
+// Blocks of the stand-in are small, because fibers cost more than threads. RNNKERN_SIMT_FULL gives
+// it those of a GPU.
+#if defined(RNNKERN_SIMT) && !defined(RNNKERN_SIMT_FULL)
+constexpr bool kSmallBlocks = true;
 #else
-constexpr int kBlockThreads = 256;  // of most kernels
+constexpr bool kSmallBlocks = false;
 #endif
+constexpr int kBlockThreads = kSmallBlocks ? 64 : 256;  // of most kernels
 constexpr int kResidentThreads = kBlockThreads, kResidentWarps = kResidentThreads / 32;
 
 constexpr int64_t quotient_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Of a call's memory that does not depend on the weights: what cuBLAS may use, and what may hold
+// numbers of each step. So that it does not grow with T, a window of steps is handled at a time.
+constexpr int64_t kLibraryBytes = 32 << 20, kWindowBytes = 32 << 20;
+
+// How many steps such a window has, if each takes so many bytes: all T if they fit, else equal
+// parts of them, at least one step. Where one buffer is written while another one is read there are
+// `buffers` of them. RNNKERN_CUDA_WINDOW_BYTES names another limit, for tests.
+int64_t window_steps(int64_t T, int64_t bytes_of_step, int buffers);
 
 // What a GPU can do. The properties are its own; the costs are of its kind, as kinds.h has them.
 struct Device {
@@ -61,10 +73,16 @@ struct Problem {
   bool backward = false;
   bool deterministic = false;  // one order of summation for every N and T, forward
   bool has_library = true;     // for products of whole matrices
+  // The input product is made where the slots will be saved; its operand x has to be gathered.
+  bool inputs_are_saved = false, gathers_input = false;
 
   bool has_fixed_order() const { return deterministic && !backward; }
   bool own_products() const { return has_fixed_order() || !has_library; }
 };
+
+// Slots that are saved in the type that they are computed in hold their input product until then.
+template <typename T>
+constexpr bool kSavesInputs = !kNarrow<T>;
 
 // A product's sums: tiles of so many rows and columns; and how many chunks of weights a warp has
 // room for beside them.
@@ -83,54 +101,66 @@ struct Plan {
   int groups = 1;         // unit_blocks * groups parts of the hidden units
   int units = 1;          // of a group
   int chunks = 1;         // along k
-  int warp_chunks = 1;    // of them a warp takes so many, the last one maybe fewer:
+  int warp_chunks = 1;    // of them a warp takes so many, the last one maybe fewer,
+  int working_warps = 1;  // until there are none left:
   int held_chunks = 0;    // the first ones stay in registers,
   int shared_chunks = 0;  // the next ones in shared memory, the rest comes through the L2
   int64_t shared_bytes = 0;
   int64_t bytes_per_step = 0;  // through the L2, by all blocks; stepwise, of weights
-  double us_per_step = 0;      // as expected, with the step's share of what comes before the first
+  // Forward: steps whose input product is made at once, and which the resident tier takes in one
+  // launch. While it does, the next window's product is made in a second buffer.
+  int64_t window = 0;
+  double us_per_step = 0;  // as expected, with the step's share of what comes before the first
 
   constexpr int rows() const { return tile.row_tiles * kTileRows; }
   constexpr int columns() const { return tile.column_tiles * kTileColumns; }
-  // Warps that have chunks.
-  constexpr int working_warps() const { return (chunks + warp_chunks - 1) / warp_chunks; }
   constexpr int64_t blocks(int directions) const {
     return int64_t(directions) * row_teams * unit_blocks;
   }
 };
 
-// Sums of one row of a product lie this far apart in shared memory: stores of a tensor core's
-// result then meet no bank twice.
-constexpr int sum_stride(int columns) { return columns % 16 == 0 ? columns + 8 : columns; }
+// Where the sum of row m and a column of a tile lies in shared memory, behind the sums of a warp
+// before it. The rows follow each other. Within a row, a column is exchanged with another one: the
+// bits of m that the bank does not depend on yet are added to the column's, from the top. So the
+// banks are all different, both if a tensor core's result is stored and if the sums of neighbouring
+// units are read (tile.cuh proves it).
+constexpr int sum_mask(int m, int columns) {
+  int mask = 0;
+  for (int bit = 0; bit < 5; ++bit) mask |= (m >> bit & 1) << (4 - bit);
+  return mask & (columns - 1);
+}
+constexpr int sum_place(int m, int column, int columns) {
+  return m * columns + (column ^ sum_mask(m, columns));
+}
 
 // Numbers of all warps' sums, and those that a block keeps for its units and rows.
 constexpr int64_t sum_count(int rows, int columns) {
-  return int64_t(kResidentWarps) * rows * sum_stride(columns);
+  return int64_t(kResidentWarps) * rows * columns;
 }
 constexpr int64_t kept_count(const Plan& plan, int slots) {
   const int64_t units = int64_t(plan.groups) * plan.units;
   return 2 * units * plan.passes * plan.columns() + slots * units;
 }
 
-// Fewer chunks in most kernels of the stand-in, where warps are few and layers small.
-#ifdef RNNKERN_SIMT
-constexpr int room_for(int chunks) { return chunks < 3 ? chunks : 3; }
-#else
-constexpr int room_for(int chunks) { return chunks; }
-#endif
+// Fewer chunks in most kernels of small blocks, whose warps are few, as their layers are small.
+constexpr int room_for(int chunks) { return kSmallBlocks && chunks > 3 ? 3 : chunks; }
 
 // Register tiles that there are kernels for. Forward, the largest has 16 units of a cell with
 // several gates, 32 of one with one.
 constexpr std::array<TileShape, 3> forward_tiles(int gates) {
   return {{{2, 1, 6}, {2, 2, room_for(3)}, {gates == 1 ? 2 : gates, 4, 0}}};
 }
-constexpr TileShape kBackwardTiles[] = {
-    {1, 1, room_for(12)}, {1, 2, room_for(9)}, {2, 4, room_for(2)}};
+constexpr TileShape kBackwardTiles[] = {{1, 1, room_for(12)}, {1, 2, room_for(9)}, {2, 4, 0}};
 // Without tensor cores, where a lane has sums of all rows and no registers to spare.
 constexpr TileShape kOneByOneForwardTiles[] = {{2, 1, 0}, {2, 2, 0}};
 constexpr TileShape kOneByOneBackwardTiles[] = {{1, 1, 0}, {1, 2, 0}, {1, 4, 0}};
 
 Plan plan_for(const Problem& problem, const Device& device);
+
+// Of so many multiprocessors, those that blocks may take which wait for each other. Others need
+// some for kernels that wait for a peer, as those of NCCL do: RNNKERN_CUDA_LEAVE_FREE says how
+// many.
+int blocks_of(int multiprocessors);
 
 // The choice and its reason, for people.
 std::string describe(const Plan& plan, const Problem& problem, const Device& device);

@@ -8,7 +8,7 @@ namespace RNNKERN_NAMESPACE {
 namespace {
 
 template <typename T, typename E, typename R>
-void start_product(const cuda::Product& p, Queue& queue) {
+void start_kernel_of(const cuda::Product& p, const Queue& queue) {
   using Kernel = MatrixProduct<T, E, R>;
   const int64_t row_blocks = cuda::quotient_up(p.m, Kernel::kRows);
   const int64_t blocks = row_blocks * cuda::quotient_up(p.n, Kernel::kColumns);
@@ -19,16 +19,14 @@ void start_product(const cuda::Product& p, Queue& queue) {
 }  // namespace
 
 template <>
-void multiply<RNNKERN_ELEMENT>(const cuda::Product& p, bool fixed_order, Queue& queue) {
+void start_product<RNNKERN_ELEMENT>(const cuda::Product& p, const Queue& queue) {
   using T = RNNKERN_ELEMENT;
-  if (p.m == 0 || p.n == 0) return;
-  if (queue.has_library && !fixed_order && p.k > 0) return queue.multiply(p);
   with_operand<T>(queue, [&](auto operand) {
     using E = decltype(operand);
     if constexpr (kNarrow<T>) {
-      if (p.results == cuda::kNumber<T>) return start_product<T, E, T>(p, queue);
+      if (p.results == cuda::kNumber<T>) return start_kernel_of<T, E, T>(p, queue);
     }
-    start_product<T, E, Compute<T>>(p, queue);
+    start_kernel_of<T, E, Compute<T>>(p, queue);
   });
 }
 

@@ -19,7 +19,7 @@ class MatrixProduct {
   using A = Compute<T>;
   // Without tensor cores, as few rows as give every thread a number to move.
   using Product = Tile<E, kOnTensorCores<E> ? 4 : int(sizeof(E)) / 4, 1>;
-  using Sums = Partials<A, cuda::kTileColumns>;
+  using Sums = Partials<A, Product::kRows, cuda::kTileColumns>;
 
  public:
   static constexpr int kThreads = cuda::kBlockThreads;
@@ -34,7 +34,7 @@ class MatrixProduct {
   static constexpr bool kBlocksWait = false;
   static constexpr int kMostThreads = kThreads;
   static constexpr int64_t kStagedBytes = int64_t(kRows + kColumns) * kChunkBytes;
-  static constexpr int64_t kSumBytes = int64_t(kWarps) * kRows * Sums::kStride * int64_t(sizeof(A));
+  static constexpr int64_t kSumBytes = int64_t(kWarps) * Sums::kOfWarp * int64_t(sizeof(A));
   static constexpr int64_t kSharedBytes = kStagedBytes > kSumBytes ? kStagedBytes : kSumBytes;
 
   RNNKERN_DEVICE static void run(const Arguments& arguments) { MatrixProduct(arguments).all(); }
@@ -89,7 +89,7 @@ class MatrixProduct {
     }
     sums.add(part);
     sync_block();
-    const Sums shared = {reinterpret_cast<A*>(shared_memory()), kRows};
+    const Sums shared = {reinterpret_cast<A*>(shared_memory())};
     sums.store(shared, warp);
     sync_block();
     R* const to = static_cast<R*>(p_.to);
@@ -98,7 +98,8 @@ class MatrixProduct {
       const int64_t row = first_row_ + m, n = first_column_ + column;
       if (row >= p_.m || n >= p_.n) continue;
       R* const at = to + row * p_.row + n;
-      const A sum = shared.at(column / cuda::kTileColumns, m)[column % cuda::kTileColumns];
+      const A sum =
+          shared.of(column / cuda::kTileColumns)[shared.place(m, column % cuda::kTileColumns)];
       put(at, p_.adds ? value(*at) + sum : sum);
     }
   }

@@ -6,11 +6,19 @@
 namespace rnnkern {
 namespace RNNKERN_NAMESPACE {
 
-// Queues a product of operands T, results T or what T is computed with. The library makes it where
-// there is one; our own kernel where there is none, of nothing (which is zero), and where
-// `fixed_order`: one order of summation for every m and n.
+// Queues our own kernel for a product of operands T, results T or what T is computed with.
 template <typename T>
-void multiply(const cuda::Product& product, bool fixed_order, Queue& queue);
+void start_product(const cuda::Product& product, const Queue& queue);
+
+// Queues such a product. The library makes it where there is one; our own kernel where there is
+// none, of nothing (which is zero), and where `fixed_order`: one order of summation for every m and
+// n.
+template <typename T>
+void multiply(const cuda::Product& p, bool fixed_order, Queue& queue) {
+  if (p.m == 0 || p.n == 0) return;
+  if (queue.has_library && !fixed_order && p.k > 0) return queue.multiply(p);
+  start_product<T>(p, queue);
+}
 
 }  // namespace RNNKERN_NAMESPACE
 }  // namespace rnnkern

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <optional>
+#include <stdexcept>
 #include <string>
 #include <utility>
 
@@ -11,6 +12,18 @@
 #include "workspace.h"
 
 namespace rnnkern {
+namespace cuda {
+
+// What a queue is made of, as plain data. `what` names the layer in errors.
+struct Attempt {
+  const Call* call;
+  const Device* device;
+  char* memory;
+  const char* what;
+};
+
+}  // namespace cuda
+
 namespace RNNKERN_NAMESPACE {
 
 class Queue {
@@ -23,12 +36,16 @@ class Queue {
         memory_(memory),
         carver_(memory),
         what_(std::move(what)) {}
+  explicit Queue(const cuda::Attempt& a) : Queue(*a.call, *a.device, a.memory, a.what) {}
 
   const cuda::Device& device;
   const bool has_library;  // for products, through the whole call
 
+  const cuda::Call& call() const { return call_; }
+  char* memory() const { return memory_; }
+  const char* what() const { return what_.c_str(); }
   bool runs() const { return memory_; }
-  void* stream() const { return call_.stream; }
+  void* stream() const { return is_beside_ ? side_->stream() : call_.stream; }
   // A kernel's name in errors.
   std::string name_of(const char* kernel) const { return std::string(kernel) + " of " + what_; }
   bool tf32() const { return call_.tf32; }
@@ -45,14 +62,35 @@ class Queue {
     if (runs()) cuda::clear(memory_, carver_.used(), call_.stream);
   }
 
+  // Queues what f queues beside all that comes later: it waits for what has been queued up to now.
+  template <typename F>
+  void beside(F f) {
+    if (!runs()) return f();
+    if (!side_) side_.emplace(call_.device, call_.stream);
+    side_->wait_for_main();
+    is_beside_ = true;
+    f();
+    is_beside_ = false;
+  }
+  // What is queued from now on waits for what has been queued beside it.
+  void join() {
+    if (side_) side_->main_waits();
+  }
+
+  // All of a call are queued beside the rest, or none.
   void multiply(const cuda::Product& product) {
     if (!multiplies_) {
       multiplies_ = true;
       char* const memory = take<char>(int64_t(cuda::library_bytes() + cuda::kLibraryAlignment));
       const size_t beyond = reinterpret_cast<uintptr_t>(memory) % cuda::kLibraryAlignment;
-      if (runs()) products_.emplace(call_, memory + (cuda::kLibraryAlignment - beyond));
+      if (runs()) {
+        products_.emplace(call_, stream(), memory + (cuda::kLibraryAlignment - beyond));
+        multiply_beside_ = is_beside_;
+      }
     }
-    if (runs()) products_->multiply(product);
+    if (!runs()) return;
+    if (multiply_beside_ != is_beside_) throw std::logic_error("products in two streams");
+    products_->multiply(product);
   }
 
  private:
@@ -60,7 +98,8 @@ class Queue {
   char* const memory_;
   Carver carver_;
   const std::string what_;
-  bool multiplies_ = false;
+  bool multiplies_ = false, multiply_beside_ = false, is_beside_ = false;
+  std::optional<cuda::SideStream> side_;
   std::optional<cuda::Products> products_;
 };
 

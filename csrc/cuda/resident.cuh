@@ -9,13 +9,15 @@
 //    ...     └────────────────────────────────────────┘  L2
 //
 // A team of blocks takes one direction of some batch rows through all steps. One step of a block:
-//   1. Each warp waits for the flags of the blocks that make its part of k, not for the team; reads
-//      it from the exchange buffer straight into the registers that the products want (tile.cuh).
+//   1. Each thread computes all that does not depend on the others: addresses, and what is added to
+//      the products. Then each warp waits for the flags of the blocks that make its part of k, not
+//      for the team; reads it from the exchange buffer straight into the registers that the
+//      products want (tile.cuh).
 //   2. The warps' sums meet in shared memory; each thread makes the cells of its own unit and rows,
 //      whose states stay with it, writes what others need to the exchange buffer, and the flag of
 //      the block says so.
-//   3. Only then it stores outputs and what backward needs, and loads what the next step adds to
-//      the products.
+//   3. Only then the threads store outputs and what backward needs, and load what the next step
+//      adds to the products.
 // The exchange buffer is double: what a block writes after step i was read in step i-1, and its
 // flags of step i have told it that all of the team are past that.
 //
@@ -38,8 +40,9 @@ static_assert(kResidentThreads % kWarp == 0, "a block is whole warps");
 // The plan, and the memory that goes with it.
 struct Residency : cuda::Plan {
   int* flags = nullptr;      // [D][parts][unit_blocks], zero at the start
+  int* gave_up = nullptr;    // of the host's memory: a block has waited too long
   Quad* exchange = nullptr;  // [2][D][parts * columns][chunks], zero at the start
-  // [blocks][groups][chunks] of weights, used for what is not in shared memory; null where all is.
+  // [blocks][groups][chunks] of weights, used for what does not stay; null where all does.
   Quad* scratch = nullptr;
 };
 
@@ -65,7 +68,7 @@ class ResidentBlock {
   using Product = Tile<E, kRowTiles, kColumnTiles>;
   using A = typename Product::A;
   static constexpr int kRows = Product::kRows, kColumns = Product::kColumns;
-  using Sums = Partials<A, kColumns>;
+  using Sums = Partials<A, kRows, kColumns>;
 
   // Quads of a chunk of packed weights.
   static constexpr int kQuadsOfChunk = kRows * kQuadsOfRow;
@@ -80,10 +83,9 @@ class ResidentBlock {
         team_(block_index() / r.unit_blocks % r.row_teams),
         direction_(block_index() / (r.unit_blocks * r.row_teams)),
         directions_(directions),
-        working_(r.working_warps()),
         first_chunk_(thread_index() / kWarp * r.warp_chunks),
-        sums_{reinterpret_cast<A*>(shared_chunk(r.groups, 0, 0)), kRows} {
-    if (thread_index() / kWarp >= working_) return;
+        sums_{reinterpret_cast<A*>(shared_chunk(r.groups, 0, 0))} {
+    if (thread_index() / kWarp >= r_.working_warps) return;
     chunks_ = int(least(r.warp_chunks, r.chunks - first_chunk_));
     const int64_t per_block = int64_t(r.units) * r.groups * per_unit;
     const int64_t first = int64_t(first_chunk_) * kChunkElements<E>;
@@ -115,55 +117,41 @@ class ResidentBlock {
     return {least(begin, H_), least(begin + r_.units, H_)};
   }
 
-  // Reads the weights: weight(group, m, k) for k < K. Rows m are neighbours in memory where
-  // m_first, else numbers k are; neighbouring threads take neighbours, each several that are on
-  // their way at once. The weights are there once the block has met, and hold() takes some.
-  template <bool m_first, typename Weight>
-  RNNKERN_DEVICE void pack(int K, int rows, Weight weight) const {
-    constexpr int kAtOnce = 16;
-    constexpr int kAcross = m_first ? kRows : kWarp;  // threads along what is contiguous
-    constexpr int kApart = kResidentThreads / kAcross;
-    static_assert(kResidentThreads % kAcross == 0, "all threads take part");
-    const int width = r_.chunks * kChunkElements<E>;
-    const int across = thread_index() % kAcross, along = thread_index() / kAcross;
+  // Reads the weights that the warp multiplies with; they are there once the block has met. Row m
+  // of a group begins at row_of(group, m), null if there is none, and its number k < K stands
+  // place_of(k) behind. Lanes take what they hold themselves: 16 bytes of two rows of each row
+  // tile.
+  template <typename T, typename RowOf, typename PlaceOf>
+  RNNKERN_DEVICE void pack(int K, RowOf row_of, PlaceOf place_of) {
+    const int warp = thread_index() / kWarp, lane = thread_index() % kWarp;
+    if (warp >= r_.working_warps) {  // what it never adds
+      for (int i = lane; i < Sums::kOfWarp; i += kWarp) sums_.of(warp)[i] = 0;
+    }
+    // More of them beside held weights would cost registers.
+    constexpr int kUnrolled = kTile.held_chunks > 0 ? 1 : 4;
     for (int group = 0; group < r_.groups; ++group) {
-      const auto pack_some = [&](auto m_of, auto k_of) {
-        A numbers[kAtOnce];
+      const T* rows[kRowTiles * 2];
 #pragma unroll
-        for (int j = 0; j < kAtOnce; ++j) {
-          numbers[j] = k_of(j) < K && m_of(j) < rows ? weight(group, m_of(j), k_of(j)) : A(0);
-        }
+      for (int i = 0; i < kRowTiles * 2; ++i) {
+        rows[i] = row_of(group, i / 2 * kTileRows + lane / 4 + i % 2 * 8);
+      }
 #pragma unroll
-        for (int j = 0; j < kAtOnce; ++j) {
-          if (k_of(j) < width && m_of(j) < kRows)
-            put_operand(packed(group, m_of(j), k_of(j)), numbers[j]);
-        }
-      };
-      if constexpr (m_first) {
-        for (int k = along; k < width; k += kApart * kAtOnce) {
-          pack_some([&](int) { return across; }, [&](int j) { return k + j * kApart; });
-        }
-      } else {
-        for (int m = along; m < kRows; m += kApart) {
-          for (int k = across; k < width; k += kAcross * kAtOnce) {
-            pack_some([&](int) { return m; }, [&](int j) { return k + j * kAcross; });
-          }
+      for (int j = 0; j < kTile.held_chunks; j += together()) {
+        if (j >= r_.held_chunks) break;
+        pack_chunks<together()>(rows, K, j, place_of, held_ + j);
+      }
+#pragma unroll kUnrolled
+      for (int j = r_.held_chunks; j < chunks_; ++j) {
+        Quad quads[1][kRowTiles * 2];
+        pack_chunks<1>(rows, K, j, place_of, quads);
+        Quad* const chunk = j < r_.held_chunks + r_.shared_chunks
+                                ? shared_chunk(group, warp, j - r_.held_chunks)
+                                : scratch_chunk(group, first_chunk_ + j);
+#pragma unroll
+        for (int i = 0; i < kRowTiles * 2; ++i) {
+          chunk[Product::place_of_quad(i / 2, i % 2)] = quads[0][i];
         }
       }
-    }
-  }
-
-  // Into registers, of what has been packed: before the first product.
-  RNNKERN_DEVICE void hold() {
-    if (r_.held_chunks == 0) return;
-    sync_block();
-    const int lane = thread_index() % kWarp;
-#pragma unroll
-    for (int j = 0; j < kTile.held_chunks; ++j) {
-      if (j >= r_.held_chunks || j >= chunks_) break;
-      const Quad* const chunk = scratch_chunk(0, first_chunk_ + j);
-#pragma unroll
-      for (int i = 0; i < kRowTiles * 2; ++i) held_[j][i] = chunk[i * kWarp + lane];
     }
   }
 
@@ -171,23 +159,24 @@ class ResidentBlock {
   RNNKERN_DEVICE E* exchanged(int64_t epoch, int64_t slot, int64_t k) const {
     return reinterpret_cast<E*>(row_of(epoch, slot)) + k;
   }
-
   // The sums of a turn's group over the rows of its pass, as exchanged in `epoch`; then of all
   // warps in shared memory, once the block has met.
   RNNKERN_DEVICE void multiply(const Turn& turn, int64_t epoch) const {
-    if (thread_index() / kWarp < working_) {
-      wait_for(turn.pass, epoch);
+    const int warp = thread_index() / kWarp;
+    if (warp < r_.working_warps) {
       const Quad* states[kColumnTiles];
 #pragma unroll
       for (int n = 0; n < kColumnTiles; ++n) {
         const int column = n * kTileColumns + thread_index() % kWarp / 4;
         states[n] = row_of(epoch, int64_t(part(turn.pass)) * kColumns + column) +
                     first_chunk_ * kQuadsOfRow + thread_index() % 4;
+        compute_here(states[n]);
       }
-      const int warp = thread_index() / kWarp;
-      const int stay = int(least(chunks_, r_.held_chunks + r_.shared_chunks));
+      int stay = int(least(chunks_, r_.held_chunks + r_.shared_chunks));
+      const Quad* shared = shared_chunk(turn.group, warp, 0);
+      compute_here(stay, shared);
+      wait_for(turn.pass, epoch);
       Product product;
-      const Quad* const shared = shared_chunk(turn.group, warp, 0);
       if constexpr (kTile.held_chunks > 0) {
         if (r_.held_chunks) {
           add_chunks<kTile.held_chunks>(0, stay, shared, states, &product);
@@ -197,23 +186,26 @@ class ResidentBlock {
       } else {
         add_chunks<0>(0, stay, shared, states, &product);
       }
-      add_chunks<0>(stay, chunks_, scratch_chunk(turn.group, first_chunk_ + stay), states,
-                    &product);
+      if (stay < chunks_) {
+        add_chunks<0>(stay, chunks_, scratch_chunk(turn.group, first_chunk_ + stay), states,
+                      &product);
+      }
       product.store(sums_, warp);
     }
     sync_block();
   }
 
-  // What multiply() has found for row m and a column, the warps' sums in their order.
-  RNNKERN_DEVICE A sum(int m, int column) const {
-    A parts[kResidentWarps];
+  // What multiply() has found for row m and a column, from their place; the warps' sums in order.
+  RNNKERN_DEVICE static int place_of_sum(int m, int column) { return Sums::place(m, column); }
+  // The place of the sum that many rows on in the same column, if the two rows have no bit in
+  // common.
+  RNNKERN_DEVICE static int place_further_on(int place, int rows) {
+    return (place ^ cuda::sum_mask(rows, kColumns)) + rows * kColumns;
+  }
+  RNNKERN_DEVICE A sum(int place) const {
+    A all = sums_.of(0)[place];
 #pragma unroll
-    for (int warp = 0; warp < kResidentWarps; ++warp) {
-      parts[warp] = warp < working_ ? sums_.at(warp, m)[column] : A(0);
-    }
-    A all = parts[0];
-#pragma unroll
-    for (int warp = 1; warp < kResidentWarps; ++warp) all += parts[warp];
+    for (int warp = 1; warp < kResidentWarps; ++warp) all += sums_.of(warp)[place];
     return all;
   }
 
@@ -221,7 +213,8 @@ class ResidentBlock {
   // to the exchange buffer is there for the team.
   RNNKERN_DEVICE void finish(const Turn& turn, int64_t epoch) const {
     sync_block();
-    // The last thread is the most likely to have no cells of its own.
+    // The last thread is the most likely to have no cells of its own. With several passes its warp
+    // does not multiply either (plan.cpp), because the fence would hold up the next pass.
     if (turn.is_last_group(r_) && thread_index() == kResidentThreads - 1) {
       set_flag(flags(turn.pass) + member_, int(epoch));
     }
@@ -236,10 +229,18 @@ class ResidentBlock {
   // The blocks that make the warp's chunks have published the epoch, for all lanes.
   RNNKERN_DEVICE void wait_for(int pass, int64_t epoch) const {
     for (int m = first_maker_ + thread_index() % kWarp; m <= last_maker_; m += kWarp) {
-      wait_until(flags(pass) + m, int(epoch));
+      wait_until(flags(pass) + m, int(epoch), r_.gave_up);
     }
     sync_warp();
   }
+
+  // Chunks on their way, as registers allow: 3 KB of a warp where products take little time.
+  static constexpr int kMostAhead = !kOnTensorCores<E>             ? 1
+                                    : kColumnTiles > 2             ? 2
+                                    : kRowTiles * kColumnTiles > 1 ? 3
+                                                                   : 6;
+  static constexpr int kAhead =
+      0 < kTile.held_chunks && kTile.held_chunks < kMostAhead ? kTile.held_chunks : kMostAhead;
 
   // Adds the warp's chunks [begin, end), the first kHeld from registers, the next ones from
   // `weights`.
@@ -247,8 +248,6 @@ class ResidentBlock {
   RNNKERN_DEVICE void add_chunks(int begin, int end, const Quad* weights,
                                  const Quad* const (&states)[kColumnTiles],
                                  Product* product) const {
-    // Chunks on their way while one is multiplied, as registers allow.
-    constexpr int kAhead = !kOnTensorCores<E> || kColumnTiles > 2 ? 1 : 3;
     static_assert(kHeld % kAhead == 0, "places of chunks ahead are known to the compiler");
     Quad ahead[kAhead][kColumnTiles];
     const auto load = [&](int chunk, Quad(&to)[kColumnTiles]) {
@@ -258,11 +257,19 @@ class ResidentBlock {
         to[n] = load_from_l2(states[n] + int64_t(chunk) * kQuadsOfRow);
       }
     };
-    Quad now[kColumnTiles];
-    const auto take = [&](int chunk, Quad(&from)[kColumnTiles]) {
+    // multiply(a chunk); then its place is free for another one. Products one by one take so long
+    // that the next chunk is on its way before them.
+    const auto take = [&](int chunk, Quad(&from)[kColumnTiles], auto multiply) {
+      if constexpr (kOnTensorCores<E>) {
+        multiply(from);
+        load(chunk + kAhead, from);
+      } else {
+        Quad now[kColumnTiles];
 #pragma unroll
-      for (int n = 0; n < kColumnTiles; ++n) now[n] = from[n];
-      load(chunk + kAhead, from);
+        for (int n = 0; n < kColumnTiles; ++n) now[n] = from[n];
+        load(chunk + kAhead, from);
+        multiply(now);
+      }
     };
 #pragma unroll
     for (int j = 0; j < kAhead; ++j) load(begin + j, ahead[j]);
@@ -270,16 +277,17 @@ class ResidentBlock {
 #pragma unroll
       for (int j = 0; j < kHeld; ++j) {
         if (begin + j >= end) return;
-        take(begin + j, ahead[j % kAhead]);
-        product->add_held(held_[j], now);
+        take(begin + j, ahead[j % kAhead],
+             [&](const auto& states) { product->add_held(held_[j], states, j); });
       }
     }
     for (int c = kHeld; begin + c < end; c += kAhead) {
 #pragma unroll
       for (int j = 0; j < kAhead; ++j) {
         if (begin + c + j >= end) break;
-        take(begin + c + j, ahead[j]);
-        product->add(weights + int64_t(c - kHeld + j) * kQuadsOfChunk, now);
+        take(begin + c + j, ahead[j], [&](const auto& states) {
+          product->add(weights + int64_t(c - kHeld + j) * kQuadsOfChunk, states, j);
+        });
       }
     }
   }
@@ -293,7 +301,7 @@ class ResidentBlock {
   // Of a warp's chunks in shared memory the one of that index.
   RNNKERN_DEVICE Quad* shared_chunk(int group, int warp, int index) const {
     // Not the member: with it ptxas spills more, for true float32.
-    const int64_t warps = int64_t(group) * r_.working_warps() + warp;
+    const int64_t warps = int64_t(group) * r_.working_warps + warp;
     return reinterpret_cast<Quad*>(shared_memory()) +
            (warps * r_.shared_chunks + index) * kQuadsOfChunk;
   }
@@ -301,19 +309,64 @@ class ResidentBlock {
     return r_.scratch +
            ((int64_t(block_index()) * r_.groups + group) * r_.chunks + chunk) * kQuadsOfChunk;
   }
-  // Where a number of the weights stands, packed.
-  RNNKERN_DEVICE E* packed(int group, int m, int k) const {
-    const int chunk = k / kChunkElements<E>, warp = chunk / r_.warp_chunks;
-    const int index = chunk - warp * r_.warp_chunks - r_.held_chunks;
-    Quad* const at = index >= 0 && index < r_.shared_chunks ? shared_chunk(group, warp, index)
-                                                            : scratch_chunk(group, chunk);
-    return Product::number(at, m, k % kChunkElements<E>);
+  // Chunks of weights that are read at once: so many that a lane has 64 loads on their way.
+  static constexpr int together() {
+    constexpr int kLoads = kRowTiles * 2 * int(sizeof(Quad) / sizeof(E));
+    int count = kTile.held_chunks > 0 ? kTile.held_chunks : 1;
+    while (count > 1 && (count * kLoads > 64 || kTile.held_chunks % count > 0)) --count;
+    return count;
+  }
+
+  // The lane's quads of chunks `index` and following of the warp, of rows that begin there.
+  template <int kCount, typename T, typename PlaceOf>
+  RNNKERN_DEVICE void pack_chunks(const T* const (&rows)[kRowTiles * 2], int K, int index,
+                                  PlaceOf place_of, Quad (*to)[kRowTiles * 2]) const {
+    constexpr int kPerQuad = int(sizeof(Quad) / sizeof(E));
+    T numbers[kCount][kRowTiles * 2][kPerQuad];
+    hold_loads();
+#pragma unroll
+    for (int c = 0; c < kCount; ++c) {
+      int chunk = first_chunk_ + index + c;
+      compute_here(chunk);
+      const unsigned k =
+          unsigned(chunk) * kChunkElements<E> + unsigned(thread_index() % 4) * kPerQuad;
+      decltype(place_of(k)) places[kPerQuad];
+#pragma unroll
+      for (int j = 0; j < kPerQuad; ++j) places[j] = place_of(k + unsigned(j));
+#pragma unroll
+      for (int i = 0; i < kRowTiles * 2; ++i) {
+        const int count = rows[i] && index + c < chunks_ ? K - int(k) : 0;
+#pragma unroll
+        for (int j = 0; j < kPerQuad; ++j) {
+          numbers[c][i][j] = j < count ? rows[i][places[j]] : T{};
+        }
+      }
+    }
+#pragma unroll
+    for (int c = 0; c < kCount; ++c) {
+#pragma unroll
+      for (int tile = 0; tile < kRowTiles; ++tile) {
+        Quad two[2], arranged[2];
+#pragma unroll
+        for (int i = 0; i < 2; ++i) two[i] = quad_of(numbers[c][2 * tile + i]);
+        Product::arrange(two, arranged);
+        to[c][2 * tile] = arranged[0], to[c][2 * tile + 1] = arranged[1];
+      }
+    }
+  }
+  template <typename T, int kPerQuad>
+  RNNKERN_DEVICE static Quad quad_of(const T (&numbers)[kPerQuad]) {
+    struct Operands {
+      E of[kPerQuad];
+    } operands;
+#pragma unroll
+    for (int j = 0; j < kPerQuad; ++j) operands.of[j] = operand<E>(numbers[j]);
+    return bit_cast<Quad>(operands);
   }
 
   const Residency& r_;
   const int64_t N_, H_;
   const int member_, team_, direction_, directions_;
-  const int working_;      // warps that have chunks
   const int first_chunk_;  // of the warp
   // How many it has, and the blocks that make what is multiplied with them.
   int chunks_ = 0, first_maker_ = 0, last_maker_ = -1;
@@ -325,9 +378,10 @@ class ResidentBlock {
 // Visits of a step and of its neighbours, with one load a step, well ahead of its use.
 class Visits {
  public:
-  RNNKERN_DEVICE Visits(const Steps& s, bool ascending) : s_(s), ascending_(ascending) {
+  RNNKERN_DEVICE Visits(const Steps& s, bool ascending, int first = 0)
+      : s_(s), ascending_(ascending), index_(first) {
 #pragma unroll
-    for (int i = 0; i < kKept; ++i) active_[i] = int(active_at(s, ascending, i - 2));
+    for (int i = 0; i < kKept; ++i) active_[i] = int(active_at(s, ascending, first + i - 2));
   }
 
   // On to the next step.
@@ -355,7 +409,7 @@ class Visits {
   const Steps& s_;
   const bool ascending_;
   // Steps and rows of which there is memory: their number is an int.
-  int index_ = 0;
+  int index_;
   int active_[kKept];
 };
 
@@ -426,11 +480,18 @@ class Kept {
   // What follows in memory.
   RNNKERN_DEVICE A* end() const { return numbers_ + 2 * count_; }
 
+  // The same numbers in memory of all blocks.
+  RNNKERN_DEVICE Kept elsewhere(A* of_all) const {
+    Kept other = *this;
+    other.numbers_ = of_all + int64_t(block_index()) * 2 * count_;
+    return other;
+  }
+
  private:
   RNNKERN_DEVICE int of_turn() const { return units_ * kColumns; }
 
-  A* const numbers_;
-  const int groups_, units_, count_;
+  A* numbers_;
+  int groups_, units_, count_;
 };
 
 }  // namespace RNNKERN_NAMESPACE

@@ -37,6 +37,15 @@ class ResidentBackward {
   RNNKERN_DEVICE static void run(const Arguments& arguments) { ResidentBackward(arguments).scan(); }
 
  private:
+  // What a cell gives to the products of the next step: one store, if its size allows.
+  static constexpr size_t kGateBytes = kShape.gates * sizeof(E);
+  static constexpr size_t kAlignment = kGateBytes % 16 == 0                   ? 16
+                                       : (kGateBytes & (kGateBytes - 1)) == 0 ? kGateBytes
+                                                                              : sizeof(E);
+  struct alignas(kAlignment) Gates {
+    E of[kShape.gates];
+  };
+
   using OwnPairs = Pairs<kMostUnits, kColumns>;
   static constexpr int kPairs = OwnPairs::kCount;
 
@@ -51,18 +60,26 @@ class ResidentBackward {
         visits_(s_, d_ == 1),
         loads_(b_, a.zeros, d_),
         dslots_(saved_rows(s_, b_.dslots, d_, kShape.slots * z_.H)),
-        kept_(r_, block_.rest()) {}
+        kept_(r_, block_.rest()) {
+#pragma unroll
+    for (int p = 0; p < kPairs; ++p) {
+      const int place = Block::place_of_sum(pairs_.unit(), pairs_.column(p));
+      sums_[p] = p == 0 ? computed_once(place) : place;
+    }
+  }
 
   RNNKERN_DEVICE void scan() {
     const Weights<T>& w = b_.weights[d_];
-    constexpr int kGates = kShape.gates;
-    block_.template pack<true>(int(kGates * z_.H), r_.units, [&](int group, int m, int k) -> A {
-      const int64_t unit = block_.units(group).begin + m;
-      if (unit >= block_.units(group).end) return 0;
-      return value(
-          w.w_hh[(recurrent_gate<Cell>(k % kGates) * z_.H + k / kGates) * w.w_hh_row + unit]);
-    });
-    block_.hold();
+    constexpr unsigned kGates = kShape.gates;
+    block_.template pack<T>(
+        int(kGates * z_.H),
+        [&](int group, int m) -> const T* {
+          const int64_t unit = block_.units(group).begin + m;
+          return m < r_.units && unit < z_.H ? w.w_hh + unit : nullptr;
+        },
+        [unit_apart = w.w_hh_row, gate_apart = z_.H * w.w_hh_row](unsigned k) {
+          return recurrent_gate<Cell>(int(k % kGates)) * gate_apart + k / kGates * unit_apart;
+        });
     block_.for_each_turn([&](const Turn& turn) { pass_idle_rows(turn); });
     load(visits_.now(block_.rows(0)), {});
     for (int64_t i = 0; i < s_.T + (b_.dh0.data ? 1 : 0); ++i, visits_.advance()) {
@@ -105,45 +122,58 @@ class ResidentBackward {
   RNNKERN_DEVICE void step(int64_t i, const Turn& turn) {
     const Range rows = block_.rows(turn.pass), units = block_.units(turn.group);
     const Visit before = visits_.before(rows), v = visits_.now(rows);
-    if (before.active_end > rows.begin) block_.multiply(turn, i);
+    // A cell of the thread has a product, of the step before; it is active; its gradient of h_0 is
+    // made.
+    Bits<kPairs> has_product, active, ends;
+    Gates* to[kPairs];
+    A direct[kPairs], dh[kPairs];
     pairs_.for_each(rows, units, [&](int p, int64_t slot, int64_t unit) {
-      A dh = 0;
-      if (slot < before.active_end) {
-        dh = block_.sum(pairs_.unit(), pairs_.column(p));
-        if (kShape.reads_h) dh += carried_dh(turn, p);
-        if (slot >= before.leaving && b_.dh0.data) {
-          put(state_at(s_, b_.dh0, d_, slot) + unit, dh);
-        }
-      }
+      has_product.set(p, slot < before.active_end);
+      ends.set(p, slot < before.active_end && slot >= before.leaving && b_.dh0.data);
+      active.set(p, slot < v.active_end);
+      direct[p] = kShape.reads_h && slot < before.active_end ? carried_dh(turn, p) : A(0);
       if (slot >= v.active_end) return;
       Step<A>& s = ahead_[p];
       const bool enters = slot >= v.entering;
-      s.dh += enters ? element_of(s_, b_.dhn, d_, slot, unit) : dh;
+      if (enters) s.dh += element_of(s_, b_.dhn, d_, slot, unit);
       if constexpr (kShape.cell_state) {
         s.dc = enters ? element_of(s_, b_.dcn, d_, slot, unit) : carried_dc(turn, p);
       }
+      to[p] = reinterpret_cast<Gates*>(block_.exchanged(i + 1, slot, unit * kShape.gates));
+    });
+    if (before.active_end > rows.begin) block_.multiply(turn, i);
+#pragma unroll
+    for (int p = 0; p < kPairs; ++p) {
+      if (has_product[p]) dh[p] = block_.sum(sums_[p]) + direct[p];
+      if (!active[p]) continue;
+      Step<A>& s = ahead_[p];
+      if (has_product[p]) s.dh += dh[p];
       Cell::backward(s);
+      Gates gates;
 #pragma unroll
       for (int g = 0; g < kShape.gates; ++g) {
-        put_operand(block_.exchanged(i + 1, slot, unit * kShape.gates + g),
-                    cut_[p] ? A(0) : rounded<T>(s.slot[g]));
+        put_operand(&gates.of[g], cut_[p] ? A(0) : rounded<T>(s.slot[g]));
       }
+      *to[p] = gates;
       if (kShape.reads_h) carried_dh(turn, p) = cut_[p] ? A(0) : s.dh_direct;
       if constexpr (kShape.cell_state) {
         if (cut_[p]) s.dc = 0;
         carried_dc(turn, p) = s.dc;
-        if (slot >= v.leaving && b_.dc0.data) {
-          put(state_at(s_, b_.dc0, d_, slot) + unit, s.dc);
-        }
       }
-    });
+    }
     block_.finish(turn, i + 1);
     pairs_.for_each(rows, units, [&](int p, int64_t slot, int64_t unit) {
+      if (ends[p]) put(state_at(s_, b_.dh0, d_, slot) + unit, dh[p]);
       if (i == s_.T || (slot >= v.active_end && s_.start)) return;
       T* to = row_at(s_, dslots_, v.t, slot) + unit;
 #pragma unroll
       for (int g = 0; g < kShape.slots; ++g) {
         put(to + g * z_.H, slot < v.active_end ? ahead_[p].slot[g] : A(0));
+      }
+      if constexpr (kShape.cell_state) {
+        if (slot < v.active_end && slot >= v.leaving && b_.dc0.data) {
+          put(state_at(s_, b_.dc0, d_, slot) + unit, ahead_[p].dc);
+        }
       }
     });
     const Turn next = turn.next(r_);
@@ -162,6 +192,7 @@ class ResidentBackward {
   const BackwardLoads<T, Cell> loads_;
   const Rows<T> dslots_;
   const Kept<A, OwnPairs, kColumns> kept_;
+  int sums_[kPairs];  // where the block has those of the thread's cells
   Step<A> ahead_[kPairs];
   Bits<kPairs> cut_;
 };

@@ -1,9 +1,11 @@
 // Forward pass, resident tier:  slots(t) = inputs(t) + W_hh h(t-1) + biases,
 // (h, c)(t) = cell(slots, c(t-1), h(t-1)).
 //
-// inputs = W_ih x is made before for all steps. A block's rows m of the product are gate i of unit
-// u, m = i units + u; k is the hidden unit of h(t-1). Per step a block reads rows x H elements of
-// h, makes 2 G units x rows x H operations, and writes units x rows elements of h.
+// inputs = W_ih x is made before, for a window of steps. A launch takes one window; what passes to
+// the next one stays in global memory: h in the exchange buffer, the rest in `kept`. A block's rows
+// m of the product are gate i of unit u, m = i kMostUnits + u; k is the hidden unit of h(t-1). Per
+// step a block reads rows x H elements of h, makes 2 G units x rows x H operations, and writes
+// units x rows elements of h.
 #pragma once
 
 #include "cuda/resident.cuh"
@@ -26,8 +28,9 @@ class ResidentForward {
   struct Arguments {
     Forward<T> f;
     Residency residency;
-    const A* inputs;  // [D, total, width], from column first_input on
-    int64_t width, first_input;
+    Inputs<A> inputs;
+    int64_t first = 0, end = 0;  // numbers of the steps, in the order of the scan
+    A* kept = nullptr;           // [blocks][kept_count(plan, 0)] where there are several windows
   };
 
   RNNKERN_DEVICE static void run(const Arguments& arguments) { ResidentForward(arguments).scan(); }
@@ -35,6 +38,8 @@ class ResidentForward {
  private:
   using OwnPairs = Pairs<kMostUnits, kColumns>;
   static constexpr int kPairs = OwnPairs::kCount;
+  // Of the sums of a cell's gates: one leads to the others if the units are a power of two.
+  static constexpr int kPlaces = (kMostUnits & (kMostUnits - 1)) == 0 ? 1 : kShape.gates;
 
   RNNKERN_DEVICE explicit ResidentForward(const Arguments& a)
       : a_(a),
@@ -45,30 +50,64 @@ class ResidentForward {
         d_(block_.direction()),
         pairs_(r_.units),
         stores_(a.f, d_),
-        visits_(s_, d_ == 0),
+        visits_(s_, d_ == 0, int(a.first)),
         y_(columns(a.f.y, d_ * z_.H)),
-        inputs_(saved_rows(s_, a.inputs + a.first_input, d_, a.width)),
+        inputs_(a.inputs.of(s_, d_)),
         kept_(r_, block_.rest()),
-        biases_(kept_.end()) {}
+        biases_(kept_.end()) {
+#pragma unroll
+    for (int p = 0; p < kPairs; ++p) {
+#pragma unroll
+      for (int g = 0; g < kPlaces; ++g) {
+        const int place = Block::place_of_sum(g * kMostUnits + pairs_.unit(), pairs_.column(p));
+        // The other pairs' places are computed while the first one's sums are on their way.
+        sums_[p][g] = p == 0 ? computed_once(place) : place;
+      }
+    }
+  }
 
   RNNKERN_DEVICE void scan() {
     const Weights<T>& w = a_.f.weights[d_];
-    block_.template pack<false>(
-        int(z_.H), kShape.gates * r_.units, [&](int group, int m, int k) -> A {
-          const int64_t unit = block_.units(group).begin + m % r_.units;
-          if (unit >= block_.units(group).end) return 0;
-          return value(w.w_hh[(recurrent_gate<Cell>(m / r_.units) * z_.H + unit) * w.w_hh_row + k]);
-        });
-    block_.hold();
+    block_.template pack<T>(
+        int(z_.H),
+        [&](int group, int m) -> const T* {
+          const int gate = m / kMostUnits, index = m % kMostUnits;
+          const int64_t unit = block_.units(group).begin + index;
+          if (gate >= kShape.gates || index >= r_.units || unit >= z_.H) return nullptr;
+          return w.w_hh + (recurrent_gate<Cell>(gate) * z_.H + unit) * w.w_hh_row;
+        },
+        [](unsigned k) { return k; });
     read_biases();
     block_.for_each_turn([&](const Turn& turn) {
-      begin(turn);
-      block_.finish(turn, 1);
+      a_.first == 0 ? begin(turn) : go_on(turn);
+      block_.finish(turn, a_.first + 1);
     });
     load_inputs(visits_.now(block_.rows(0)), {});
-    for (int64_t i = 0; i < s_.T; ++i, visits_.advance()) {
+    for (int64_t i = a_.first; i < a_.end; ++i, visits_.advance()) {
       block_.for_each_turn([&](const Turn& turn) { step(i, turn); });
     }
+    if (a_.end < s_.T) block_.for_each_turn([&](const Turn& turn) { leave(turn); });
+  }
+
+  // The states that the launch before has left.
+  RNNKERN_DEVICE void go_on(const Turn& turn) const {
+    const auto left = kept_.elsewhere(a_.kept);
+    pairs_.for_each(block_.rows(turn.pass), block_.units(turn.group), [&](int p, int64_t, int64_t) {
+      carried_h(turn, p) = left.first(turn, pairs_, p);
+      if constexpr (kShape.cell_state) carried_c(turn, p) = left.second(turn, pairs_, p);
+    });
+  }
+  RNNKERN_DEVICE void leave(const Turn& turn) const {
+    const auto left = kept_.elsewhere(a_.kept);
+    pairs_.for_each(block_.rows(turn.pass), block_.units(turn.group), [&](int p, int64_t, int64_t) {
+      left.first(turn, pairs_, p) = carried_h(turn, p);
+      if constexpr (kShape.cell_state) left.second(turn, pairs_, p) = carried_c(turn, p);
+    });
+  }
+
+  RNNKERN_DEVICE int place_of_sum(int p, int gate) const {
+    if constexpr (kPlaces > 1) return sums_[p][gate];
+    return Block::place_further_on(sums_[p][0], gate * kMostUnits);
   }
 
   // States of the thread's cells, as what is computed with.
@@ -130,24 +169,33 @@ class ResidentForward {
   RNNKERN_DEVICE void step(int64_t i, const Turn& turn) {
     const Range rows = block_.rows(turn.pass), units = block_.units(turn.group);
     const Visit v = visits_.now(rows);
-    if (v.active_end > rows.begin) block_.multiply(turn, i + 1);
     Step<A> steps[kPairs];
+    E* to[kPairs];
+    Bits<kPairs> active;
     pairs_.for_each(rows, units, [&](int p, int64_t slot, int64_t unit) {
+      active.set(p, slot < v.active_end);
       if (slot >= v.active_end) return;
       Step<A>& s = steps[p];
-      assemble<Cell>(
+      add_inputs<Cell>(
           s, [&](int slot) { return bias(turn.group, slot, pairs_.unit()); },
-          [&](int gate) { return ahead_[p][gate]; },
-          [&](int slot) { return block_.sum(slot * r_.units + pairs_.unit(), pairs_.column(p)); });
+          [&](int gate) { return ahead_[p][gate]; });
       s.h_prev = carried_h(turn, p);
       if constexpr (kShape.cell_state) s.c_prev = carried_c(turn, p);
+      to[p] = block_.exchanged(i, slot, unit);
+    });
+    if (v.active_end > rows.begin) block_.multiply(turn, i + 1);
+#pragma unroll
+    for (int p = 0; p < kPairs; ++p) {
+      if (!active[p]) continue;
+      Step<A>& s = steps[p];
+      add_products<Cell>(s, [&](int slot) { return block_.sum(place_of_sum(p, slot)); });
       Cell::forward(s);
       if (kCarriesCells<T, Cell> && a_.f.rounds_cells) s.c = rounded<T>(s.c);
       const A h = cut_after_[p] ? A(0) : rounded<T>(s.h);
-      put_operand(block_.exchanged(i, slot, unit), h);
+      put_operand(to[p], h);
       carried_h(turn, p) = h;
       if constexpr (kShape.cell_state) carried_c(turn, p) = cut_after_[p] ? A(0) : s.c;
-    });
+    }
     block_.finish(turn, i + 2);
     pairs_.for_each(rows, units, [&](int p, int64_t slot, int64_t unit) {
       if (slot < v.active_end) {
@@ -157,6 +205,7 @@ class ResidentForward {
         row_at(s_, y_, v.t, slot)[unit] = T{};  // a padded row past its end
       }
     });
+    if (i + 1 == a_.end && turn.is_last(r_)) return;  // the inputs that follow are not there yet
     const Turn next = turn.next(r_);
     const Range next_rows = block_.rows(next.pass);
     load_inputs(turn.is_last(r_) ? visits_.next(next_rows) : visits_.now(next_rows), next);
@@ -175,6 +224,7 @@ class ResidentForward {
   const Rows<const A> inputs_;
   const Kept<A, OwnPairs, kColumns> kept_;
   A* const biases_;
+  int sums_[kPairs][kPlaces];  // where the block has those of the thread's cells
   A ahead_[kPairs][kShape.gates];
   Bits<kPairs> cut_after_;
 };

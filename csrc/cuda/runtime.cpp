@@ -2,10 +2,13 @@
 // will do.
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
 #include <map>
 #include <mutex>
+#include <optional>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "cuda/device.h"
 #include "cuda/driver.h"
@@ -18,9 +21,9 @@ namespace {
 constexpr int kOldest = 8;  // major compute capability
 
 void check(cudaError_t error, const char* what) {
-  if (error != cudaSuccess) {
-    throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
-  }
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // so that nobody else finds it
+  throw std::runtime_error(with_who_gave_up(std::string(what) + ": " + cudaGetErrorString(error)));
 }
 
 // 0 without a driver.
@@ -41,12 +44,7 @@ Found find(int id) {
     return found;
   }
   cudaDeviceProp properties;
-  const cudaError_t error = cudaGetDeviceProperties(&properties, id);
-  if (error != cudaSuccess) {
-    cudaGetLastError();  // so that nobody else finds it
-    found.refusal = std::string("a CUDA device that does not answer: ") + cudaGetErrorString(error);
-    return found;
-  }
+  check(cudaGetDeviceProperties(&properties, id), "the properties of a CUDA device");
   if (properties.major < kOldest) {
     found.refusal = "a GPU of compute capability " + std::to_string(properties.major) + "." +
                     std::to_string(properties.minor) + ", older than " + std::to_string(kOldest) +
@@ -62,7 +60,10 @@ Found find(int id) {
   }
   found.device = device_of_kind(properties.major, properties.minor);
   found.device.multiprocessors = properties.multiProcessorCount;
-  found.device.blocks_at_once = properties.multiProcessorCount;
+  int cooperative = 0;
+  check(cudaDeviceGetAttribute(&cooperative, cudaDevAttrCooperativeLaunch, id),
+        "whether a CUDA device has cooperative launches");
+  found.device.blocks_at_once = cooperative ? blocks_of(properties.multiProcessorCount) : 0;
   found.device.shared_bytes = int64_t(properties.sharedMemPerBlockOptin);
   found.device.l2_mb = double(properties.l2CacheSize) / 1e6;
   return found;
@@ -72,9 +73,73 @@ const Found& found(int id) {
   static std::mutex mutex;
   static auto& all = *new std::map<int, Found>();  // outlives the interpreter
   const std::lock_guard lock(mutex);
-  const auto [place, is_new] = all.try_emplace(id);
-  if (is_new) place->second = find(id);
-  return place->second;
+  const auto place = all.find(id);
+  if (place != all.end()) return place->second;
+  // What throws leaves nothing behind: the next call asks again.
+  return all.emplace(id, find(id)).first->second;
+}
+
+// A capture of a CUDA graph may be under way, to which what is made meanwhile does not belong.
+class RelaxedCapture {
+ public:
+  RelaxedCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  ~RelaxedCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  RelaxedCapture(const RelaxedCapture&) = delete;
+  RelaxedCapture& operator=(const RelaxedCapture&) = delete;
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+};
+
+cudaError_t try_order(void* from, void* to, void* event) {
+  const auto recorded = static_cast<cudaEvent_t>(event);
+  const cudaError_t error = cudaEventRecord(recorded, static_cast<cudaStream_t>(from));
+  if (error != cudaSuccess) return error;
+  return cudaStreamWaitEvent(static_cast<cudaStream_t>(to), recorded, 0);
+}
+
+// One number for each name of a kernel, in memory that every device can write to. It is never given
+// back, because kernels may still run when the process ends.
+class Distress {
+ public:
+  Distress() {
+    const RelaxedCapture relaxed;
+    void* memory = nullptr;
+    if (cudaHostAlloc(&memory, kCount * sizeof(int), cudaHostAllocPortable) == cudaSuccess) {
+      gave_up_ = static_cast<int*>(memory);
+      std::fill_n(gave_up_, kCount, 0);
+    }
+    cudaGetLastError();
+  }
+
+  int* place_of(const std::string& kernel) {
+    const std::lock_guard lock(mutex_);
+    if (!gave_up_) return nullptr;
+    const size_t place = std::find(names_.begin(), names_.end(), kernel) - names_.begin();
+    if (place == names_.size()) {
+      if (place == kCount) return nullptr;
+      names_.push_back(kernel);
+    }
+    return gave_up_ + place;
+  }
+
+  std::optional<std::string> who() {
+    const std::lock_guard lock(mutex_);
+    for (size_t i = 0; i < names_.size(); ++i) {
+      if (const volatile int& gave_up = gave_up_[i]; gave_up) return names_[i];
+    }
+    return std::nullopt;
+  }
+
+ private:
+  static constexpr size_t kCount = 1024;
+  std::mutex mutex_;
+  int* gave_up_ = nullptr;
+  std::vector<std::string> names_;
+};
+Distress& distress() {
+  static auto& only = *new Distress();
+  return only;
 }
 
 }  // namespace
@@ -110,6 +175,66 @@ Current::Current(int device) : before_(device), device_(device) {
 }
 Current::~Current() {
   if (before_ != device_) cudaSetDevice(before_);
+}
+
+int* place_to_give_up(const std::string& kernel) { return distress().place_of(kernel); }
+
+std::string with_who_gave_up(const std::string& message) {
+  const std::optional<std::string> who = distress().who();
+  if (!who) return message;
+  return message + " (" + *who +
+         " has given up: a block has waited too long for another one. Does something else occupy "
+         "the device? RNNKERN_CUDA_LEAVE_FREE=N leaves it N multiprocessors)";
+}
+
+namespace {
+
+// Streams that no call has, by device. One in which a capture of a CUDA graph still goes on stays
+// where it is until that ends. They are never destroyed, because the driver may be gone by then.
+struct Pool {
+  std::mutex mutex;
+  std::map<int, std::vector<Lane>> free;
+
+  std::optional<Lane> take(int device) {
+    const std::lock_guard lock(mutex);
+    std::vector<Lane>& lanes = free[device];
+    for (auto lane = lanes.begin(); lane != lanes.end(); ++lane) {
+      cudaStreamCaptureStatus status = cudaStreamCaptureStatusActive;
+      check(cudaStreamIsCapturing(static_cast<cudaStream_t>(lane->stream), &status),
+            "whether a stream is captured");
+      if (status != cudaStreamCaptureStatusNone) continue;
+      const Lane taken = *lane;
+      lanes.erase(lane);
+      return taken;
+    }
+    return std::nullopt;
+  }
+};
+Pool& pool() {
+  static auto& only = *new Pool();
+  return only;
+}
+
+}  // namespace
+
+Lane take_lane(int device) {
+  if (const auto taken = pool().take(device)) return *taken;
+  const RelaxedCapture relaxed;
+  cudaStream_t stream = nullptr;
+  cudaEvent_t event = nullptr;
+  check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "a second stream");
+  check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "an event");
+  return {stream, event};
+}
+void give_back_lane(int device, Lane lane, void* main) {
+  if (try_order(lane.stream, main, lane.event) != cudaSuccess) {
+    cudaGetLastError();  // the device has failed, and the next call will say so
+  }
+  const std::lock_guard lock(pool().mutex);
+  pool().free[device].push_back(lane);
+}
+void order(void* from, void* to, void* event) {
+  check(try_order(from, to, event), "a stream that waits");
 }
 
 void clear(char* memory, size_t bytes, void* stream) {

@@ -3,8 +3,10 @@
 #include <algorithm>
 #include <array>
 #include <iterator>
+#include <optional>
 #include <stdexcept>
 #include <utility>
+#include <vector>
 
 #include "cuda/gradients.cuh"
 #include "cuda/kernels.h"
@@ -19,17 +21,66 @@ namespace rnnkern {
 namespace RNNKERN_NAMESPACE {
 namespace {
 
-template <typename T>
+template <typename T, typename Cell>
 T* take_zeros(const Sizes& z, Queue& queue) {
-  return queue.take<T>(std::max({z.I, z.H, z.O}));
+  return queue.take<T>(std::max({z.I, z.H, z.O, Cell::kShape.planes() * z.H}));
+}
+
+// The rows of x as a matrix [total, I], where they stand so and all take part that are not wanted
+// as zero; without data where they have to be gathered.
+template <typename T>
+cuda::Matrix input_matrix(const Rows<const T>& x, const Sizes& z, const Steps& s,
+                          bool zero_inactive) {
+  const bool whole = s.start || !s.active || !zero_inactive;
+  const bool dense = s.start || s.T == 1 || s.N == 1 || x.step == s.N * x.row;
+  const int64_t row = s.total == 1 ? z.I : !s.start && s.N == 1 ? x.step : x.row;
+  return {dense && whole && row >= z.I ? x.data : nullptr, row};
 }
 
 template <typename T>
-cuda::Plan plan_of(const Sizes& z, const Steps& s, bool backward, const Queue& queue) {
-  return cuda::plan_for({z, s.T, s.N, cuda::numbers_of<T>(queue.tf32()), backward,
-                         queue.deterministic(), queue.has_library},
-                        queue.device);
+cuda::Plan plan_of(const Forward<T>& f, const Queue& queue) {
+  const cuda::Problem problem = {.sizes = f.sizes,
+                                 .T = f.steps.T,
+                                 .N = f.steps.N,
+                                 .numbers = cuda::numbers_of<T>(queue.tf32()),
+                                 .deterministic = queue.deterministic(),
+                                 .has_library = queue.has_library,
+                                 .inputs_are_saved = cuda::kSavesInputs<T> && f.slots,
+                                 .gathers_input = !input_matrix(f.x, f.sizes, f.steps, false).data};
+  return cuda::plan_for(problem, queue.device);
 }
+template <typename T>
+cuda::Plan plan_of(const Backward<T>& b, const Queue& queue) {
+  const cuda::Problem problem = {.sizes = b.sizes,
+                                 .T = b.steps.T,
+                                 .N = b.steps.N,
+                                 .numbers = cuda::numbers_of<T>(queue.tf32()),
+                                 .backward = true,
+                                 .deterministic = queue.deterministic(),
+                                 .has_library = queue.has_library};
+  return cuda::plan_for(problem, queue.device);
+}
+
+// The steps that a scan visits as numbers `visits`.
+Range times_of(const Steps& s, int direction, const Range& visits) {
+  if (direction == 0) return visits;
+  return {s.T - visits.end, s.T - visits.begin};
+}
+// The rows of storage of some steps.
+Range rows_of(const Steps& s, const Range& times) {
+  const auto row = [&](int64_t t) {
+    return !s.start ? t * s.N : t == s.T ? s.total : s.host_start[t];
+  };
+  return {row(times.begin), row(times.end)};
+}
+// Where row 0 would be of memory that begins with row `first`, though none is there before.
+template <typename U>
+U* origin(U* data, int64_t first, int64_t width) {
+  return reinterpret_cast<U*>(reinterpret_cast<uintptr_t>(data) -
+                              uintptr_t(first * width) * sizeof(U));
+}
+// The rows that any window of so many steps has at most.
+int64_t most_rows(const Steps& s, int64_t window) { return std::min(s.total, window * s.N); }
 
 template <typename Cell>
 constexpr auto kForwardTiles = cuda::forward_tiles(Cell::kShape.gates);
@@ -66,120 +117,191 @@ bool with_tile_of(const cuda::Plan& plan, F f) {
 }
 
 // The memory that a plan asks for, and zeros.
-template <typename T>
-Residency take_residency(const cuda::Plan& plan, const Sizes& z, const T** zeros, Queue& queue) {
+template <typename T, typename Cell>
+Residency take_residency(const cuda::Plan& plan, const char* kernel, const Sizes& z,
+                         const T** zeros, Queue& queue) {
   Residency r = {plan};
+  if (queue.runs()) r.gave_up = cuda::place_to_give_up(queue.name_of(kernel));
   const int64_t parts = int64_t(plan.row_teams) * plan.passes;
   r.flags = queue.take<int>(z.D * parts * plan.unit_blocks);
   r.exchange = queue.take<Quad>(2 * z.D * parts * plan.columns() * plan.chunks * kQuadsOfRow);
-  *zeros = take_zeros<T>(z, queue);
+  *zeros = take_zeros<T, Cell>(z, queue);
   queue.clear_taken();
-  if (r.shared_chunks < r.warp_chunks) {
+  if (r.held_chunks + r.shared_chunks < r.warp_chunks) {
     r.scratch = queue.take<Quad>(r.blocks(z.D) * r.groups * r.chunks * r.rows() * kQuadsOfRow);
   }
   return r;
 }
 
-// The rows of x as a matrix [total, I]; gathered where they do not stand so, or where some take no
-// part and are wanted as zero.
+// Row r of what is gathered begins r * width behind `to`.
 template <typename T>
-cuda::Matrix input_matrix(const Rows<const T>& x, const Sizes& z, const Steps& s, const T* zeros,
-                          bool zero_inactive, Queue& queue) {
-  const bool whole = s.start || !s.active || !zero_inactive;
-  const bool dense = s.start || s.T == 1 || s.N == 1 || x.step == s.N * x.row;
-  const int64_t row = s.total == 1 ? z.I : !s.start && s.N == 1 ? x.step : x.row;
-  if (dense && whole && row >= z.I) return {x.data, row};
-  using Kernel = GatherRows<T>;
-  T* const to = queue.take<T>(s.total * z.I);
-  start_kernel<Kernel>(queue, "gathering the input",
-                       {kRowBlocks * queue.device.multiprocessors, kRowThreads, 0},
-                       {s, x, {}, zeros, false, 0, z.I, to});
-  return {to, z.I};
+void gather(const char* name, const Steps& s, const Rows<const T>& rows,
+            const State<const T>& initial, bool is_state, int direction, int64_t width,
+            const T* zeros, const Range& times, T* to, Queue& queue) {
+  start_kernel<GatherRows<T>>(
+      queue, name, {kRowBlocks * queue.device.multiprocessors, kRowThreads, 0},
+      {s, rows, initial, zeros, is_state, direction, width, times.begin, times.end, to});
+}
+template <typename T>
+void gather_input(const Steps& s, const Rows<const T>& x, int64_t I, const T* zeros,
+                  const Range& times, T* to, Queue& queue) {
+  gather("gathering the input", s, x, {}, false, 0, I, zeros, times, to, queue);
 }
 
-// x W_ih^T of all steps: [D, total, width], from column `first` on.
-template <typename T>
-struct Inputs {
-  Compute<T>* data = nullptr;
-  int64_t width = 0, first = 0;
-};
+// Makes x W_ih^T, a window of steps at a time, in the order of the scan.
 template <typename T, typename Cell>
-Inputs<T> make_inputs(const Forward<T>& f, const T* zeros, Queue& queue) {
+class InputProducts {
   using A = Compute<T>;
-  constexpr CellShape kShape = Cell::kShape;
-  const Sizes& z = f.sizes;
-  const Steps& s = f.steps;
-  const int64_t gates = kShape.gates * z.H;
-  Inputs<T> inputs = {nullptr, gates, 0};
-  // Where what is saved is what is computed with, they are made where the slots will stand.
-  if constexpr (!kNarrow<T>) {
-    if (f.slots) inputs = {f.slots, kShape.slots * z.H, kShape.input_slot * z.H};
+  static constexpr CellShape kShape = Cell::kShape;
+
+ public:
+  // Of `buffers` windows the last ones are there.
+  InputProducts(const Forward<T>& f, int64_t window, int buffers, const T* zeros, Queue& queue)
+      : f_(f),
+        zeros_(zeros),
+        queue_(queue),
+        window_(window),
+        rows_(most_rows(f.steps, window)),
+        x_(input_matrix(f.x, f.sizes, f.steps, false)),
+        width_(kShape.gates * f.sizes.H) {
+    // Where what is saved is what is computed with, they are made where the slots will stand.
+    if constexpr (cuda::kSavesInputs<T>) {
+      if (f.slots) {
+        width_ = kShape.stored() * f.sizes.H;
+        to_.push_back(f.slots + kShape.input_slot * f.sizes.H);
+      }
+    }
+    while (to_.empty() || int(to_.size()) < std::min<int64_t>(buffers, count())) {
+      to_.push_back(queue.take<A>(f.sizes.D * rows_ * width_));
+    }
+    if (!x_.data) gathered_ = queue.take<T>(rows_ * f.sizes.I);
   }
-  if (!inputs.data) inputs.data = queue.take<A>(z.D * s.total * inputs.width);
-  const cuda::Matrix x = input_matrix(f.x, z, s, zeros, false, queue);
-  for (int d = 0; d < z.D; ++d) {
-    const Weights<T>& w = f.weights[d];
-    multiply<T>({s.total,
-                 gates,
-                 z.I,
-                 x,
-                 {w.w_ih, w.w_ih_row, true},
-                 cuda::kNumber<T>,
-                 inputs.data + d * s.total * inputs.width + inputs.first,
-                 inputs.width,
-                 cuda::kNumber<A>},
-                queue.deterministic(), queue);
+
+  int64_t count() const { return window_ ? cuda::quotient_up(f_.steps.T, window_) : 0; }
+  Range visits(int64_t index) const {
+    return {index * window_, std::min(f_.steps.T, (index + 1) * window_)};
   }
-  return inputs;
-}
+
+  // Queues the products of a window.
+  Inputs<A> make(int64_t index) const {
+    const Sizes& z = f_.sizes;
+    const Steps& s = f_.steps;
+    Inputs<A> inputs = {{}, width_};
+    for (int d = 0; d < z.D; ++d) {
+      const Weights<T>& w = f_.weights[d];
+      const Range times = times_of(s, d, visits(index)), rows = rows_of(s, times);
+      A* const to = to_[size_t(index) % to_.size()] + d * rows_ * width_;
+      cuda::Matrix x = x_;
+      if (x.data) {
+        x.data = f_.x.data + rows.begin * x.row;
+      } else {
+        if (d == 0 || count() > 1) {
+          gather_input(s, f_.x, z.I, zeros_, times, origin(gathered_, rows.begin, z.I), queue_);
+        }
+        x = {gathered_, z.I};
+      }
+      multiply<T>({rows.end - rows.begin,
+                   kShape.gates * z.H,
+                   z.I,
+                   x,
+                   {w.w_ih, w.w_ih_row, true},
+                   cuda::kNumber<T>,
+                   to,
+                   width_,
+                   cuda::kNumber<A>},
+                  queue_.deterministic(), queue_);
+      inputs.rows[d] = origin(to, rows.begin, width_);
+    }
+    return inputs;
+  }
+
+ private:
+  const Forward<T>& f_;
+  const T* const zeros_;
+  Queue& queue_;
+  const int64_t window_, rows_;  // steps, and rows of storage that a buffer has for them
+  const cuda::Matrix x_;
+  int64_t width_;
+  std::vector<A*> to_;
+  T* gathered_ = nullptr;
+};
 
 template <typename T, typename Cell>
 bool resident(const Forward<T>& f, const cuda::Plan& plan, Queue& queue) {
   const Sizes& z = f.sizes;
   const T* zeros = nullptr;
-  const Residency r = take_residency(plan, z, &zeros, queue);
-  const Inputs<T> inputs = make_inputs<T, Cell>(f, zeros, queue);
-  return with_operand<T>(queue, [&](auto operand) {
-    using E = decltype(operand);
-    return with_tile_of<E, Cell, false>(plan, [&](auto tile) {
-      using Kernel = ResidentForward<T, E, Cell, decltype(tile)::kTile>;
-      return start_kernel<Kernel>(queue, "resident forward",
-                                  {plan.blocks(z.D), cuda::kResidentThreads, plan.shared_bytes},
-                                  {f, r, inputs.data, inputs.width, inputs.first});
+  constexpr char kName[] = "resident forward";
+  const Residency r = take_residency<T, Cell>(plan, kName, z, &zeros, queue);
+  const InputProducts<T, Cell> products(f, plan.window, 2, zeros, queue);
+  const int64_t count = products.count();
+  Compute<T>* kept = nullptr;
+  if (count > 1) kept = queue.take<Compute<T>>(plan.blocks(z.D) * cuda::kept_count(plan, 0));
+  const auto scan = [&](const Range& visits, const Inputs<Compute<T>>& inputs) {
+    return with_operand<T>(queue, [&](auto operand) {
+      using E = decltype(operand);
+      return with_tile_of<E, Cell, false>(plan, [&](auto tile) {
+        using Kernel = ResidentForward<T, E, Cell, decltype(tile)::kTile>;
+        return start_kernel<Kernel>(queue, kName,
+                                    {plan.blocks(z.D), cuda::kResidentThreads, plan.shared_bytes},
+                                    {f, r, inputs, visits.begin, visits.end, kept});
+      });
     });
-  });
+  };
+  if (count == 1) return scan(products.visits(0), products.make(0));
+  // While the scan goes through a window the product of the next one is made beside it. That waits
+  // for the scan of the window before, which has read what was in its buffer.
+  Inputs<Compute<T>> next;
+  queue.beside([&] { next = products.make(0); });
+  for (int64_t i = 0; i < count; ++i) {
+    const Inputs<Compute<T>> inputs = next;
+    queue.join();
+    if (i + 1 < count) queue.beside([&] { next = products.make(i + 1); });
+    if (!scan(products.visits(i), inputs)) return false;
+  }
+  return true;
 }
 
 template <typename T, typename Cell>
 bool resident(const Backward<T>& b, const cuda::Plan& plan, const T** zeros, Queue& queue) {
   const Sizes& z = b.sizes;
-  const Residency r = take_residency(plan, z, zeros, queue);
+  constexpr char kName[] = "resident backward";
+  const Residency r = take_residency<T, Cell>(plan, kName, z, zeros, queue);
   return with_operand<T>(queue, [&](auto operand) {
     using E = decltype(operand);
     return with_tile_of<E, Cell, true>(plan, [&](auto tile) {
       using Kernel = ResidentBackward<T, E, Cell, decltype(tile)::kTile>;
-      return start_kernel<Kernel>(queue, "resident backward",
+      return start_kernel<Kernel>(queue, kName,
                                   {plan.blocks(z.D), cuda::kResidentThreads, plan.shared_bytes},
                                   {b, r, *zeros});
     });
   });
 }
 
-// A product of each direction: of rows of [D, N, k] with its weights, to [D, N, n].
+// A product of each direction, of rows [count, k] with its weights, to [count, n]. In memory the
+// directions are `apart` rows apart, and `to` is added to if it says so.
 template <typename T>
-void multiply_rows(const Sizes& z, const Steps& s, int64_t k, int64_t n, const T* rows,
-                   const std::array<cuda::Matrix, kMaxDirections>& weights, Compute<T>* to,
-                   bool fixed_order, Queue& queue) {
+struct RowProducts {
+  int64_t count, apart, k, n;
+  const T* rows;
+  Compute<T>* to;
+  bool adds = false;
+};
+template <typename T>
+void multiply_rows(const Sizes& z, const RowProducts<T>& p,
+                   const std::array<cuda::Matrix, kMaxDirections>& weights, bool fixed_order,
+                   Queue& queue) {
   for (int d = 0; d < z.D; ++d) {
-    multiply<T>({s.N,
-                 n,
-                 k,
-                 {rows + d * s.N * k, k},
+    if (!weights[size_t(d)].data) continue;
+    multiply<T>({p.count,
+                 p.n,
+                 p.k,
+                 {p.rows + d * p.apart * p.k, p.k},
                  weights[size_t(d)],
                  cuda::kNumber<T>,
-                 to + d * s.N * n,
-                 n,
-                 cuda::kNumber<Compute<T>>},
+                 p.to + d * p.apart * p.n,
+                 p.n,
+                 cuda::kNumber<Compute<T>>,
+                 p.adds},
                 fixed_order, queue);
   }
 }
@@ -189,6 +311,20 @@ std::array<cuda::Matrix, kMaxDirections> matrices(const Weights<T> (&weights)[kM
   return {matrix(weights[0]), matrix(weights[1])};
 }
 
+// W_hh and W_hr of each direction, transposed in forward; without data where there are none.
+template <typename T>
+std::array<cuda::Matrix, kMaxDirections> recurrent_matrices(
+    const Weights<T> (&weights)[kMaxDirections], bool transposed) {
+  return matrices(weights,
+                  [&](const auto& w) { return cuda::Matrix{w.w_hh, w.w_hh_row, transposed}; });
+}
+template <typename T>
+std::array<cuda::Matrix, kMaxDirections> projection_matrices(
+    const Weights<T> (&weights)[kMaxDirections], bool transposed) {
+  return matrices(weights,
+                  [&](const auto& w) { return cuda::Matrix{w.w_hr, w.w_hr_row, transposed}; });
+}
+
 template <typename Kernel>
 void start_elements(const char* name, const Sizes& z, const Steps& s, int64_t columns,
                     const typename Kernel::Arguments& arguments, Queue& queue) {
@@ -196,73 +332,197 @@ void start_elements(const char* name, const Sizes& z, const Steps& s, int64_t co
 }
 
 template <typename T, typename Cell>
-bool stepwise(const Forward<T>& f, Queue& queue) {
+bool stepwise(const Forward<T>& f, const cuda::Plan& plan, Queue& queue) {
   using Kernel = StepwiseForward<T, Cell>;
   using A = Compute<T>;
   const Sizes& z = f.sizes;
   const Steps& s = f.steps;
   const int64_t rows = z.D * s.N, gates = Cell::kShape.gates * z.H;
-  const T* const zeros = take_zeros<T>(z, queue);
+  const T* const zeros = take_zeros<T, Cell>(z, queue);
   queue.clear_taken();
-  const Inputs<T> inputs = make_inputs<T, Cell>(f, zeros, queue);
-  typename Kernel::Arguments a = {.f = f,
-                                  .inputs = inputs.data,
-                                  .width = inputs.width,
-                                  .first_input = inputs.first,
-                                  .sums = queue.take<A>(rows * gates),
-                                  .h = queue.take<T>(rows * z.O)};
-  if (Cell::kShape.cell_state) a.c = queue.take<A>(rows * z.H);
+  const InputProducts<T, Cell> products(f, plan.window, 1, zeros, queue);
+  typename Kernel::Arguments a = {
+      .f = f, .inputs = {}, .sums = queue.take<A>(rows * gates), .h = queue.take<T>(rows * z.O)};
+  if (Cell::kShape.cell_state) a.c = queue.take<A>(rows * Cell::kShape.planes() * z.H);
   if (z.projected) a.m = queue.take<T>(rows * z.H), a.y = queue.take<A>(rows * z.O);
   const bool fixed_order = queue.deterministic();
-  const auto recurrent =
-      matrices(f.weights, [](const auto& w) { return cuda::Matrix{w.w_hh, w.w_hh_row, true}; });
-  const auto projection =
-      matrices(f.weights, [](const auto& w) { return cuda::Matrix{w.w_hr, w.w_hr_row, true}; });
+  const auto recurrent = recurrent_matrices(f.weights, true);
+  const auto projection = projection_matrices(f.weights, true);
 
   start_elements<typename Kernel::Begin>("stepwise forward's begin", z, s, z.H, a, queue);
-  for (a.i = 0; a.i < s.T; ++a.i) {
-    multiply_rows<T>(z, s, z.O, gates, a.h, recurrent, a.sums, fixed_order, queue);
+  for (; a.i < s.T; ++a.i) {
+    if (a.i % plan.window == 0) a.inputs = products.make(a.i / plan.window);
+    multiply_rows<T>(z, {s.N, s.N, z.O, gates, a.h, a.sums}, recurrent, fixed_order, queue);
     start_elements<Kernel>("stepwise forward", z, s, z.H, a, queue);
     if (!z.projected) continue;
-    multiply_rows<T>(z, s, z.H, z.O, a.m, projection, a.y, fixed_order, queue);
+    multiply_rows<T>(z, {s.N, s.N, z.H, z.O, a.m, a.y}, projection, fixed_order, queue);
     start_elements<typename Kernel::Projected>("stepwise forward's projection", z, s, z.O, a,
                                                queue);
   }
   return true;
 }
 
-template <typename T, typename Cell>
-bool stepwise(const Backward<T>& b, const T** zeros, Queue& queue) {
-  using Kernel = StepwiseBackward<T, Cell>;
+// A matrix of gradients that is added up from products over windows of steps. If there are several,
+// it is summed in what is computed with, and rounded once.
+template <typename T>
+class SumOfProducts {
   using A = Compute<T>;
-  const Sizes& z = b.sizes;
-  const Steps& s = b.steps;
-  const int64_t rows = z.D * s.N, gates = Cell::kShape.gates * z.H;
-  *zeros = take_zeros<T>(z, queue);
-  queue.clear_taken();
-  typename Kernel::Arguments a = {.b = b,
-                                  .zeros = *zeros,
-                                  .dh = queue.take<A>(rows * z.O),
-                                  .dgates = queue.take<T>(rows * gates)};
-  if (Cell::kShape.reads_h) a.dh_direct = queue.take<A>(rows * z.H);
-  if (Cell::kShape.cell_state) a.dc = queue.take<A>(rows * z.H);
-  if (z.projected) a.dy = queue.take<T>(rows * z.O), a.dm = queue.take<A>(rows * z.H);
-  const auto recurrent =
-      matrices(b.weights, [](const auto& w) { return cuda::Matrix{w.w_hh, w.w_hh_row}; });
-  const auto projection =
-      matrices(b.weights, [](const auto& w) { return cuda::Matrix{w.w_hr, w.w_hr_row}; });
 
-  for (a.i = 0; a.i < s.T + (b.dh0.data ? 1 : 0); ++a.i) {
-    if (a.i > 0) multiply_rows<T>(z, s, gates, z.O, a.dgates, recurrent, a.dh, false, queue);
+ public:
+  // Null `to`: it is not wanted.
+  SumOfProducts(T* to, int64_t rows, int64_t columns, int64_t windows, Queue& queue)
+      : to_(to), rows_(rows), columns_(columns), queue_(queue) {
+    if (kNarrow<T> && to && windows > 1) sums_ = queue.take<A>(rows * columns);
+  }
+
+  // Adds a^T b over k to the rows from `first` on.
+  void add(int64_t first, int64_t rows, int64_t k, const cuda::Matrix& a, const cuda::Matrix& b,
+           bool is_first_window) {
+    if (!to_) return;
+    void* const to = sums_ ? static_cast<void*>(sums_ + first * columns_) : to_ + first * columns_;
+    multiply<T>({rows, columns_, k, a, b, cuda::kNumber<T>, to, columns_,
+                 sums_ ? cuda::kNumber<A> : cuda::kNumber<T>, !is_first_window},
+                false, queue_);
+  }
+  void finish() {
+    if constexpr (kNarrow<T>) {
+      if (!sums_) return;
+      start_kernel<RoundNumbers<T>>(
+          queue_, "rounding of gradients",
+          {cuda::quotient_up(rows_ * columns_, kRowThreads), kRowThreads, 0},
+          {sums_, rows_ * columns_, to_});
+    }
+  }
+
+ private:
+  T* const to_;
+  A* sums_ = nullptr;
+  const int64_t rows_, columns_;
+  Queue& queue_;
+};
+
+// The operands of a pass by order: those of backward alone, or values and their tangents, whose
+// gradients are wanted (SecondOrder of scan.h).
+template <typename T, int kOrders>
+using ByOrder = std::array<const Backward<T>*, kOrders>;
+
+// f(order of the gradients of slots, of the other factor, whether it is the first one) for the
+// products that make up a gradient: by the product rule, if there are tangents.
+template <int kOrders, typename F>
+void for_each_product(F f) {
+  if constexpr (kOrders == 1) {
+    f(0, 0, true);
+  } else {
+    f(1, 0, true);
+    f(0, 1, false);
+  }
+}
+
+// The gradients of projections, a window of steps at a time. Backward leaves what enters them.
+template <typename T, int kOrders>
+class ProjectionGradients {
+ public:
+  ProjectionGradients(const ByOrder<T, kOrders>& by, Queue& queue)
+      : by_(by),
+        z_(by[0]->sizes),
+        s_(by[0]->steps),
+        window_(cuda::window_steps(s_.T, kOrders * z_.D * s_.N * z_.O * int64_t(sizeof(T)), 1)),
+        rows_(most_rows(s_, window_)) {
+    for (int d = 0; d < z_.D; ++d) {
+      T* const to = by.back()->gradients[d].w_hr;
+      sums_.emplace_back(to, z_.O, z_.H, cuda::quotient_up(s_.T, window_), queue);
+      for (int k = 0; k < kOrders; ++k) {
+        dprojected_[k][d] = to ? queue.take<T>(rows_ * z_.O) : nullptr;
+      }
+    }
+  }
+
+  // Before step number i, counted as backward visits them.
+  void begin_step(int64_t i, T* (&dprojected)[kOrders][kMaxDirections]) const {
+    if (i % window_) return;
+    for (int k = 0; k < kOrders; ++k) {
+      for (int d = 0; d < z_.D; ++d) {
+        T* const own = dprojected_[k][d];
+        dprojected[k][d] = own ? origin(own, rows(d, i).begin, z_.O) : nullptr;
+      }
+    }
+  }
+  void end_step(int64_t i) {
+    if ((i + 1) % window_ && i + 1 < s_.T) return;
+    const int64_t first = i / window_ * window_;
+    for (int d = 0; d < z_.D; ++d) {
+      const Range own = rows(d, first);
+      for_each_product<kOrders>([&](int k, int other, bool is_first) {
+        const T* const unprojected =
+            by_[size_t(other)]->unprojected + (d * s_.total + own.begin) * z_.H;
+        sums_[size_t(d)].add(0, z_.O, own.end - own.begin, {dprojected_[k][d], z_.O, true},
+                             {unprojected, z_.H}, first == 0 && is_first);
+      });
+    }
+  }
+  void finish() {
+    for (SumOfProducts<T>& sum : sums_) sum.finish();
+  }
+
+ private:
+  // Of the window that begins with step number `first`. Backward goes the other way through time.
+  Range rows(int d, int64_t first) const {
+    return rows_of(s_, times_of(s_, 1 - d, {first, std::min(s_.T, first + window_)}));
+  }
+
+  const ByOrder<T, kOrders> by_;
+  const Sizes& z_;
+  const Steps& s_;
+  const int64_t window_, rows_;
+  std::vector<SumOfProducts<T>> sums_;
+  T* dprojected_[kOrders][kMaxDirections] = {};
+};
+
+template <typename T, typename Cell, int kOrders>
+void stepwise(const ByOrder<T, kOrders>& by, const T* zeros, Queue& queue) {
+  using Kernel = StepwiseBackward<T, Cell, kOrders>;
+  using A = Compute<T>;
+  const Sizes& z = by[0]->sizes;
+  const Steps& s = by[0]->steps;
+  const int64_t rows = kOrders * s.N, gates = Cell::kShape.gates * z.H;
+  typename Kernel::Arguments a = {.by = {},
+                                  .zeros = zeros,
+                                  .dh = queue.take<A>(z.D * rows * z.O),
+                                  .dgates = queue.take<T>(z.D * rows * gates)};
+  for (int k = 0; k < kOrders; ++k) a.by[k] = *by[size_t(k)];
+  if (Cell::kShape.reads_h) a.dh_direct = queue.take<A>(z.D * rows * z.H);
+  if (Cell::kShape.cell_state) {
+    a.dc = queue.take<A>(z.D * rows * Cell::kShape.planes() * z.H);
+  }
+  if (z.projected) {
+    a.dy = queue.take<T>(z.D * rows * z.O), a.dm = queue.take<A>(z.D * rows * z.H);
+  }
+  // By a matrix for all orders, and by its tangent from values to tangents.
+  const auto multiply_all = [&](auto matrices_of, int64_t k, int64_t n, const T* from, A* to) {
+    multiply_rows<T>(z, {rows, rows, k, n, from, to}, matrices_of(by[0]->weights, false), false,
+                     queue);
+    if constexpr (kOrders == 2) {
+      multiply_rows<T>(z, {s.N, rows, k, n, from, to + s.N * n, true},
+                       matrices_of(by[1]->weights, false), false, queue);
+    }
+  };
+  const bool wants_dh0 = by.back()->dh0.data;
+
+  std::optional<ProjectionGradients<T, kOrders>> projections;
+  if (z.projected) projections.emplace(by, queue);
+  for (a.i = 0; a.i < s.T + (wants_dh0 ? 1 : 0); ++a.i) {
+    if (projections && a.i < s.T) projections->begin_step(a.i, a.dprojected);
+    if (a.i > 0) multiply_all(recurrent_matrices<T>, gates, z.O, a.dgates, a.dh);
     if (z.projected) {
       start_elements<typename Kernel::Projected>("stepwise backward's projection", z, s, z.O, a,
                                                  queue);
       if (a.i == s.T) break;
-      multiply_rows<T>(z, s, z.O, z.H, a.dy, projection, a.dm, false, queue);
+      multiply_all(projection_matrices<T>, z.O, z.H, a.dy, a.dm);
     }
     start_elements<Kernel>("stepwise backward", z, s, z.H, a, queue);
+    if (projections) projections->end_step(a.i);
   }
-  return true;
+  if (projections) projections->finish();
 }
 
 // f(first slot, first gate, count) for runs of slots that the recurrent product owns and whose
@@ -282,7 +542,7 @@ void bias_gradients(const T* dslots, int64_t rows, int64_t H, const WeightGradie
                     Queue& queue) {
   using Sums = SlotSums<T>;
   constexpr int64_t kFewestRows = 256;  // of a block
-  const int64_t width = Cell::kShape.slots * H;
+  const int64_t width = Cell::kShape.stored() * H;
   const int64_t column_blocks = cuda::quotient_up(width, Sums::kColumns);
   const int64_t most = kRowBlocks * queue.device.multiprocessors / column_blocks + 1;
   const int64_t row_blocks = std::min(most, cuda::quotient_up(rows, kFewestRows));
@@ -292,78 +552,215 @@ void bias_gradients(const T* dslots, int64_t rows, int64_t H, const WeightGradie
                      {dslots, rows, width, column_blocks, row_blocks, sums});
   start_kernel<BiasGradients<T, Cell>>(queue, "gradients of biases",
                                        {cuda::quotient_up(width, kRowThreads), kRowThreads, 0},
-                                       {sums, row_blocks, H, g.b_ih, g.b_hh});
+                                       {sums, row_blocks, H, g});
 }
 
-// After the loop, one product each over all rows: dW_ih, dW_hh, dW_hr, biases and dx.
-template <typename T, typename Cell>
-void gradients(const Backward<T>& b, const T* zeros, Queue& queue) {
+// After the loop, products over all rows: dW_ih, dW_hh, biases and dx. Operands that have to be
+// gathered are gathered and multiplied a window of steps at a time.
+template <typename T, typename Cell, int kOrders>
+void gradients(const ByOrder<T, kOrders>& by, const T* zeros, Queue& queue) {
   constexpr CellShape kShape = Cell::kShape;
   constexpr cuda::Number kT = cuda::kNumber<T>;
-  const Sizes& z = b.sizes;
-  const Steps& s = b.steps;
-  const int64_t H = z.H, gates = kShape.gates * H, width = kShape.slots * H;
-  bool wants_w_ih = false;
-  for (int d = 0; d < z.D; ++d) wants_w_ih = wants_w_ih || b.gradients[d].w_ih;
-  cuda::Matrix x = {};
-  if (wants_w_ih) x = input_matrix(b.x, z, s, zeros, true, queue);
-  T* previous = nullptr;
+  const Backward<T>& wanted = *by.back();
+  const Sizes& z = wanted.sizes;
+  const Steps& s = wanted.steps;
+  const int64_t H = z.H, gates = kShape.gates * H, width = kShape.stored() * H;
+  bool wants_w_ih = false, wants_w_hh = false;
   for (int d = 0; d < z.D; ++d) {
-    const WeightGradients<T>& g = b.gradients[d];
-    const Weights<T>& w = b.weights[d];
-    const T* const dslots = b.dslots + d * s.total * width;
-    const T* const dinputs = dslots + kShape.input_slot * H;
-    if (g.w_ih) {
-      multiply<T>({gates, z.I, s.total, {dinputs, width, true}, x, kT, g.w_ih, z.I, kT}, false,
-                  queue);
+    wants_w_ih = wants_w_ih || wanted.gradients[d].w_ih;
+    wants_w_hh = wants_w_hh || wanted.gradients[d].w_hh;
+  }
+  cuda::Matrix x[kOrders];
+  bool gathers_x = false;
+  for (int k = 0; k < kOrders; ++k) {
+    const Backward<T>& b = *by[size_t(k)];
+    if (b.x.data) x[k] = input_matrix(b.x, z, s, true);
+    gathers_x = gathers_x || (wants_w_ih && b.x.data && !x[k].data);
+  }
+  const int64_t gathered = (gathers_x ? z.I : 0) + (wants_w_hh ? z.O : 0);
+  const int64_t window = cuda::window_steps(s.T, s.N * gathered * int64_t(sizeof(T)), 1);
+  T* const own_x = gathers_x ? queue.take<T>(most_rows(s, window) * z.I) : nullptr;
+  T* const previous = wants_w_hh ? queue.take<T>(most_rows(s, window) * z.O) : nullptr;
+  const int64_t windows = window ? cuda::quotient_up(s.T, window) : 1;
+  const int64_t windows_of_x = gathers_x ? windows : 1;
+  std::vector<SumOfProducts<T>> w_ih, w_hh;
+  for (int d = 0; d < z.D; ++d) {
+    w_ih.emplace_back(wanted.gradients[d].w_ih, gates, z.I, windows_of_x, queue);
+    w_hh.emplace_back(wanted.gradients[d].w_hh, gates, z.O, windows, queue);
+  }
+  // Of some rows of dslots, from a slot on, as columns of a matrix.
+  const auto columns_of = [&](int order, int d, int64_t row, int slot) {
+    const T* const dslots = by[size_t(order)]->dslots;
+    return cuda::Matrix{dslots + (d * s.total + row) * width + slot * H, width, true};
+  };
+  const auto times_in = [&](int64_t index, int64_t count) -> Range {
+    return count == 1 ? Range{0, s.T} : Range{index * window, std::min(s.T, (index + 1) * window)};
+  };
+  for_each_product<kOrders>([&](int order, int other, bool is_first) {
+    const Backward<T>& b = *by[size_t(other)];
+    for (int64_t i = 0; wants_w_ih && b.x.data && i < windows_of_x; ++i) {
+      const Range times = times_in(i, windows_of_x), rows = rows_of(s, times);
+      cuda::Matrix own = {own_x, z.I};
+      if (x[other].data) {
+        own = {b.x.data + rows.begin * x[other].row, x[other].row};
+      } else {
+        gather_input(s, b.x, z.I, zeros, times, origin(own_x, rows.begin, z.I), queue);
+      }
+      for (int d = 0; d < z.D; ++d) {
+        w_ih[size_t(d)].add(0, gates, rows.end - rows.begin,
+                            columns_of(order, d, rows.begin, kShape.input_slot), own,
+                            is_first && i == 0);
+      }
     }
-    if (g.w_hh) {
-      using Kernel = GatherRows<T>;
-      if (!previous) previous = queue.take<T>(s.total * z.O);
-      start_kernel<Kernel>(queue, "gathering states",
-                           {kRowBlocks * queue.device.multiprocessors, kRowThreads, 0},
-                           {s, columns(b.y, d * z.O), b.h0, zeros, true, d, z.O, previous});
-      for_each_run<Cell>([&](int slot, int gate, int count) {
-        multiply<T>({count * H,
-                     z.O,
-                     s.total,
-                     {dslots + slot * H, width, true},
-                     {previous, z.O},
-                     kT,
-                     g.w_hh + gate * H * z.O,
-                     z.O,
-                     kT},
-                    false, queue);
-      });
+    for (int64_t i = 0; wants_w_hh && i < windows; ++i) {
+      const Range times = times_in(i, windows), rows = rows_of(s, times);
+      for (int d = 0; d < z.D; ++d) {
+        if (!wanted.gradients[d].w_hh) continue;
+        gather("gathering states", s, columns(b.y, d * z.O), b.h0, true, d, z.O, zeros, times,
+               origin(previous, rows.begin, z.O), queue);
+        for_each_run<Cell>([&](int slot, int gate, int count) {
+          w_hh[size_t(d)].add(gate * H, count * H, rows.end - rows.begin,
+                              columns_of(order, d, rows.begin, slot), {previous, z.O},
+                              is_first && i == 0);
+        });
+      }
     }
-    if (g.w_hr) {
-      multiply<T>({z.O,
-                   H,
-                   s.total,
-                   {b.dprojected + d * s.total * z.O, z.O, true},
-                   {b.unprojected + d * s.total * H, H},
-                   kT,
-                   g.w_hr,
-                   H,
-                   kT},
-                  false, queue);
+  });
+  for (int d = 0; d < z.D; ++d) {
+    const WeightGradients<T>& g = wanted.gradients[d];
+    w_ih[size_t(d)].finish();
+    w_hh[size_t(d)].finish();
+    const auto is_wanted = [](const T* parameter) { return parameter != nullptr; };
+    if (g.b_ih || g.b_hh ||
+        std::any_of(std::begin(g.parameters), std::end(g.parameters), is_wanted)) {
+      bias_gradients<T, Cell>(wanted.dslots + d * s.total * width, s.total, H, g, queue);
     }
-    if (g.b_ih || g.b_hh) bias_gradients<T, Cell>(dslots, s.total, H, g, queue);
-    if (b.dx.data) {
+    if (!wanted.dx.data) continue;
+    for_each_product<kOrders>([&](int order, int other, bool is_first) {
+      const Weights<T>& w = by[size_t(other)]->weights[d];
+      if (!w.w_ih) return;
+      const T* const dslots = by[size_t(order)]->dslots + d * s.total * width;
       // Dense, time first: as made for the call.
       multiply<T>({s.total,
                    z.I,
                    gates,
-                   {dinputs, width},
+                   {dslots + kShape.input_slot * H, width},
                    {w.w_ih, w.w_ih_row},
                    kT,
-                   b.dx.data,
+                   wanted.dx.data,
                    z.I,
                    kT,
-                   d > 0},
+                   d > 0 || !is_first},
                   false, queue);
-    }
+    });
   }
+}
+
+// The tangents of a pass that has run, in the way of the stepwise tier. Its memory grows with T.
+template <typename T, typename Cell>
+void second_order(const SecondOrder<T>& s, Queue& queue) {
+  using Kernel = StepwiseTangent<T, Cell>;
+  using Forward = StepwiseForward<T, Cell>;
+  constexpr CellShape kShape = Cell::kShape;
+  static_assert(std::is_same_v<T, Compute<T>>, "tangents are not rounded from step to step");
+  const Sizes& z = s.sizes;
+  const Steps& steps = s.steps;
+  const int64_t rows = z.D * steps.N, all = z.D * steps.total;
+  const int64_t gates = kShape.gates * z.H, width = kShape.stored() * z.H;
+  const T* const zeros = take_zeros<T, Cell>(z, queue);
+  queue.clear_taken();
+  if (queue.runs()) {
+    cuda::clear(reinterpret_cast<char*>(s.tangent.dslots), size_t(all * width) * sizeof(T),
+                queue.stream());
+  }
+
+  Backward<T> value = s, tangent = s.tangent;
+  value.dh0 = value.dc0 = {};
+  tangent.sizes = z;
+  tangent.steps = steps;
+  tangent.y = constant(s.tangent_y);
+  tangent.slots = tangent.dslots;
+  typename Kernel::Arguments a = {
+      .of = {}, .values = value, .zeros = zeros, .tangent_sums = s.tangent_sums};
+  rnnkern::Forward<T>& f = a.of.f;
+  f.sizes = z;
+  f.steps = steps;
+  f.h0 = tangent.h0;
+  f.c0 = tangent.c0;
+  for (int d = 0; d < z.D; ++d) f.weights[d] = tangent.weights[d];
+  f.y = s.tangent_y;
+  f.hn = s.tangent_hn;
+  f.cn = s.tangent_cn;
+  f.slots = tangent.dslots;
+  if (kShape.cell_state) tangent.cells = f.cells = queue.take<T>(all * kShape.planes() * z.H);
+  if (z.projected) tangent.unprojected = f.unprojected = queue.take<T>(all * z.H);
+  a.of.sums = queue.take<T>(rows * gates);
+  a.of.h = queue.take<T>(rows * z.O);
+  if (kShape.cell_state) a.of.c = queue.take<T>(rows * kShape.planes() * z.H);
+  if (z.projected) {
+    a.of.m = queue.take<T>(rows * z.H), a.of.y = queue.take<T>(rows * z.O);
+    a.m = queue.take<T>(rows * z.H);
+  }
+
+  // Adds a product of all rows to the slots from one on.
+  const auto add = [&](int d, const cuda::Matrix& left, const T* w, int64_t w_row, int slot,
+                       int count, int64_t k) {
+    multiply<T>({steps.total,
+                 count * z.H,
+                 k,
+                 left,
+                 {w, w_row, true},
+                 cuda::kNumber<T>,
+                 f.slots + d * steps.total * width + slot * z.H,
+                 width,
+                 cuda::kNumber<T>,
+                 true},
+                false, queue);
+  };
+  const auto add_inputs = [&](const Rows<const T>& x, const Weights<T>(&weights)[kMaxDirections]) {
+    if (!x.data || (!weights[0].w_ih && !weights[1].w_ih)) return;
+    cuda::Matrix matrix = input_matrix(x, z, steps, false);
+    if (!matrix.data) {
+      T* const to = queue.take<T>(steps.total * z.I);
+      gather_input(steps, x, z.I, zeros, {0, steps.T}, to, queue);
+      matrix = {to, z.I};
+    }
+    for (int d = 0; d < z.D; ++d) {
+      const Weights<T>& w = weights[d];
+      if (w.w_ih) add(d, matrix, w.w_ih, w.w_ih_row, kShape.input_slot, kShape.gates, z.I);
+    }
+  };
+  add_inputs(tangent.x, value.weights);
+  add_inputs(value.x, tangent.weights);
+  T* previous = nullptr;
+  for (int d = 0; d < z.D; ++d) {
+    const Weights<T>& w = tangent.weights[d];
+    if (!w.w_hh) continue;
+    if (!previous) previous = queue.take<T>(steps.total * z.O);
+    gather("gathering states", steps, columns(value.y, d * z.O), value.h0, true, d, z.O, zeros,
+           {0, steps.T}, previous, queue);
+    for_each_run<Cell>([&](int slot, int gate, int count) {
+      add(d, {previous, z.O}, w.w_hh + gate * z.H * w.w_hh_row, w.w_hh_row, slot, count, z.O);
+    });
+  }
+
+  const auto recurrent = recurrent_matrices(value.weights, true);
+  const auto projection = projection_matrices(value.weights, true);
+  const auto tangent_projection = projection_matrices(tangent.weights, true);
+  start_elements<typename Forward::Begin>("the beginning of tangents", z, steps, z.H, a.of, queue);
+  for (a.of.i = 0; a.of.i < steps.T; ++a.of.i) {
+    multiply_rows<T>(z, {steps.N, steps.N, z.O, gates, a.of.h, a.of.sums}, recurrent, false, queue);
+    start_elements<Kernel>("tangents of forward", z, steps, z.H, a, queue);
+    if (!z.projected) continue;
+    multiply_rows<T>(z, {steps.N, steps.N, z.H, z.O, a.of.m, a.of.y}, projection, false, queue);
+    multiply_rows<T>(z, {steps.N, steps.N, z.H, z.O, a.m, a.of.y, true}, tangent_projection, false,
+                     queue);
+    start_elements<typename Forward::Projected>("tangents of a projection", z, steps, z.O, a.of,
+                                                queue);
+  }
+  const ByOrder<T, 2> by = {&value, &tangent};
+  stepwise<T, Cell, 2>(by, zeros, queue);
+  gradients<T, Cell, 2>(by, zeros, queue);
 }
 
 }  // namespace
@@ -372,21 +769,39 @@ template <>
 bool start<RNNKERN_CELL>(const Forward<RNNKERN_ELEMENT>& f, Queue& queue) {
   using T = RNNKERN_ELEMENT;
   using Cell = RNNKERN_CELL;
-  const cuda::Plan plan = plan_of<T>(f.sizes, f.steps, false, queue);
-  return plan.resident ? resident<T, Cell>(f, plan, queue) : stepwise<T, Cell>(f, queue);
+  const cuda::Plan plan = plan_of(f, queue);
+  if constexpr (Cell::kShape.fits_resident()) {
+    if (plan.resident) return resident<T, Cell>(f, plan, queue);
+  }
+  return stepwise<T, Cell>(f, plan, queue);
 }
 
 template <>
 bool start<RNNKERN_CELL>(const Backward<RNNKERN_ELEMENT>& b, Queue& queue) {
   using T = RNNKERN_ELEMENT;
   using Cell = RNNKERN_CELL;
-  const cuda::Plan plan = plan_of<T>(b.sizes, b.steps, true, queue);
+  const cuda::Plan plan = plan_of(b, queue);
+  const ByOrder<T, 1> by = {&b};
   const T* zeros = nullptr;
-  if (!(plan.resident ? resident<T, Cell>(b, plan, &zeros, queue)
-                      : stepwise<T, Cell>(b, &zeros, queue))) {
-    return false;
+  if constexpr (Cell::kShape.fits_resident()) {
+    if (plan.resident && !resident<T, Cell>(b, plan, &zeros, queue)) return false;
   }
-  gradients<T, Cell>(b, zeros, queue);
+  if (!plan.resident) {
+    zeros = take_zeros<T, Cell>(b.sizes, queue);
+    queue.clear_taken();
+    stepwise<T, Cell, 1>(by, zeros, queue);
+  }
+  gradients<T, Cell, 1>(by, zeros, queue);
+  return true;
+}
+
+template <>
+bool start<RNNKERN_CELL>(const SecondOrder<RNNKERN_ELEMENT>& s, Queue& queue) {
+  if constexpr (kNarrow<RNNKERN_ELEMENT>) {
+    throw std::logic_error("second derivatives of narrow numbers");
+  } else {
+    second_order<RNNKERN_ELEMENT, RNNKERN_CELL>(s, queue);
+  }
   return true;
 }
 

@@ -13,6 +13,8 @@ template <typename Cell, typename T>
 bool start(const Forward<T>& scan, Queue& queue);
 template <typename Cell, typename T>
 bool start(const Backward<T>& scan, Queue& queue);
+template <typename Cell, typename T>
+bool start(const SecondOrder<T>& scan, Queue& queue);  // not of narrow T
 
 }  // namespace RNNKERN_NAMESPACE
 }  // namespace rnnkern

@@ -26,15 +26,17 @@ RNNKERN_DEVICE int input_gate(int slot) {
 // Rounded where the element is narrower.
 RNNKERN_DEVICE void put(float* to, float x) { *to = x; }
 RNNKERN_DEVICE void put(double* to, double x) { *to = x; }
-RNNKERN_DEVICE void put(Bf16* to, float x) { to->bits = uint16_t(narrow(Bf16{}, x)); }
-RNNKERN_DEVICE void put(F16* to, float x) { to->bits = uint16_t(narrow(F16{}, x)); }
+RNNKERN_DEVICE void put(Bf16* to, float x) { *to = narrowed<Bf16>(x); }
+RNNKERN_DEVICE void put(F16* to, float x) { *to = narrowed<F16>(x); }
 
 // As it is once it has been stored.
 template <typename T>
 RNNKERN_DEVICE Compute<T> rounded(Compute<T> number) {
-  T stored;
-  put(&stored, number);
-  return value(stored);
+  if constexpr (kNarrow<T>) {
+    return widened(narrowed<T>(number));
+  } else {
+    return number;
+  }
 }
 
 // Both biases of a slot of a unit.
@@ -47,17 +49,51 @@ RNNKERN_DEVICE Compute<T> bias_of(const Weights<T>& w, int64_t H, int slot, int6
   return sum;
 }
 
-// The slots before their activation: bias(slot), and input(gate), recurrent(slot) as far as the
-// slot has them.
-template <typename Cell, typename A, typename Bias, typename Input, typename Recurrent>
-RNNKERN_DEVICE void assemble(Step<A>& s, Bias bias, Input input, Recurrent recurrent) {
+// The slots before their activation, in two parts: bias(slot), and input(gate) as far as the slot
+// has it; later, recurrent(slot) as far as the slot has it.
+template <typename Cell, typename A, typename Bias, typename Input>
+RNNKERN_DEVICE void add_inputs(Step<A>& s, Bias bias, Input input) {
   constexpr CellShape kShape = Cell::kShape;
 #pragma unroll
   for (int i = 0; i < kShape.slots; ++i) {
-    A sum = bias(i);
-    if (i >= kShape.input_slot) sum += input(i - kShape.input_slot);
-    if (i < kShape.gates) sum += recurrent(i);
-    s.slot[i] = sum;
+    s.slot[i] = bias(i);
+    if (i >= kShape.input_slot) s.slot[i] += input(i - kShape.input_slot);
+  }
+}
+template <typename Cell, typename A, typename Recurrent>
+RNNKERN_DEVICE void add_products(Step<A>& s, Recurrent recurrent) {
+  constexpr CellShape kShape = Cell::kShape;
+#pragma unroll
+  for (int i = 0; i < kShape.gates; ++i) s.slot[i] += recurrent(i);
+}
+
+// Cell states of a step: c, and those beside it. They lie behind each other, H units of each.
+template <typename V>
+RNNKERN_DEVICE V& c_of(Step<V>& s, int plane) {
+  return plane == 0 ? s.c : s.more[plane - 1];
+}
+template <typename V>
+RNNKERN_DEVICE const V& c_of(const Step<V>& s, int plane) {
+  return plane == 0 ? s.c : s.more[plane - 1];
+}
+template <typename V>
+RNNKERN_DEVICE V& c_prev_of(Step<V>& s, int plane) {
+  return plane == 0 ? s.c_prev : s.more_prev[plane - 1];
+}
+template <typename V>
+RNNKERN_DEVICE V& dc_of(Step<V>& s, int plane) {
+  return plane == 0 ? s.dc : s.dmore[plane - 1];
+}
+
+// to(i) = the parameters of the cell's own of a unit; zero where there are none.
+template <typename Cell, typename T, typename To>
+RNNKERN_DEVICE void load_parameters(const Weights<T>& w, int64_t unit, To to) {
+  constexpr CellShape kShape = Cell::kShape;
+  if constexpr (kShape.parameters > 0) {
+#pragma unroll
+    for (int i = 0; i < kShape.parameters; ++i) {
+      to(i) = w.parameters[i] ? value(w.parameters[i][unit]) : Compute<T>(0);
+    }
   }
 }
 
@@ -81,6 +117,17 @@ RNNKERN_DEVICE void pass_element(const Steps& s, const State<const T>& from, con
 template <typename T, typename Cell>
 constexpr bool kCarriesCells = Cell::kShape.cell_state && kNarrow<T>;
 
+// x W_ih^T of the rows of some steps: row r of a direction begins at rows[direction] + r * width.
+template <typename A>
+struct Inputs {
+  const A* rows[kMaxDirections] = {};
+  int64_t width = 0;
+
+  RNNKERN_DEVICE Rows<const A> of(const Steps& s, int direction) const {
+    return {rows[direction], s.N * width, width};
+  }
+};
+
 // The results of a forward pass, but for h itself, which others may be waiting for.
 template <typename T, typename Cell>
 class ForwardStores {
@@ -92,20 +139,22 @@ class ForwardStores {
       : f_(f),
         s_(f.steps),
         d_(direction),
-        slots_(saved_rows(s_, f.slots, d_, kShape.slots * f.sizes.H)),
-        cells_(saved_rows(s_, f.cells, d_, f.sizes.H)) {}
+        slots_(saved_rows(s_, f.slots, d_, kShape.stored() * f.sizes.H)),
+        cells_(saved_rows(s_, f.cells, d_, kShape.planes() * f.sizes.H)) {}
 
   RNNKERN_DEVICE void put_step(const Visit& v, int64_t slot, int64_t unit, const Step<A>& s) const {
     const bool leaves = slot >= v.leaving;
     if (leaves && !f_.sizes.projected) put(state_at(s_, f_.hn, d_, slot) + unit, s.h);
-    if constexpr (kShape.cell_state) {
-      if (cells_.data) put(row_at(s_, cells_, v.t, slot) + unit, s.c);
-      if (leaves) put(state_at(s_, f_.cn, d_, slot) + unit, s.c);
+#pragma unroll
+    for (int j = 0; j < kShape.planes(); ++j) {
+      const int64_t column = j * f_.sizes.H + unit;
+      if (cells_.data) put(row_at(s_, cells_, v.t, slot) + column, c_of(s, j));
+      if (leaves) put(state_at(s_, f_.cn, d_, slot) + column, c_of(s, j));
     }
     if (kShape.saves_slots && slots_.data) {
       T* saved = row_at(s_, slots_, v.t, slot) + unit;
 #pragma unroll
-      for (int i = 0; i < kShape.slots; ++i) put(saved + i * f_.sizes.H, s.slot[i]);
+      for (int i = 0; i < kShape.stored(); ++i) put(saved + i * f_.sizes.H, s.slot[i]);
     }
   }
 
@@ -123,15 +172,15 @@ class BackwardLoads {
   static constexpr CellShape kShape = Cell::kShape;
 
  public:
-  // zeros: [max(H, O)]
+  // zeros: [max(H, O, planes H)]
   RNNKERN_DEVICE BackwardLoads(const Backward<T>& b, const T* zeros, int direction)
       : b_(b),
         s_(b.steps),
         zeros_(zeros),
         d_(direction),
         y_(columns(b.y, d_ * b.sizes.O)),
-        slots_(saved_rows(s_, b.slots, d_, kShape.slots * b.sizes.H)),
-        cells_(saved_rows(s_, b.cells, d_, b.sizes.H)),
+        slots_(saved_rows(s_, b.slots, d_, kShape.stored() * b.sizes.H)),
+        cells_(saved_rows(s_, b.cells, d_, kShape.planes() * b.sizes.H)),
         dy_(columns(b.dy, b.dy_uniform ? 0 : d_ * b.sizes.O)) {}
 
   // Slots (or h), h_prev, c and c_prev, as far as the cell has them.
@@ -139,16 +188,18 @@ class BackwardLoads {
     if constexpr (kShape.saves_slots) {
       const T* saved = row_at(s_, slots_, t, slot) + unit;
 #pragma unroll
-      for (int i = 0; i < kShape.slots; ++i) s->slot[i] = value(saved[i * b_.sizes.H]);
+      for (int i = 0; i < kShape.stored(); ++i) s->slot[i] = value(saved[i * b_.sizes.H]);
     } else {
       s->h = value(row_at(s_, y_, t, slot)[unit]);
     }
     if constexpr (kShape.reads_h) {
       s->h_prev = value(previous_state(s_, d_, t, slot, y_, b_.h0, zeros_)[unit]);
     }
-    if constexpr (kShape.cell_state) {
-      s->c = value(row_at(s_, cells_, t, slot)[unit]);
-      s->c_prev = value(previous_state(s_, d_, t, slot, cells_, b_.c0, zeros_)[unit]);
+#pragma unroll
+    for (int j = 0; j < kShape.planes(); ++j) {
+      const int64_t column = j * b_.sizes.H + unit;
+      c_of(*s, j) = value(row_at(s_, cells_, t, slot)[column]);
+      c_prev_of(*s, j) = value(previous_state(s_, d_, t, slot, cells_, b_.c0, zeros_)[column]);
     }
   }
 

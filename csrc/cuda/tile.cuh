@@ -37,27 +37,76 @@ constexpr bool kOnTensorCores = sizeof(E) == 2 || std::is_same_v<E, Tf32>;
 // Numbers as operands.
 RNNKERN_DEVICE void put_operand(float* to, float x) { *to = x; }
 RNNKERN_DEVICE void put_operand(double* to, double x) { *to = x; }
-RNNKERN_DEVICE void put_operand(Bf16* to, float x) { to->bits = uint16_t(narrow(Bf16{}, x)); }
-RNNKERN_DEVICE void put_operand(F16* to, float x) { to->bits = uint16_t(narrow(F16{}, x)); }
+RNNKERN_DEVICE void put_operand(Bf16* to, float x) { *to = narrowed<Bf16>(x); }
+RNNKERN_DEVICE void put_operand(F16* to, float x) { *to = narrowed<F16>(x); }
 RNNKERN_DEVICE void put_operand(Tf32* to, float x) { *to = to_tf32(x); }
 
-// The warps' sums in shared memory: [warp][m][kStride].
-template <typename A, int kColumns>
+// As an operand: as it is stored, if that is what is multiplied.
+template <typename E, typename T>
+RNNKERN_DEVICE E operand(T stored) {
+  if constexpr (std::is_same_v<T, E>) {
+    return stored;
+  } else {
+    E to;
+    put_operand(&to, value(stored));
+    return to;
+  }
+}
+
+// The warps' sums in shared memory: [warp], then as sum_place has them.
+template <typename A, int kRows, int kColumns>
 struct Partials {
-  static constexpr int kStride = cuda::sum_stride(kColumns);
+  static constexpr int kOfWarp = kRows * kColumns;
 
   A* sums;
-  int rows;
 
-  RNNKERN_DEVICE A* at(int warp, int m) const { return sums + (warp * rows + m) * kStride; }
+  RNNKERN_DEVICE static int place(int m, int column) {
+    return cuda::sum_place(m, column, kColumns);
+  }
+  RNNKERN_DEVICE A* of(int warp) const { return sums + warp * kOfWarp; }
 };
+
+// How many of `lanes` fall on the most visited of the 32 banks. place(lane) is a lane's word.
+template <typename Place>
+constexpr int bank_conflicts(int lanes, Place place) {
+  int visits[32] = {}, most = 0;
+  for (int lane = 0; lane < lanes; ++lane) {
+    const int now = ++visits[place(lane) % 32];
+    most = now > most ? now : most;
+  }
+  return most;
+}
+// Half a warp stores pairs of sums at once: rows g of four lanes each.
+constexpr int conflicts_of_stores(int columns) {
+  return bank_conflicts(32, [&](int word) { return cuda::sum_place(word / 8, word % 8, columns); });
+}
+// A warp reads the sums of `units` in neighbouring columns.
+constexpr int conflicts_of_reads(int units, int columns) {
+  return bank_conflicts(
+      32, [&](int lane) { return cuda::sum_place(lane % units, lane / units, columns); });
+}
+static_assert(conflicts_of_stores(8) == 1 && conflicts_of_stores(16) == 1 &&
+              conflicts_of_stores(32) == 1);
+static_assert(conflicts_of_reads(4, 8) == 1 && conflicts_of_reads(8, 8) == 1 &&
+              conflicts_of_reads(16, 8) == 1 && conflicts_of_reads(32, 8) == 1);
+static_assert(conflicts_of_reads(4, 16) == 1 && conflicts_of_reads(8, 16) == 1 &&
+              conflicts_of_reads(16, 16) == 1 && conflicts_of_reads(32, 16) == 1);
+static_assert(conflicts_of_reads(4, 32) == 1 && conflicts_of_reads(8, 32) == 1 &&
+              conflicts_of_reads(16, 32) == 1 && conflicts_of_reads(32, 32) == 1);
+// Units of a GRU, whose number is no power of two.
+static_assert(conflicts_of_reads(5, 8) <= 2 && conflicts_of_reads(10, 16) <= 2);
 
 template <typename E, int kRowTiles, int kColumnTiles, bool = kOnTensorCores<E>>
 class Tile;
 
-// On the tensor cores. A chunk of a: [row tile][half][lane] quads.
+// On the tensor cores. A chunk of a: [row tile][half][lane] quads. Products that add to the same
+// sums follow each other slowly. So a small tile has several sums of its rows and columns, which
+// are added at the end: of the halves of a chunk, and of chunks in turn.
 template <typename E, int kRowTiles, int kColumnTiles>
 class Tile<E, kRowTiles, kColumnTiles, true> {
+  static constexpr int kTiles = kRowTiles * kColumnTiles;
+  static constexpr int kChains = kTiles == 1 ? 4 : kTiles == 2 ? 2 : 1;
+
  public:
   using A = float;
   static constexpr int kRows = kRowTiles * kTileRows, kColumns = kColumnTiles * kTileColumns;
@@ -75,55 +124,86 @@ class Tile<E, kRowTiles, kColumnTiles, true> {
     return reinterpret_cast<E*>(reinterpret_cast<char*>(chunk) + place(m, byte / 4) * 4 + byte % 4);
   }
 
-  RNNKERN_DEVICE void add(const Quad* a, const Quad (&b)[kColumnTiles]) {
+  // From bytes 16 q to 16 q + 15 of rows g and g + 8 of a row tile, the two quads of lane 4 g + q;
+  // and where they stand in a chunk.
+  RNNKERN_DEVICE static void arrange(const Quad (&rows)[2], Quad (&quads)[2]) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) quads[half].words[i] = rows[i % 2].words[2 * half + i / 2];
+    }
+  }
+  RNNKERN_DEVICE static int place_of_quad(int row_tile, int half) {
+    return (row_tile * 2 + half) * kWarp + thread_index() % kWarp;
+  }
+
+  // `chunk` tells chunks that follow each other apart.
+  RNNKERN_DEVICE void add(const Quad* a, const Quad (&b)[kColumnTiles], int chunk = 0) {
     const int lane = thread_index() % kWarp;
 #pragma unroll
-    for (int i = 0; i < kRowTiles * 2; ++i) add_half(i, a[i * kWarp + lane], b);
+    for (int i = 0; i < kRowTiles * 2; ++i) add_half(i, chunk, a[i * kWarp + lane], b);
   }
   // With the lane's own quads of a.
-  RNNKERN_DEVICE void add_held(const Quad (&a)[kRowTiles * 2], const Quad (&b)[kColumnTiles]) {
+  RNNKERN_DEVICE void add_held(const Quad (&a)[kRowTiles * 2], const Quad (&b)[kColumnTiles],
+                               int chunk) {
 #pragma unroll
-    for (int i = 0; i < kRowTiles * 2; ++i) add_half(i, a[i], b);
+    for (int i = 0; i < kRowTiles * 2; ++i) add_half(i, chunk, a[i], b);
   }
 
   // Adds the sums of another one.
   RNNKERN_DEVICE void add(const Tile& other) {
+    static_assert(kChains == 1);
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
       for (int n = 0; n < kColumnTiles; ++n) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) sums_[m][n][i] += other.sums_[m][n][i];
+        for (int i = 0; i < 4; ++i) sums_[0][m][n][i] += other.sums_[0][m][n][i];
       }
     }
   }
 
-  RNNKERN_DEVICE void store(const Partials<A, kColumns>& to, int warp) const {
+  RNNKERN_DEVICE void store(const Partials<A, kRows, kColumns>& to, int warp) const {
     const int g = thread_index() % kWarp / 4, q = thread_index() % 4;
+    A* const own = to.of(warp);
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
       for (int n = 0; n < kColumnTiles; ++n) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          to.at(warp, m * kTileRows + g + i / 2 * 8)[n * kTileColumns + 2 * q + i % 2] =
-              sums_[m][n][i];
+        for (int half = 0; half < 2; ++half) {
+          // Two columns at once, which sum_place exchanges in every other row tile.
+          const int place = to.place(m * kTileRows + g + 8 * half, n * kTileColumns + 2 * q);
+          const int first = 2 * half + m % 2, second = 2 * half + 1 - m % 2;
+          *reinterpret_cast<Pair*>(own + (place & ~1)) = {sum(m, n, first), sum(m, n, second)};
         }
       }
     }
   }
 
  private:
+  struct alignas(8) Pair {
+    A of[2];
+  };
+
   // Of a row tile and a half of the chunk.
-  RNNKERN_DEVICE void add_half(int i, const Quad& left, const Quad (&b)[kColumnTiles]) {
+  RNNKERN_DEVICE void add_half(int i, int chunk, const Quad& left, const Quad (&b)[kColumnTiles]) {
     const int m = i / 2, half = i % 2;
+    const int chain = (half + chunk % 2 * 2) % kChains;
 #pragma unroll
     for (int n = 0; n < kColumnTiles; ++n) {
-      multiply_tiles<E>(left, b[n].words[2 * half], b[n].words[2 * half + 1], sums_[m][n]);
+      multiply_tiles<E>(left, b[n].words[2 * half], b[n].words[2 * half + 1], sums_[chain][m][n]);
     }
   }
 
-  A sums_[kRowTiles][kColumnTiles][4] = {};
+  RNNKERN_DEVICE A sum(int m, int n, int i) const {
+    A all = sums_[0][m][n][i];
+#pragma unroll
+    for (int chain = 1; chain < kChains; ++chain) all += sums_[chain][m][n][i];
+    return all;
+  }
+
+  A sums_[kChains][kRowTiles][kColumnTiles][4] = {};
 };
 
 // One by one. A chunk of a: [m][16] words, as they come.
@@ -141,7 +221,16 @@ class Tile<E, kRowTiles, kColumnTiles, false> {
     return reinterpret_cast<E*>(reinterpret_cast<char*>(chunk) + place(m, byte / 4) * 4 + byte % 4);
   }
 
-  RNNKERN_DEVICE void add(const Quad* a, const Quad (&b)[kColumnTiles]) {
+  // The quads of lane 4 g + q: those of rows g and g + 8.
+  RNNKERN_DEVICE static void arrange(const Quad (&rows)[2], Quad (&quads)[2]) {
+    quads[0] = rows[0], quads[1] = rows[1];
+  }
+  RNNKERN_DEVICE static int place_of_quad(int row_tile, int i) {
+    const int m = row_tile * kTileRows + thread_index() % kWarp / 4 + 8 * i;
+    return m * (kChunkBytes / int(sizeof(Quad))) + thread_index() % 4;
+  }
+
+  RNNKERN_DEVICE void add(const Quad* a, const Quad (&b)[kColumnTiles], int = 0) {
     const int q = thread_index() % 4;
     Numbers right[kColumnTiles];
 #pragma unroll
@@ -168,15 +257,16 @@ class Tile<E, kRowTiles, kColumnTiles, false> {
   }
 
   // The four lanes of a column add their sums up, each for a quarter of the rows.
-  RNNKERN_DEVICE void store(const Partials<A, kColumns>& to, int warp) const {
+  RNNKERN_DEVICE void store(const Partials<A, kRows, kColumns>& to, int warp) const {
     const int g = thread_index() % kWarp / 4, q = thread_index() % 4;
+    A* const own = to.of(warp);
 #pragma unroll
     for (int n = 0; n < kColumnTiles; ++n) {
 #pragma unroll
       for (int m = 0; m < kRows; m += 4) {
         const A even = pair(sums_[m][n], sums_[m + 1][n], 1);
         const A odd = pair(sums_[m + 2][n], sums_[m + 3][n], 1);
-        to.at(warp, m + q)[n * kTileColumns + g] = pair(even, odd, 2);
+        own[to.place(m + q, n * kTileColumns + g)] = pair(even, odd, 2);
       }
     }
   }

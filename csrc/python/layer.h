@@ -4,7 +4,7 @@
 #include <deque>
 #include <utility>
 
-#include "cells/cells.h"
+#include "known_cells.h"
 #include "python/torch.h"
 
 namespace rnnkern {
@@ -14,8 +14,8 @@ struct Layer {
   int directions;
   int64_t hidden, out;
   bool bias, projected, batch_first;
-  bool by_bfloat16;  // float32 is multiplied as bfloat16 where worth_bfloat16 (plan.h) says so; on
-                     // a GPU as TF32
+  bool by_bfloat16;  // float32 is multiplied as bfloat16 if worth_bfloat16 (plan.h) says so; on a
+                     // GPU as TF32
   bool is_cell;      // one step of torch.nn.RNNCell, LSTMCell or GRUCell
 
   Layer(CellId cell, int directions, int64_t hidden, int64_t proj, bool bias, bool batch_first,
@@ -32,10 +32,34 @@ struct Layer {
 
   bool operator==(const Layer&) const = default;
 
-  int tensors() const { return 2 + 2 * bias + projected; }  // per direction
-  bool has_cell_state() const { return cell_shape(cell).cell_state; }
-  const char* mode() const { return cell_info(cell).mode; }
+  // Per direction.
+  int tensors() const {
+    const CellShape shape = known_shape(cell);
+    return (1 + shape.recurrent) * (1 + bias) + projected + shape.parameters;
+  }
+  bool has_cell_state() const { return known_shape(cell).cell_state; }
+  // Features of c.
+  int64_t cell_width() const { return known_shape(cell).planes() * hidden; }
+  const char* mode() const { return known_cell(cell).mode; }
 };
+
+// Calls f(&field, its size) for the gains of one direction of a normalised layer, in the order in
+// which Python lists them.
+template <typename T, typename F>
+void for_gains(const Layer& layer, Gains<T>* gains, F f) {
+  const CellShape shape = known_shape(layer.cell);
+  const int64_t sums = shape.gates * layer.hidden;
+  f(&gains->ih, sums);
+  if (shape.recurrent) f(&gains->hh, sums);
+  if (shape.normalises_c) f(&gains->c, layer.hidden);
+  if (shape.normalises_c && layer.bias) f(&gains->bias_c, layer.hidden);
+}
+inline int gains_of(const Layer& layer) {
+  int count = 0;
+  Gains<char> none;
+  for_gains(layer, &none, [&](char**, int64_t) { ++count; });
+  return count;
+}
 
 // Whether float32 may be multiplied as TF32, on a GPU.
 inline bool tf32_for(const Layer& layer) {

@@ -37,8 +37,8 @@ inline Shape dense(std::initializer_list<int64_t> sizes) {
   return shape;
 }
 
-// A small tensor is handed to torch with the memory it stands in, header and data in one block:
-// half the time of asking torch for one, which counts where a whole call takes a few microseconds.
+// A small tensor is handed to torch together with its memory, header and data in one block. That
+// takes half the time of asking torch for one, which counts if a call takes a few microseconds.
 struct SmallTensor {
   struct {
     uint32_t major = 1, minor = 0;
@@ -49,8 +49,8 @@ struct SmallTensor {
   dlpack::Tensor tensor;
   Shape shape;
 
-  // Data begins at a cache line, as torch's does; the block itself need not, for malloc is slower
-  // then.
+  // Data begins at a cache line, as torch's does. The block itself need not, because malloc would
+  // be slower.
   static constexpr size_t kAlignment = 64, kMaxBytes = 16 * 1024;
 
   struct Delete {
@@ -91,16 +91,16 @@ inline NewTensor new_small_tensor(const Shape& shape, dlpack::DataType dtype, si
   return {py::reinterpret_steal<py::object>(static_cast<PyObject*>(result)), data};
 }
 
-// Whether torch.Tensor objects of that size stand in memory of their own.
+// Whether a tensor of that size is made as a SmallTensor.
 inline bool is_small(dlpack::Device device, const Shape& shape, dlpack::DataType dtype,
                      bool deterministic) {
   return device.type == dlpack::kCpu && !deterministic &&
          shape.elements() * (dtype.bits / 8) <= double(SmallTensor::kMaxBytes);
 }
 
-// A new tensor of the dtype and device of `like`, which are given once more; a large one by torch's
-// own allocator, and any one on a GPU or under deterministic algorithms, where torch fills it first
-// so that what is left unwritten shows.
+// A new tensor of the dtype and device of `like`, which are given once more. torch's own allocator
+// makes a large one, any one on a GPU, and any one under deterministic algorithms. In that mode
+// torch fills it first, so that what is left unwritten shows.
 inline NewTensor new_tensor(py::handle like, dlpack::Device device, const Shape& shape,
                             dlpack::DataType dtype, bool deterministic) {
   const double bytes = shape.elements() * (dtype.bits / 8);

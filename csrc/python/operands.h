@@ -38,8 +38,7 @@ inline bool is_tensor(py::handle object) {
   return type == api.tensor || type == api.parameter;
 }
 
-// f(T{}) for elements T of this dtype; a value of what f returns that is false where no kernel
-// knows them.
+// f(T{}) for elements T of this dtype. If no kernel knows them, a false value of what f returns.
 template <typename F>
 auto with_element(dlpack::DataType dtype, F f) {
   if (dtype == dlpack::kDataType<float>) return f(float{});
@@ -79,7 +78,7 @@ inline const char* refusal_of(py::handle object, const TensorView* like, TensorV
   if (!negated) throw py::error_already_set();
   if (negated.ptr() == Py_True) return "lazily negated tensor";
   if (t.ndim && elements && t.shape[t.ndim - 1] > 1 && view->stride(t.ndim - 1) != 1) return kGaps;
-  // Rows of a matrix may overlap, or be one row for all; not where a library multiplies them.
+  // Rows of a matrix may overlap, or be one row for all, unless a library multiplies them.
   if ((t.device.type != dlpack::kCpu || cuda::kIsStandIn) && t.ndim == 2 && t.shape[0] > 1 &&
       view->stride(0) < t.shape[1]) {
     return kGaps;
@@ -104,6 +103,62 @@ TensorView float_view(py::handle object, const char* name, bool* gaps = nullptr)
   return view;
 }
 
+// The weights of all directions of a layer that reads I features: `list` has size() and []. With
+// `may_miss`, None means zeros.
+template <typename T, typename List>
+void read_weights(const Layer& layer, int64_t I, dlpack::Device device, const List& list,
+                  Weights<T>* out, bool may_miss = false) {
+  if (int(list.size()) != layer.directions * layer.tensors()) {
+    throw Refused("expected " + std::to_string(layer.directions * layer.tensors()) +
+                  " weights, got " + std::to_string(list.size()));
+  }
+  size_t i = 0;
+  const auto next = [&](const char* name, std::initializer_list<int64_t> shape, const T** data,
+                        int64_t* row) {
+    const py::handle weight = list[i++];
+    if (may_miss && weight.is_none()) return;
+    const TensorView v = float_view<T>(weight, name);
+    v.expect_device(device);
+    v.expect_shape(shape);
+    *data = v.template data<const T>();
+    if (row) *row = v.size(0) > 1 ? v.stride(0) : v.size(1);
+  };
+  const CellShape shape = known_shape(layer.cell);
+  const int64_t rows = shape.gates * layer.hidden;
+  for (int d = 0; d < layer.directions; ++d) {
+    Weights<T>& w = out[d];
+    next("weight_ih", {rows, I}, &w.w_ih, &w.w_ih_row);
+    if (shape.recurrent) next("weight_hh", {rows, layer.out}, &w.w_hh, &w.w_hh_row);
+    if (layer.bias) {
+      next("bias_ih", {rows}, &w.b_ih, nullptr);
+      if (shape.recurrent) next("bias_hh", {rows}, &w.b_hh, nullptr);
+    }
+    if (layer.projected) next("weight_hr", {layer.out, layer.hidden}, &w.w_hr, &w.w_hr_row);
+    for (int k = 0; k < shape.parameters; ++k) {
+      next("parameter of the cell", {layer.hidden}, &w.parameters[k], nullptr);
+    }
+  }
+}
+
+// Raises Refused if there are no kernels of T for the cell, which Python may have to load first.
+template <typename T>
+void expect_kernels(CellId id, dlpack::Device device) {
+  const AddedCell* const added = added_cells().at(id);
+  if (!added) return;
+  constexpr int kPlace = place_of_element<T>();
+  const bool on_gpu = device.type != dlpack::kCpu || cuda::kIsStandIn;
+  if (on_gpu && device.id >= kMostDevices) {
+    throw Refused("a cell of its own runs on the first " + std::to_string(kMostDevices) + " GPUs");
+  }
+  const std::atomic<const void*>& loaded =
+      on_gpu ? added->cuda_libraries[kPlace][size_t(device.id)] : added->kernels[kPlace];
+  if (loaded.load(std::memory_order_acquire)) return;
+  if (!api.load_kernels) throw Refused("nothing loads the kernels of cells");
+  const py::object why = py::reinterpret_borrow<py::object>(api.load_kernels)(
+      added->mode, kElementNames[kPlace], on_gpu ? device.id : -1);
+  if (!why.is_none()) throw Refused(why.cast<std::string>());
+}
+
 // The operands of one scan, checked against each other as they are read.
 template <typename T>
 class Operands {
@@ -114,6 +169,7 @@ class Operands {
         object_(x),
         x_(float_view<T>(x, "input")),
         of_a_cell_(layer.is_cell && (x_.tensor.ndim == 1 || x_.tensor.ndim == 2)) {
+    expect_kernels<T>(layer.cell, x_.tensor.device);
     read_steps(steps);
     sizes.cell = layer.cell;
     sizes.D = layer.directions;
@@ -132,43 +188,21 @@ class Operands {
   bool of_a_cell() const { return of_a_cell_; }
   const Layer& layer() const { return layer_; }
 
-  // `list` has size() and []. Where they may miss, None stands for zeros.
+  // `list` has size() and []. With `may_miss`, None means zeros.
   template <typename List>
   void read_weights(const List& list, Weights<T>* out, bool may_miss = false) {
-    if (int(list.size()) != layer_.directions * layer_.tensors()) {
-      throw Refused("expected " + std::to_string(layer_.directions * layer_.tensors()) +
-                    " weights, got " + std::to_string(list.size()));
-    }
-    const int gates = cell_shape(sizes.cell).gates;
-    size_t i = 0;
-    const auto next = [&](const char* name, std::initializer_list<int64_t> shape, const T** data,
-                          int64_t* row) {
-      const py::handle weight = list[i++];
-      if (may_miss && weight.is_none()) return;
-      const TensorView v = view(weight, name);
-      v.expect_shape(shape);
-      *data = v.template data<const T>();
-      if (row) *row = v.size(0) > 1 ? v.stride(0) : v.size(1);
-    };
-    const int64_t rows = gates * sizes.H;
-    for (int d = 0; d < layer_.directions; ++d) {
-      Weights<T>& w = out[d];
-      next("weight_ih", {rows, sizes.I}, &w.w_ih, &w.w_ih_row);
-      next("weight_hh", {rows, sizes.O}, &w.w_hh, &w.w_hh_row);
-      if (layer_.bias) {
-        next("bias_ih", {rows}, &w.b_ih, nullptr);
-        next("bias_hh", {rows}, &w.b_hh, nullptr);
-      }
-      if (layer_.projected) next("weight_hr", {sizes.O, sizes.H}, &w.w_hr, &w.w_hr_row);
-    }
+    rnnkern::read_weights(layer_, sizes.I, device(), list, out, may_miss);
+  }
+
+  void expect_cpu(const char* what) const {
+    if (device().type == dlpack::kCpu && !cuda::kIsStandIn) return;
+    x_.fail(std::string("is not covered: ") + what + " on a GPU");
   }
 
   Rows<const T> input() { return rows_of<const T>(x_, sizes.I); }
 
   Readout<T> readout(py::handle w, py::handle b, py::handle made) {
-    if (device().type != dlpack::kCpu || cuda::kIsStandIn) {
-      x_.fail("is not covered: a closed loop on a GPU");
-    }
+    expect_cpu("a closed loop");
     Readout<T> r;
     const TensorView weight = view(w, "weight of the readout");
     weight.expect_shape({sizes.I, sizes.O});
@@ -204,12 +238,12 @@ class Operands {
   }
 
   template <typename U>
-  State<U> state(py::handle object, const char* name, int64_t features) {
+  State<U> state(py::handle object, const char* name, int64_t features) const {
     if (object.is_none()) return {};
     return state_of<U>(view(object, name), features);
   }
 
-  // As state, of a gradient; a dense copy of it where it has gaps, as that of a sum has.
+  // As state, for a gradient. If it has gaps, as the gradient of a sum has, a dense copy is read.
   State<const T> incoming_state(py::handle object, const char* name, int64_t features) {
     if (object.is_none()) return {};
     bool gaps = false;
@@ -220,10 +254,10 @@ class Operands {
 
   State<const T> initial_cell(py::handle c0) {
     if (!c0.is_none() && !layer_.has_cell_state()) throw Refused("c_0 is of LSTMs alone");
-    return state<const T>(c0, "c_0", sizes.H);
+    return state<const T>(c0, "c_0", layer_.cell_width());
   }
 
-  // New tensors like the input, and where to write.
+  // New tensors like the input. Each function also hands out a pointer to the memory.
   template <typename U = T>
   py::object make(const Shape& shape, U** data) const {
     NewTensor made = new_tensor(object_, device(), shape, dlpack::kDataType<T>, deterministic);
@@ -246,7 +280,7 @@ class Operands {
   bool are_few_rows(int64_t features) const {
     return is_small(device(), rows_shape(features), dlpack::kDataType<T>, deterministic);
   }
-  // Rows that stand in memory as those of make_rows do.
+  // Rows with the memory layout of those of make_rows.
   Rows<const T> rows_at(const T* data, int64_t features) const {
     return {data, steps.start ? 0 : steps.N * features, features};
   }
@@ -257,19 +291,46 @@ class Operands {
                 &out->data);
   }
 
-  // What forward saves is one dense buffer of slots [D, total, S*H], cell states [D, total, H] and,
-  // where there is a projection, hidden states before it [D, total, H]; and a copy of the output,
+  const T* vector(py::handle object, const char* name, int64_t size) const {
+    const TensorView v = view(object, name);
+    v.expect_shape({size});
+    return v.template data<const T>();
+  }
+
+  // What forward saves is one dense buffer: slots [D, total, S*H], cell states [D, total, H], with
+  // zoneout cell states before it [D, total, H], hidden states before a projection or zoneout [D,
+  // total, H], what normalisation has made [D, total, normalised_width], and a copy of the output,
   // if it is small and its caller may change it.
   struct Saved {
-    int64_t slots = 0, cells = 0, unprojected = 0, output = 0;  // elements
-    int64_t before_output() const { return slots + cells + unprojected; }
+    int64_t slots = 0, cells = 0, candidates = 0, unprojected = 0, normalised = 0;  // elements
+    int64_t output = 0;
+    int64_t before_unprojected() const { return slots + cells + candidates; }
+    int64_t before_normalised() const { return before_unprojected() + unprojected; }
+    int64_t before_output() const { return before_normalised() + normalised; }
     int64_t elements() const { return before_output() + output; }
+
+    // Points the fields of a pass to the parts.
+    template <typename Scan, typename U>
+    void place(U* data, Scan* scan) const {
+      if (slots) scan->slots = data;
+      if (cells) scan->cells = data + slots;
+      if (candidates) scan->candidates = data + slots + cells;
+      if (unprojected) scan->unprojected = data + before_unprojected();
+      if (normalised) scan->normalised = data + before_normalised();
+    }
   };
-  Saved saved(bool with_output = false) const {
-    const CellShape shape = cell_shape(sizes.cell);
+  Saved saved(bool with_output = false, bool with_zoneout = false) const {
+    const CellShape shape = known_shape(sizes.cell);
     const int64_t one = sizes.D * steps.total * sizes.H;
-    return {shape.saves_slots * shape.slots * one, shape.cell_state * one, sizes.projected * one,
-            with_output ? sizes.D * steps.total * sizes.O : 0};
+    // Backward reads h only if there are no slots.
+    const bool keeps_h = sizes.projected || (with_zoneout && !shape.saves_slots);
+    return {.slots = shape.saves_slots * shape.stored() * one,
+            .cells = shape.planes() * one,
+            .candidates = with_zoneout * shape.planes() * one,
+            .unprojected = keeps_h * one,
+            .normalised =
+                sizes.normalised * sizes.D * steps.total * normalised_width<T>(shape, sizes.H),
+            .output = with_output ? sizes.D * steps.total * sizes.O : 0};
   }
 
   // What was saved, as autograd hands it back: hooks may have made another tensor of it.
@@ -298,7 +359,8 @@ class Operands {
   template <typename IsWanted>
   void make_gradients(IsWanted is_wanted, const py::sequence& sums, py::list* made,
                       WeightGradients<T>* out) const {
-    const int64_t rows = cell_shape(sizes.cell).gates * sizes.H;
+    const CellShape shape = known_shape(sizes.cell);
+    const int64_t rows = shape.gates * sizes.H;
     size_t next = 0;
     const auto add = [&](std::initializer_list<int64_t> shape) -> T* {
       T* data = nullptr;
@@ -317,12 +379,15 @@ class Operands {
     };
     for (int d = 0; d < layer_.directions; ++d) {
       out[d].w_ih = add({rows, sizes.I});
-      out[d].w_hh = add({rows, sizes.O});
+      if (shape.recurrent) out[d].w_hh = add({rows, sizes.O});
       if (layer_.bias) {
         out[d].b_ih = add({rows});
-        out[d].b_hh = add({rows});
+        if (shape.recurrent) out[d].b_hh = add({rows});
       }
       if (layer_.projected) out[d].w_hr = add({sizes.O, sizes.H});
+      for (int k = 0; k < shape.parameters; ++k) {
+        out[d].parameters[k] = add({sizes.H});
+      }
     }
   }
 
@@ -330,8 +395,8 @@ class Operands {
     if (of_a_cell_ && x_.tensor.ndim == 1) return dense({features});
     if (of_a_cell_ || steps.start) return dense({steps.total, features});
     Shape shape = dense({steps.T, steps.N, features});
-    // Time first in memory also where the batch is the first axis: as torch.nn's outputs lie, so
-    // that views of them work.
+    // Time is the first axis in memory even if the batch is the first axis of the shape. torch.nn's
+    // outputs have this layout, and so views of them work here too.
     if (layer_.batch_first) {
       std::swap(shape.sizes[0], shape.sizes[1]);
       std::swap(shape.strides[0], shape.strides[1]);
@@ -346,7 +411,7 @@ class Operands {
     return v;
   }
 
-  // Numbers that say which rows take part, where the kernels run or else on the CPU.
+  // Integers of Steps, which must be on the device `where`.
   TensorView index_view(py::handle object, const char* name, dlpack::Device where) const {
     const TensorView v = view_of(object, name);
     v.expect_device(where);
@@ -412,6 +477,7 @@ class Operands {
       start_.push_back(steps.total);
       steps.total += sizes[t];
     }
+    steps.host_start = start_.data();
     if (x_.size(0) != steps.total) {
       x_.fail("has " + std::to_string(x_.size(0)) + " rows, but the batch_sizes add up to " +
               std::to_string(steps.total));
@@ -496,7 +562,7 @@ class Operands {
   }
 
   Shape slots_shape() const {
-    return dense({sizes.D, steps.total, cell_shape(sizes.cell).slots * sizes.H});
+    return dense({sizes.D, steps.total, known_shape(sizes.cell).stored() * sizes.H});
   }
 
   const Layer& layer_;

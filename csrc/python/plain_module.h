@@ -1,4 +1,4 @@
-// A module of torch.nn as it stands, read past the machinery of its attributes: for calls of a few
+// Reads a module of torch.nn without the machinery of its attributes, because calls take only a few
 // microseconds. Whatever that machinery could change is left to Python.
 #pragma once
 
@@ -15,7 +15,7 @@ namespace rnnkern {
 
 // Weights in torch's flat order.
 struct PlainWeights {
-  static constexpr size_t kMax = kMaxDirections * 5;
+  static constexpr size_t kMax = kMaxDirections * (5 + kMaxParameters);
   std::array<py::object, kMax> tensors;
   size_t count = 0;
 
@@ -84,6 +84,34 @@ constexpr const char* kCalledByForward[] = {
     "_update_flat_weights",   "check_forward_args", "check_input",   "get_expected_hidden_size",
     "get_expected_cell_size", "check_hidden_size",  "permute_hidden"};
 
+// Options of rnnkern's layers (rnnkern/constructor.py). A module has one in its namespace only if
+// it is in use, and its class has the default.
+constexpr const char* kOptions[] = {"recurrent_dropout", "zoneout", "_gain_names"};
+
+inline bool has_options_by_default(py::handle type) {
+  for (const char* name : kOptions) {
+    if (py::bool_(py::getattr(type, name, py::none()))) return true;
+  }
+  return false;
+}
+
+inline bool is_normalised(PyObject* space) {
+  static PyObject* const name = PyUnicode_InternFromString(kOptions[2]);
+  PyObject* const found = find_in(space, name);
+  return found && PyObject_IsTrue(found) == 1;
+}
+
+// Whether a module has such an option. Recurrent dropout counts only while it trains.
+inline bool has_options(PyObject* space) {
+  static PyObject* const dropout_name = PyUnicode_InternFromString(kOptions[0]);
+  static PyObject* const zoneout_name = PyUnicode_InternFromString(kOptions[1]);
+  static PyObject* const training_name = PyUnicode_InternFromString("training");
+  const auto is_set = [](PyObject* value) { return value && PyObject_IsTrue(value) == 1; };
+  PyObject *const dropout = find_in(space, dropout_name), *zoneout = find_in(space, zoneout_name);
+  return is_normalised(space) || is_set(zoneout) ||
+         (is_set(dropout) && find_in(space, training_name) != Py_False);
+}
+
 // The class of torch.nn that a class of modules derives from, or null.
 inline py::object class_of_torch(py::handle type) {
   for (py::handle base : type.attr("__mro__")) {
@@ -104,9 +132,9 @@ inline bool has_methods_of(py::handle theirs, py::handle type) {
 
 // What is asked of a class of modules once.
 struct ModuleClass {
-  // Attributes of such modules are what stands in the module's own namespace, and the methods that
-  // forward calls are torch.nn's: the class neither has the attributes, as properties for example,
-  // nor looks them up in a way of its own.
+  // Attributes of such modules are in the module's own namespace, and the methods that forward
+  // calls are torch.nn's. So the class neither has the attributes, as properties for example, nor
+  // looks them up in a way of its own.
   bool plain = false;
   // Of a class such as LSTMCell; nothing for RNNCell, because its modules have the nonlinearity.
   std::optional<CellId> cell;
@@ -123,7 +151,7 @@ ModuleClass look_at_class(py::handle type) {
   if (name.ends_with(kSuffix))
     found.cell = cell_named(name.substr(0, name.size() - kSuffix.size()));
   found.plain = type.attr("__getattribute__").is(base.attr("__getattribute__")) &&
-                has_methods_of(theirs, type);
+                has_methods_of(theirs, type) && !has_options_by_default(type);
   for (int i = 0; i < Attributes::kCount; ++i) {
     found.plain = found.plain && !py::hasattr(type, name_of<Attributes>(i));
   }
@@ -183,8 +211,8 @@ inline py::object namespace_of(py::handle module) {
   return space;
 }
 
-// The module's only layer, which takes that many features, and its weights. Nothing where it has
-// several layers, or where one of its attributes or weights is not as torch.nn makes it.
+// The module's only layer, which takes that many features, and its weights. Nothing if it has
+// several layers, or if one of its attributes or weights is not as torch.nn makes it.
 inline std::optional<PlainModule> plain_module(py::handle module, int64_t features) {
   using A = LayerAttributes;
   if (!module_class<A>(Py_TYPE(module.ptr())).plain) return std::nullopt;
@@ -194,6 +222,7 @@ inline std::optional<PlainModule> plain_module(py::handle module, int64_t featur
     found[i] = find_in(space.ptr(), name_of<A>(i));
     if (!found[i]) return std::nullopt;
   }
+  if (has_options(space.ptr())) return std::nullopt;
   for (int i : {A::kBidirectional, A::kBias, A::kBatchFirst}) {
     if (!PyBool_Check(found[i])) return std::nullopt;
   }
@@ -204,9 +233,10 @@ inline std::optional<PlainModule> plain_module(py::handle module, int64_t featur
       !PyDict_CheckExact(found[A::kParameters])) {
     return std::nullopt;
   }
-  const std::optional<CellId> cell = cell_named(text_of(found[A::kMode]));
+  const std::optional<CellId> cell = known_id(text_of(found[A::kMode]));
   const auto count = size_t(PyList_GET_SIZE(found[A::kWeightNames]));
-  if (!cell || count > PlainWeights::kMax ||
+  // A module of a cell with more states takes and gives a longer tuple.
+  if (!cell || known_shape(*cell).more_states || count > PlainWeights::kMax ||
       PyList_GET_SIZE(found[A::kWeights]) != Py_ssize_t(count)) {
     return std::nullopt;
   }
@@ -215,7 +245,7 @@ inline std::optional<PlainModule> plain_module(py::handle module, int64_t featur
             found[A::kBias] == Py_True, found[A::kBatchFirst] == Py_True, false, false),
       {}};
   PlainWeights& weights = plain.weights;
-  // Parameters mostly stand in the order of their names, and then need not be looked up.
+  // Parameters are mostly in the order of their names, and then need not be looked up.
   Py_ssize_t place = 0;
   for (; weights.count < count; ++weights.count) {
     const auto i = Py_ssize_t(weights.count);
@@ -241,7 +271,7 @@ inline std::optional<CellId> elman_cell(PyObject* nonlinearity) {
   return std::nullopt;
 }
 
-// A cell that takes that many features, and its weights; nothing where one of its attributes or
+// A cell that takes that many features, and its weights. Nothing if one of its attributes or
 // weights is not as torch.nn makes it.
 inline std::optional<PlainModule> plain_cell_module(py::handle module, int64_t features) {
   using A = CellAttributes;
@@ -252,7 +282,8 @@ inline std::optional<PlainModule> plain_cell_module(py::handle module, int64_t f
   const std::optional<CellId> cell = type.cell ? type.cell : elman_cell(own(A::kNonlinearity));
   PyObject *const input = own(A::kInput), *const hidden = own(A::kHidden),
                   *const parameters = own(A::kParameters);
-  if (!cell || !input || !hidden || !parameters || !PyDict_CheckExact(parameters)) {
+  if (!cell || !input || !hidden || !parameters || !PyDict_CheckExact(parameters) ||
+      is_normalised(space.ptr())) {
     return std::nullopt;
   }
   const std::optional<int64_t> size = integer(hidden);

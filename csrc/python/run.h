@@ -1,4 +1,4 @@
-// Runs a scan where its operands are.
+// Runs a scan on the device of its operands.
 #pragma once
 
 #include <optional>
@@ -10,8 +10,8 @@
 
 namespace rnnkern {
 
-// Lets other Python threads run meanwhile, where that takes longer than to switch to them: some 4
-// us.
+// Lets other Python threads run meanwhile if that takes longer than to switch to them, which is
+// about 4 us.
 template <typename Run>
 void with_interpreter_released(const Sizes& sizes, const Steps& steps, Run run) {
   constexpr double kFlopsOfOneStep = 4e3;  // what the shortest step costs, in products
@@ -26,7 +26,7 @@ void with_interpreter_released(const Sizes& sizes, const Steps& steps, Run run) 
 // memory is torch's, whose allocator gives it to nobody else before the kernels of that stream are
 // done.
 template <typename T, typename Scan>
-void run(const Operands<T>& operands, const Scan& scan) {
+void run_on_device(const Operands<T>& operands, const Scan& scan) {
   const dlpack::Device device = operands.device();
   if (device.type == dlpack::kCpu) {
     const int threads = num_threads();
@@ -44,8 +44,9 @@ void run(const Operands<T>& operands, const Scan& scan) {
       kept = operands.make(dense({int64_t((bytes + sizeof(T) - 1) / sizeof(T))}), &memory);
       return reinterpret_cast<char*>(memory);
     };
-    // Launches wait where the device's queue is full.
-    with_interpreter_released(scan.sizes, scan.steps, [&] { cuda::run(scan, call, allocate); });
+    // Always, because a launch may wait: for cuBLAS' lock, or if the device's queue is full.
+    const py::gil_scoped_release release;
+    cuda::run(scan, call, allocate);
   }
 }
 

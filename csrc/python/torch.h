@@ -12,8 +12,8 @@
 namespace rnnkern {
 namespace py = pybind11;
 
-// A state of torch that no kernel can run in: a question of torch's own without arguments, answered
-// with something true where it is so.
+// A state of torch in which no kernel can run: a function of torch without arguments, which returns
+// something true in that state.
 struct Mode {
   PyObject* question;
   const char* reason;
@@ -32,9 +32,13 @@ struct TorchApi {
   PyObject *autocast_on_cpu, *autocast_on_cuda;
   // How float32 is multiplied there by recurrent layers of cuDNN, and by all else: strings.
   PyObject *cudnn_enabled, *float32_of_layers, *float32_of_products;
+  PyObject* matmul_precision;  // torch.get_float32_matmul_precision: a string
   std::vector<Mode> modes;
   PyObject* forward_ad;  // the namespace of torch.autograd.forward_ad
   PyObject* profiler;    // and of torch.autograd.profiler
+  // load(mode, element type, GPU or -1): loads the kernels of a cell that Python has added, or says
+  // why not.
+  PyObject* load_kernels = nullptr;
 };
 
 inline TorchApi api;
@@ -53,7 +57,7 @@ inline bool is_true(py::handle object) {
 
 inline bool is_so(PyObject* question) { return is_true(ask(question)); }
 
-// Null where there is none. `name` is an interned string.
+// Null if there is none. `name` is an interned string.
 inline PyObject* find_in(PyObject* dict, PyObject* name) {
   PyObject* found = PyDict_GetItemWithError(dict, name);
   if (!found && PyErr_Occurred()) throw py::error_already_set();
@@ -71,6 +75,19 @@ inline bool is_tf32_allowed(bool is_cell) {
   PyObject* const question =
       is_cell || !is_so(api.cudnn_enabled) ? api.float32_of_products : api.float32_of_layers;
   return ask(question).cast<std::string>() == "tf32";
+}
+
+// torch.set_float32_matmul_precision: products may take float32 as bfloat16 ("medium"), or as the
+// sum of two of them ("high").
+enum class MatmulPrecision { kHighest, kHigh, kMedium };
+inline MatmulPrecision matmul_precision() {
+  const py::object name = ask(api.matmul_precision);
+  const auto is = [&](const char* wanted) {
+    return PyUnicode_CompareWithASCIIString(name.ptr(), wanted) == 0;
+  };
+  return is("medium") ? MatmulPrecision::kMedium
+         : is("high") ? MatmulPrecision::kHigh
+                      : MatmulPrecision::kHighest;
 }
 
 // The stream that torch works on now, a cudaStream_t.
@@ -120,6 +137,7 @@ inline void bind_torch() {
   api.cudnn_enabled = keep(core.attr("_get_cudnn_enabled"));
   api.float32_of_layers = keep(partial(precision, "cuda", "rnn"));
   api.float32_of_products = keep(partial(precision, "cuda", "matmul"));
+  api.matmul_precision = keep(core.attr("_get_float32_matmul_precision"));
   api.modes = {
       {keep(core.attr("_get_tracing_state")), "torch.jit.trace"},
       {keep(core.attr("_are_functorch_transforms_active")), "torch.func transform"},

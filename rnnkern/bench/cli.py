@@ -29,7 +29,10 @@ from rnnkern.bench.workloads import (
 
 OK, FAILED, INTERRUPTED = 0, 1, 130
 ALL_CELLS = (*CELLS, *STEP_CELLS)
-DTYPES = {"cpu": ("float32", "float64"), "cuda": tuple(PRECISIONS)}
+DTYPES = {
+    "cpu": tuple(name for name, precision in PRECISIONS.items() if not precision.tf32),
+    "cuda": tuple(PRECISIONS),
+}
 
 
 def _slug(pass_name: str) -> str:
@@ -62,6 +65,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="command")
     info = commands.add_parser("info", help="what this build has, and what it uses on this machine")
     info.set_defaults(command=lambda _: _info())
+    cache = commands.add_parser("cache", help="the compiled cells of rnnkern.cell")
+    cache.add_argument("action", choices=("clear", "show"), help="remove or list them")
+    cache.set_defaults(command=_cache)
     sub = commands.add_parser(
         "compare",
         help="check rnnkern against torch.nn and time both",
@@ -102,6 +108,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--plot", type=Path, metavar="FILE", help="draw the speed-ups (extra 'plot')")
     return parser
+
+
+def _cache(arguments: argparse.Namespace) -> int:
+    from rnnkern.own_cells import build
+
+    folder = build.cache_folder()
+    if arguments.action == "clear":
+        print(f"{build.clear()} compiled cells removed from {folder}")
+        return 0
+    found = sorted(folder.glob("*.so"))
+    print("\n".join([f"{folder}: {len(found)} compiled cells", *(path.name for path in found)]))
+    return 0
 
 
 def _words(text: str) -> list[str]:

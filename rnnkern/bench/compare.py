@@ -56,12 +56,12 @@ class Options:
 
     Attributes:
         cells: among ``CELLS`` and ``STEP_CELLS``.
-        workloads: in the order to run; one named notebook brings the notebook's comparison with it.
+        workloads: in the order to run. The one named notebook brings the notebook's comparison.
         passes: among ``PASSES``.
         device: the device of both libraries.
         precisions: each case in each of these.
         threads: for torch's thread pool, which rnnkern shares; None leaves it as it is.
-        quick: a fraction of the samples and of the notebook's runs.
+        quick: take a fraction of the samples and of the notebook's runs.
         left_out: names of the workloads that a quick run is too short for.
     """
 
@@ -107,7 +107,7 @@ class Options:
         """Seconds after which cases are still checked but no longer timed.
 
         torch.nn's time grows a hundredfold if its threads share the cores with another program, and
-        a quick run has to stay quick. On a GPU a whole run has to stay one of minutes.
+        a quick run has to stay quick. On a GPU a whole run must not take more than minutes.
         """
         return TIME_LIMIT_S[self.device.type][self.quick]
 

@@ -4,8 +4,8 @@ Given the operands and the outputs, all gates of all steps are one product. What
 step by step is linear. Every function consists of differentiable operators of torch, so it can be
 differentiated, vmapped and traced again, to any order.
 
-``a`` are the sums of the slots (`csrc/scan.h`: the gates, and for GRU the recurrent part of its
-last one), ' is the derivative in a direction, ``da`` and ``dh`` are gradients of a scalar:
+``a`` are the sums of the slots (`csrc/cells/cell.h`), ' is the derivative in a direction, and
+``da`` and ``dh`` are gradients of a scalar:
 
     a'(t) = W_ih x'(t) + W_hh h'(t-1) + W_ih' x(t) + W_hh' h(t-1) + b'
     h'(t) = gain(t) a'(t) + ...
@@ -22,9 +22,9 @@ import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 
+from rnnkern import autocast
 from rnnkern.derivatives.direction import Direction
 from rnnkern.derivatives.frames import Frames, stacked
 from rnnkern.layer import Gradients, Layer, Maybe, Operands
@@ -39,10 +39,7 @@ def _without_autocast(function: _F) -> _F:
     @functools.wraps(function)
     def wrapped(layer: Layer, steps: Steps | None, at: Operands, *rest: Any) -> Any:
         assert at.x is not None
-        device = at.x.device.type
-        if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
-            return function(layer, steps, at, *rest)
-        with torch.autocast(device, enabled=False):
+        with autocast.switched_off(at.x.device.type):
             return function(layer, steps, at, *rest)
 
     return wrapped  # type: ignore[return-value]
@@ -123,7 +120,7 @@ def state_gradients(
     for d in range(layer.directions):
         scan = Direction(layer, frames, d, at)
         incoming = frames.incoming(gradients, d)
-        d_h, d_c = scan.of_states(frames.saved(gradients.slots, d), incoming)
+        d_h, d_c = scan.flow(frames.saved(gradients.slots, d), incoming)
         of_h.append(frames.from_rows(scan.taken(d_h), d))
         if d_c is not None:
             of_c.append(frames.from_rows(scan.taken(d_c), d))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from rnnkern.cells import CELLS
+from rnnkern.known_cells import CELLS
 from rnnkern.layer import Maybe, unflatten
 
 if TYPE_CHECKING:
@@ -17,8 +17,15 @@ if TYPE_CHECKING:
 _vjp: Any = torch.func.vjp
 
 
+def _no_trace(what: str) -> NotImplementedError:
+    return NotImplementedError(
+        f"a trace of this cell has no gradients, because no class in DERIVATIVES says how {what}: "
+        "call inspect.trace under torch.no_grad()"
+    )
+
+
 class Elman:
-    """h = phi(a)."""
+    """h(t) = phi(a)."""
 
     unprojected: Tensor
 
@@ -31,7 +38,12 @@ class Elman:
     @staticmethod
     def activated(*sums: Tensor) -> tuple[Tensor, ...]:
         """The slots as the cell saves them."""
-        raise NotImplementedError("this cell has no differentiable trace")
+        raise _no_trace("the gates depend on their sums")
+
+    @staticmethod
+    def cell_updates(*gates: Tensor) -> tuple[Tensor, Tensor]:
+        """``kept, written`` of c(t) = kept(t) c(t-1) + written(t)."""
+        raise _no_trace("c depends on the gates")
 
     def step(
         self, t: int, moved: Tensor, others: Tensor, h: Tensor, c: Tensor
@@ -39,12 +51,23 @@ class Elman:
         """Changes of h before a projection, and of c, from those of the slots times their gain."""
         return moved, c
 
+    def of_states(self, own: Tensor, w_hr: Maybe, d_cn: Maybe) -> tuple[Tensor, Maybe]:
+        """Gradients of each step's h and c. ``own`` reaches h by products and from outside."""
+        d_h = self.of_h(own)
+        return d_h, self.of_c(d_h if w_hr is None else d_h @ w_hr, d_cn)
+
     def of_h(self, own: Tensor) -> Tensor:
         """Gradients of each step's h, from those that reach it by products and from outside."""
         return own
 
     def of_c(self, d_h: Tensor, d_cn: Maybe) -> Maybe:
         """Gradients of each step's c."""
+        return None
+
+    def of_c_through_h(self, d_h: Tensor) -> Maybe:
+        """What `of_c` leaves out: gradients of c that pass through h of the same step, from those
+        of h before a projection. None if it leaves out nothing.
+        """
         return None
 
     def curve(self, moved: Moved, d_h: Tensor, d_c: Any) -> tuple[Tensor, Maybe]:
@@ -59,7 +82,7 @@ class Elman:
 
 
 class Lstm(Elman):
-    """c = f c' + i g, h = o tanh(c)."""
+    """c(t) = f c(t-1) + i g, h(t) = o tanh(c(t))."""
 
     def __init__(self, scan: Direction, c0: Tensor) -> None:
         self.i, self.f, self.g, self.o = scan.gates()
@@ -93,6 +116,11 @@ class Lstm(Elman):
     def activated(*sums: Tensor) -> tuple[Tensor, ...]:
         i, f, g, o = sums
         return torch.sigmoid(i), torch.sigmoid(f), torch.tanh(g), torch.sigmoid(o)
+
+    @staticmethod
+    def cell_updates(*gates: Tensor) -> tuple[Tensor, Tensor]:
+        i, f, g, _ = gates
+        return f, i * g
 
     def step(
         self, t: int, moved: Tensor, others: Tensor, h: Tensor, c: Tensor
@@ -131,7 +159,7 @@ class Lstm(Elman):
 
 
 class Gru(Elman):
-    """h = (1 - z) n + z h', n = tanh(a_n + r m); slots m, r, z, n."""
+    """h(t) = (1 - z) n + z h(t-1), n = tanh(a_n + r m); slots m, r, z, n."""
 
     def __init__(self, scan: Direction, c0: Tensor) -> None:
         self.m, self.r, self.z, self.n = scan.gates()
@@ -185,59 +213,99 @@ class OfStep(Elman):
     """Any cell, from its step in plain PyTorch: torch derives what the other classes say by hand.
 
     A step works on each unit separately. So the gradients of a sum over the units are the local
-    derivatives, of h and of c by each slot and by each state.
+    derivatives, of each new state by each slot and by each state before. Further states are more
+    features of c.
     """
 
     def __init__(self, scan: Direction, c0: Tensor) -> None:
         self.scan, self.shape = scan, CELLS[scan.layer.mode]
         self.has_c, self.reads_h = self.shape.has_cell_state, self.shape.reads_h
-        if self.has_c and self.reads_h:
-            raise NotImplementedError("a cell with c that reads h: write its derivatives by hand")
         sums = scan.sums([(scan.x, scan.w.ih)], scan.w)
         c, before = c0, []
         for t, active in enumerate(scan.actives):
             before.append(scan.entering(t, c))
             if self.has_c:
-                _, new = self.made(sums[t], scan.h_before[t], before[t])
+                new = torch.cat(self.made(sums[t], scan.h_before[t], before[t])[1:], -1)
                 c = new if active is None else torch.where(active, new, c)
         self.at = sums, scan.h_before, torch.stack(before)
         made, pull = _vjp(self.made, *self.at)
         self.unprojected = made[0]
         ones, zeros = torch.ones_like(made[0]), torch.zeros_like(made[0])
-        self.of_h_new, self.of_c_new = pull((ones, zeros)[: len(made)]), None
-        if self.has_c:
-            self.of_c_new = pull((zeros, ones))
+        self.of_new: list[Any] = [
+            pull(tuple(ones if k == j else zeros for k in range(len(made))))
+            for j in range(len(made))
+        ]
         self.gain = torch.ones_like(sums)  # the slots' own is in `step` and `back`
 
     def made(self, sums: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, ...]:
         """The states that a step makes. A sum that both products enter counts as the input's."""
-        free = self.scan.free
+        free, end = self.scan.free, self.scan.end
         b = pad(sums[..., :free], (self.scan.recurrent - free, 0))
-        return self.shape.step(sums[..., free:], b, (h, c)[: self.shape.states])
+        own = torch.split(sums[..., end:], self.scan.H, -1) if self.shape.parameters else ()
+        return self.shape.step(sums[..., free:end], b, self.shape.apart(h, c), *own)
+
+    def _summed_parts(self, z: Tensor) -> Tensor:
+        """``[..., parts * H]``, added over the parts."""
+        return unflatten(z, -1, (-1, self.scan.H)).sum(-2)
 
     def step(
         self, t: int, moved: Tensor, others: Tensor, h: Tensor, c: Tensor
     ) -> tuple[Tensor, Tensor]:
-        slots = torch.cat((moved, others), -1)
+        slots, changes = torch.cat((moved, others), -1), []
+        for of_slots, of_h, of_c in self.of_new:
+            made = self._summed_parts(of_slots[t] * slots)
+            made = made + of_h[t] * h if self.reads_h else made
+            changes.append(made + self._summed_parts(of_c[t] * c) if self.has_c else made)
+        return changes[0], torch.cat(changes[1:], -1) if self.has_c else c
 
-        def change(of_slots: Tensor, of_h: Tensor, of_c: Tensor) -> Tensor:
-            by_slot = unflatten(of_slots[t] * slots, -1, (self.shape.slots, self.scan.H))
-            return by_slot.sum(-2) + (of_h[t] * h if self.reads_h else of_c[t] * c)
+    def _before(self, k: int, t: int, *states: Tensor) -> Tensor:
+        """From gradients of all new states: that of the slots (0), of h (1) or of c (2) before."""
+        parts: list[Tensor] = []
+        for of_new, state in zip(self.of_new, states, strict=True):
+            local = of_new[k][t]
+            parts.append(local * state.repeat(1, local.shape[-1] // self.scan.H))
+        return torch.stack(parts).sum(0)
 
-        return change(*self.of_h_new), change(*self.of_c_new) if self.of_c_new else c
+    def _apart(self, h: Tensor, c: Any) -> tuple[Tensor, ...]:
+        return self.shape.apart(h, c)
 
-    def of_h(self, own: Tensor) -> Tensor:
-        return self.scan.summed(own, self.of_h_new[1]) if self.reads_h else own
+    def of_states(self, own: Tensor, w_hr: Maybe, d_cn: Maybe) -> tuple[Tensor, Maybe]:
+        if not self.has_c:
+            return (self.scan.summed(own, self.of_new[0][1]) if self.reads_h else own), None
+        scan, c0 = self.scan, self.at[2][0]
+        end = torch.zeros_like(c0) if d_cn is None else d_cn
+        h, c, of_h, of_c = torch.zeros_like(own[0]), end, [], []
+        for t in reversed(range(own.shape[0])):
+            active = scan.actives[t]
+            d_h = own[t] + h if self.reads_h else own[t]
+            of_h.append(d_h)
+            of_c.append(c)  # as c leaves a step; `of_c_through_h` has the rest
+            states = self._apart(d_h if w_hr is None else d_h @ w_hr, c)
+            c = scan.entering(t, self._before(2, t, *states))
+            if self.reads_h:
+                h = scan.entering(t, self._before(1, t, *states))
+            if active is not None:  # rows that are not active yet, against the order of the steps
+                h, c = torch.where(active, h, 0), torch.where(active, c, end)
+        return torch.stack(of_h[::-1]), torch.stack(of_c[::-1])
 
-    def of_c(self, d_h: Tensor, d_cn: Maybe) -> Maybe:
-        """As c leaves a step: h of the same step counts for itself."""
-        if not self.of_c_new:
+    def of_c_through_h(self, d_h: Tensor) -> Maybe:
+        """Of a function that makes h from its new c, as ``o * tanh(c)``; of cells with h and c."""
+        if not self.has_c:
             return None
-        return self.scan.summed(self.scan.after(self.of_h_new[2] * d_h, d_cn), self.of_c_new[2])
+        is_recorded = torch.is_grad_enabled()
+        with torch.enable_grad():
+            h, c = self.made(
+                *(z if z.requires_grad else z.detach().requires_grad_() for z in self.at)
+            )
+            if not (h.requires_grad and c.requires_grad):  # one is a number
+                return None
+            options = {"create_graph": is_recorded, "materialize_grads": True}
+            (found,) = torch.autograd.grad(h, c, d_h, **options)
+        return found
 
     def curve(self, moved: Moved, d_h: Tensor, d_c: Any) -> tuple[Tensor, Maybe]:
         def gradients(*at: Tensor) -> Any:
-            return _vjp(self.made, *at)[1]((d_h, d_c) if self.has_c else (d_h,))
+            return _vjp(self.made, *at)[1](self._apart(d_h, d_c))
 
         # A matrix of second derivatives is its own transpose.
         _, pull = _vjp(gradients, *self.at)
@@ -246,12 +314,10 @@ class OfStep(Elman):
         return slots, h if self.reads_h else None
 
     def back(self, t: int, h: Tensor, c: Tensor) -> tuple[Tensor, Maybe, Tensor]:
-        def gradient(k: int, repeats: int = 1) -> Tensor:
-            own: Tensor = self.of_h_new[k][t] * h.repeat(1, repeats)
-            return own + self.of_c_new[k][t] * c.repeat(1, repeats) if self.of_c_new else own
-
-        before = gradient(2) + self.handed_c[t] if self.has_c else c
-        return gradient(0, self.shape.slots), gradient(1) if self.reads_h else None, before
+        states = self._apart(h, c)
+        before = self._before(2, t, *states) + self.handed_c[t] if self.has_c else c
+        direct = self._before(1, t, *states) if self.reads_h else None
+        return self._before(0, t, *states), direct, before
 
 
 DERIVATIVES: dict[str, type[Elman]] = {

@@ -10,20 +10,25 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad
 
-from rnnkern.cells import CELLS
 from rnnkern.derivatives.cells import DERIVATIVES, OfStep
 from rnnkern.derivatives.frames import Frames, as_dtype
+from rnnkern.known_cells import CELLS
 from rnnkern.layer import Layer, Maybe, Operands
 
 
 class Weights(NamedTuple):
-    """The weights of one direction, those of ``rec`` in the order of the slots."""
+    """The weights of one direction, those of ``rec`` in the order of the slots.
+
+    ``own`` are the parameters of the cell. They count as slots behind the others, which no product
+    enters.
+    """
 
     ih: Maybe
     rec: Maybe = None
     b_ih: Maybe = None
     b_rec: Maybe = None
     hr: Maybe = None
+    own: tuple[Maybe, ...] = ()
 
 
 class Change(NamedTuple):
@@ -68,20 +73,29 @@ class Direction:
     ) -> None:
         self.layer, self.frames, self.d = layer, frames, d
         self.H = layer.hidden([w for w in at.weights if w is not None])
+        self.C = max(1, CELLS[layer.mode].planes) * self.H  # features of c
         self.recurrent = CELLS[layer.mode].gates * self.H  # slots of that product: the first ones
-        self.free = layer.slots * self.H - self.recurrent  # slots of the input product alone
+        self.end = layer.slots * self.H  # of the slots that products enter
+        self.free = self.end - self.recurrent  # slots of the input product alone
+        self.has_rec = CELLS[layer.mode].recurrent
         self.w = self.weights_of(at)
         self.x: Tensor = frames.of(at.x, d)
         y: Any = at.y
         self.O = y.shape[-1] // layer.directions
+        if not self.has_rec:
+            self.w = self.w._replace(rec=self.x.new_zeros(self.recurrent, self.O))
         self.h: Tensor = frames.of(y[..., d * self.O : (d + 1) * self.O], d)
         self.active, self.kept = frames.active(d), frames.kept(d)
         self.actives = [None] * frames.T if self.active is None else self.active.unbind(0)
         self.h_before = self.before(self.h, frames.state(at.h0, d, self.x, self.O))
         if linearized:
-            c0 = frames.state(at.c0, d, self.x, self.H)
-            self.cell: Any = DERIVATIVES.get(layer.mode, OfStep)(self, c0)
+            c0 = frames.state(at.c0, d, self.x, self.C)
+            self.cell: Any = self._kind(self, c0)
             self.gains = self.cell.gain.unbind(0)
+
+    @property
+    def _kind(self) -> Any:
+        return DERIVATIVES.get(self.layer.mode, OfStep)
 
     # Operands
 
@@ -89,11 +103,12 @@ class Direction:
         count = self.layer.tensors
         own = operands.weights[self.d * count : (self.d + 1) * count]
         cast = [None if w is None else as_dtype(self.frames.computed, w) for w in own]
-        cast[1] = self._in_slots(cast[1])
-        if not self.layer.bias:
-            return Weights(cast[0], cast[1], None, None, *cast[2:])
-        cast[3] = self._in_slots(cast[3])
-        return Weights(*cast)
+        ih, *rest = cast
+        rec = self._in_slots(rest.pop(0)) if self.has_rec else None
+        b_ih = rest.pop(0) if self.layer.bias else None
+        b_rec = self._in_slots(rest.pop(0)) if self.layer.bias and self.has_rec else None
+        hr = rest.pop(0) if self.layer.proj else None
+        return Weights(ih, rec, b_ih, b_rec, hr, tuple(rest))
 
     def _in_slots(self, w: Any, sign: int = 1, axis: int = 0) -> Any:
         """The gates of a recurrent weight in the order of the slots; with sign -1 back again."""
@@ -103,11 +118,11 @@ class Direction:
         return Change(
             self.frames.of(change.x, self.d),
             self.frames.state(change.h0, self.d, self.x, self.O),
-            self.frames.state(change.c0, self.d, self.x, self.H),
+            self.frames.state(change.c0, self.d, self.x, self.C),
         )
 
     def sums(self, inputs: Sequence[tuple[Maybe, Maybe]], w: Weights, more: Maybe = None) -> Tensor:
-        """The sums of the slots, ``[T, N, S * H]``, in a new tensor.
+        """The sums of the slots, ``[T, N, S * H]``, in a new tensor, and the parameters behind.
 
         They are the inputs times a weight each, if neither is None, the states before each step
         times the recurrent weights of w, its biases, and ``more``.
@@ -125,6 +140,10 @@ class Direction:
             made = linear(_cat(left), _cat(right), bias)
         else:
             made = self.x.new_zeros(shape) if bias is None else bias.expand(shape).clone()
+        if w.own:
+            rows, none = (*made.shape[:2], self.H), made.new_zeros(self.H)
+            parts = [(none if part is None else part).expand(rows) for part in w.own]
+            made = torch.cat((made, *parts), -1)
         return made if more is None else made + more
 
     def _padded(self, w: Tensor, recurrent: int) -> Tensor:
@@ -137,8 +156,11 @@ class Direction:
     def gates(self) -> tuple[Tensor, ...]:
         """The slots as the cell saves them, for all steps."""
         sums = self.sums([(self.x, self.w.ih)], self.w)
-        kind: Any = DERIVATIVES.get(self.layer.mode, OfStep)
-        return kind.activated(*sums.chunk(self.layer.slots, -1))  # type: ignore[no-any-return]
+        return self._kind.activated(*sums.chunk(self.layer.slots, -1))  # type: ignore[no-any-return]
+
+    def cell_updates(self, gates: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """``kept, written`` of all steps, with c(t) = kept(t) c(t-1) + written(t)."""
+        return self._kind.cell_updates(*gates)  # type: ignore[no-any-return]
 
     # Episodes and ends
 
@@ -222,8 +244,16 @@ class Direction:
         assert self.w.rec is not None
         d_y, d_hn, d_cn = incoming
         own = self.after(slots[..., : self.recurrent] @ self.w.rec, d_hn)
-        d_h = self.cell.of_h(own if d_y is None else own + d_y)
-        return d_h, self.cell.of_c(d_h if self.w.hr is None else d_h @ self.w.hr, d_cn)
+        own = own if d_y is None else own + d_y
+        return self.cell.of_states(own, self.w.hr, d_cn)  # type: ignore[no-any-return]
+
+    def flow(self, slots: Tensor, incoming: tuple[Maybe, Maybe, Maybe]) -> tuple[Tensor, Maybe]:
+        """`of_states`, with the gradients of c that pass through h of the same step for every
+        cell.
+        """
+        d_h, d_c = self.of_states(slots, incoming)
+        more = self.cell.of_c_through_h(d_h if self.w.hr is None else d_h @ self.w.hr)
+        return d_h, d_c if more is None or d_c is None else d_c + more
 
     def adjoint(
         self,
@@ -247,7 +277,7 @@ class Direction:
         curves, hands = curved.unbind(0), None if handed is None else handed.unbind(0)
         v_y, h, c = changes
         h = torch.zeros_like(self.h[0]) if h is None else h
-        c = self.x.new_zeros(self.frames.N, self.H) if c is None else c
+        c = self.x.new_zeros(self.frames.N, self.C) if c is None else c
         found, projected = [], []
         for t in reversed(range(self.frames.T)):
             active = self.actives[t]
@@ -280,7 +310,7 @@ class Direction:
     ) -> tuple[Tensor, list[Tensor]]:
         """Changes of the gradients of the input and of the weights."""
         assert self.w.ih is not None
-        inputs, v_inputs = slots[..., self.free :], found.slots[..., self.free :]
+        inputs, v_inputs = (z[..., self.free : self.end] for z in (slots, found.slots))
         rec, v_rec = slots[..., : self.recurrent], found.slots[..., : self.recurrent]
         x = v_inputs @ self.w.ih
         if v_w.ih is not None:
@@ -289,23 +319,37 @@ class Direction:
         if v.x is not None:
             of_ih = _product(inputs, v.x, of_ih)
         of_rec = _product(rec, moved.h_before, _product(v_rec, self.h_before))
-        weights = [of_ih, self._in_slots(of_rec, -1)]
-        if self.layer.bias:
-            weights += [v_inputs.sum((0, 1)), self._in_slots(v_rec.sum((0, 1)), -1)]
+        of_biases = v_inputs.sum((0, 1)), self._in_slots(v_rec.sum((0, 1)), -1)
+        weights = self._of_layer(of_ih, self._in_slots(of_rec, -1), *of_biases)
         if found.projected is not None and found.v_projected is not None:
             of_hr = _product(found.v_projected, self.cell.unprojected)
             weights.append(_product(found.projected, moved.unprojected, of_hr))
+        weights += self._own_of(found.slots.sum((0, 1)))
         return x, [as_dtype(self.frames.dtype, w) for w in weights]
+
+    def _of_layer(self, ih: Tensor, rec: Tensor, b_ih: Tensor, b_rec: Tensor) -> list[Tensor]:
+        """Those that the layer has, in the order of its weights."""
+        found = [ih, rec] if self.has_rec else [ih]
+        if self.layer.bias:
+            found += [b_ih, b_rec] if self.has_rec else [b_ih]
+        return found
+
+    def _own_of(self, sums: Tensor) -> list[Tensor]:
+        """What belongs to the cell's own parameters, of sums over all rows."""
+        own = sums[..., self.end :]
+        return list(torch.split(own, self.H, -1)) if own.shape[-1] else []
 
     def weight_gradients(self, slots: Tensor, groups: int) -> list[Tensor]:
         def grouped(z: Tensor) -> Tensor:
             own = z.reshape(z.shape[0], -1, groups, z.shape[-1])
             return own.permute(2, 0, 1, 3).flatten(1, 2)
 
-        inputs, rec = grouped(slots[..., self.free :]), grouped(slots[..., : self.recurrent])
-        own = [inputs.mT @ grouped(self.x), self._in_slots(rec.mT @ grouped(self.h_before), -1, 1)]
-        if self.layer.bias:
-            own += [inputs.sum(1), self._in_slots(rec.sum(1), -1, 1)]
+        inputs = grouped(slots[..., self.free : self.end])
+        rec = grouped(slots[..., : self.recurrent])
+        of_rec = self._in_slots(rec.mT @ grouped(self.h_before), -1, 1)
+        of_biases = inputs.sum(1), self._in_slots(rec.sum(1), -1, 1)
+        own = self._of_layer(inputs.mT @ grouped(self.x), of_rec, *of_biases)
+        own += self._own_of(grouped(slots).sum(1))
         return [as_dtype(self.frames.dtype, w) for w in own]
 
 

@@ -29,13 +29,13 @@ class Frames:
             active = steps.active.to(x.device)  # type: ignore[union-attr]
             self.T, self.N = active.shape[0], int(active[0])
             start = active.cumsum(0) - active
-            places = torch.arange(self.N, device=x.device)
-            self.rows = (start[:, None] + places).clamp(max=x.shape[0] - 1)
+            ranks = torch.arange(self.N, device=x.device)
+            self.rows = (start[:, None] + ranks).clamp(max=x.shape[0] - 1)
             step = torch.repeat_interleave(
                 torch.arange(self.T, device=x.device), active, output_size=x.shape[0]
             )
             self.row_of = step, torch.arange(x.shape[0], device=x.device) - start[step]
-            self.mask: Maybe = places < active[:, None]
+            self.mask: Maybe = ranks < active[:, None]
         else:
             self.T, self.N = (x.shape[1], x.shape[0]) if layer.batch_first else x.shape[:2]
             self.mask = None

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rnnkern import onnx
+from rnnkern import onnx, reference
+from rnnkern.known_cells import CELLS, is_own
 from rnnkern.layer import PACKED, Layer, Maybe, Operands, unflatten
 from rnnkern.sequence import Steps, active_rows, ranked
 
@@ -58,13 +59,21 @@ def exported(
     given = Operands(x, h0, c0, weights)
     if get_proxy_mode() is None:  # Dynamo needs only the shapes; the graph is traced later
         return _shapes(layer, given, None)
+    if is_own(layer.mode) and (lengths is not None or reset is not None):
+        raise NotImplementedError(
+            "torch has no operator for a cell of your own with lengths or reset: export it inside "
+            "rnnkern.exporting_kernels()"
+        )
+    if is_own(layer.mode):  # step by step, so that the program runs without rnnkern
+        y, hn, *cn = reference.layer(layer, given)
+        return y, hn, cn[0] if cn else x.new_empty(0)
     if torch.onnx.is_in_onnx_export():
         return onnx.nodes(layer, given, lengths, reset)
-    O = weights[1].shape[1]
+    O = layer.out(weights)
     N = x.shape[0 if layer.batch_first else 1]
     h0 = x.new_zeros(layer.directions, N, O) if h0 is None else h0
     if layer.has_cell_state and c0 is None:
-        c0 = x.new_zeros(layer.directions, N, layer.hidden(weights))
+        c0 = x.new_zeros(layer.directions, N, layer.hidden(weights) * CELLS[layer.mode].planes)
     given = Operands(x, h0, c0, weights)
     if reset is not None:
         return _by_episodes(layer, given, lengths, reset, training)
@@ -136,7 +145,7 @@ def _with_lengths(
     steps = torch.arange(x.shape[axis], device=x.device).unsqueeze(1 - axis)
     active = (steps < lengths).unsqueeze(-1)
     x = torch.where(active, x, 0)  # padding may be NaN
-    # Each row's steps from its last to its first; those past its end stay where they are.
+    # Each row's steps from its last to its first. Those past its end keep their positions.
     turned = torch.where(steps < lengths, lengths - 1 - steps, steps).unsqueeze(-1)
     last = (lengths - 1).clamp(min=0).unsqueeze(-1)
     one_way = layer._replace(directions=1)
@@ -149,7 +158,7 @@ def _with_lengths(
             own[0] = torch.cat((own[0], _frozen(own[0])), 1)
         h, c = h0[d : d + 1], None if c0 is None else c0[d : d + 1]
         y, _, cn = _node(one_way, Operands(own_x, h, c, own), training)
-        # h of the last step, or the initial one of a row without any.
+        # h of the last step. A row without steps keeps its initial state.
         hn = _taken(y, axis, last).transpose(0, axis)
         hn = torch.where(lengths.reshape(1, -1, 1) > 0, hn, h)
         y = torch.where(active, y, 0)
@@ -194,15 +203,16 @@ def _by_episodes(
     none = torch.zeros_like(lengths[:1])
     following = torch.cat((start, none))[number + 1]  # the start of the next episode
     size = torch.where(is_last, lengths[row], following) - start
-    # From here on in the order of the packed batch, the additional row included.
+    # From here on everything is in the order of the packed batch, which has the additional row.
     size, order = torch.cat((size, none + T)).sort(descending=True, stable=True)
     own_row, own_start = torch.cat((row, none))[order], torch.cat((start, none))[order]
     taken = steps[:, None] < size  # [T, episodes]
     step, episode = taken.nonzero().unbind(1)
     is_extra = order[episode] == row.shape[0]
-    place = (own_start[episode] + step) * N + own_row[episode]
-    data = torch.where(is_extra[:, None], 0, x.flatten(0, 1)[place])
-    # A row's first episode begins with the initial state unless it is reset; in reverse, its last.
+    index = (own_start[episode] + step) * N + own_row[episode]
+    data = torch.where(is_extra[:, None], 0, x.flatten(0, 1)[index])
+    # A row's first episode begins with the initial state unless it is reset. In the reverse
+    # direction the row's last episode does.
     carried = [
         torch.cat((each, none > 0))[order, None]
         for each in ((start == 0) & ~resets[:, 0][row], is_last)
@@ -215,9 +225,9 @@ def _by_episodes(
     packed = layer._replace(batch_first=False)
     given = Operands(data, initial(h0), None if c0 is None else initial(c0), weights)
     y, *finals = _node(packed, given, training, taken.sum(1).cpu())
-    # Outputs of the additional row go to a place after all others, which is cut off.
-    place = torch.where(is_extra, T * N, place)
-    y = y.new_zeros(T * N + 1, y.shape[-1]).index_copy(0, place, y)[:-1]
+    # Outputs of the additional row go behind all others, and are cut off.
+    index = torch.where(is_extra, T * N, index)
+    y = y.new_zeros(T * N + 1, y.shape[-1]).index_copy(0, index, y)[:-1]
     y = unflatten(y, 0, (T, N))
     sorted_at = order.argsort()
     outermost = sorted_at[(end - 1).clamp(min=0)], sorted_at[end - count]  # of each row
@@ -304,9 +314,9 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     """A table for ``ExportedProgram.run_decompositions`` that makes rnnkern's operators torch's.
 
     A layer, of ``torch.nn`` as well, becomes one ``aten.lstm``, ``aten.gru``, ``aten.rnn_tanh`` or
-    ``aten.rnn_relu``; two with ``lengths`` in two directions. Time and batch stay as dynamic as
-    they were; torch's own table takes these operators apart into the steps of the example, which
-    fixes their number. All other operators are left as they are.
+    ``aten.rnn_relu``. With ``lengths`` in two directions it becomes two. Time and batch stay as
+    dynamic as they were. torch's own table takes these operators apart into the steps of the
+    example, which fixes their number. All other operators are left as they are.
 
     A program without ``rnnkern.exporting_kernels`` has torch's operators already.
 

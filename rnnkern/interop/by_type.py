@@ -1,8 +1,8 @@
-"""Tools that look a module up by its exact type, which a subclass of torch.nn's does not have.
+"""Tools that look a module up by its exact type find rnnkern's modules as they find torch.nn's.
 
-They find rnnkern's modules as they find those of ``torch.nn``: torch's quantization sees modules of
-``torch.nn`` while it works, and the tables of programs that count operations have entries for
-rnnkern's classes.
+A look-up by exact type misses rnnkern's types, which are subclasses. So torch's quantization sees
+modules of ``torch.nn`` while it works, and the tables of programs that count operations get entries
+for rnnkern's classes.
 """
 
 from __future__ import annotations

@@ -61,11 +61,12 @@ def _allow(config: ModuleType) -> None:
 
 def _leave(dynamo: Any) -> None:
     """Marks what Dynamo must not trace."""
-    from rnnkern import call
+    from rnnkern import call, run, traced
     from rnnkern.interop import aten
 
     dynamo.allow_in_graph(aten.exported)
-    dynamo.assume_constant_result(call.own_method)
+    for function in (call.own_method, run.is_covered, *traced.CONSTANT):
+        dynamo.assume_constant_result(function)
 
 
 def open_to_rnnkern() -> None:

@@ -1,6 +1,6 @@
 """Runs something when a module is imported, or at once if it has been imported already.
 
-For what rnnkern adds to parts of torch and to other packages that take long to import, and that
+rnnkern adds something to parts of torch and to other packages that take long to import, and that
 most programs never use.
 """
 

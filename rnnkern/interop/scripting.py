@@ -12,6 +12,9 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
+from rnnkern.constructor import ours
+from rnnkern.options import expect_none
+
 _shown: WeakKeyDictionary[type[nn.Module], type[nn.Module]] = WeakKeyDictionary()
 
 
@@ -20,7 +23,11 @@ def prepare(self: Any) -> Any:
 
     A class that overrides ``forward`` is left to TorchScript as it is, and so is a module with
     parametrizations, which TorchScript refuses.
+
+    Raises:
+        ValueError: the module has an option that torch.nn's forward does not know.
     """
+    expect_none(self, "torch.jit.script")
     kind = type(self)
     theirs = torch_class(kind)
     if kind.forward is ours(kind).forward and not nn.utils.parametrize.is_parametrized(self):
@@ -30,14 +37,21 @@ def prepare(self: Any) -> Any:
     return self
 
 
+def refuse(self: Any) -> Any:
+    """``__prepare_scriptable__`` of modules that TorchScript cannot compile.
+
+    Raises:
+        NotImplementedError: always.
+    """
+    raise NotImplementedError(
+        f"torch.jit.script cannot compile {type(self).__name__}, because torch.nn has no such "
+        f"module: {self._instead_of_script}"
+    )
+
+
 def torch_class(kind: type) -> type[nn.Module]:
     """The class of ``torch.nn`` that a recurrent module's class comes from."""
     return next(base for base in kind.__mro__ if base.__module__ == nn.RNNBase.__module__)
-
-
-def ours(kind: type) -> Any:
-    """The class of ``rnnkern`` that a recurrent module's class comes from."""
-    return next(base for base in kind.__mro__ if base.__module__ == "rnnkern.modules")
 
 
 def own_class(kind: type) -> Any:

@@ -8,6 +8,7 @@ modes see (`rnnkern.ops.kernel_ops`).
 Operators return no alias of what they take, and change nothing in place.
 """
 
+from rnnkern.ops import with_options
 from rnnkern.ops.differentiable import scan, scan_backward
 from rnnkern.ops.kernel_ops import arguments
 from rnnkern.ops.modes import (
@@ -27,4 +28,5 @@ __all__ = [
     "scan",
     "scan_backward",
     "transformed",
+    "with_options",
 ]

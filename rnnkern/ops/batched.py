@@ -8,90 +8,93 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rnnkern.layer import Layer, Maybe, Operands, pieces, unflatten
-from rnnkern.ops.differentiable import STEPS
+from rnnkern.layer import PACKED, Gradients, Layer, Maybe, Operands, Recorded, pieces, unflatten
+from rnnkern.ops.differentiable import (
+    of_scan,
+    of_scan_backward,
+    parts_of_scan,
+    parts_of_scan_backward,
+    wanted_of,
+)
 from rnnkern.ops.kernel_ops import steps_of
 from rnnkern.ops.modes import apply
+from rnnkern.sequence import Steps
 
 Function = type[torch.autograd.Function]
 
 
 def scan(function: Function, size: int, in_dims: Any, operands: Any) -> tuple[Any, Any]:
     """The rule of ``scan``, which is that function, for a batch of that size."""
-    layer, x, h0, c0, *rest = operands
-    if not _folds(in_dims[4:]):
+    code, x, *rest = operands
+    weights, h0, c0, steps = parts_of_scan(code, rest)
+    of_weights, of_h0, of_c0, of_steps = parts_of_scan(code, in_dims[2:])
+    if not _folds(of_weights, of_steps):
         return _one_by_one(function, size, in_dims, operands)
-    fold = _Fold(size, layer, rest[STEPS - 1])
-    y, hn, cn, saved = apply(
-        function,
-        layer,
-        fold.rows(x, in_dims[1]),
-        fold.states(h0, in_dims[2]),
-        fold.states(c0, in_dims[3]),
-        *fold.steps(rest[:STEPS], in_dims[4 + 2]),
-        *rest[STEPS:],
+    layer = Layer.of_code(code)
+    fold = _Fold(size, layer, bool(code & PACKED))
+    own = Operands(
+        fold.rows(x, in_dims[1]), fold.states(h0, of_h0), fold.states(c0, of_c0), weights
     )
+    y, hn, cn, saved = apply(function, *of_scan(layer, fold.steps(steps, of_steps), own))
     cell = layer.has_cell_state
     outputs = (
         fold.from_rows(y),
         fold.from_states(hn),
         fold.from_states(cn) if cell else cn,
-        fold.from_saved(saved, layer, layer.hidden(rest[STEPS:])),
+        fold.from_saved(saved, layer, layer.hidden(weights)),
     )
     return outputs, (0, 0, 0 if cell else None, 0)
 
 
 def scan_backward(function: Function, size: int, in_dims: Any, operands: Any) -> tuple[Any, Any]:
     """The rule of ``scan_backward``, which is that function, for a batch of that size."""
-    layer, wanted, dy, dhn, dcn, x, h0, c0, y, saved, *rest = operands
-    steps, weights = rest[:STEPS], rest[STEPS:]
+    code, flags, x, y, saved, *rest = operands
+    weights, incoming, h0, c0, steps = parts_of_scan_backward(code, rest)
+    dims, of_incoming, of_h0, of_c0, of_steps = parts_of_scan_backward(code, in_dims[5:])
+    layer, wanted = Layer.of_code(code), wanted_of(flags, weights, h0, c0)
     of_weights = wanted[1 : 1 + len(weights)]
-    if not _folds(in_dims[10:]) or (layer.proj and any(of_weights)):
+    if not _folds(dims, of_steps) or (layer.proj and any(of_weights)):
         return _one_by_one(function, size, in_dims, operands)
-    fold = _Fold(size, layer, rest[STEPS - 1])
-    dims = in_dims[2:]
-    incoming = (fold.rows(dy, dims[0]), fold.states(dhn, dims[1]), fold.states(dcn, dims[2]))
-    own_x, own_y = fold.rows(x, dims[3]), fold.rows(y, dims[6])
-    own_h0, own_c0 = fold.states(h0, dims[4]), fold.states(c0, dims[5])
-    own_steps = fold.steps(steps, in_dims[10 + 2])
-    own_saved = fold.saved(saved, dims[7], layer, layer.hidden(weights))
-    flags = (wanted[0], *[False] * len(weights), *wanted[1 + len(weights) :])
-    # One pass for all samples. The gradients of the weights are separate products for each sample.
-    made = apply(
-        function,
-        layer,
-        flags,
-        *incoming,
-        own_x,
-        own_h0,
-        own_c0,
-        own_y,
-        own_saved,
-        *own_steps,
-        *weights,
+    fold = _Fold(size, layer, bool(code & PACKED))
+    dy, dhn, dcn = incoming
+    outputs = Gradients(
+        fold.rows(dy, of_incoming[0]),
+        fold.states(dhn, of_incoming[1]),
+        fold.states(dcn, of_incoming[2]),
     )
+    at = Operands(
+        fold.rows(x, in_dims[2]),
+        fold.states(h0, of_h0),
+        fold.states(c0, of_c0),
+        weights,
+        fold.rows(y, in_dims[3]),
+    )
+    own_saved = fold.saved(saved, in_dims[4], layer, layer.hidden(weights))
+    recorded = Recorded(layer, fold.steps(steps, of_steps), at, own_saved)
+    # One pass for all samples. The gradients of the weights are separate products for each sample.
+    asked = [wanted[0], *[False] * len(weights), *wanted[1 + len(weights) :]]
+    made = apply(function, *of_scan_backward(recorded, outputs, asked))
     parts: list[Tensor] = list(made)
     out_dims: list[int | None] = [None] * len(made)
-    for i, flag in enumerate(flags):
+    for i, flag in enumerate(asked):
         if flag:
             unfold = fold.from_states if i else fold.from_rows
             parts[i], out_dims[i] = unfold(made[i]), 0
     parts[-1], out_dims[-1] = fold.from_states(made[-1]), 0
     if any(of_weights):
-        at = Operands(own_x, own_h0, own_c0, weights, own_y)
         from rnnkern import derivatives
 
-        found = derivatives.weight_gradients(layer, steps_of(*own_steps), at, made[-1], size)
+        found = derivatives.weight_gradients(layer, recorded.steps, at, made[-1], size)
         for i, flag in enumerate(of_weights):
             if flag:
                 parts[1 + i], out_dims[1 + i] = found[i], 0
     return tuple(parts), tuple(out_dims)
 
 
-def _folds(in_dims: Sequence[Any]) -> bool:
+def _folds(of_weights: Sequence[Any], of_steps: Sequence[Any]) -> bool:
     """Whether the batches can be rows of one batch: only data and ``reset`` differ."""
-    active, order, _, placed, *_ = in_dims
-    return all(dim is None for dim in (active, order, placed, *in_dims[STEPS:]))
+    active, order, _, placed = of_steps
+    return all(dim is None for dim in (active, order, placed, *of_weights))
 
 
 def _one_by_one(function: Function, size: int, in_dims: Any, operands: Any) -> tuple[Any, Any]:
@@ -113,7 +116,7 @@ class _Fold:
     """A batch of operands as more rows of one: row n of sample b becomes row n * size + b."""
 
     def __init__(self, size: int, layer: Layer, packed: bool) -> None:
-        self.size = size
+        self.size, self.packed = size, packed
         self.axis = 0 if packed or layer.batch_first else 1  # of the rows
 
     def _first(self, z: Tensor, dim: int | None) -> Tensor:
@@ -134,15 +137,15 @@ class _Fold:
         """Unfolds states ``[D, N, ...]``, or saved parts ``[D, rows, ...]``."""
         return unflatten(z, 1, (-1, self.size)).movedim(2, 0)
 
-    def steps(self, steps: Sequence[Any], dim: int | None) -> tuple[Any, ...]:
-        active, order, reset, placed, packed = steps
+    def steps(self, steps: Sequence[Maybe], dims: Sequence[int | None]) -> Steps | None:
+        active, order, reset, placed = steps
         if order is not None:
             own = torch.arange(self.size, device=order.device)
             order = (order[:, None] * self.size + own).flatten()
         if reset is not None:
-            reset = self.rows(reset[..., None], dim).squeeze(-1).contiguous()  # type: ignore[union-attr]
+            reset = self.rows(reset[..., None], dims[2]).squeeze(-1).contiguous()  # type: ignore[union-attr]
         active, placed = (None if z is None else z * self.size for z in (active, placed))
-        return active, order, reset, placed, packed
+        return steps_of(active, order, reset, placed, self.packed)
 
     def saved(self, z: Tensor, dim: int | None, layer: Layer, hidden: int) -> Tensor:
         parts = pieces(self._first(z, dim), layer, hidden)

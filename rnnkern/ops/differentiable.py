@@ -8,13 +8,14 @@ torch's operators cannot carry such rules.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
 from rnnkern.interop.exporting import to_torch
+from rnnkern.known_cells import CELLS
 from rnnkern.layer import PACKED, Gradients, Layer, Maybe, Operands, Recorded
 from rnnkern.ops.kernel_ops import (
     LIBRARY,
@@ -32,6 +33,67 @@ STEPS = 5
 """How many arguments the steps of a layer are."""
 
 
+# The operands of `_Scan` and `_ScanBackward`. torch.func visits each one about ten times, and a
+# field of a tuple as often. So a layer is one number, and what is missing is left out at the end.
+
+Four = tuple[Any, Any, Any, Any]
+
+
+def of_scan(layer: Layer, steps: Steps | None, operands: Operands) -> tuple[Any, ...]:
+    """The operands of `_Scan`: ``code, x, *weights``, and what there is of `parts_of_scan`."""
+    x, h0, c0, weights, _ = operands
+    *own, packed = arguments(steps)
+    return (_code(layer, packed), x, *weights, *_cut(h0, c0, *own))
+
+
+def parts_of_scan(code: int, rest: Sequence[Any]) -> tuple[Any, Any, Any, Four]:
+    """``weights, h0, c0, (active, order, reset, placed)``, of operands after x."""
+    weights, (h0, c0, *steps) = _parts(code, rest, 6)
+    return weights, h0, c0, cast(Four, tuple(steps))
+
+
+def of_scan_backward(
+    recorded: Recorded, incoming: Gradients, wanted: Sequence[bool]
+) -> tuple[Any, ...]:
+    """The operands of `_ScanBackward`: ``code, flags, x, y, saved, *weights``, and what there is
+    of `parts_of_scan_backward`. Bit i of ``flags`` is ``wanted[i]``.
+    """
+    layer, steps, (x, h0, c0, weights, y), saved = recorded
+    *own, packed = arguments(steps)
+    flags = sum(flag << i for i, flag in enumerate(wanted))
+    given = _cut(*incoming[:3], h0, c0, *own)
+    return (_code(layer, packed), flags, x, y, saved, *weights, *given)
+
+
+def parts_of_scan_backward(code: int, rest: Sequence[Any]) -> tuple[Any, Any, Any, Any, Four]:
+    """``weights, (dy, dhn, dcn), h0, c0, (active, order, reset, placed)``, of operands after
+    ``saved``.
+    """
+    weights, (dy, dhn, dcn, h0, c0, *steps) = _parts(code, rest, 9)
+    return weights, (dy, dhn, dcn), h0, c0, cast(Four, tuple(steps))
+
+
+def _parts(code: int, rest: Sequence[Any], count: int) -> tuple[tuple[Any, ...], list[Any]]:
+    """The weights, and as many other operands, None for those that were left out."""
+    layer = Layer.of_code(code)
+    weights = layer.directions * layer.tensors
+    given = rest[weights:]
+    return tuple(rest[:weights]), [*given, *[None] * (count - len(given))]
+
+
+def _cut(*parts: Any) -> Sequence[Any]:
+    """The parts without those at the end that are None."""
+    count = len(parts)
+    while count and parts[count - 1] is None:
+        count -= 1
+    return parts[:count]
+
+
+def wanted_of(flags: int, weights: Sequence[Any], h0: Any, c0: Any) -> list[bool]:
+    count = 1 + len(weights) + (h0 is not None) + (c0 is not None)
+    return [bool(flags >> i & 1) for i in range(count)]
+
+
 def scan(
     layer: Layer, steps: Steps | None, operands: Operands, training: bool
 ) -> tuple[Tensor, Tensor, Maybe]:
@@ -42,21 +104,21 @@ def scan(
 
         options = (None, None) if steps is None else (steps.lengths, steps.reset)
         y, hn, cn = aten.exported(x, h0, c0, list(weights), *options, *layer, training)
-        return y, hn, cn if layer.has_cell_state else None
+        return y, hn, cn if CELLS[layer.mode].has_cell_state else None
     if transformed() and not is_compiling() and forward_levels() > 1:
         # torch runs the jvp of a Function with the outer levels switched off.
         from rnnkern import reference
 
         y, hn, *cns = reference.layer(layer, operands, steps)
         return y, hn, cns[0] if cns else None
-    own = arguments(steps)
     if transformed():
-        y, hn, cn, _ = apply(_Scan, layer, x, h0, c0, *own, *weights)
+        y, hn, cn, _ = apply(_Scan, *of_scan(layer, steps, operands))
     else:
+        own = arguments(steps)
         y, hn, cn, _ = torch.ops.rnnkern.scan(x, h0, c0, weights, *own, *layer, training)
     if training and not is_compiling():
         y = y.clone()  # y itself is what backward reads, and the caller may change it in place
-    return y, hn, cn if layer.has_cell_state else None
+    return y, hn, cn if CELLS[layer.mode].has_cell_state else None
 
 
 def scan_backward(recorded: Recorded, incoming: Gradients, wanted: Sequence[bool]) -> list[Maybe]:
@@ -64,14 +126,13 @@ def scan_backward(recorded: Recorded, incoming: Gradients, wanted: Sequence[bool
 
     None for those that are not ``wanted``. The last one is that of the slots ``[D, rows, S * H]``.
     """
-    layer, steps, (x, h0, c0, weights, y), saved = recorded
-    outputs, own, flags = incoming[:3], arguments(steps), list(wanted)
+    flags = list(wanted)
     if not has_modes() or transformed():
-        data = (x, h0, c0, y, saved)
-        made = apply(_ScanBackward, layer, tuple(flags), *outputs, *data, *own, *weights)
+        made = apply(_ScanBackward, *of_scan_backward(recorded, incoming, flags))
     else:
+        layer, steps, (x, h0, c0, weights, y), saved = recorded
         made = torch.ops.rnnkern.scan_backward(
-            *outputs, x, h0, c0, weights, y, saved, *own, *layer, flags
+            *incoming[:3], x, h0, c0, weights, y, saved, *arguments(steps), *layer, flags
         )
     return [part if flag else None for part, flag in zip(made, [*flags, True], strict=True)]
 
@@ -111,8 +172,8 @@ def _scan_of_autograd(
     x: Tensor, h0: Maybe, c0: Maybe, weights: list[Tensor], *rest: Any
 ) -> tuple[Tensor, ...]:
     if torch.is_grad_enabled() and torch._C._any_requires_grad(x, h0, c0, weights):
-        layer = Layer(*rest[STEPS:-1])
-        return apply(_Scan, layer, x, h0, c0, *rest[:STEPS], *weights)  # type: ignore[no-any-return]
+        layer, steps = Layer(*rest[STEPS:-1]), steps_of(*rest[:STEPS])
+        return apply(_Scan, *of_scan(layer, steps, Operands(x, h0, c0, weights)))  # type: ignore[no-any-return]
     with torch._C._AutoDispatchBelowAutograd():
         return _forward(x, h0, c0, weights, *rest)
 
@@ -120,10 +181,10 @@ def _scan_of_autograd(
 def _scan_backward_of_autograd(*operands: Any) -> list[Tensor]:
     if torch.is_grad_enabled() and torch._C._any_requires_grad(*operands):
         *incoming, x, h0, c0, weights, y, saved = operands[:9]
-        steps, spec, wanted = operands[9 : 9 + STEPS], operands[9 + STEPS : -1], operands[-1]
-        layer, flags = Layer(*spec), tuple(wanted)
-        data = (x, h0, c0, y, saved)
-        return list(apply(_ScanBackward, layer, flags, *incoming, *data, *steps, *weights))
+        steps, layer = steps_of(*operands[9 : 9 + STEPS]), Layer(*operands[9 + STEPS : -1])
+        recorded = Recorded(layer, steps, Operands(x, h0, c0, weights, y), saved)
+        own = of_scan_backward(recorded, Gradients(*incoming), operands[-1])
+        return list(apply(_ScanBackward, *own))
     with torch._C._AutoDispatchBelowAutograd():
         return _backward(*operands)
 
@@ -180,7 +241,7 @@ def _backward_of_scan(
     """Gradients of x, h0, c0; and of the weights."""
     recorded, _ = _kept(ctx)
     _, h0, c0, weights, _ = recorded.operands
-    if all(z is None for z in incoming):  # as if y was an operand of backward
+    if all(z is None for z in incoming):  # as in `rnnkern.autograd`
         return [None] * 3, [None] * len(weights)
     flags = [wanted[0], *wanted[3:]]
     flags += [flag for s, flag in zip((h0, c0), wanted[1:3], strict=True) if s is not None]
@@ -237,31 +298,37 @@ class _Scan(torch.autograd.Function):
     """``scan`` for autograd, the transforms of `torch.func` and forward mode."""
 
     @staticmethod
-    def forward(layer: Layer, x: Tensor, h0: Maybe, c0: Maybe, *rest: Any) -> tuple[Tensor, ...]:
-        steps, weights = rest[:STEPS], rest[STEPS:]
-        return _forward(x, h0, c0, weights, *steps, *layer, True)
+    def forward(code: int, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        weights, h0, c0, own = parts_of_scan(code, rest)
+        layer, packed = Layer.of_code(code), bool(code & PACKED)
+        return _forward(x, h0, c0, weights, *own, packed, *layer, True)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        layer, x, h0, c0, *rest = inputs
+        code, x, *rest = inputs
+        weights, h0, c0, steps = parts_of_scan(code, rest)
+        layer = Layer.of_code(code)
         y, _, cn, saved = output
         ctx.mark_non_differentiable(*([saved] if layer.has_cell_state else [cn, saved]))
-        operands = Operands(x, h0, c0, rest[STEPS:], y)
-        _keep(ctx, Recorded(layer, steps_of(*rest[:STEPS]), operands, saved))
+        own = steps_of(*steps, bool(code & PACKED))
+        ctx.code, ctx.others = code, len(rest) - len(weights)
+        _keep(ctx, Recorded(layer, own, Operands(x, h0, c0, weights, y), saved))
 
     @staticmethod
     def backward(ctx: Any, dy: Maybe, dhn: Maybe, dcn: Maybe, _: Maybe) -> tuple[Any, ...]:
         needs = ctx.needs_input_grad
-        wanted = [*needs[1:4], *needs[4 + STEPS :]]
-        data, of_weights = _backward_of_scan(ctx, wanted, Gradients(dy, dhn, dcn))
-        return (None, *data, *[None] * STEPS, *of_weights)
+        of_weights, of_h0, of_c0, _steps = parts_of_scan(ctx.code, needs[2:])
+        wanted = [needs[1], bool(of_h0), bool(of_c0), *of_weights]
+        (dx, *states), made = _backward_of_scan(ctx, wanted, Gradients(dy, dhn, dcn))
+        return (None, dx, *made, *[*states, *[None] * 4][: ctx.others])
 
     @staticmethod
     def jvp(ctx: Any, *changes: Any) -> tuple[Maybe, ...]:
         from rnnkern import derivatives
 
         (layer, steps, at, _), _ = _kept(ctx)
-        change = Operands(changes[1], changes[2], changes[3], changes[4 + STEPS :])
+        of_weights, of_h0, of_c0, _ = parts_of_scan(ctx.code, changes[2:])
+        change = Operands(changes[1], of_h0, of_c0, of_weights)
         y, hn, cn = derivatives.tangent(layer, steps, at, change)
         return y, hn, cn, None
 
@@ -276,44 +343,49 @@ class _ScanBackward(torch.autograd.Function):
     """``scan_backward`` for autograd, the transforms of `torch.func` and forward mode."""
 
     @staticmethod
-    def forward(layer: Layer, wanted: tuple[bool, ...], *rest: Any) -> tuple[Tensor, ...]:
-        dy, dhn, dcn, x, h0, c0, y, saved, *others = rest
-        steps, weights = others[:STEPS], others[STEPS:]
+    def forward(
+        code: int, flags: int, x: Tensor, y: Tensor, saved: Tensor, *rest: Any
+    ) -> tuple[Tensor, ...]:
+        weights, incoming, h0, c0, steps = parts_of_scan_backward(code, rest)
+        layer, wanted = Layer.of_code(code), wanted_of(flags, weights, h0, c0)
         # If no mode has to see the operator, it is left out: it costs more than the kernels of a
         # small layer.
         is_seen = has_modes() or not runs_on_kernels(x)
-        operands = (dy, dhn, dcn, x, h0, c0, weights, y, saved, *steps, *layer, list(wanted))
+        own = (*steps, bool(code & PACKED), *layer, wanted)
+        operands = (*incoming, x, h0, c0, weights, y, saved, *own)
         return tuple(_backward(*operands, run=None if is_seen else run_backward))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        layer, ctx.wanted, *incoming = inputs[:5]
-        (x, h0, c0, y, saved), rest = inputs[5:10], inputs[10:]
-        operands = Operands(x, h0, c0, rest[STEPS:], y)
-        recorded = Recorded(layer, steps_of(*rest[:STEPS]), operands, saved)
+        code, flags, x, y, saved, *rest = inputs
+        weights, incoming, h0, c0, steps = parts_of_scan_backward(code, rest)
+        ctx.wanted = wanted_of(flags, weights, h0, c0)
+        ctx.code, ctx.others = code, len(rest) - len(weights)
+        own = steps_of(*steps, bool(code & PACKED))
+        recorded = Recorded(Layer.of_code(code), own, Operands(x, h0, c0, weights, y), saved)
         _keep(ctx, recorded, [*incoming, output[-1]])
-        flags = zip(output, [*ctx.wanted, True], strict=True)
-        ctx.mark_non_differentiable(*(part for part, flag in flags if not flag))
+        made = zip(output, [*ctx.wanted, True], strict=True)
+        ctx.mark_non_differentiable(*(part for part, flag in made if not flag))
 
     @staticmethod
     def backward(ctx: Any, *incoming: Maybe) -> tuple[Any, ...]:
         needs = ctx.needs_input_grad
-        wanted = [*needs[5:8], *needs[10 + STEPS :]]
+        of_weights, _, of_h0, of_c0, _ = parts_of_scan_backward(ctx.code, needs[5:])
+        wanted = [needs[2], bool(of_h0), bool(of_c0), *of_weights]
 
         def run(*given: Maybe) -> list[Maybe]:
             outputs, (x, h0, c0, weights) = _backward_of_backward(ctx, given, wanted)
-            return [*outputs, x, h0, c0, *weights]
+            return [x, *weights, *outputs, h0, c0]
 
-        made = in_batches(run, *incoming)
-        return (None, None, *made[:6], None, None, *[None] * STEPS, *made[6:])
+        dx, *made = in_batches(run, *incoming)
+        others = len(of_weights) + ctx.others
+        return (None, None, dx, None, None, *[*made, *[None] * 4][:others])
 
     @staticmethod
     def jvp(ctx: Any, *changes: Any) -> tuple[Maybe, ...]:
-        dx, dh0, dc0 = changes[5:8]
-        change = Operands(dx, dh0, dc0, changes[10 + STEPS :])
-        _, (x, h0, c0, weights, slots) = _derivative_of_backward(
-            ctx, change, Gradients(*changes[2:5])
-        )
+        of_weights, incoming, dh0, dc0, _ = parts_of_scan_backward(ctx.code, changes[5:])
+        change = Operands(changes[2], dh0, dc0, of_weights)
+        _, (x, h0, c0, weights, slots) = _derivative_of_backward(ctx, change, Gradients(*incoming))
         parts = [x, *weights, *(s for s in (h0, c0) if s is not None), slots]
         flags = [*ctx.wanted, True]
         return tuple(p if flag else None for p, flag in zip(parts, flags, strict=True))

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from rnnkern import kernels
-from rnnkern.cells import CELLS
 from rnnkern.interop.on_import import on_import
 from rnnkern.kernels import Kernel, Why
+from rnnkern.known_cells import CELLS
 from rnnkern.layer import PACKED, Layer, Maybe, Operands, dense, pieces
 from rnnkern.sequence import Steps, active_rows, check_range, ranked
 
@@ -41,7 +41,7 @@ def steps_of(
 
 def kernel_for(code: int, weights: Sequence[Tensor]) -> Kernel:
     """The kernels for the layer of that code, of the sizes that its weights have."""
-    return _kernel(code, *weights[1].shape)
+    return _kernel(code, weights[0].shape[0], Layer.of_code(code).out(weights))
 
 
 @functools.lru_cache(maxsize=256)
@@ -54,7 +54,7 @@ def _kernel(code: int, rows: int, columns: int) -> Kernel:
 def _width_of_slots(code: int, rows: int) -> int:
     """How many slots all units have, for weights of that many rows."""
     layer = Layer.of_code(code)
-    return layer.slots * (rows // CELLS[layer.mode].gates)
+    return layer.stored * (rows // CELLS[layer.mode].gates)
 
 
 @functools.cache
@@ -114,20 +114,34 @@ def _fake_run_forward(
     reset: Maybe = None,
     placed: Maybe = None,
 ) -> list[Tensor]:
-    layer, packed = Layer.of_code(code), bool(code & PACKED)
-    H, O = layer.hidden(weights), weights[1].shape[1]
-    D = layer.directions
-    N = _batch(layer, x, active, order, h0, packed)
-    made = [_rows_like(layer, x, D * O, packed), x.new_empty(D, N, O)]
-    if layer.has_cell_state:
-        made.append(x.new_empty(D, N, H))
+    layer = Layer.of_code(code)
+    y, hn, cn = fake_outputs(x, weights, code, active, order, h0)
+    made = [y, hn]
+    if cn is not None:
+        made.append(cn)
     if training and saves(code):
-        widths = layer.slots * layer.saves_slots + layer.has_cell_state + layer.proj
+        H, D = layer.hidden(weights), layer.directions
+        widths = layer.stored * layer.saves_slots + CELLS[layer.mode].planes + layer.proj
         made.append(x.new_empty(D * _count(x) * H * widths))
     return made
 
 
-def _batch(layer: Layer, x: Tensor, active: Maybe, order: Maybe, h0: Maybe, packed: bool) -> Any:
+def fake_outputs(
+    x: Tensor, weights: list[Tensor], code: int, active: Maybe, order: Maybe, h0: Maybe
+) -> tuple[Tensor, Tensor, Maybe]:
+    """Empty ``y, h_n, c_n``."""
+    layer, packed = Layer.of_code(code), bool(code & PACKED)
+    H, O = layer.hidden(weights), layer.out(weights)
+    D = layer.directions
+    N = batch_of(layer, x, active, order, h0, packed)
+    cn = x.new_empty(D, N, H * CELLS[layer.mode].planes) if layer.has_cell_state else None
+    return rows_like(layer, x, D * O, packed), x.new_empty(D, N, O), cn
+
+
+def batch_of(
+    layer: Layer | Kernel, x: Tensor, active: Maybe, order: Maybe, h0: Maybe, packed: bool
+) -> Any:
+    """The number of rows."""
     if not packed:
         return x.shape[0 if layer.batch_first else 1]
     if order is not None or h0 is not None:
@@ -140,7 +154,7 @@ def _count(x: Tensor) -> Any:
     return x.shape[0] if x.dim() == 2 else x.shape[0] * x.shape[1]
 
 
-def _rows_like(layer: Layer, x: Tensor, features: Any, packed: bool) -> Tensor:
+def rows_like(layer: Layer | Kernel, x: Tensor, features: Any, packed: bool) -> Tensor:
     """Empty rows, time first in memory, whichever axis comes first."""
     if packed:
         return x.new_empty(x.shape[0], features)
@@ -176,7 +190,7 @@ def run_backward(
         x, h0, c0, *weights = (dense(t) for t in (x, h0, c0, *weights))
         y, saved, dy, dhn, dcn = (dense(t) for t in (y, saved, dy, dhn, dcn))
         made, slots = run(x, h0, c0, weights, steps, y, saved, dy, dhn, dcn, wanted, False)
-    slots = slots.view(kernel.directions, _count(x), _width_of_slots(code, weights[1].shape[0]))
+    slots = slots.view(kernel.directions, _count(x), _width_of_slots(code, weights[0].shape[0]))
     ended = ended_rows(steps)
     if ended is not None:
         slots.masked_fill_(ended, 0)
@@ -202,9 +216,9 @@ def _fake_run_backward(
 ) -> list[Tensor]:
     layer = Layer.of_code(code)
     shapes = [w.shape for w in weights] + [s.shape for s in (h0, c0) if s is not None]
-    made = [_rows_like(layer, x, x.shape[-1], bool(code & PACKED))] if wanted[0] else []
+    made = [rows_like(layer, x, x.shape[-1], bool(code & PACKED))] if wanted[0] else []
     made += [x.new_empty(shape) for shape, flag in zip(shapes, wanted[1:], strict=True) if flag]
-    width = layer.slots * layer.hidden(weights)
+    width = layer.stored * layer.hidden(weights)
     return [*made, x.new_empty(layer.directions, _count(x), width)]
 
 
@@ -270,6 +284,10 @@ def _scan_backward_flops(x: Any, weights: Any, *rest: Any, **_: Any) -> int:
 def _count_operations(counter: Any) -> None:
     counter.register_flop_formula(torch.ops.rnnkern.scan_kernel)(_scan_flops)
     counter.register_flop_formula(torch.ops.rnnkern.scan_backward_kernel)(_scan_backward_flops)
+    counter.register_flop_formula(torch.ops.rnnkern.scan_with_options)(_scan_flops)
+    counter.register_flop_formula(torch.ops.rnnkern.scan_with_options_backward)(
+        lambda dy, dhn, dcn, dcells, x, weights, *rest, **_: _scan_backward_flops(x, weights)
+    )
 
 
 on_import("torch.utils.flop_counter", _count_operations)

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/gemm.h"
 #include "cpu/rows.h"
 #include "cpu/threads.h"
 #include "tolerance.h"
@@ -128,6 +129,46 @@ void check_conversions(const Counts& counts) {
   counts.add(rounds, std::string("float32 rounded to ") + Format<T>::kName);
 }
 
+// Products of rows and columns of integers, of which the last group is not whole.
+void check_integers(const Counts& counts) {
+  constexpr int64_t K = 37, kRows = kTileRows + 2, kColumns = 2 * kLanes<float>;
+  constexpr float kScaleOfRows = 0.5f;
+  const auto left = [](int64_t m, int64_t k) {
+    return k == 0 ? 127 : int(m * 31 + k * 7) % 255 - 127;
+  };
+  const auto right = [](int64_t n, int64_t k) { return int(n * 13 + k * 11) % 255 - 127; };
+  std::vector<float> columns(kColumns * K), scales;
+  for (int64_t n = 0; n < kColumns; ++n) {
+    scales.push_back(0.25f + float(n));
+    for (int64_t k = 0; k < K; ++k) columns[size_t(n * K + k)] = float(right(n, k));
+  }
+  std::vector<float> panel(size_t(groups_in_memory<I8>(K) * kColumns)), acc(kRows * kColumns, 1.0f);
+  pack_integers(
+      K, K, [&](int64_t n) { return columns.data() + n * K; }, scales.data(), kColumns - 1,
+      panel.data(), kColumns, kColumns);
+  std::vector<I8> rows(size_t(kRows * bytes_of_integers(K)));
+  std::vector<const I8*> a;
+  for (int64_t m = 0; m < kRows; ++m) {
+    std::vector<float> x;
+    for (int64_t k = 0; k < K; ++k) x.push_back(kScaleOfRows * float(left(m, k)));
+    I8* const row = rows.data() + m * bytes_of_integers(K);
+    quantize_row(x.data(), K, row);
+    a.push_back(row);
+  }
+  product<I8>(2, kRows, 0, K, a.data(), panel.data(), kColumns, acc.data(), kColumns);
+  bool equal = true;
+  for (int64_t m = 0; m < kRows; ++m) {
+    for (int64_t n = 0; n < kColumns; ++n) {
+      int sum = 0;
+      for (int64_t k = 0; k < K && n < kColumns - 1; ++k) sum += left(m, k) * right(n, k);
+      const double wanted = 1 + double(kScaleOfRows) * double(scales[size_t(n)]) * sum;
+      const double error = std::abs(double(acc[size_t(m * kColumns + n)]) - wanted);
+      equal = equal && error <= 4 * std::numeric_limits<float>::epsilon() * std::abs(wanted);
+    }
+  }
+  counts.add(equal, "products of integers of 8 bits");
+}
+
 bool flushes() {
   volatile float denormal = 1e-40f, small = 1e-30f;
   volatile float of_operand = denormal * 1e10f, of_result = small * 1e-10f;
@@ -149,6 +190,7 @@ void check_functions(int* passed, int* failed) {
   check_activations<double>(counts);
   check_conversions<Bf16>(counts);
   check_conversions<F16>(counts);
+  check_integers(counts);
   check_denormals(counts);
 }
 

@@ -8,6 +8,7 @@
 #include <tuple>
 
 #include "cpu/kernels.h"
+#include "huge_pages.h"
 #include "layout.h"
 
 namespace rnnkern {
@@ -44,10 +45,22 @@ class KernelRun {
     if (trains && shape.saves_slots) f_.slots = memory_.take(rows * p_.slots() * p_.H);
     if (trains && p_.has_cell_state()) f_.cells = memory_.take(rows * p_.H);
     if (trains && p_.projected) f_.unprojected = memory_.take(rows * p_.H);
-    run(f_, [&](const auto& kernels, const Plan& plan, Workspace w) {
-      return kernels.forward(f_, plan, w);
+    run(f_, [&](const auto& kernels, Plan plan, Workspace w) {
+      if (!f_.packed) return kernels.forward(f_, plan, w);
+      plan.input = plan.recurrent = Reading::kPacked;
+      return kernels.frozen(f_, plan, w);
     });
     return {get_rows(f_.y, p_.D * p_.O), get(f_.hn, p_.O), get(f_.cn, p_.H)};
+  }
+
+  // The same with weights that are packed before.
+  Outputs frozen() {
+    const auto& kernels = std::get<Kernels<T>>(kernels_in_use());
+    packed_ = std::make_unique<Block>(kernels.pack(f_.sizes, f_.weights, nullptr));
+    kernels.pack(f_.sizes, f_.weights, packed_->data);
+    f_.packed = packed_->data;
+    std::fill_n(f_.weights, kMaxDirections, Weights<T>());
+    return forward(false);
   }
 
   // What a closed loop has fed itself.
@@ -55,17 +68,7 @@ class KernelRun {
 
   // After forward(true).
   Layer backward(const Outputs& incoming) {
-    Backward<T> b;
-    b.sizes = f_.sizes;
-    b.steps = f_.steps;
-    b.x = f_.x;
-    b.h0 = f_.h0;
-    b.c0 = f_.c0;
-    std::copy_n(f_.weights, kMaxDirections, b.weights);
-    b.y = constant(f_.y);
-    b.slots = f_.slots;
-    b.cells = f_.cells;
-    b.unprojected = f_.unprojected;
+    Backward<T> b = operands();
     b.dy_uniform = c_.options.dy == kUniform;
     b.dy = put_rows(incoming.y, p_.D * p_.O, b.dy_uniform);
     b.dhn = put_state(incoming.hn, p_.O);
@@ -90,44 +93,51 @@ class KernelRun {
   std::pair<Outputs, Layer> second_order(const Outputs& incoming, const Layer& tangents,
                                          const Outputs& incoming_tangents) {
     SecondOrder<T> s;
-    s.sizes = f_.sizes;
-    s.steps = f_.steps;
-    s.x = f_.x;
-    s.h0 = f_.h0;
-    s.c0 = f_.c0;
-    std::copy_n(f_.weights, kMaxDirections, s.weights);
-    s.y = constant(f_.y);
-    s.slots = f_.slots;
-    s.cells = f_.cells;
-    s.unprojected = f_.unprojected;
+    static_cast<Backward<T>&>(s) = operands();
     s.dslots = dslots_;
     s.dy = put_rows(incoming.y, p_.D * p_.O);
     s.dhn = put_state(incoming.hn, p_.O);
     s.dcn = put_state(incoming.cn, p_.H);
-    s.tangent_x = put_rows(tangents.x, p_.I);
-    s.tangent_h0 = put_state(tangents.h0, p_.O);
-    s.tangent_c0 = put_state(tangents.c0, p_.H);
-    put_weights(tangents, s.tangent_weights);
+    s.tangent.x = put_rows(tangents.x, p_.I);
+    s.tangent.h0 = put_state(tangents.h0, p_.O);
+    s.tangent.c0 = put_state(tangents.c0, p_.H);
+    put_weights(tangents, s.tangent.weights);
     s.tangent_sums = put_saved(tangents.sums, p_.slots() * p_.H);
-    s.tangent_dy = put_rows(incoming_tangents.y, p_.D * p_.O);
-    s.tangent_dhn = put_state(incoming_tangents.hn, p_.O);
-    s.tangent_dcn = put_state(incoming_tangents.cn, p_.H);
+    s.tangent.dy = put_rows(incoming_tangents.y, p_.D * p_.O);
+    s.tangent.dhn = put_state(incoming_tangents.hn, p_.O);
+    s.tangent.dcn = put_state(incoming_tangents.cn, p_.H);
     s.tangent_y = new_rows(p_.D * p_.O);
     s.tangent_hn = new_state(p_.O);
     if (p_.has_cell_state()) s.tangent_cn = new_state(p_.H);
-    s.tangent_dslots = memory_.take(p_.D * f_.steps.total * p_.slots() * p_.H);
-    new_gradients(&s.tangent_dx, &s.tangent_dh0, &s.tangent_dc0, s.tangent_gradients);
+    s.tangent.dslots = memory_.take(p_.D * f_.steps.total * p_.slots() * p_.H);
+    new_gradients(&s.tangent.dx, &s.tangent.dh0, &s.tangent.dc0, s.tangent.gradients);
     run(s, [&](const auto& kernels, const Plan& plan, Workspace w) {
       return kernels.second_order(s, plan, plan, w);
     });
     return {{get_rows(s.tangent_y, p_.D * p_.O), get(s.tangent_hn, p_.O), get(s.tangent_cn, p_.H)},
-            get_gradients(s.tangent_dx, s.tangent_dh0, s.tangent_dc0, s.tangent_gradients,
-                          s.tangent_dslots)};
+            get_gradients(s.tangent.dx, s.tangent.dh0, s.tangent.dc0, s.tangent.gradients,
+                          s.tangent.dslots)};
   }
 
   bool is_guarded() const { return memory_.is_guarded(); }
 
  private:
+  // Of a backward pass: the layer, and what forward has made and saved.
+  Backward<T> operands() const {
+    Backward<T> b;
+    b.sizes = f_.sizes;
+    b.steps = f_.steps;
+    b.x = f_.x;
+    b.h0 = f_.h0;
+    b.c0 = f_.c0;
+    std::copy_n(f_.weights, kMaxDirections, b.weights);
+    b.y = constant(f_.y);
+    b.slots = f_.slots;
+    b.cells = f_.cells;
+    b.unprojected = f_.unprojected;
+    return b;
+  }
+
   // On the plan of the case, or as a call from Python.
   template <typename Scan, typename Call>
   void run(const Scan& scan, Call call) {
@@ -285,6 +295,7 @@ class KernelRun {
   const reference::Problem& p_;
   Layout layout_;
   Memory<T> memory_;
+  std::unique_ptr<Block> packed_;
   Forward<T> f_;
   T* dslots_ = nullptr;
 };

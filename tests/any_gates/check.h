@@ -69,11 +69,11 @@ class Check {
       s.sizes = f.sizes, s.steps = f.steps, s.x = f.x, s.h0 = f.h0;
       s.weights[0] = f.weights[0];
       s.y = b.y, s.slots = b.slots, s.dslots = b.dslots, s.dy = b.dy;
-      s.tangent_x = f.x, s.tangent_h0 = f.h0;
-      s.tangent_weights[0].b_ih = b_ih_.data(), s.tangent_weights[0].b_hh = b_hh_.data();
+      s.tangent.x = f.x, s.tangent.h0 = f.h0;
+      s.tangent.weights[0].b_ih = b_ih_.data(), s.tangent.weights[0].b_hh = b_hh_.data();
       s.tangent_y = rows<T>(y.data(), c_.H);
       s.tangent_hn = f.hn;
-      s.tangent_dslots = tangent_dslots.data();
+      s.tangent.dslots = tangent_dslots.data();
       kernels.second_order(s);
       return y == found.y;
     }

@@ -1,7 +1,9 @@
 // Cells of any number of gates on the CUDA kernels, on the stand-in of tests/simt: in both tiers,
 // with the tiles of tensor cores and without.
 #define RNNKERN_ELEMENT float
+#ifndef RNNKERN_CELL
 #define RNNKERN_CELL WeightedSum<1, 1>
+#endif
 
 #include <cstdlib>
 #include <cstring>
@@ -10,13 +12,9 @@
 #include "check.h"
 #include "cuda/product.cu"
 #include "cuda/scan.cu"
+#include "device.h"
 
 namespace rnnkern {
-namespace cuda {
-
-void clear(char* memory, size_t bytes, void*) { std::memset(memory, 0, bytes); }
-
-}  // namespace cuda
 namespace RNNKERN_NAMESPACE {
 namespace {
 
@@ -32,11 +30,11 @@ class OnTheStandIn {
     with_cell(f.sizes.cell, [&](auto cell) {
       using Cell = decltype(cell);
       run([&](Queue& queue) {
-        const cuda::Plan plan = plan_of<float>(f.sizes, f.steps, false, queue);
+        const cuda::Plan plan = plan_of(f, queue);
         if (plan.resident) {
           resident<float, Cell>(f, plan, queue);
         } else {
-          stepwise<float, Cell>(f, queue);
+          stepwise<float, Cell>(f, plan, queue);
         }
       });
     });
@@ -45,14 +43,17 @@ class OnTheStandIn {
     with_cell(b.sizes.cell, [&](auto cell) {
       using Cell = decltype(cell);
       run([&](Queue& queue) {
-        const cuda::Plan plan = plan_of<float>(b.sizes, b.steps, true, queue);
+        const cuda::Plan plan = plan_of(b, queue);
+        const ByOrder<float, 1> by = {&b};
         const float* zeros = nullptr;
         if (plan.resident) {
           resident<float, Cell>(b, plan, &zeros, queue);
         } else {
-          stepwise<float, Cell>(b, &zeros, queue);
+          zeros = take_zeros<float, Cell>(b.sizes, queue);
+          queue.clear_taken();
+          stepwise<float, Cell, 1>(by, zeros, queue);
         }
-        gradients<float, Cell>(b, zeros, queue);
+        gradients<float, Cell, 1>(by, zeros, queue);
       });
     });
   }
@@ -69,6 +70,7 @@ class OnTheStandIn {
     std::memset(memory.get(), 0xff, bytes);  // NaN
     Queue runs(call_, device_, memory.get(), "a layer");
     start(runs);
+    simt::streams().finish();
   }
 
   const cuda::Call call_;

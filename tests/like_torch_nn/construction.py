@@ -22,9 +22,15 @@ from like_torch_nn import (
     attempt,
     warned,
 )
+from rnnkern import constructor
 
-# What rnnkern's classes have besides: private, and what TorchScript asks for.
-OWN_NAMES = ("_torch_forward", "__prepare_scriptable__")
+# What rnnkern's classes have besides: private, what TorchScript asks for, and options.
+OWN_NAMES = (
+    "_torch_forward",
+    "__prepare_scriptable__",
+    "_gain_names",
+    *constructor.DEFAULTS,
+)
 
 
 @ROWS.row()
@@ -51,7 +57,15 @@ def type_hints(side: Side) -> Any:
 
 @ROWS.row()
 def signature_of_the_constructor(side: Side) -> Any:
-    return str(inspect.signature(side.type)), str(inspect.signature(side.type.__init__))
+    """Without the options that rnnkern adds, which are by keyword alone."""
+    return [
+        [
+            (p.name, p.kind)
+            for p in inspect.signature(made).parameters.values()
+            if p.kind is not p.KEYWORD_ONLY
+        ]
+        for made in (side.type, side.type.__init__)
+    ]
 
 
 @ROWS.row()

@@ -6,6 +6,7 @@
 #include <string>
 
 #include "cells/narrow.h"
+#include "simt.h"
 
 namespace rnnkern::cuda {
 namespace {
@@ -74,16 +75,21 @@ void check(bool fits, const char* what) {
   if (!fits) throw std::invalid_argument(std::string("cuBLAS would refuse ") + what);
 }
 
-Products::Products(const Call& call, char* workspace) : tf32_(call.tf32) {
+// RNNKERN_SIMT_REFUSES: it refuses all.
+void* begin_products(int, void* stream, char* workspace) {
+  check(!std::getenv("RNNKERN_SIMT_REFUSES"), "what a test wants");
   check(reinterpret_cast<uintptr_t>(workspace) % kLibraryAlignment == 0, "this workspace");
+  return stream;
 }
+void end_products(void*) {}
 
-void Products::multiply(const Product& p) {
+void multiply(void* products, const Product& p, bool) {
   check(p.m >= 1 && p.n >= 1 && p.k >= 1, "a product of nothing");
   check(p.a.row >= (p.a.transposed ? p.m : p.k), "rows of a that overlap");
   check(p.b.row >= (p.b.transposed ? p.k : p.n), "rows of b that overlap");
   check(p.row >= p.n, "rows of the result that overlap");
-  p.operands == Number::kDouble ? sum_up<double>(p) : sum_up<float>(p);
+  simt::streams().add(
+      products, [p] { p.operands == Number::kDouble ? sum_up<double>(p) : sum_up<float>(p); });
 }
 
 }  // namespace rnnkern::cuda

@@ -5,25 +5,34 @@
 // which one goes on is drawn, more or less by chance, wherever one waits (a barrier, a collective
 // of a warp, a flag in memory). So what is missing between two threads, a barrier or a wait, shows
 // as a wrong result sooner or later: here sooner, because a fiber runs on alone until it waits.
-// What this cannot show is the order in which a GPU's memory lets others see what was written.
+// What this cannot show is the order in which a GPU's memory lets others see what was written;
+// tests/ptx can.
 //
 // Shared memory is filled with NaN before each block, and ends where it ends: the address sanitizer
 // sees what reaches beyond. A barrier that not all threads reach, or a flag that nobody sets, ends
 // the launch with an error instead of a hang.
 #pragma once
 
+#include <dlfcn.h>
+#include <fenv.h>
+#include <setjmp.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <exception>
 #include <functional>
+#include <map>
 #include <memory>
 #include <random>
 #include <source_location>
+#include <sstream>
 #include <stdexcept>
 #include <string>
+#include <typeinfo>
 #include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -55,6 +64,7 @@ struct Block {
   Meeting barrier;
   std::vector<Warp> warps;
   std::vector<char> shared;
+  std::shared_ptr<void> memory;  // what the block sees of global memory, where it is weak
 };
 
 // Stacks are kept for the next launch: fresh memory costs more than what runs on it.
@@ -79,13 +89,24 @@ class Stacks {
 };
 
 struct Fiber {
-  ucontext_t context;
+  ucontext_t start;
+  jmp_buf place;  // where it goes on
+  bool started = false;
   Stacks::Stack stack = Stacks::take();
   ~Fiber() { Stacks::give_back(std::move(stack)); }
   Block* block;
   Dim3 thread;
   uint32_t rank;  // of its warp
   bool done = false;
+  std::vector<uint64_t> seen;  // addresses that it has looked at since it last waited
+
+  // Counts a look at an address. After several of them it must be waiting for what others store
+  // there.
+  bool waits_at(uint64_t address) {
+    constexpr int kLooks = 8;
+    seen.push_back(address);
+    return std::count(seen.begin(), seen.end(), address) > kLooks;
+  }
 };
 
 class Launch {
@@ -95,7 +116,7 @@ class Launch {
         block(block),
         kernel_(std::move(kernel)),
         random_(seed),
-        draws_(1 << seed % 3 * 3) {
+        draws_(1 << random_() % 3 * 3) {
     const int threads = int(block.x * block.y * block.z);
     if (threads % kWarp) throw std::invalid_argument("simt: a block is whole warps");
     for (unsigned z = 0; z < grid.z; ++z) {
@@ -108,6 +129,8 @@ class Launch {
   void run() {
     Launch* const before = current;
     current = this;
+    fenv_t rounding;  // a replacement may set another one
+    fegetenv(&rounding);
     size_t done = 0;
     while (done < fibers_.size() && !error_) {
       if (ready_.empty()) {
@@ -126,6 +149,7 @@ class Launch {
       done += fibers_[size_t(fiber_)]->done;
     }
     current = before;
+    fesetenv(&rounding);
     if (error_) std::rethrow_exception(error_);
   }
 
@@ -185,11 +209,11 @@ class Launch {
       f.rank = warp_rank;
       f.thread = {unsigned(t) % block.x, unsigned(t) / block.x % block.y,
                   unsigned(t) / (block.x * block.y)};
-      getcontext(&f.context);
-      f.context.uc_stack.ss_sp = f.stack.get();
-      f.context.uc_stack.ss_size = Stacks::kBytes;
-      f.context.uc_link = nullptr;
-      makecontext(&f.context, &Launch::enter, 0);
+      getcontext(&f.start);
+      f.start.uc_stack.ss_sp = f.stack.get();
+      f.start.uc_stack.ss_size = Stacks::kBytes;
+      f.start.uc_link = nullptr;
+      makecontext(&f.start, &Launch::enter, 0);
       ready_.push_back(int(fibers_.size()) - 1);
     }
   }
@@ -214,18 +238,24 @@ class Launch {
     void* fake = nullptr;
     __sanitizer_start_switch_fiber(&fake, f.stack.get(), Stacks::kBytes);
 #endif
-    swapcontext(&host_, &f.context);
+    // Only the first switch to a fiber needs a context, and with it calls of the system.
+    if (!_setjmp(host_)) {
+      if (f.started) _longjmp(f.place, 1);
+      f.started = true;
+      setcontext(&f.start);
+    }
 #if defined(__SANITIZE_ADDRESS__)
     __sanitizer_finish_switch_fiber(fake, nullptr, nullptr);
 #endif
   }
   void switch_to_scheduler() {
     Fiber& f = fiber();
+    f.seen.clear();
 #if defined(__SANITIZE_ADDRESS__)
     void* fake = nullptr;
     __sanitizer_start_switch_fiber(&fake, host_stack_, host_stack_bytes_);
 #endif
-    swapcontext(&f.context, &host_);
+    if (!_setjmp(f.place)) _longjmp(host_, 1);
 #if defined(__SANITIZE_ADDRESS__)
     __sanitizer_finish_switch_fiber(fake, &host_stack_, &host_stack_bytes_);
 #endif
@@ -234,8 +264,7 @@ class Launch {
 #if defined(__SANITIZE_ADDRESS__)
     __sanitizer_start_switch_fiber(nullptr, host_stack_, host_stack_bytes_);
 #endif
-    setcontext(&host_);
-    std::abort();
+    _longjmp(host_, 1);
   }
 
   std::function<void()> kernel_;
@@ -246,12 +275,76 @@ class Launch {
   const int draws_;
   int fiber_ = 0;
   std::exception_ptr error_;
-  ucontext_t host_;
+  jmp_buf host_;
   const void* host_stack_ = nullptr;
   size_t host_stack_bytes_ = 0;
 };
 
 inline Launch& launch() { return *Launch::current; }
+
+// RNNKERN_SIMT_WITHOUT=NAME leaves out what calls itself so: results must then go wrong.
+inline bool left_out(const std::string& name) {
+  static const char* const named = std::getenv("RNNKERN_SIMT_WITHOUT");
+  return named && name == named;
+}
+
+// What is queued in the streams of a GPU, done when somebody waits for it. Within a stream one
+// thing follows the other. Of several streams one goes far ahead of the others, which is drawn, or
+// they take turns: so far as nobody has said what waits for what.
+class Streams {
+ public:
+  void add(const void* stream, std::function<void()> work) {
+    streams_[stream].items.push_back({std::move(work), nullptr, 0});
+  }
+  // What is added to `later` from now on waits for what has been added to `earlier` up to now.
+  void order(const void* earlier, const void* later) {
+    Stream& before = streams_[earlier];
+    streams_[later].items.push_back({{}, &before, before.done + before.items.size()});
+  }
+  // Throws what the first work to fail has thrown; then the rest is forgotten.
+  void finish() {
+    auto streams = std::move(streams_);  // the streams stay where they are
+    streams_.clear();
+    std::vector<Stream*> all;
+    for (auto& [_, stream] : streams) all.push_back(&stream);
+    std::shuffle(all.begin(), all.end(), random_);
+    const bool in_turns = random_() % 3 == 0;
+    while (true) {
+      if (in_turns) std::shuffle(all.begin(), all.end(), random_);
+      const auto next = std::find_if(all.begin(), all.end(), [](const Stream* s) {
+        return !s->items.empty() &&
+               (!s->items.front().after || s->items.front().after->done >= s->items.front().count);
+      });
+      if (next == all.end()) return;
+      const Item item = std::move((*next)->items.front());
+      (*next)->items.pop_front();
+      if (item.work) item.work();
+      ++(*next)->done;
+    }
+  }
+  void forget() { streams_.clear(); }
+
+ private:
+  struct Stream;
+  struct Item {
+    std::function<void()> work;
+    const Stream* after;  // waits until so many items of that stream are done
+    size_t count;
+  };
+  struct Stream {
+    std::deque<Item> items;
+    size_t done = 0;
+  };
+  std::map<const void*, Stream> streams_;
+  std::mt19937 random_{1};
+};
+// In a library of a cell: where the extension's are, which it uses.
+inline Streams& (*streams_of_host)() = nullptr;
+inline Streams& streams() {
+  if (streams_of_host) return streams_of_host();
+  static thread_local Streams of_thread;
+  return of_thread;
+}
 
 // As where a process has only a share of the device: RNNKERN_SIMT_BLOCKS run at once.
 inline int most_blocks() {
@@ -263,6 +356,33 @@ inline int most_blocks() {
 inline bool fails(const std::string& kernel) {
   const char* const named = std::getenv("RNNKERN_SIMT_FAILS");
   return named && kernel == named;
+}
+
+// What a thread of a kernel runs in place of the kernel's own C++, given its arguments.
+using Body = void (*)(const void* arguments, Launch& launch);
+
+// RNNKERN_SIMT_KERNELS=FILE:FILE... names libraries of such bodies (tests/ptx makes them). The
+// first one that knows a kernel is taken; it is an error if none does.
+inline Body replacement(const char* type, size_t argument_bytes) {
+  const char* const named = std::getenv("RNNKERN_SIMT_KERNELS");
+  if (!named || !*named) return nullptr;
+  std::stringstream files(named);
+  for (std::string file; std::getline(files, file, ':');) {
+    void* const library = dlopen(file.c_str(), RTLD_NOW | RTLD_LOCAL);  // loaded once, and stays
+    if (!library) throw std::runtime_error(dlerror());
+    using Find = Body (*)(const char* type, size_t argument_bytes);
+    const auto find = reinterpret_cast<Find>(dlsym(library, "find_kernel"));
+    if (const Body body = find(type, argument_bytes)) return body;
+  }
+  throw std::runtime_error(std::string("simt: no library has the kernel ") + type);
+}
+
+template <typename Kernel>
+std::function<void()> body_of(const typename Kernel::Arguments& arguments) {
+  if (const Body body = replacement(typeid(Kernel).name(), sizeof arguments)) {
+    return [&arguments, body] { body(&arguments, launch()); };
+  }
+  return [&arguments] { Kernel::run(arguments); };
 }
 
 // A place in a kernel where threads wait. RNNKERN_SIMT_WITHOUT=FILE:LINE leaves that one out:

@@ -1,9 +1,9 @@
 // LSTM with coupled gates, in the order f, g, o, each a = W_i* x + b_i* + W_h* h + b_h*. What is
 // forgotten makes room for what is written, i = 1 - f:
 //
-//   c' = sigmoid(f) c + (1 - sigmoid(f)) tanh(g)        h' = sigmoid(o) tanh(c')
+//   c(t) = sigmoid(f) c(t-1) + (1 - sigmoid(f)) tanh(g)        h(t) = sigmoid(o) tanh(c(t))
 //
-// The slots are the gates. The activated gates and c' are saved for backward.
+// The slots are the gates. The activated gates and c(t) are saved for backward.
 #pragma once
 
 #include <array>
@@ -14,7 +14,7 @@ namespace rnnkern {
 namespace RNNKERN_NAMESPACE {
 
 struct CoupledLstm {
-  static constexpr const char* kMode = "COUPLED_LSTM";
+  static constexpr const char* kMode = "COUPLED";
   static constexpr std::array kGateNames = {"f", "g", "o"};
   static constexpr CellShape kShape = {.gates = 3, .cell_state = true, .saves_slots = true};
   enum Slot { kF, kG, kO };

@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence  # noqa: E402
 import rnnkern  # noqa: E402
 from rnnkern import modules  # noqa: E402
 
-MODE = "COUPLED_LSTM"
+MODE = "COUPLED"
 
 
 class CoupledLSTM(nn.RNNBase):
@@ -83,7 +83,7 @@ class CoupledLSTM(nn.RNNBase):
 
 
 rnnkern.CoupledLSTM = modules.CoupledLSTM
-oracle._LAYERS[MODE] = CoupledLSTM
+oracle.LAYERS[MODE] = oracle.Kind(CoupledLSTM, has_cell_state=True)
 support.LAYERS = ("CoupledLSTM",)
 support.FORMS.clear()
 support.FORMS["CoupledLSTM"] = ("CoupledLSTM", {})

@@ -1,0 +1,175 @@
+"""What rnnkern's constructors take besides torch.nn's arguments."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rnnkern.call import mode_of
+from rnnkern.known_cells import CELLS
+
+DEFAULTS = {
+    "recurrent_dropout": 0.0,
+    "zoneout": 0.0,
+    "orthogonal": False,
+    "forget_bias": None,
+}
+"""What such an attribute is of a module that was not given another value."""
+
+NOT_NORMALISED: list[list[str]] = []
+"""The attribute ``_gain_names`` of a module without layer normalisation. With it, it has the names
+of the parameters of each direction of each layer. There is no public attribute, because models call
+submodules ``layer_norm``.
+"""
+
+
+def layer(
+    self: Any,
+    *args: Any,
+    layer_norm: bool = False,
+    recurrent_dropout: float = 0.0,
+    zoneout: float = 0.0,
+    orthogonal: bool = False,
+    **kwargs: Any,
+) -> None:
+    """``__init__`` of `rnnkern.RNN` and `rnnkern.GRU`."""
+    super(ours(type(self)), self).__init__(*args, **kwargs)
+    settle(
+        self,
+        layer_norm=layer_norm,
+        recurrent_dropout=recurrent_dropout,
+        zoneout=zoneout,
+        orthogonal=orthogonal,
+    )
+
+
+def ours(kind: type) -> Any:
+    """The class of ``rnnkern`` that a recurrent module's class comes from."""
+    return next(base for base in kind.__mro__ if base.__module__ == "rnnkern.modules")
+
+
+def settle(module: Any, **given: Any) -> None:
+    """Checks the options of a module that torch.nn has made, and carries them out.
+
+    A default is not stored: the class has it. So a module without options is as torch.nn makes it.
+
+    Raises:
+        TypeError: a value is not a number, or ``orthogonal`` or ``layer_norm`` not a bool.
+        ValueError: a probability is outside ``[0, 1)``, ``forget_bias`` is not finite, or is given
+            without ``bias``.
+    """
+    for name in ("recurrent_dropout", "zoneout"):
+        if name in given:
+            given[name] = probability(name, given[name])
+    for name in ("orthogonal", "layer_norm"):
+        if not isinstance(given[name], bool):
+            raise TypeError(f"{name} must be a bool, got {type(given[name]).__name__}")
+    forget_bias = given.get("forget_bias")
+    if forget_bias is not None:
+        given["forget_bias"] = _number("forget_bias", forget_bias)
+        if not math.isfinite(forget_bias):
+            raise ValueError(f"forget_bias must be finite, got {forget_bias}")
+        if not module.bias:
+            raise ValueError(f"forget_bias={forget_bias} needs bias=True, got bias=False")
+    is_normalised = given.pop("layer_norm")
+    for name, value in given.items():
+        if value != DEFAULTS[name]:
+            setattr(module, name, value)
+    if is_normalised:
+        _add_gains(module)
+    _initialise(module)
+
+
+def _add_gains(module: Any) -> None:
+    """Registers the parameters of layer normalisation, behind torch.nn's and not among its flat
+    weights.
+    """
+    if getattr(module, "nonlinearity", "tanh") not in ("tanh", "relu"):
+        raise ValueError(f"Unknown nonlinearity: {module.nonlinearity}")
+    cell, H, like = CELLS[mode_of(module)], module.hidden_size, next(module.parameters())
+    sizes = {"gain_ih": cell.gates * H}
+    if cell.recurrent:
+        sizes["gain_hh"] = cell.gates * H
+    if cell.normalises_c:
+        sizes |= {"gain_c": H, "bias_c": H} if module.bias else {"gain_c": H}
+    suffixes = [""]
+    if isinstance(module, nn.RNNBase):
+        directions = ("", "_reverse")[: 1 + module.bidirectional]
+        suffixes = [f"_l{i}{end}" for i in range(module.num_layers) for end in directions]
+    for suffix in suffixes:
+        for kind, size in sizes.items():
+            if hasattr(module, kind + suffix):
+                raise ValueError(
+                    f"layer_norm adds a parameter {kind + suffix}, which the cell {module.mode} "
+                    "has already"
+                )
+            setattr(module, kind + suffix, nn.Parameter(like.new_empty(size)))
+    module._gain_names = [[kind + suffix for kind in sizes] for suffix in suffixes]
+
+
+def gains_of(module: Any) -> tuple[tuple[Tensor, ...], ...]:
+    """The parameters of layer normalisation of each direction of each layer, in the order in which
+    the kernels take them; none if there is no normalisation.
+    """
+    names = getattr(module, "_gain_names", NOT_NORMALISED)
+    return tuple(tuple(getattr(module, name) for name in own) for own in names)
+
+
+def named(option: str, value: Any) -> tuple[str, Any]:
+    """An option as the constructor calls it, and its value, for an attribute of a module."""
+    return ("layer_norm", True) if option == "_gain_names" else (option, value)
+
+
+def probability(name: str, value: Any) -> float:
+    """The value as a float; raises an error unless it is a number in ``[0, 1)``."""
+    number = _number(name, value)
+    if not 0 <= number < 1:
+        raise ValueError(f"{name} must be a probability in [0, 1), got {value}")
+    return number
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    return float(value)
+
+
+def reset_parameters(self: Any) -> None:
+    """Draws the parameters as ``torch.nn`` does, and then as the options ask for."""
+    _torch_base(self).reset_parameters(self)
+    _initialise(self)
+
+
+def extra_repr(self: Any) -> str:
+    own = ["layer_norm=True"] if self._gain_names else []
+    own += [f"{name}={vars(self)[name]}" for name in DEFAULTS if name in vars(self)]
+    return ", ".join([_torch_base(self).extra_repr(self), *own])
+
+
+def _torch_base(module: Any) -> Any:
+    return nn.RNNCellBase if isinstance(module, nn.RNNCellBase) else nn.RNNBase
+
+
+@torch.no_grad()
+def _initialise(module: Any) -> None:
+    H, forget_bias = module.hidden_size, getattr(module, "forget_bias", None)
+    for name, parameter in module.named_parameters():
+        if module.orthogonal and name.startswith("weight_hh"):
+            for gate in parameter.split(H):
+                _be_orthogonal(gate)
+        if name.startswith("gain_"):
+            parameter.fill_(1)
+        elif name.startswith("bias_c"):
+            parameter.zero_()
+        elif forget_bias is not None and name.startswith("bias"):  # rows of the gates i, f, g, o
+            parameter[H : 2 * H] = forget_bias if name.startswith("bias_ih") else 0
+
+
+def _be_orthogonal(weight: Tensor) -> None:
+    """``torch.nn.init.orthogonal_`` for every dtype: the decomposition has no 16-bit types."""
+    computed = torch.promote_types(weight.dtype, torch.float32)
+    drawn = torch.empty_like(weight, dtype=computed)
+    weight.copy_(nn.init.orthogonal_(drawn))
