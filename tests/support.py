@@ -41,6 +41,12 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "LSTM-proj": ("LSTM", {"proj_size": 3}),
     "GRU": ("GRU", {}),
 }
+CELL_FORMS: dict[str, tuple[str, dict[str, Any]]] = {
+    "RNNCell": ("RNNCell", {}),
+    "RNNCell-relu": ("RNNCell", {"nonlinearity": "relu"}),
+    "LSTMCell": ("LSTMCell", {}),
+    "GRUCell": ("GRUCell", {}),
+}
 
 
 def build(kind: str, *sizes: int, dtype: torch.dtype = torch.float32, **options: Any) -> nn.Module:
@@ -54,6 +60,14 @@ def build(kind: str, *sizes: int, dtype: torch.dtype = torch.float32, **options:
         with cudnn():
             module.flatten_parameters()
     return module
+
+
+def build_form(form: str, *sizes: int, proj_size: int | None = None, **options: Any) -> nn.Module:
+    """The module of a form. `proj_size` changes that of a form with a projection, and no other."""
+    kind, own = (FORMS | CELL_FORMS)[form]
+    if proj_size is not None and "proj_size" in own:
+        own = own | {"proj_size": proj_size}
+    return build(kind, *sizes, **own, **options)
 
 
 @contextmanager
@@ -362,6 +376,16 @@ def loss_of(module: nn.Module, **options: Any) -> Callable[..., Tensor]:
         return sum(output.square().sum() for output in outputs.values())  # type: ignore[return-value]
 
     return loss
+
+
+class Halved(nn.Module):
+    """A parametrization."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight / 2
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        return weight * 2
 
 
 class Tagger(nn.Module):

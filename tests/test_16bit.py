@@ -21,6 +21,7 @@ from support import (
     assert_agree,
     assert_bitwise,
     build,
+    build_form,
     check,
     evaluate,
     flatten,
@@ -170,8 +171,7 @@ def test_autocast(kind: str, N: int, hx: bool, given: torch.dtype) -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_autocast_of_stacks(form: str) -> None:
-    kind, own = FORMS[form]
-    module = build(kind, 24, 40, num_layers=2, bidirectional=True, **own)
+    module = build_form(form, 24, 40, num_layers=2, bidirectional=True)
     leaves = leaves_for(module, 5, 7)
     if form == "RNN-relu":  # its gradient jumps: see `check`
         with torch.no_grad():
@@ -426,8 +426,7 @@ def test_products_of_every_shape(N: int, K: int) -> None:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", NARROW, ids=str)
 def test_training_and_inference_agree(dtype: torch.dtype, form: str) -> None:
-    kind, own = FORMS[form]
-    module = build(kind, 11, 37, dtype=dtype, bidirectional=True, **own)
+    module = build_form(form, 11, 37, dtype=dtype, bidirectional=True)
     leaves = {name: leaf.to(dtype) for name, leaf in leaves_for(module, 6, 5).items()}
     lengths, reset = torch.tensor([3, 6, 0, 5, 1]), torch.rand(6, 5) < 0.3
 
