@@ -38,14 +38,14 @@ class GatherRows {
     const int64_t first = int64_t(block_index()) * warps + thread_index() / kWarp;
     for (int64_t i = a.first_step * s.N + first; i < a.end_step * s.N;
          i += int64_t(blocks_in_grid()) * warps) {
-      const int64_t t = i / s.N, slot = i % s.N;
-      const bool active = slot < active_rows(s, t);
+      const int64_t t = i / s.N, rank = i % s.N;
+      const bool active = rank < active_rows(s, t);
       if (!active && s.start) continue;
       const T* const from =
           !active      ? a.zeros
-          : a.is_state ? previous_state(s, a.direction, t, slot, a.rows, a.initial, a.zeros)
-                       : row_at(s, a.rows, t, slot);
-      T* const row = row_at(s, to, t, slot);
+          : a.is_state ? previous_state(s, a.direction, t, rank, a.rows, a.initial, a.zeros)
+                       : row_at(s, a.rows, t, rank);
+      T* const row = row_at(s, to, t, rank);
       for (int64_t k = lane; k < a.width; k += kWarp) row[k] = from[k];
     }
   }

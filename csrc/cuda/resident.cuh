@@ -156,8 +156,8 @@ class ResidentBlock {
   }
 
   // Where number k of a row stands in the exchange buffer of an epoch.
-  RNNKERN_DEVICE E* exchanged(int64_t epoch, int64_t slot, int64_t k) const {
-    return reinterpret_cast<E*>(row_of(epoch, slot)) + k;
+  RNNKERN_DEVICE E* exchanged(int64_t epoch, int64_t rank, int64_t k) const {
+    return reinterpret_cast<E*>(row_of(epoch, rank)) + k;
   }
   // The sums of a turn's group over the rows of its pass, as exchanged in `epoch`; then of all
   // warps in shared memory, once the block has met.
@@ -292,10 +292,10 @@ class ResidentBlock {
     }
   }
 
-  RNNKERN_DEVICE Quad* row_of(int64_t epoch, int64_t slot) const {
+  RNNKERN_DEVICE Quad* row_of(int64_t epoch, int64_t rank) const {
     const int64_t rows = int64_t(r_.row_teams) * r_.passes * kColumns;
     return r_.exchange +
-           ((epoch % 2 * directions_ + direction_) * rows + slot) * r_.chunks * kQuadsOfRow;
+           ((epoch % 2 * directions_ + direction_) * rows + rank) * r_.chunks * kQuadsOfRow;
   }
 
   // Of a warp's chunks in shared memory the one of that index.
@@ -442,15 +442,15 @@ class Pairs {
   RNNKERN_DEVICE int unit() const { return unit_; }
   RNNKERN_DEVICE int column(int i) const { return first_ + i * apart_; }
 
-  // f(i, slot, unit) for those of the thread that there are.
+  // f(i, rank, unit) for those of the thread that there are.
   template <typename F>
   RNNKERN_DEVICE void for_each(const Range& rows, const Range& units, F f) const {
     const int64_t u = units.begin + unit_;
     if (first_ >= apart_ || u >= units.end) return;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      const int64_t slot = rows.begin + column(i);
-      if (slot < rows.end) f(i, slot, u);
+      const int64_t rank = rows.begin + column(i);
+      if (rank < rows.end) f(i, rank, u);
     }
   }
 

@@ -98,10 +98,10 @@ class ResidentBackward {
 
   RNNKERN_DEVICE void pass_idle_rows(const Turn& turn) const {
     pairs_.for_each(block_.rows(turn.pass), block_.units(turn.group),
-                    [&](int, int64_t slot, int64_t unit) {
-                      if (slot < active_rows(s_, 0)) return;
-                      pass_element(s_, b_.dhn, b_.dh0, d_, slot, unit);
-                      if (kShape.cell_state) pass_element(s_, b_.dcn, b_.dc0, d_, slot, unit);
+                    [&](int, int64_t rank, int64_t unit) {
+                      if (rank < active_rows(s_, 0)) return;
+                      pass_element(s_, b_.dhn, b_.dh0, d_, rank, unit);
+                      if (kShape.cell_state) pass_element(s_, b_.dcn, b_.dc0, d_, rank, unit);
                     });
   }
 
@@ -110,12 +110,12 @@ class ResidentBackward {
   // last step.
   RNNKERN_DEVICE void load(const Visit& v, const Turn& turn) {
     pairs_.for_each(block_.rows(turn.pass), block_.units(turn.group),
-                    [&](int p, int64_t slot, int64_t unit) {
-                      if (slot >= v.active_end) return;
+                    [&](int p, int64_t rank, int64_t unit) {
+                      if (rank >= v.active_end) return;
                       Step<A>& s = ahead_[p];
-                      loads_.get_step(v.t, slot, unit, &s);
-                      s.dh = loads_.dy(v.t, slot, unit);
-                      cut_.set(p, cut(s_, d_, v.t, slot));
+                      loads_.get_step(v.t, rank, unit, &s);
+                      s.dh = loads_.dy(v.t, rank, unit);
+                      cut_.set(p, cut(s_, d_, v.t, rank));
                     });
   }
 
@@ -127,19 +127,19 @@ class ResidentBackward {
     Bits<kPairs> has_product, active, ends;
     Gates* to[kPairs];
     A direct[kPairs], dh[kPairs];
-    pairs_.for_each(rows, units, [&](int p, int64_t slot, int64_t unit) {
-      has_product.set(p, slot < before.active_end);
-      ends.set(p, slot < before.active_end && slot >= before.leaving && b_.dh0.data);
-      active.set(p, slot < v.active_end);
-      direct[p] = kShape.reads_h && slot < before.active_end ? carried_dh(turn, p) : A(0);
-      if (slot >= v.active_end) return;
+    pairs_.for_each(rows, units, [&](int p, int64_t rank, int64_t unit) {
+      has_product.set(p, rank < before.active_end);
+      ends.set(p, rank < before.active_end && rank >= before.leaving && b_.dh0.data);
+      active.set(p, rank < v.active_end);
+      direct[p] = kShape.reads_h && rank < before.active_end ? carried_dh(turn, p) : A(0);
+      if (rank >= v.active_end) return;
       Step<A>& s = ahead_[p];
-      const bool enters = slot >= v.entering;
-      if (enters) s.dh += element_of(s_, b_.dhn, d_, slot, unit);
+      const bool enters = rank >= v.entering;
+      if (enters) s.dh += element_of(s_, b_.dhn, d_, rank, unit);
       if constexpr (kShape.cell_state) {
-        s.dc = enters ? element_of(s_, b_.dcn, d_, slot, unit) : carried_dc(turn, p);
+        s.dc = enters ? element_of(s_, b_.dcn, d_, rank, unit) : carried_dc(turn, p);
       }
-      to[p] = reinterpret_cast<Gates*>(block_.exchanged(i + 1, slot, unit * kShape.gates));
+      to[p] = reinterpret_cast<Gates*>(block_.exchanged(i + 1, rank, unit * kShape.gates));
     });
     if (before.active_end > rows.begin) block_.multiply(turn, i);
 #pragma unroll
@@ -162,17 +162,17 @@ class ResidentBackward {
       }
     }
     block_.finish(turn, i + 1);
-    pairs_.for_each(rows, units, [&](int p, int64_t slot, int64_t unit) {
-      if (ends[p]) put(state_at(s_, b_.dh0, d_, slot) + unit, dh[p]);
-      if (i == s_.T || (slot >= v.active_end && s_.start)) return;
-      T* to = row_at(s_, dslots_, v.t, slot) + unit;
+    pairs_.for_each(rows, units, [&](int p, int64_t rank, int64_t unit) {
+      if (ends[p]) put(state_at(s_, b_.dh0, d_, rank) + unit, dh[p]);
+      if (i == s_.T || (rank >= v.active_end && s_.start)) return;
+      T* to = row_at(s_, dslots_, v.t, rank) + unit;
 #pragma unroll
       for (int g = 0; g < kShape.slots; ++g) {
-        put(to + g * z_.H, slot < v.active_end ? ahead_[p].slot[g] : A(0));
+        put(to + g * z_.H, rank < v.active_end ? ahead_[p].slot[g] : A(0));
       }
       if constexpr (kShape.cell_state) {
-        if (slot < v.active_end && slot >= v.leaving && b_.dc0.data) {
-          put(state_at(s_, b_.dc0, d_, slot) + unit, ahead_[p].dc);
+        if (rank < v.active_end && rank >= v.leaving && b_.dc0.data) {
+          put(state_at(s_, b_.dc0, d_, rank) + unit, ahead_[p].dc);
         }
       }
     });

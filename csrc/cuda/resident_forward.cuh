@@ -137,19 +137,19 @@ class ResidentForward {
   // with them.
   RNNKERN_DEVICE void begin(const Turn& turn) const {
     pairs_.for_each(
-        block_.rows(turn.pass), block_.units(turn.group), [&](int i, int64_t slot, int64_t unit) {
-          const bool is_cut = d_ == 0 && cut(s_, 0, 0, slot);
-          const A h = is_cut ? A(0) : element_of(s_, a_.f.h0, d_, slot, unit);
+        block_.rows(turn.pass), block_.units(turn.group), [&](int i, int64_t rank, int64_t unit) {
+          const bool is_cut = d_ == 0 && cut(s_, 0, 0, rank);
+          const A h = is_cut ? A(0) : element_of(s_, a_.f.h0, d_, rank, unit);
           carried_h(turn, i) = h;
           if constexpr (kShape.cell_state) {
-            carried_c(turn, i) = is_cut ? A(0) : element_of(s_, a_.f.c0, d_, slot, unit);
+            carried_c(turn, i) = is_cut ? A(0) : element_of(s_, a_.f.c0, d_, rank, unit);
           }
           for (int epoch = 0; epoch < 2; ++epoch) {
-            put_operand(block_.exchanged(epoch, slot, unit), h);
+            put_operand(block_.exchanged(epoch, rank, unit), h);
           }
-          if (slot < active_rows(s_, 0)) return;
-          pass_element(s_, a_.f.h0, a_.f.hn, d_, slot, unit);
-          if (kShape.cell_state) pass_element(s_, a_.f.c0, a_.f.cn, d_, slot, unit);
+          if (rank < active_rows(s_, 0)) return;
+          pass_element(s_, a_.f.h0, a_.f.hn, d_, rank, unit);
+          if (kShape.cell_state) pass_element(s_, a_.f.c0, a_.f.cn, d_, rank, unit);
         });
   }
 
@@ -157,12 +157,12 @@ class ResidentForward {
   // begins after that step.
   RNNKERN_DEVICE void load_inputs(const Visit& v, const Turn& turn) {
     pairs_.for_each(
-        block_.rows(turn.pass), block_.units(turn.group), [&](int p, int64_t slot, int64_t unit) {
-          if (slot >= v.active_end) return;
-          const A* row = row_at(s_, inputs_, v.t, slot) + unit;
+        block_.rows(turn.pass), block_.units(turn.group), [&](int p, int64_t rank, int64_t unit) {
+          if (rank >= v.active_end) return;
+          const A* row = row_at(s_, inputs_, v.t, rank) + unit;
 #pragma unroll
           for (int g = 0; g < kShape.gates; ++g) ahead_[p][g] = row[g * z_.H];
-          cut_after_.set(p, slot < v.leaving && cut(s_, d_, d_ == 0 ? v.t + 1 : v.t - 1, slot));
+          cut_after_.set(p, rank < v.leaving && cut(s_, d_, d_ == 0 ? v.t + 1 : v.t - 1, rank));
         });
   }
 
@@ -172,16 +172,16 @@ class ResidentForward {
     Step<A> steps[kPairs];
     E* to[kPairs];
     Bits<kPairs> active;
-    pairs_.for_each(rows, units, [&](int p, int64_t slot, int64_t unit) {
-      active.set(p, slot < v.active_end);
-      if (slot >= v.active_end) return;
+    pairs_.for_each(rows, units, [&](int p, int64_t rank, int64_t unit) {
+      active.set(p, rank < v.active_end);
+      if (rank >= v.active_end) return;
       Step<A>& s = steps[p];
       add_inputs<Cell>(
           s, [&](int slot) { return bias(turn.group, slot, pairs_.unit()); },
           [&](int gate) { return ahead_[p][gate]; });
       s.h_prev = carried_h(turn, p);
       if constexpr (kShape.cell_state) s.c_prev = carried_c(turn, p);
-      to[p] = block_.exchanged(i, slot, unit);
+      to[p] = block_.exchanged(i, rank, unit);
     });
     if (v.active_end > rows.begin) block_.multiply(turn, i + 1);
 #pragma unroll
@@ -197,12 +197,12 @@ class ResidentForward {
       if constexpr (kShape.cell_state) carried_c(turn, p) = cut_after_[p] ? A(0) : s.c;
     }
     block_.finish(turn, i + 2);
-    pairs_.for_each(rows, units, [&](int p, int64_t slot, int64_t unit) {
-      if (slot < v.active_end) {
-        put(row_at(s_, y_, v.t, slot) + unit, steps[p].h);
-        stores_.put_step(v, slot, unit, steps[p]);
+    pairs_.for_each(rows, units, [&](int p, int64_t rank, int64_t unit) {
+      if (rank < v.active_end) {
+        put(row_at(s_, y_, v.t, rank) + unit, steps[p].h);
+        stores_.put_step(v, rank, unit, steps[p]);
       } else if (!s_.start) {
-        row_at(s_, y_, v.t, slot)[unit] = T{};  // a padded row past its end
+        row_at(s_, y_, v.t, rank)[unit] = T{};  // a padded row past its end
       }
     });
     if (i + 1 == a_.end && turn.is_last(r_)) return;  // the inputs that follow are not there yet

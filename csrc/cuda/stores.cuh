@@ -100,17 +100,17 @@ RNNKERN_DEVICE void load_parameters(const Weights<T>& w, int64_t unit, To to) {
 // An element of a state; zero where there is none.
 template <typename T>
 RNNKERN_DEVICE Compute<T> element_of(const Steps& s, const State<const T>& state, int direction,
-                                     int64_t slot, int64_t column) {
-  return state.data ? value(state_at(s, state, direction, slot)[column]) : Compute<T>(0);
+                                     int64_t rank, int64_t column) {
+  return state.data ? value(state_at(s, state, direction, rank)[column]) : Compute<T>(0);
 }
 
 // Copies an element of a state; nothing where it is not wanted.
 template <typename T>
 RNNKERN_DEVICE void pass_element(const Steps& s, const State<const T>& from, const State<T>& to,
-                                 int direction, int64_t slot, int64_t column) {
+                                 int direction, int64_t rank, int64_t column) {
   if (!to.data) return;
-  state_at(s, to, direction, slot)[column] =
-      from.data ? state_at(s, from, direction, slot)[column] : T{};
+  state_at(s, to, direction, rank)[column] =
+      from.data ? state_at(s, from, direction, rank)[column] : T{};
 }
 
 // Cell states of narrow types are carried from step to step as what is computed with.
@@ -142,17 +142,17 @@ class ForwardStores {
         slots_(saved_rows(s_, f.slots, d_, kShape.stored() * f.sizes.H)),
         cells_(saved_rows(s_, f.cells, d_, kShape.planes() * f.sizes.H)) {}
 
-  RNNKERN_DEVICE void put_step(const Visit& v, int64_t slot, int64_t unit, const Step<A>& s) const {
-    const bool leaves = slot >= v.leaving;
-    if (leaves && !f_.sizes.projected) put(state_at(s_, f_.hn, d_, slot) + unit, s.h);
+  RNNKERN_DEVICE void put_step(const Visit& v, int64_t rank, int64_t unit, const Step<A>& s) const {
+    const bool leaves = rank >= v.leaving;
+    if (leaves && !f_.sizes.projected) put(state_at(s_, f_.hn, d_, rank) + unit, s.h);
 #pragma unroll
     for (int j = 0; j < kShape.planes(); ++j) {
       const int64_t column = j * f_.sizes.H + unit;
-      if (cells_.data) put(row_at(s_, cells_, v.t, slot) + column, c_of(s, j));
-      if (leaves) put(state_at(s_, f_.cn, d_, slot) + column, c_of(s, j));
+      if (cells_.data) put(row_at(s_, cells_, v.t, rank) + column, c_of(s, j));
+      if (leaves) put(state_at(s_, f_.cn, d_, rank) + column, c_of(s, j));
     }
     if (kShape.saves_slots && slots_.data) {
-      T* saved = row_at(s_, slots_, v.t, slot) + unit;
+      T* saved = row_at(s_, slots_, v.t, rank) + unit;
 #pragma unroll
       for (int i = 0; i < kShape.stored(); ++i) put(saved + i * f_.sizes.H, s.slot[i]);
     }
@@ -184,28 +184,28 @@ class BackwardLoads {
         dy_(columns(b.dy, b.dy_uniform ? 0 : d_ * b.sizes.O)) {}
 
   // Slots (or h), h_prev, c and c_prev, as far as the cell has them.
-  RNNKERN_DEVICE void get_step(int64_t t, int64_t slot, int64_t unit, Step<A>* s) const {
+  RNNKERN_DEVICE void get_step(int64_t t, int64_t rank, int64_t unit, Step<A>* s) const {
     if constexpr (kShape.saves_slots) {
-      const T* saved = row_at(s_, slots_, t, slot) + unit;
+      const T* saved = row_at(s_, slots_, t, rank) + unit;
 #pragma unroll
       for (int i = 0; i < kShape.stored(); ++i) s->slot[i] = value(saved[i * b_.sizes.H]);
     } else {
-      s->h = value(row_at(s_, y_, t, slot)[unit]);
+      s->h = value(row_at(s_, y_, t, rank)[unit]);
     }
     if constexpr (kShape.reads_h) {
-      s->h_prev = value(previous_state(s_, d_, t, slot, y_, b_.h0, zeros_)[unit]);
+      s->h_prev = value(previous_state(s_, d_, t, rank, y_, b_.h0, zeros_)[unit]);
     }
 #pragma unroll
     for (int j = 0; j < kShape.planes(); ++j) {
       const int64_t column = j * b_.sizes.H + unit;
-      c_of(*s, j) = value(row_at(s_, cells_, t, slot)[column]);
-      c_prev_of(*s, j) = value(previous_state(s_, d_, t, slot, cells_, b_.c0, zeros_)[column]);
+      c_of(*s, j) = value(row_at(s_, cells_, t, rank)[column]);
+      c_prev_of(*s, j) = value(previous_state(s_, d_, t, rank, cells_, b_.c0, zeros_)[column]);
     }
   }
 
-  RNNKERN_DEVICE A dy(int64_t t, int64_t slot, int64_t o) const {
+  RNNKERN_DEVICE A dy(int64_t t, int64_t rank, int64_t o) const {
     if (!dy_.data) return 0;
-    return value(row_at(s_, dy_, t, slot)[b_.dy_uniform ? 0 : o]);
+    return value(row_at(s_, dy_, t, rank)[b_.dy_uniform ? 0 : o]);
   }
 
  private:
