@@ -1,20 +1,23 @@
-// The stepwise tier: in each step a product of the whole batch (product.h), then a kernel with one
-// thread for each cell, forward
+// The stepwise tier. Each step is a product of the whole batch (product.h), then a kernel with one
+// thread for each cell. Forward:
 //
 //   sums = h(t-1) W_hh^T        slots(t) = inputs(t) + sums + biases,  (h, c)(t) = cell(slots, ...)
 //
-// with inputs = x W_ih^T made before, for a window of steps, and backward, in reverse scan order,
+// Here inputs = x W_ih^T is computed before, for a window of steps. Backward, in reverse scan
+// order:
 //
 //   dh = dslots(t+1) x W_hh     dslots(t), dc, dh' = cell_backward(slots(t), ..., dh + dh' + dy(t))
 //
-// With a projection there is a second product a step, and a kernel that takes what it made:
-// y = m W_hr^T of what the cells made, and before them dm = (dh + dy) x W_hr.
+// With a projection each step has a second product, and a kernel that reads its result: y = m
+// W_hr^T after the cells of the forward pass, and dm = (dh + dy) x W_hr before those of the
+// backward pass.
 //
-// What passes between steps lies by direction and rank; rows that take no part are multiplied with
-// the others, and what comes out is not used. The product of a step of backward is that of the step
-// before, so step T, of which there are no cells, ends the rows of the last one.
+// What passes between steps is in memory by direction and rank. Rows that take no part are
+// multiplied with the others, and their results are not used. A backward step computes the product
+// of the step before it. So there is a step T without cells, which ends the rows of the last step.
 //
-// Second derivatives take the same two ways: the tangents of forward, and backward on dual numbers.
+// Second derivatives use the same two passes: the tangents of the forward pass, and the backward
+// pass on dual numbers.
 #pragma once
 
 #include "cuda/stores.cuh"
@@ -25,7 +28,7 @@ namespace RNNKERN_NAMESPACE {
 
 constexpr int kStepThreads = cuda::kBlockThreads;
 
-// Kernels with a thread for each of so many columns of each rank and direction.
+// A kernel with a thread for each column of each rank and direction.
 struct ElementKernel {
   static constexpr bool kBlocksWait = false;
   static constexpr int kMostThreads = kStepThreads;
@@ -33,9 +36,9 @@ struct ElementKernel {
 struct Element {
   int direction;
   int64_t rank, column;
-  int64_t place;  // of the column, where they lie by direction and rank
+  int64_t place;  // of the column in memory by direction and rank
 };
-// Of numbers that are not negative: in 32 bits where they fit, which is several times as fast.
+// a / b for numbers that are not negative. In 32 bits, if both fit, it is several times as fast.
 RNNKERN_DEVICE int64_t quotient(int64_t a, int64_t b) {
   if ((a | b) >> 32) return a / b;
   return uint32_t(a) / uint32_t(b);
@@ -51,7 +54,7 @@ inline int64_t element_blocks(const Sizes& z, const Steps& s, int64_t columns) {
   return cuda::quotient_up(z.D * s.N * columns, kStepThreads);
 }
 
-// The place of a plane of an element, where rows have so many planes.
+// The place of a plane of an element in rows with so many planes.
 RNNKERN_DEVICE int64_t place_of_plane(const Element& e, const Sizes& z, int plane, int planes) {
   return (e.place - e.column) * planes + plane * z.H + e.column;
 }
@@ -71,10 +74,10 @@ struct StepwiseForward : ElementKernel {
     Forward<T> f;
     Inputs<A> inputs;
     A* sums;         // [D, N, G*H]
-    T* h;            // [D, N, O]: of the step before, zero where an episode begins
+    T* h;            // [D, N, O]: of the step before; zero if an episode begins
     A* c = nullptr;  // [D, N, planes*H], likewise
-    T* m = nullptr;  // [D, N, H] where there is a projection: what it takes
-    A* y = nullptr;  // [D, N, O] and what it makes
+    T* m = nullptr;  // [D, N, H] if there is a projection: its input
+    A* y = nullptr;  // [D, N, O] and its result
     int64_t i = 0;   // number of the step
   };
 
@@ -84,8 +87,8 @@ struct StepwiseForward : ElementKernel {
     return rank < v.leaving && cut(s, direction, direction == 0 ? v.t + 1 : v.t - 1, rank);
   }
 
-  // The initial states, where each row finds them in its first step; rows that never take part end
-  // with them.
+  // Puts the initial states where each row reads them in its first step. Rows that never take part
+  // end with them.
   struct Begin : ElementKernel {
     using Arguments = StepwiseForward::Arguments;
 
@@ -121,7 +124,7 @@ struct StepwiseForward : ElementKernel {
     const int64_t H = z.H;
     const Visit v = visit_of(s, e.direction == 0, a.i);
     const bool is_active = e.rank < v.active_end;
-    // Where h of this step stands; before a projection, where backward wants it.
+    // The place for h of this step; before a projection, that in the saved buffer.
     const Rows<T> made = z.projected ? saved_rows(s, a.f.unprojected, e.direction, H)
                                      : columns(a.f.y, e.direction * H);
     T* const h_to =
@@ -165,7 +168,7 @@ struct StepwiseForward : ElementKernel {
     ForwardStores<T, Cell>(a.f, e.direction).put_step(v, e.rank, e.column, step);
   }
 
-  // After the projection of a step.
+  // Runs after the projection of a step.
   struct Projected : ElementKernel {
     using Arguments = StepwiseForward::Arguments;
 
@@ -194,8 +197,8 @@ struct StepwiseForward : ElementKernel {
 //
 //   sums = h'(t-1) W_hh^T      slots'(t) = fixed(t) + sums + biases',  (h, c)'(t) = tangent of cell
 //
-// fixed(t) are the products that no tangent of a state enters, made before for all steps. They
-// stand where the slots' will. What carries the states and takes projections is that of a forward
+// fixed(t) are the products that no tangent of a state enters, computed before for all steps. They
+// are in the memory that slots' will have. The states are carried, and projected, as in a forward
 // pass.
 template <typename T, typename Cell>
 struct StepwiseTangent : ElementKernel {
@@ -208,8 +211,8 @@ struct StepwiseTangent : ElementKernel {
     typename Forward::Arguments of;  // tangents: f.slots holds fixed(t), and then slots'
     Backward<T> values;
     const T* zeros;         // [max(H, O, planes H)]
-    const T* tangent_sums;  // [D, total, S*H] or null: what slots' have besides
-    T* m = nullptr;         // [D, N, H] where there is a projection: h before it, a value
+    const T* tangent_sums;  // [D, total, S*H] or null: further parts of slots'
+    T* m = nullptr;         // [D, N, H] if there is a projection: h before it, a value
   };
 
   RNNKERN_DEVICE static void run(const Arguments& a) {
@@ -285,8 +288,9 @@ struct StepwiseTangent : ElementKernel {
   }
 };
 
-// On values (kOrders = 1), or on dual numbers (kOrders = 2): then by[0] are the values, whose
-// gradients are made again because nobody has kept them, and by[1] the tangents, which are wanted.
+// The backward pass on values (kOrders = 1) or on dual numbers (kOrders = 2). On dual numbers by[0]
+// has the values, whose gradients are recomputed because they were not kept, and by[1] the
+// tangents, which are the results.
 template <typename T, typename Cell, int kOrders = 1>
 struct StepwiseBackward : ElementKernel {
   using A = Compute<T>;
@@ -299,18 +303,18 @@ struct StepwiseBackward : ElementKernel {
     Backward<T> by[kOrders];
     const T* zeros;          // [max(H, O, planes H)]
     A* dh;                   // [D, orders, N, O]: the product of the step before
-    A* dh_direct = nullptr;  // [D, orders, N, H] where the cell itself reads h
+    A* dh_direct = nullptr;  // [D, orders, N, H] if the cell itself reads h
     A* dc = nullptr;         // [D, orders, N, planes*H]
-    T* dgates = nullptr;     // [D, orders, N, G*H]: what the product takes, zero where an episode
+    T* dgates = nullptr;     // [D, orders, N, G*H]: operand of the product, zero if an episode
                              // began
-    T* dy = nullptr;         // [D, orders, N, O] where there is a projection: what it takes,
-    // and the same of each step, if it is wanted: row r of a direction begins r O behind.
+    T* dy = nullptr;         // [D, orders, N, O] if there is a projection: its operand,
+    // and the same for each step, if it is wanted: row r of a direction begins at + r O.
     T* dprojected[kOrders][kMaxDirections] = {};
-    A* dm = nullptr;  // [D, orders, N, H] and what it makes
+    A* dm = nullptr;  // [D, orders, N, H] and its result
     int64_t i = 0;    // number of the step
   };
 
-  // The place of an element of an order, in rows of so many numbers.
+  // The place of an element of an order, in rows of `width` numbers.
   RNNKERN_DEVICE static int64_t place(const Arguments& a, const Element& e, int order,
                                       int64_t width) {
     return ((e.direction * kOrders + order) * a.by[0].steps.N + e.rank) * width + e.column;
@@ -337,7 +341,7 @@ struct StepwiseBackward : ElementKernel {
     }
   }
 
-  // The gradient of h as the step before has left it, which is that of h_0 where a row has ended.
+  // The gradient of h as the step before has left it. If the row has ended, it is that of h_0.
   RNNKERN_DEVICE static A dh_before(const Arguments& a, const Element& e, int order) {
     const Backward<T>& b = a.by[order];
     const Steps& s = b.steps;
@@ -351,7 +355,7 @@ struct StepwiseBackward : ElementKernel {
     return dh;
   }
 
-  // The gradient of the output of a row at a step that it takes part in.
+  // The gradient of the output of a row at a step in which it takes part.
   RNNKERN_DEVICE static A dy_of(const Arguments& a, const Element& e, const Visit& v, int order,
                                 A dh) {
     const Backward<T>& b = a.by[order];
@@ -359,7 +363,7 @@ struct StepwiseBackward : ElementKernel {
     return BackwardLoads<T, Cell>(b, a.zeros, e.direction).dy(v.t, e.rank, e.column) + dh;
   }
 
-  // Rows that never take part hand on what they have got.
+  // Rows that never take part pass on the gradients of their final states.
   template <typename State, typename Gradient>
   RNNKERN_DEVICE static void pass_if_idle(const Arguments& a, const Element& e, const State& from,
                                           const Gradient& to, int plane = 0) {
@@ -368,7 +372,7 @@ struct StepwiseBackward : ElementKernel {
     pass_element(s, from, to, e.direction, e.rank, plane * a.by[0].sizes.H + e.column);
   }
 
-  // Before the product with W_hr.
+  // Runs before the product with W_hr.
   struct Projected : ElementKernel {
     using Arguments = StepwiseBackward::Arguments;
 
@@ -458,7 +462,7 @@ struct StepwiseBackward : ElementKernel {
     }
   }
 
-  // What forward, and its tangent, have left.
+  // Loads what the forward pass and its tangent have left.
   RNNKERN_DEVICE static void load_step(const Arguments& a, const Element& e, const Visit& v,
                                        Step<V>* to) {
     const auto load = [&](int order, Step<A>* step) {
