@@ -72,8 +72,8 @@ auto with_element_of(const Layer& layer, py::handle x, F f) {
 
 struct Outputs {
   py::object y, hn, cn;  // hn: None for a cell, because it is y; cn: None without a cell state
-  // For backward: y as it is now (y itself if nobody may change it, None if it is a part of what
-  // forward saves), and what forward saves, or None.
+  // For backward: y as it is now (y itself if the caller may not change it, None if it is a part of
+  // what forward saves), and what forward saves, or None.
   py::object kept_y = py::none(), saved = py::none();
 };
 

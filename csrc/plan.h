@@ -39,7 +39,7 @@ enum class Reading {
   // the weights. The bits are those of packed weights.
   kBroadcast,
   kInPlace,  // in place, backward: its rows are already rows of panels
-  kNone,     // there is none, or nobody reads it
+  kNone,     // there is no such matrix, or it is not read
 };
 
 struct Plan {
