@@ -53,7 +53,7 @@ def build(kind: str, *sizes: int, dtype: torch.dtype = torch.float32, **options:
     """rnnkern's module `kind`; its weights are float32 numbers also in float64, so that torch.nn
     can have the same.
 
-    On a GPU they lie as those of users do, in one block that is laid out for cuDNN.
+    On a GPU they are in one block that is laid out for cuDNN, as those of users are.
     """
     module = getattr(rnnkern, kind)(*sizes, **options).to(dtype)
     if isinstance(module, nn.RNNBase):
@@ -87,7 +87,7 @@ def autocast(dtype: torch.dtype = torch.bfloat16, *, enabled: bool = True) -> to
 
 
 def pack_rows(rows: list[Tensor], *, enforce_sorted: bool = True) -> PackedSequence:
-    """`pack_sequence`, which wants its lengths on the CPU but makes them where the default is."""
+    """`pack_sequence`, which needs its lengths on the CPU but makes them on the default device."""
     with torch.device("cpu"):
         return pack_sequence(rows, enforce_sorted=enforce_sorted)
 
@@ -188,7 +188,7 @@ def evaluate(
     values = {name: output.detach().clone() for name, output in outputs.items()}
     if backward:
         loss = weighted_sum(outputs)
-        if loss.requires_grad:  # the oracle's does not where no row takes a step
+        if loss.requires_grad:  # the oracle's does not if no row takes a step
             loss.backward()
         for name, tensor in [*own.items(), *module.named_parameters()]:
             if tensor.requires_grad:
@@ -236,7 +236,8 @@ def check(
     """Compares outputs and gradients of `call(ours, leaves)` with torch.nn's and the oracle's;
     returns ours.
 
-    Where the gradient jumps only the outputs; `test_integers_are_exact` looks at the gradients.
+    If the gradient jumps, it compares only the outputs. `test_integers_are_exact` looks at such
+    gradients.
     """
     backward = backward and has_smooth_gradient(ours)
     got = evaluate(ours, leaves, call, backward=backward)

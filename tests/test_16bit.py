@@ -66,7 +66,7 @@ def test_every_number_passes_unchanged(dtype: torch.dtype, H: int) -> None:
 
 @pytest.mark.parametrize("dtype", NARROW, ids=str)
 def test_sums_are_rounded_to_the_nearest(dtype: torch.dtype) -> None:
-    """Ties to even, and to infinity where the sum is too large."""
+    """Ties to even, and to infinity if the sum is too large."""
     torch.manual_seed(0)
     module = build("RNN", 2, 1, nonlinearity="relu", bias=False, dtype=dtype)
     torch.nn.init.ones_(module.weight_ih_l0)
@@ -461,7 +461,7 @@ def test_autocast_does_not_widen_to_float64(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", LAYERS)
 def test_a_scaled_step(kind: str) -> None:
-    """GradScaler takes the step where all gradients are finite, and leaves it where one is not."""
+    """GradScaler takes the step if all gradients are finite, and skips it if one is not."""
     module, x = build(kind, 4, 6), torch.randn(5, 3, 4)
     optimizer = torch.optim.SGD(module.parameters(), 0.1)
     scaler = torch.amp.GradScaler(x.device.type, init_scale=2.0**10)

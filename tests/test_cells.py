@@ -213,7 +213,7 @@ def test_rows_that_fill_vectors(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", ["RNN", "LSTM", "GRU"])
 def test_broadcast_weights_have_the_bits_of_packed_ones(kind: str, dtype: torch.dtype) -> None:
-    """One step reads them as they lie, a long sequence packs them."""
+    """One step reads them in place, a long sequence packs them."""
     module = build(kind, 300, 70, dtype=dtype)
     x = torch.randn(200, 47, 300).to(dtype)
     assert "each weight times a vector" in rnnkern.explain(module, x[:1])
@@ -368,7 +368,7 @@ def test_batched_gradients(kind: str) -> None:
 @pytest.mark.parametrize("kind", CELLS)
 @pytest.mark.cpu_only
 def test_what_a_step_keeps_for_backward(kind: str) -> None:
-    """Besides operands and outputs: the gates and the new cell state, and h where it is small."""
+    """Besides operands and outputs: the gates and the new cell state, and h if it is small."""
     rows, H = 64, 128
     cell = build(kind, 32, H)
     leaves = {k: v.requires_grad_() for k, v in leaves_for(cell, rows).items()}

@@ -1,7 +1,7 @@
-"""What only a GPU has: streams, graphs, TF32, several devices, memory that lies elsewhere.
+"""What only a GPU has: streams, graphs, TF32, several devices, other memory.
 
-All else is tested by the other files, whose tests run on the GPU too. There torch.nn computes by
-torch's own operators; here it does as its users have it, by cuDNN.
+Everything else is tested by the other files, whose tests run on the GPU too. There torch.nn
+computes by torch's own operators; here by cuDNN, as its users have it.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ def test_several_threads_at_once(tier: str, monkeypatch: pytest.MonkeyPatch) -> 
             assert_bitwise(results, wanted)
 
 
-# Where tensors lie
+# Tensors in other memory
 
 
 @pytest.mark.parametrize("kind", [*LAYERS, *CELLS])

@@ -115,7 +115,7 @@ def test_so_are_those_of_cells(kind: str, dtype: torch.dtype) -> None:
 @pytest.mark.kernel
 @pytest.mark.parametrize("form", FORMS)
 def test_bfloat16_weights_are_those_of_autocast(form: str) -> None:
-    """Where the CPU multiplies bfloat16. Elsewhere they are rounded and multiplied as float32."""
+    """If the CPU multiplies bfloat16. Otherwise they are rounded and multiplied as float32."""
     module = build_form(form, 11, 37)
     frozen = rnnkern.freeze(module, torch.bfloat16)
     leaves = leaves_for(module, 5, 3)
@@ -503,7 +503,7 @@ def test_wrong_calls_name_what_is_wrong() -> None:
 def test_a_step_of_another_dtype_refuses_states_that_share_memory() -> None:
     frozen = rnnkern.freeze(build("LSTM", 3, 4), torch.int8).half()
     x, memory = torch.randn(2, 3).half(), torch.zeros(1, 2, 8).half()
-    h, c = memory[..., :4], memory[..., 4:]  # rows that lie between each other
+    h, c = memory[..., :4], memory[..., 4:]  # rows that alternate in memory
     with torch.no_grad():
         frozen.step(x, (h, c))
         wanted = memory.clone()

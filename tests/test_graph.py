@@ -33,8 +33,8 @@ IN_PLACE = "modified by an inplace operation"
 
 
 def edit_and_differentiate(module: nn.Module, leaves: Leaves, what: str) -> dict[str, Tensor]:
-    """Gradients of `y.sum()` after the tensor called `what` was doubled in place, with y doubled
-    where it is y.
+    """Gradients of `y.sum()` after the tensor called `what` was doubled in place. If it is y, the
+    loss is that of the doubled y.
     """
     own = {name: leaf.clone().requires_grad_() for name, leaf in leaves.items()}
     used = {name: leaf * 1 for name, leaf in own.items()}

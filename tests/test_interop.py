@@ -47,7 +47,7 @@ def replace(module: nn.Module, name: str, parameter: Tensor) -> None:
 
 
 def each_weight(of: Callable[[Tensor], Tensor]) -> Change:
-    """Replaces every parameter by another, of the same values, that lies in memory as `of` says."""
+    """Replaces every parameter by another, of the same values, in memory as `of` says."""
 
     def change(module: nn.Module) -> None:
         for name, parameter in list(module.named_parameters()):

@@ -163,7 +163,7 @@ def flat(states: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return (states,) if isinstance(states, Tensor) else states
 
 
-# How a [5, 3, 4] input may lie in memory: the shape of what owns the memory, and the view of it.
+# How a [5, 3, 4] input may be in memory: the shape of what owns the memory, and the view of it.
 LAYOUTS: dict[str, tuple[tuple[int, ...], Callable[[Tensor], Tensor]]] = {
     "transposed": ((3, 5, 4), lambda a: a.transpose(0, 1)),
     "features-first": ((4, 5, 3), lambda a: a.permute(1, 2, 0)),
@@ -383,7 +383,7 @@ def test_parameters_that_are_looked_up_in_another_way() -> None:
 
 
 class BatchFirst(rnnkern.RNN):
-    """Says of itself what does not stand in its namespace."""
+    """Has attributes that are not in its namespace."""
 
     batch_first = property(lambda self: True, lambda self, value: None)
 

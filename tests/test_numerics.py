@@ -154,8 +154,8 @@ def grid(dtype: torch.dtype, count: int) -> Tensor:
     return torch.cat([magnitudes, -magnitudes])
 
 
-# Which axis of the call the vectors run along, and on how many numbers. The many are where the
-# largest errors show.
+# Which axis of the call the vectors run along, and on how many numbers. The axis with many numbers
+# shows the largest errors.
 ALONG = {"rows": 300_000, "steps": 3000, "units": 600}
 
 
@@ -235,7 +235,7 @@ def test_sigmoid_of_very_small_numbers(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("form", FORMS)
 def test_rows_do_not_depend_on_their_neighbours(form: str, dtype: torch.dtype) -> None:
-    """Alone, one of two and the odd one of three: where the same kernel runs, the same bits."""
+    """Alone, one of two and the odd one of three: the same kernel gives the same bits."""
     module = build_form(form, 16, 64, dtype=dtype)
     x = torch.randn(100, 3, 16).to(dtype)
     with torch.no_grad():
@@ -385,7 +385,7 @@ def test_integers_are_exact(N: int, H: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.usefixtures("deterministic")
 def test_deterministic_rows_are_independent(form: str, dtype: torch.dtype) -> None:
-    """Under deterministic algorithms a row has the same bits in whatever batch it stands."""
+    """Under deterministic algorithms a row has the same bits in whatever batch it is."""
     module = build_form(form, 11, 37, num_layers=2, bidirectional=True, dtype=dtype)
     leaves = {name: leaf.to(dtype) for name, leaf in leaves_for(module, 5, 13).items()}
     whole = flatten(plain(module, leaves))

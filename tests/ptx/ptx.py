@@ -76,7 +76,7 @@ class Module:
     kernels: tuple[Kernel, ...]
 
 
-# What stands outside of kernels and says nothing of what they do.
+# Lines outside of kernels that say nothing of what they do.
 _DIRECTIVES = re.compile(r"\.(version|target|address_size)\b[^\n]*")
 _SHARED = re.compile(r"\.extern \.shared \.align \d+ \.b8 (\w+)\[\];")
 _ENTRY = re.compile(
