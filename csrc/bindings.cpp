@@ -43,8 +43,8 @@ py::object refusal(py::handle x, py::handle h0, py::handle c0, const py::sequenc
   return gaps ? py::object(py::str(gaps)) : py::object(py::none());
 }
 
-// f(T{}) for elements T that the input of a layer has. Forward and backward ask separately. One may
-// run as F32ByBf16 and the other as float32: both save and read float32.
+// Calls f(T{}) for the elements T of the input of a layer. Forward and backward ask separately. One
+// may run as F32ByBf16 and the other as float32, because both save and read float32.
 template <typename F>
 auto with_element_of(const Layer& layer, py::handle x, F f) {
   if (!is_tensor(x)) throw Refused("input is not covered: tensor subclass");

@@ -42,7 +42,7 @@ class BackwardLoop {
   static constexpr int kLast = kOrders - 1;  // the order of the results
 
  public:
-  // Of one row in one step. dm is the gradient of h before the projection.
+  // The pointers of one row in one step. dm is the gradient of h before the projection.
   struct RowPointers {
     struct {
       const T *h_prev, *c_prev, *h, *c, *slots, *dy;

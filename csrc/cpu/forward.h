@@ -78,7 +78,8 @@ class ForwardScan : public Pass<ForwardScan<T, Cell>, T> {
     Rows<T> y, slots, cells, candidates, unprojected, normalised;
     DirectionWeights<T, Cell> weights;
   };
-  // Of one row in one step. h and c are what the cell makes, before a projection and zoneout.
+  // The pointers of one row in one step. h and c are the results of the cell, before a projection
+  // and zoneout.
   struct RowPointers {
     const T* h_prev;
     const CellState* c_prev;

@@ -161,7 +161,7 @@ class Gradients {
     explicit operator bool() const { return weight || bias || gain; }
   };
 
-  // f(panels, weights) for each W_ih that dx needs.
+  // Calls f(panels, weights) for each W_ih that dx needs.
   template <typename F>
   void each_input(F f) {
     for (int k = 0; to_.dx.data && k < terms_; ++k) {

@@ -31,7 +31,7 @@ struct Kernels {
   // Packs the weights of all directions of a layer into memory, which is aligned to a cache line,
   // for `frozen`. Returns the bytes that they take. If memory is null, it does only that.
   size_t (*pack)(const Sizes&, const Weights<T>* weights, char* memory);
-  // The inverse, without biases. Of integers, without their scales.
+  // The inverse, without biases. Integers are written without their scales.
   void (*unpack)(const Sizes&, const char* memory, const Matrices<Compute<T>>* to);
   Machine machine;  // what the plan needs to know about this code
 };

@@ -97,7 +97,7 @@ class DropoutMasks {
 
   const A* at(int direction, int64_t rank) const { return rows_.at(direction, rank); }
 
-  // What the recurrent product reads of h.
+  // Writes what the recurrent product reads of h.
   void apply(int direction, int64_t rank, const T* h, Range own, T* to) const {
     const A* const mask = at(direction, rank);
     for (int64_t i = own.begin; i < own.end; i += kLanes<T>) {

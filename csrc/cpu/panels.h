@@ -296,7 +296,7 @@ struct ColumnPanels {
       }
     }
   }
-  // From rows anywhere in memory: row k begins at rows(k).
+  // Packs rows from anywhere in memory: row k begins at rows(k).
   template <typename RowsOf>
   void pack_rows(int64_t p, RowsOf rows) const {
     const PanelLayout<E> layout = layout_of(p);

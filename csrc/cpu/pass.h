@@ -86,8 +86,8 @@ class Pass {
     scratch_ = PerThread(plan_.threads, carver, [this](Carver& c) { driver().scratch(c); });
   }
 
-  // All steps in scan order, in blocks of `block_steps` steps. For each block: gather(k, t, rank)
-  // for its active rows, numbered from 0 on, then prepare(rows), then for each step
+  // Runs all steps in scan order, in blocks of `block_steps` steps. For each block: gather(k, t,
+  // rank) for its active rows, numbered from 0 on, then prepare(rows), then for each step
   // step(visit, k), where k is the number of its first row.
   template <typename Part, typename Gather, typename Prepare, typename Step>
   void for_blocks(const Part& part, int64_t block_steps, Gather gather, Prepare prepare,
@@ -114,7 +114,7 @@ class Pass {
     }
   }
 
-  // All steps against scan order.
+  // Runs all steps against scan order.
   template <typename Part, typename Step>
   void for_steps_back(const Part& part, Step step) const {
     for (int64_t i = 0; i < steps_.T; ++i) {
