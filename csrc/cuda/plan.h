@@ -40,7 +40,7 @@ int64_t window_steps(int64_t T, int64_t bytes_of_step, int buffers);
 // from kinds.h.
 struct Device {
   int multiprocessors = 1;
-  int blocks_at_once = 1;           // guaranteed: one per multiprocessor, if all are free
+  int blocks_at_once = 1;           // guaranteed, if the process has the whole device
   int64_t shared_bytes = 48 << 10;  // that a block may have
   double clock_ghz = 1;
   double l2_tb_per_s = 2;      // read by all multiprocessors together
