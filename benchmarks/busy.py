@@ -3,8 +3,8 @@
     python -m benchmarks.busy [--cell LSTM] [--workload notebook,stream_step] [--threads 2]
         [--rounds 7]
 
-Inference stands beside torch.nn and the peers that are installed (`benchmarks.peers`), and
-forward+backward beside torch.nn. A sample is at least 60 ms long, because the neighbour takes a CPU
+Inference is compared with torch.nn and the peers that are installed (`benchmarks.peers`), and
+forward+backward with torch.nn. A sample is at least 60 ms long, because the neighbour takes a CPU
 for milliseconds at a time. All libraries are timed in turn. A speed-up is the median over rounds of
 the time of another library over ours; the least one is over the best of them.
 """

@@ -4,8 +4,8 @@
         [--seconds S]
 
 Sizes are even on a logarithmic scale: up to 500 steps, 300 rows, 1200 features and 1600 hidden
-units. Inference stands beside torch.nn and the peers that are installed (`benchmarks.peers`), and
-forward+backward beside torch.nn. Everything is checked first and timed in turn. A speed-up is the
+units. Inference is compared with torch.nn and the peers that are installed (`benchmarks.peers`),
+and forward+backward with torch.nn. Everything is checked first and timed in turn. A speed-up is the
 median over rounds of the time of another library over ours; the least one is over the best of them.
 Prints geometric means and the ten rows with the least speed-up.
 """

@@ -43,13 +43,16 @@ class Place:
         state = torch.randn(N, H)
         self.state: Any = (state, state) if kind == "LSTM" else state
 
-    def train(self, call: Callable[[], Tensor], *modules: nn.Module) -> Call:
+    def train(
+        self, call: Callable[[], Tensor], *modules: nn.Module, dy: Tensor | None = None
+    ) -> Call:
         parameters = [p for module in modules for p in module.parameters()]
+        dy = self.dy if dy is None else dy
 
         def both() -> None:
             for parameter in parameters:
                 parameter.grad = None
-            call().backward(self.dy)
+            call().backward(dy)
 
         return both
 
@@ -91,14 +94,7 @@ def packed(p: Place) -> Call:
 def packed_training(p: Place) -> Call:
     rows = pack_sequence([p.x[: T - 2 * n, n] for n in range(N)])
     dy = torch.randn(rows.data.shape[0], H)
-    parameters = list(p.layer.parameters())
-
-    def both() -> None:
-        for parameter in parameters:
-            parameter.grad = None
-        p.layer(rows)[0].data.backward(dy)
-
-    return both
+    return p.train(lambda: p.layer(rows)[0].data, p.layer, dy=dy)
 
 
 def autocast(p: Place) -> Call:

@@ -13,6 +13,7 @@ calls with a state in torch.nn and in the layer not frozen.
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 
 import torch
@@ -21,6 +22,7 @@ from torch import nn
 import rnnkern
 from benchmarks import peers, rows
 from benchmarks.rows import OURS, PEERS, Call, Effort, Row, Samples
+from benchmarks.streaming import frame
 from rnnkern import tolerance
 from rnnkern.bench import timing
 from rnnkern.bench.timing import threads_set
@@ -74,25 +76,14 @@ def row_of(table: str, case: str, samples: Samples) -> Row:
 
 def stream_calls(cell: str) -> dict[str, Call]:
     case = draw_case(cell, load_workloads()["stream_step"])
-    frame, x = case.x[0], case.x
-    calls: dict[str, Call] = {}
-
-    def with_state(module: nn.Module) -> Call:
-        _, state = module(x)
-
-        def call() -> object:
-            nonlocal state
-            y, state = module(x, state)
-            return y
-
-        return call
-
-    calls[OURS] = with_state(case.side(rnnkern, torch.float32).module)
-    calls["torch.nn"] = with_state(case.side(nn, torch.float32).module)
+    calls: dict[str, Call] = {
+        OURS: frame(case.side(rnnkern, torch.float32)),
+        "torch.nn": frame(case.side(nn, torch.float32)),
+    }
     for name, weights in WEIGHTS.items():
         frozen = rnnkern.freeze(case.side(rnnkern, torch.float32).module, weights)
-        _, state = frozen(x)
-        calls[name] = lambda step=frozen.step, state=state: step(frame, state)
+        _, state = frozen(case.x)
+        calls[name] = functools.partial(frozen.step, case.x[0], state)
     return calls
 
 

@@ -1,8 +1,8 @@
 """Layers at the named workloads, beside torch.nn, the peers and the limits of the machine.
 
-Inference in float32 stands beside every peer and beside frozen layers (`benchmarks.frozen`), all in
-the same rounds. Forward+backward, and both passes in bfloat16, stand beside torch.nn. So do both
-passes while one of T, N and H grows.
+Inference in float32 is compared with every peer and with frozen layers (`benchmarks.frozen`), all
+in the same rounds. Forward+backward, and both passes in bfloat16, are compared with torch.nn. So
+are both passes while one of T, N and H grows.
 """
 
 from __future__ import annotations

@@ -3,10 +3,10 @@
     python -m benchmarks.models [--model PART,...] [--threads N] [--seconds S]
 
 Sizes of layers are those that the papers or the published code of the models name; lengths and
-batches are ours, and short enough for a CPU. Where a model has another variant of a cell, or where
-we are not sure of its input, ``about`` says "in the manner of". Inference, and forward and backward
-of the sum of the output, stand beside torch.nn in float32 and under autocast to bfloat16. A result
-in float32 is checked before it is timed.
+batches are ours, and short enough for a CPU. If a model has another variant of a cell, or if we are
+not sure of its input, ``about`` says "in the manner of". Inference, and forward and backward of the
+sum of the output, are compared with torch.nn in float32 and under autocast to bfloat16. A result in
+float32 is checked before it is timed.
 """
 
 from __future__ import annotations

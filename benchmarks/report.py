@@ -69,9 +69,9 @@ SECTIONS = (
     Section(
         "layers",
         "Layers",
-        "Inference in float32 stands beside ONNX Runtime and OpenVINO; forward and backward, and"
-        " bfloat16, stand beside torch.nn. The limit of a row is the larger of its products at the"
-        " speed of torch.mm in the same rounds, and its tensors moved once at the speed of a copy."
+        "Inference in float32 is compared with ONNX Runtime and OpenVINO; forward and backward, and"
+        " bfloat16, with torch.nn. The limit of a row is the larger of its products at the speed of"
+        " torch.mm in the same rounds, and its tensors moved once at the speed of a copy."
         " Frozen layers are measured in the same rounds as inference in float32; numbers are of"
         " weights in float32 unless a head has another dtype. The step of a stream is"
         " `FrozenLayer.step` ([frozen modules](frozen.md)).",

@@ -43,8 +43,8 @@ py::object refusal(py::handle x, py::handle h0, py::handle c0, const py::sequenc
   return gaps ? py::object(py::str(gaps)) : py::object(py::none());
 }
 
-// f(T{}) for elements T that the input of a layer has. Forward and backward ask separately. One may
-// run as F32ByBf16 and the other as float32: both save and read float32.
+// Calls f(T{}) for the elements T of the input of a layer. Forward and backward ask separately. One
+// may run as F32ByBf16 and the other as float32, because both save and read float32.
 template <typename F>
 auto with_element_of(const Layer& layer, py::handle x, F f) {
   if (!is_tensor(x)) throw Refused("input is not covered: tensor subclass");
@@ -57,7 +57,7 @@ auto with_element_of(const Layer& layer, py::handle x, F f) {
     int64_t rows = 1;
     for (int i = 0; i + 1 < view.tensor.ndim; ++i) rows *= view.size(i);
     const int64_t N = view.tensor.ndim == 3 ? view.size(layer.batch_first ? 0 : 1) : rows;
-    // In the order of what the questions cost a small call.
+    // The cheapest question is asked first, because a small call notices each of them.
     if (worth_bfloat16(rows, false) || worth_bfloat16(rows, is_so(api.deterministic))) {
       const auto precision = layer.by_bfloat16 ? MatmulPrecision::kMedium : matmul_precision();
       if (precision == MatmulPrecision::kMedium) return f(F32ByBf16{});
@@ -72,8 +72,8 @@ auto with_element_of(const Layer& layer, py::handle x, F f) {
 
 struct Outputs {
   py::object y, hn, cn;  // hn: None for a cell, because it is y; cn: None without a cell state
-  // For backward: y as it is now (y itself if nobody may change it, None if it is a part of what
-  // forward saves), and what forward saves, or None.
+  // For backward: y as it is now (y itself if the caller may not change it, None if it is a part of
+  // what forward saves), and what forward saves, or None.
   py::object kept_y = py::none(), saved = py::none();
 };
 
@@ -81,10 +81,10 @@ struct Outputs {
 struct Wanted {
   bool training = false;
   bool keeps_y = false;  // the caller hands y on, and whoever gets it may change it
-  bool cells = false;    // the cell states of all steps are saved in any case
+  bool cells = false;    // save the cell states of all steps in any case
 };
 
-// A readout and what it makes, none of them for an open loop.
+// A readout, and the inputs that it computes. All are None if there is no closed loop.
 struct ReadoutOperands {
   py::object w = py::none(), b = py::none(), made = py::none();
 };
@@ -179,9 +179,9 @@ bool are_worth_sums(const Layer& layer, dlpack::Device device) {
   return elements >= kElements && !cuda::kIsStandIn && device.type == dlpack::kCpu;
 }
 
-// The outputs of a plain call, with initial states or without. Nothing if it is another call, or
-// one that a mode of torch or a profiler has to see. `record` makes the outputs differentiable;
-// `record_in_loop` does it if sums pay, unless it is null.
+// The outputs of a plain call, with initial states or without. Returns nothing if the call is not a
+// plain one, or if a mode of torch or a profiler has to see it. `record` makes the outputs
+// differentiable; `record_in_loop` does it if sums pay, unless it is null.
 std::optional<py::tuple> plain_outputs(const std::optional<PlainModule>& plain, py::handle x,
                                        py::handle hx, dlpack::Device device, py::handle record,
                                        py::handle record_in_loop = {}) {
@@ -197,7 +197,8 @@ std::optional<py::tuple> plain_outputs(const std::optional<PlainModule>& plain, 
   return recorded(sums ? record_in_loop : record, layer, x, weights, *states, std::move(made));
 }
 
-// The plain call of a module of one layer, of a batch. What the module returns, or None.
+// The plain call of a module of one layer on a batch. Returns the results of the module, or None if
+// the call is not a plain one.
 py::object plain_call(py::handle module, py::handle x, py::handle hx, py::handle record) {
   if (!is_tensor(x)) return py::none();
   const dlpack::Tensor input = view_of(x, "input").tensor;
@@ -209,7 +210,7 @@ py::object plain_call(py::handle module, py::handle x, py::handle hx, py::handle
   return py::make_tuple((*outputs)[0], py::make_tuple((*outputs)[1], (*outputs)[2]));
 }
 
-// The plain call of a cell, of a row or a batch of them.
+// The same for a cell, on a row or a batch of them.
 py::object plain_cell(py::handle module, py::handle x, py::handle hx, py::handle record,
                       py::handle record_in_loop) {
   if (!is_tensor(x)) return py::none();
@@ -222,8 +223,8 @@ py::object plain_cell(py::handle module, py::handle x, py::handle hx, py::handle
   return (*outputs)[0];
 }
 
-// The steps of a layer that is fed what the readout makes of its output: h_n, c_n. `inputs`, time
-// first, has one step more than are taken: the first is given, the others are written.
+// Runs a layer whose next input the readout computes from its output. Returns h_n, c_n. `inputs`,
+// time first, has one step more than are run: the first is given, the others are written.
 py::tuple closed_loop(Layer layer, py::handle inputs, py::handle h0, py::handle c0,
                       const py::sequence& weights, const py::object& w, const py::object& b) {
   if (layer.directions != 1) throw Refused("a closed loop is of one direction");
@@ -377,7 +378,8 @@ Sizes sizes_of(const Layer& layer, int64_t I) {
   return {layer.cell, I, layer.hidden, layer.out, layer.directions, layer.projected};
 }
 
-// What Python knows of a cell (rnnkern/known_cells.py). No names: the only gate is h itself.
+// What Python knows of a cell (rnnkern/known_cells.py). `names` is empty if the only gate is h
+// itself.
 py::dict fields_of(const CellShape& shape, const std::vector<std::string>& names) {
   return py::dict(
       py::arg("gates") = shape.gates, py::arg("slots") = shape.slots,

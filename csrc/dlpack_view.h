@@ -51,7 +51,7 @@ struct ExchangeTable {
   int (*current_stream)(int32_t device_type, int32_t device_id, void** stream);
 };
 
-// As which a tensor of elements T crosses.
+// The dtype that DLPack names for a tensor of elements T.
 template <typename T>
 constexpr DataType kDataType = {std::is_same_v<T, Bf16> ? kBfloat : kFloat, 8 * sizeof(T), 1};
 

@@ -1,5 +1,6 @@
-// The element types of tensors: what is stored, and what is computed of it. The 16-bit ones are
-// storage: what is computed of them is float. What products take them as is said in cpu/gemm.h.
+// The element types of tensors: the type in which an element is stored, and the type in which it is
+// computed with. The 16-bit types are for storage only, and are computed with in float. cpu/gemm.h
+// says how products take them.
 #pragma once
 
 #include <cstdint>
@@ -23,7 +24,7 @@ struct F32ByBf16 {
 struct F32By3Bf16 {
   float number;
 };
-// An integer of 8 bits, one of a row of them that has a scale (cpu/int8.h).
+// An integer of 8 bits, in a row that has a scale (cpu/int8.h).
 struct I8 {
   int8_t bits;
 };
@@ -62,11 +63,11 @@ struct ComputeOf<F32ByI8> {
   using Type = float;
 };
 
-// What is computed of elements of type T, and accumulated.
+// The type in which elements T are computed with and accumulated.
 template <typename T>
 using Compute = typename ComputeOf<T>::Type;
 
-// Stored in less than it is computed in.
+// Whether T is stored in fewer bits than it is computed with.
 template <typename T>
 constexpr bool kNarrow = sizeof(T) < sizeof(Compute<T>);
 

@@ -1,5 +1,5 @@
-// Large buffers in huge pages, where the system has them: of a fresh buffer of 160 MB the page
-// faults of ordinary pages take longer than the kernel that fills it.
+// Large buffers in huge pages, if the system has them. In a new buffer of 160 MB, the page faults
+// of ordinary pages take longer than the kernel that fills it.
 #pragma once
 
 #include <sys/mman.h>
@@ -14,8 +14,8 @@ constexpr size_t kHugePage = 2 << 20, kCacheLine = 64;
 
 inline bool worth_huge_pages(size_t bytes) { return bytes >= 2 * kHugePage; }
 
-// Only advice, and only for the huge pages that lie wholly inside: nothing outside is touched, no
-// memory is wasted.
+// This only advises the system, and only about the huge pages that are wholly inside. So nothing
+// outside is touched, and no memory is wasted.
 inline void advise_huge_pages(void* data, size_t bytes) {
 #ifdef MADV_HUGEPAGE
   if (!worth_huge_pages(bytes)) return;
@@ -26,7 +26,7 @@ inline void advise_huge_pages(void* data, size_t bytes) {
 #endif
 }
 
-// Memory that begins with a cache line, and if it is large with a huge page.
+// Memory that begins at a cache line, and if it is large at a huge page.
 struct Block {
   explicit Block(size_t size)
       : bytes(size),

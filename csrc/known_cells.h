@@ -30,7 +30,7 @@ struct AddedCell {
   std::array<std::array<std::atomic<const void*>, kMostDevices>, kElementTypes> cuda_libraries{};
 };
 
-// Kernels read it without a lock while Python adds to it under its own.
+// Kernels read it without a lock. Python adds to it under a lock of its own.
 class AddedCells {
  public:
   const AddedCell* at(CellId id) const {

@@ -21,7 +21,7 @@ class LibraryFile {
     throw std::runtime_error(path_ + ": " + why);
   }
 
-  // The function of that name, by which a library says what it has.
+  // The function of that name, which says what the library has.
   template <typename Entry>
   Entry entry(const char* name) const {
     const auto found = reinterpret_cast<Entry>(dlsym(library_, name));
@@ -29,14 +29,14 @@ class LibraryFile {
     return found;
   }
 
-  // Checks what a library says that it has: kernels of a cell for an element type.
+  // Checks that a library has the kernels of a cell for an element type, by what it says.
   void expect(const std::string& found_mode, const std::string& found_element,
               const std::string& mode, const std::string& element) const {
     if (found_mode == mode && found_element == element) return;
     fail("it has " + found_mode + " for " + found_element + ", wanted " + mode + " for " + element);
   }
 
-  // f(cell, place of the element type).
+  // Calls f(cell, place of the element type).
   template <typename F>
   void with_cell(const std::string& mode, const std::string& element, F f) const {
     AddedCell* const cell = added_cells().named(mode);

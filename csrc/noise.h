@@ -23,7 +23,7 @@ constexpr int kUnitsAtOnce = 4 * kCountersAtOnce;
 // What numbers are drawn for.
 enum class Purpose : uint32_t { kDropout, kHidden, kCell };
 
-// The product of two words, for one counter or a vector of them.
+// The 64-bit product of two words, for one counter or a vector of them.
 template <typename Word>
 struct WideProduct {
   Word low, high;

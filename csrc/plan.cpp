@@ -29,10 +29,10 @@ constexpr int64_t kInputRows = 48, kInputRowsOfLarge = 256;
 constexpr double kPacking = 8, kPackingOfLarge = 16;
 // Dot products along the rows of weights end with sums of lanes. Their cost is in vectors of k.
 constexpr double kSumOfLanes = 3;
-// If weights are broadcast, then the batch is transposed, and so are the sums, at a cost in vectors
-// of k. Weights that the products take in another type are converted for each product.
+// If weights are broadcast, the batch is transposed, and so are the sums. The cost is in vectors of
+// k. Weights that the products take in another type are converted for each product.
 constexpr double kTransposition = 0.7, kConversion = 1.5;
-// What 16 rows cost together in tiles of packed weights, and of weights that are read as they lie.
+// What 16 rows cost together in tiles: of packed weights, and of weights that are read in place.
 constexpr double kRowsOfTile = 16, kTile = 2, kTileAsItLies = 2.5;
 // In the backward pass the rows of the weights are already rows of a panel, and packing only moves
 // them together. It pays for many reads, in one step or in several, or if the rows are such a
@@ -44,15 +44,15 @@ constexpr int64_t kReadsInPlaceOfOneStep = 300, kReadsInPlaceOfOneStepOfSamePlac
 // Rounding float32 weights to bfloat16 while they are packed costs about 8 products of one row of
 // float32, and each row then costs half. Rounding them each time they are read gains nothing.
 constexpr int64_t kRowsWorthBfloat16 = 16;
-// As the sum of two bfloat16 weights take as many bytes as in float32, and are read twice. So the
-// three products pay if many rows share them.
+// Weights as sums of two bfloat16 take as many bytes as in float32, and are read twice. So the
+// three products pay only if many rows share them.
 constexpr int64_t kRowsWorthSplit = 64, kRowsOfStepWorthSplit = 4;
 
 double weight_bytes(const Sizes& z, int64_t columns, const Machine& machine) {
   return double(known_shape(z.cell).gates) * double(z.H) * double(columns) * machine.element_bytes;
 }
 
-// A matrix of weights comes from beyond the second-level cache each time it is read.
+// Whether a matrix of weights comes from beyond the second-level cache each time it is read.
 bool large(const Sizes& z, int64_t columns, const Machine& machine) {
   return weight_bytes(z, columns, machine) > double(machine.l2_bytes);
 }

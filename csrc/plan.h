@@ -16,7 +16,7 @@ struct Machine {
   int tile_rows = 3;                  // rows of one register tile
   int element_bytes = 4;              // of a weight in the type that the products take
   int group = 1;                      // elements of a weight that one lane holds
-  bool multiplies_in_place = true;    // a row of weights can be a row of a panel unconverted
+  bool multiplies_in_place = true;    // a row of weights serves as one of a panel
   bool rounded_for_products = false;  // weights have more bits than the products take
   bool by_tiles = false;              // 16 rows cost little more than one
   int64_t l2_bytes = 1 << 20;         // second-level cache of one core
@@ -39,7 +39,7 @@ enum class Reading {
   // the weights. The bits are those of packed weights.
   kBroadcast,
   kInPlace,  // in place, backward: its rows are already rows of panels
-  kNone,     // there is none, or nobody reads it
+  kNone,     // there is no such matrix, or it is not read
 };
 
 struct Plan {

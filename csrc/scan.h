@@ -2,8 +2,8 @@
 // structs are plain data without behaviour.
 //
 // T time, N batch, I input, H hidden, O output (H, or the projected size P), D directions, G gates,
-// S what the cell stores for a unit: slots and own parameters (cells/cell.h). Strides are in
-// elements; the last axis of every tensor is contiguous.
+// S numbers that the cell stores for a unit: one for each slot and for each parameter of its own
+// (cells/cell.h). Strides are in elements; the last axis of every tensor is contiguous.
 #pragma once
 
 #include <cstdint>
@@ -39,7 +39,7 @@ struct Rows {
   int64_t step = 0, row = 0;
 };
 
-// A [D, N, F] tensor. Null data means zeros if the tensor is read, and that nobody wants it if it
+// A [D, N, F] tensor. Null data means zeros if the tensor is read, and that it is not wanted if it
 // is written.
 template <typename T>
 struct State {
@@ -47,8 +47,8 @@ struct State {
   int64_t direction = 0, row = 0;
 };
 
-// Of layer normalisation (cpu/normalised.h): the gains of the sums of W_ih x, of the sums of W_hh h
-// and of c, and the bias of c. Null is one that the cell does not have.
+// The parameters of layer normalisation (cpu/normalised.h): the gains of the sums of W_ih x, of the
+// sums of W_hh h and of c, and the bias of c. Those that the cell does not have are null.
 template <typename T>
 struct Gains {
   T* ih = nullptr;      // [G*H]
@@ -65,9 +65,9 @@ struct Weights {
   const T* b_hh = nullptr;  // [G*H] or null
   const T* w_hr = nullptr;  // [P, H] or null: no projection
   int64_t w_ih_row = 0, w_hh_row = 0, w_hr_row = 0;
-  // Of F32ByI8, whose weights are integers: what each row is multiplied by.
+  // For F32ByI8, whose weights are integers: the factor of each row.
   const float *scale_ih = nullptr, *scale_hh = nullptr, *scale_hr = nullptr;
-  const T* parameters[kMaxParameters] = {};  // [H] each, of the cell's own
+  const T* parameters[kMaxParameters] = {};  // [H] each, the cell's own
   Gains<const T> gains;                      // if the layer is normalised
 };
 
@@ -100,15 +100,15 @@ struct Readout {
   Rows<T> made;  // [T, N, I]
 };
 
-// Random changes of the states of a layer, from a counter (noise.h). Without probability there are
-// none.
+// Random changes of the states of a layer, from a counter (noise.h). There are none if both
+// probabilities are zero.
 struct Noise {
   uint64_t seed = 0;
   int layer = 0;  // its number in its stack
-  // Of a unit that the recurrent product does not see, in no step of a row. The others are scaled
-  // up.
+  // The probability that the recurrent product sees a unit in no step of a row. The other units are
+  // scaled up.
   double recurrent_dropout = 0;
-  double zoneout = 0;  // of a state that stays as it is, in one step
+  double zoneout = 0;  // the probability that a state stays as it is in a step
   bool draws = true;   // zoneout draws; else each state is its expectation
 };
 
@@ -129,7 +129,7 @@ struct Forward {
   T* candidates = nullptr;          // [D, total, H] saved c before zoneout, likewise
   T* unprojected = nullptr;         // [D, total, H] saved h before projection and zoneout
   T* normalised = nullptr;          // [D, total, F] what cpu/normalised.h saves, likewise
-  State<const T> reset_h, reset_c;  // [D, N, O], [D, N, H] what a reset goes to
+  State<const T> reset_h, reset_c;  // [D, N, O], [D, N, H] where an episode begins
   Noise noise;
   // A closed loop, in one direction: x of a step is what the readout computed in the step before.
   Readout<T> readout;
@@ -183,7 +183,7 @@ struct SecondOrder : Backward<T> {
   // Of its fields x, h0, c0, weights, dy, dhn and dcn are read. dslots is written, and first holds
   // the tangents of the activated slots. dx, dh0, dc0 and gradients are written if they are wanted.
   Backward<T> tangent;
-  const T* tangent_sums = nullptr;  // [D, total, S*H] what the pre-activations change by besides
+  const T* tangent_sums = nullptr;  // [D, total, S*H] a further change of the pre-activations
   Rows<T> tangent_y;                // written
   State<T> tangent_hn, tangent_cn;
 };

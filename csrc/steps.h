@@ -80,7 +80,7 @@ RNNKERN_INLINE int64_t active_at(const Steps& s, bool ascending, int64_t index) 
   return index < 0 || index >= s.T ? 0 : active_rows(s, ascending ? index : s.T - 1 - index);
 }
 
-// From the active rows of the step before, of this one and of the one after.
+// The same, from the numbers of active rows of the step before, of this step and of the one after.
 RNNKERN_INLINE Visit visit(int64_t t, int64_t before, int64_t now, int64_t after, int64_t begin,
                            int64_t end) {
   const auto end_of = [&](int64_t active) {
@@ -96,8 +96,8 @@ RNNKERN_INLINE Visit visit(const Steps& s, bool ascending, int64_t index, int64_
                active_at(s, ascending, index), active_at(s, ascending, index + 1), begin, end);
 }
 
-// True if an episode begins at step t of a row: what enters is no state of another step. In the
-// reverse direction the boundary is between t and t+1, and the initial state of a row is not cut.
+// True if an episode begins at step t of a row, so that no state of another step enters it. In the
+// reverse direction the boundary is between t and t+1, and the initial state of a row still enters.
 RNNKERN_INLINE bool cut(const Steps& s, int direction, int64_t t, int64_t rank) {
   if (!s.reset) return false;
   const int64_t begin = direction == 0 ? t : t + 1;

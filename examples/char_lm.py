@@ -288,7 +288,7 @@ class Neuron:
 
     @property
     def strength(self) -> float:
-        """The smaller correlation; below 0 where the two are of opposite signs."""
+        """The smaller correlation; below 0 if the two have opposite signs."""
         return min(abs(self.chosen), self.sign * self.new)
 
 
@@ -335,7 +335,7 @@ def scaled(values: Tensor) -> tuple[float, Tensor]:
 
 
 def draw_neurons(seen: Trace, best: Sequence[Neuron], text: str, shown: slice, path: Path) -> None:
-    """``text[shown]``, coloured by several neurons; signs such that red is where a feature is."""
+    """``text[shown]``, coloured by several neurons, with signs such that red marks a feature."""
     names, values = [], []
     for n in best:
         states = getattr(seen.layers[n.layer][0], n.kind)[shown, 0, n.unit]

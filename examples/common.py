@@ -68,14 +68,14 @@ def arguments(
     fast: Mapping[str, Any] | None = None,
     judged_with: Sequence[str] = (),
 ) -> argparse.Namespace:
-    """Of the command line; defaults where a notebook runs the script cell by cell.
+    """The arguments of the command line; the defaults if a notebook runs the script cell by cell.
 
-    ``fast`` holds other defaults, for ``--fast``. Where there is to be a picture, matplotlib can
-    make it.
+    ``fast`` holds other defaults, for ``--fast``. If there is to be a picture, it is checked that
+    matplotlib can make it.
 
-    The rule for results: one of the project's own data and hyperparameters is judged, and ends the
-    script where it is wrong. One of the user's own is reported and no more. ``judged`` says which
-    it is; ``judged_with`` are the options that may be given all the same.
+    The rule for results: a run on the project's own data and hyperparameters is judged, and ends
+    the script if it is wrong. A run on the user's own is only reported. ``judged`` says which it
+    is; ``judged_with`` are the options that may be given all the same.
     """
     given = [] if "ipykernel" in sys.modules else None
     options = made.parse_args(given)
@@ -101,7 +101,7 @@ def arguments(
 
 
 def above_zero(options: argparse.Namespace, *names: str) -> None:
-    """Ends the script where one of the options is not."""
+    """Ends the script if one of the options is not."""
     for name in names:
         if not 0 < getattr(options, name) < math.inf:
             fail(f"--{name} must be above 0 and finite, got {getattr(options, name)}")
@@ -113,7 +113,7 @@ def named(path: Path, part: object) -> Path:
 
 
 def expect_files(*paths: Path | None) -> None:
-    """Ends the script where one of the files cannot be written, before the work for it."""
+    """Ends the script if one of the files cannot be written, before the work for it."""
     for path in filter(None, paths):
         if not path.parent.is_dir():
             fail(f"{path.parent} is no directory")

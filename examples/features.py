@@ -33,9 +33,9 @@ def indentation(text: str) -> list[float]:
 
 
 def inside(text: str, pairs: dict[str, str]) -> list[float]:
-    """How many opened ones are not closed yet; all are by the end of a paragraph.
+    """How many opened marks are not closed yet. The end of a paragraph closes all.
 
-    A mark that both opens and closes opens only where no letter comes before: an apostrophe does
+    A mark that both opens and closes opens only if no letter comes before it, so an apostrophe does
     not.
     """
     found, opened = [], []

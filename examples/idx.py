@@ -16,7 +16,7 @@ GZIP = b"\x1f\x8b"
 
 
 def read_idx(path: Path, dimensions: int) -> NDArray[np.uint8]:
-    """The array in ``path`` or, where there is no such file, in ``path`` with ``.gz`` added.
+    """The array in ``path`` or, if there is no such file, in ``path`` with ``.gz`` added.
 
     Args:
         path: name of the plain file.

@@ -168,7 +168,7 @@ def _by_operators(
 ) -> tuple[Tensor | None, ...]:
     """Backward if a mode or transform has to see it, or if it must be differentiable.
 
-    Its derivatives read what was saved later.
+    Nothing that was saved is freed or overwritten, because derivatives of this may read it.
     """
     ctx.is_shared = True
     y, saved, _, x, tensors = _saved(ctx)

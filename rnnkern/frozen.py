@@ -495,7 +495,7 @@ class FrozenLayer(_Frozen):
     """
 
     _is_cell = False
-    # What `call.current_weights` asks for.
+    # What `call.current_weights` reads.
     _flat_weights: Sequence[Tensor] = ()
     _flat_weights_names: Sequence[str] = ()
 
@@ -530,7 +530,7 @@ class FrozenCell(_Frozen):
     """
 
     _is_cell = True
-    # What `call.read_cell` asks for.
+    # What `call.read_cell` reads.
     weight_ih: Tensor | None = None
     weight_hh: Tensor | None = None
     bias_ih: Tensor | None = None

@@ -227,7 +227,7 @@ def refusal_of_cell(layer: Layer, x: Tensor) -> Refusal | None:
 
 
 def mode_refusal() -> Refusal | None:
-    """Why no kernel may run in the present mode of torch, or None.
+    """Why no kernel may run in the current mode of torch, or None.
 
     Ask before a kernel runs. `plain_call` and `plain_cell` ask by themselves.
     """

@@ -86,7 +86,7 @@ class Layer(NamedTuple):
 
     @property
     def stored(self) -> int:
-        """The numbers that the cell stores for each unit: slots, and gradients of parameters."""
+        """The numbers that the cell stores for each unit: of its slots and of its parameters."""
         return CELLS[self.mode].stored
 
     @property
@@ -125,8 +125,7 @@ class Operands(NamedTuple):
         weights: as torch.nn's flat list has them.
         y: the output of the forward pass, which backward reads too.
 
-    A change of the operands, the direction of a derivative, has the same form. None then means
-    zeros everywhere.
+    A change of the operands has the same form. None then means zeros everywhere.
     """
 
     x: Any

@@ -17,8 +17,8 @@ class Options(NamedTuple):
     """The options of a call, of one layer or of a stack.
 
     Attributes:
-        reset_h, reset_c: the states that a reset goes to, shaped as the initial states; None for
-            zeros.
+        reset_h, reset_c: the states with which an episode begins, shaped as the initial states;
+            None for zeros.
         cells: the cell states of all steps are a result.
         recurrent_dropout: probability of a unit of h to be hidden from the recurrent product, in
             all steps of a row. The others are scaled by ``1 / (1 - p)``.

@@ -183,7 +183,8 @@ def cell_with_options(
 def _without_time(state: Tensor, shape: tuple[Any, ...]) -> Tensor:
     """The state of a cell that was run as a layer of one step.
 
-    No view: torch.nn's are none, and `detach_` refuses those. Nothing else holds its memory.
+    The result is no view, because `detach_` refuses views, and torch.nn's states are none. Nothing
+    else holds its memory.
     """
     return torch.ops.aten._unsafe_view.default(state, shape)  # type: ignore[no-any-return]
 
@@ -191,7 +192,10 @@ def _without_time(state: Tensor, shape: tuple[Any, ...]) -> Tensor:
 def _run(
     part: Callable[[Call, Operands, Kernel | None], _Results], call: Call, operands: Operands
 ) -> _Results | Refusal:
-    """Runs a part on the kernel, with dense copies if the operands have gaps, or on operators."""
+    """Runs `_stack` or `_cell` on the kernel, or on operators.
+
+    If operands have gaps, the kernel gets dense copies.
+    """
     refusal = kernels.refusal_of_cell(call.layer, operands.x)
     if refusal is not None:
         return refusal

@@ -89,7 +89,7 @@ def cell(module: Any, x: Any, hx: Any) -> Any:
     )
     spec = (mode, 1, len(weights) == 4, False, False, False, True)
     _, hn, cn = _scan(x, h0, c0, weights, spec)
-    # No views: torch.nn's are none, and `detach_` refuses those. Nothing else holds their memory.
+    # No views, as in `run._without_time`.
     if count == 1:
         return _unsafe_view(hn, shape)
     return _unsafe_view(hn, shape), _unsafe_view(cn, shape)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 pytest.register_assert_rewrite("support", "wrong_calls", "like_torch_nn")
 
-# For benchmarks and tools, not installed; last, for the rnnkern to be tested comes before.
+# For benchmarks and tools, which are not installed. They come last, after the rnnkern to be tested.
 ROOT = Path(__file__).parent.parent
 sys.path += [str(ROOT), str(ROOT / "tools")]
 
@@ -87,7 +87,7 @@ def drawn_on_the_cpu(draw: Callable[..., Tensor]) -> Callable[..., Tensor]:
 def device(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[torch.device]:
-    """Where the tensors and modules of a test are born that it puts nowhere else.
+    """The device on which a test makes its tensors and modules.
 
     On a GPU float32 is float32 and not TF32, and torch.nn, with which all is compared, computes by
     torch's own operators: cuDNN has no second derivatives, no gradients in eval mode, a dropout of

@@ -23,7 +23,7 @@ ARGUMENTS = sys.argv[1:]
 
 
 def fail() -> None:
-    """What the GPU does in this mode; nothing where it does well."""
+    """What the GPU does in this mode; nothing if it does well."""
     if MODE == "hangs":
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         time.sleep(600)

@@ -1,6 +1,6 @@
 """What a layer with int8 weights computes, in plain PyTorch: a second opinion on `rnnkern.freeze`.
 
-Each step starts from the state that the layer in question has made, because a number that lies
+Each step starts from the state that the layer in question has made, because a number
 between two integers would otherwise be rounded to one here and to the other there.
 """
 

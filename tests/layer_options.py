@@ -7,7 +7,7 @@ from typing import Any
 
 import oracle
 import torch
-from support import FORMS, Call, Leaves, build, flatten, leaves_for, plain, states_of
+from support import Call, Leaves, build_form, flatten, leaves_for, plain, states_of
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils.rnn import pack_padded_sequence
@@ -52,9 +52,7 @@ class Setting:
         self.call, self.oracle_call, self.hx, self.options = call, oracle_call or call, hx, options
 
     def make(self, form: str) -> tuple[nn.Module, Leaves]:
-        kind, own = FORMS[form]
-        own = own | ({"proj_size": 1} if "proj_size" in own else {})
-        module = build(kind, I, H, dtype=torch.float64, **own, **self.options)
+        module = build_form(form, I, H, dtype=torch.float64, proj_size=1, **self.options)
         return module, leaves_for(module, T, N, hx=self.hx)
 
 

@@ -291,7 +291,7 @@ def forks(kind: str, threads: int) -> tuple[str, int, bool]:
     return answer.decode(), status, alive
 
 
-def huge(device: str = "cpu") -> dict[str, str]:
+def huge(device: str) -> dict[str, str]:
     """Calls whose output no memory can hold; gives the type of the exception each raises."""
     torch.set_default_device(device)
     steps = torch.zeros(1, 1, 3)

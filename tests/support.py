@@ -41,19 +41,33 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "LSTM-proj": ("LSTM", {"proj_size": 3}),
     "GRU": ("GRU", {}),
 }
+CELL_FORMS: dict[str, tuple[str, dict[str, Any]]] = {
+    "RNNCell": ("RNNCell", {}),
+    "RNNCell-relu": ("RNNCell", {"nonlinearity": "relu"}),
+    "LSTMCell": ("LSTMCell", {}),
+    "GRUCell": ("GRUCell", {}),
+}
 
 
 def build(kind: str, *sizes: int, dtype: torch.dtype = torch.float32, **options: Any) -> nn.Module:
     """rnnkern's module `kind`; its weights are float32 numbers also in float64, so that torch.nn
     can have the same.
 
-    On a GPU they lie as those of users do, in one block that is laid out for cuDNN.
+    On a GPU they are in one block that is laid out for cuDNN, as those of users are.
     """
     module = getattr(rnnkern, kind)(*sizes, **options).to(dtype)
     if isinstance(module, nn.RNNBase):
         with cudnn():
             module.flatten_parameters()
     return module
+
+
+def build_form(form: str, *sizes: int, proj_size: int | None = None, **options: Any) -> nn.Module:
+    """The module of a form. `proj_size` changes that of a form with a projection, and no other."""
+    kind, own = (FORMS | CELL_FORMS)[form]
+    if proj_size is not None and "proj_size" in own:
+        own = own | {"proj_size": proj_size}
+    return build(kind, *sizes, **own, **options)
 
 
 @contextmanager
@@ -73,7 +87,7 @@ def autocast(dtype: torch.dtype = torch.bfloat16, *, enabled: bool = True) -> to
 
 
 def pack_rows(rows: list[Tensor], *, enforce_sorted: bool = True) -> PackedSequence:
-    """`pack_sequence`, which wants its lengths on the CPU but makes them where the default is."""
+    """`pack_sequence`, which needs its lengths on the CPU but makes them on the default device."""
     with torch.device("cpu"):
         return pack_sequence(rows, enforce_sorted=enforce_sorted)
 
@@ -174,7 +188,7 @@ def evaluate(
     values = {name: output.detach().clone() for name, output in outputs.items()}
     if backward:
         loss = weighted_sum(outputs)
-        if loss.requires_grad:  # the oracle's does not where no row takes a step
+        if loss.requires_grad:  # the oracle's does not if no row takes a step
             loss.backward()
         for name, tensor in [*own.items(), *module.named_parameters()]:
             if tensor.requires_grad:
@@ -222,7 +236,8 @@ def check(
     """Compares outputs and gradients of `call(ours, leaves)` with torch.nn's and the oracle's;
     returns ours.
 
-    Where the gradient jumps only the outputs; `test_integers_are_exact` looks at the gradients.
+    If the gradient jumps, it compares only the outputs. `test_integers_are_exact` looks at such
+    gradients.
     """
     backward = backward and has_smooth_gradient(ours)
     got = evaluate(ours, leaves, call, backward=backward)
@@ -362,6 +377,16 @@ def loss_of(module: nn.Module, **options: Any) -> Callable[..., Tensor]:
         return sum(output.square().sum() for output in outputs.values())  # type: ignore[return-value]
 
     return loss
+
+
+class Halved(nn.Module):
+    """A parametrization."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight / 2
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        return weight * 2
 
 
 class Tagger(nn.Module):

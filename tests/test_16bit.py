@@ -21,6 +21,7 @@ from support import (
     assert_agree,
     assert_bitwise,
     build,
+    build_form,
     check,
     evaluate,
     flatten,
@@ -65,7 +66,7 @@ def test_every_number_passes_unchanged(dtype: torch.dtype, H: int) -> None:
 
 @pytest.mark.parametrize("dtype", NARROW, ids=str)
 def test_sums_are_rounded_to_the_nearest(dtype: torch.dtype) -> None:
-    """Ties to even, and to infinity where the sum is too large."""
+    """Ties to even, and to infinity if the sum is too large."""
     torch.manual_seed(0)
     module = build("RNN", 2, 1, nonlinearity="relu", bias=False, dtype=dtype)
     torch.nn.init.ones_(module.weight_ih_l0)
@@ -170,8 +171,7 @@ def test_autocast(kind: str, N: int, hx: bool, given: torch.dtype) -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_autocast_of_stacks(form: str) -> None:
-    kind, own = FORMS[form]
-    module = build(kind, 24, 40, num_layers=2, bidirectional=True, **own)
+    module = build_form(form, 24, 40, num_layers=2, bidirectional=True)
     leaves = leaves_for(module, 5, 7)
     if form == "RNN-relu":  # its gradient jumps: see `check`
         with torch.no_grad():
@@ -426,8 +426,7 @@ def test_products_of_every_shape(N: int, K: int) -> None:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", NARROW, ids=str)
 def test_training_and_inference_agree(dtype: torch.dtype, form: str) -> None:
-    kind, own = FORMS[form]
-    module = build(kind, 11, 37, dtype=dtype, bidirectional=True, **own)
+    module = build_form(form, 11, 37, dtype=dtype, bidirectional=True)
     leaves = {name: leaf.to(dtype) for name, leaf in leaves_for(module, 6, 5).items()}
     lengths, reset = torch.tensor([3, 6, 0, 5, 1]), torch.rand(6, 5) < 0.3
 
@@ -462,7 +461,7 @@ def test_autocast_does_not_widen_to_float64(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", LAYERS)
 def test_a_scaled_step(kind: str) -> None:
-    """GradScaler takes the step where all gradients are finite, and leaves it where one is not."""
+    """GradScaler takes the step if all gradients are finite, and skips it if one is not."""
     module, x = build(kind, 4, 6), torch.randn(5, 3, 4)
     optimizer = torch.optim.SGD(module.parameters(), 0.1)
     scaler = torch.amp.GradScaler(x.device.type, init_scale=2.0**10)

@@ -22,6 +22,7 @@ from support import (
     assert_agree,
     assert_bitwise,
     build,
+    build_form,
     check,
     evaluate,
     flatten,
@@ -73,8 +74,7 @@ def test_gradient_penalty(form: str, setting: str) -> None:
 )
 def test_gradient_penalty_on_the_weights(form: str, dtype: torch.dtype) -> None:
     """Second derivatives by the weights, at a size that fills vectors."""
-    kind, own = FORMS[form]
-    module = build(kind, 5, 17, dtype=dtype, **own)
+    module = build_form(form, 5, 17, dtype=dtype)
 
     def call(m: nn.Module, leaves: Leaves) -> Any:
         y, _ = plain(m, leaves)
@@ -87,8 +87,7 @@ def test_gradient_penalty_on_the_weights(form: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("only", ["x", "weight_hh_l0"])
 @pytest.mark.parametrize("form", FORMS)
 def test_gradient_penalty_with_most_of_it_frozen(form: str, only: str) -> None:
-    kind, own = FORMS[form]
-    module = build(kind, 4, 6, dtype=torch.float64, **own)
+    module = build_form(form, 4, 6, dtype=torch.float64)
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(name == only)
 
@@ -155,8 +154,7 @@ def test_what_stands_past_the_end_has_no_derivative(form: str) -> None:
     """NaN there is no part of second derivatives, of per-sample gradients, nor of what inspect
     finds.
     """
-    kind, own = FORMS[form]
-    module = build(kind, 3, 4, bidirectional=True, dtype=torch.float64, **own)
+    module = build_form(form, 3, 4, bidirectional=True, dtype=torch.float64)
     lengths = torch.tensor([6, 3])
     clean = torch.randn(6, 2, 3, dtype=torch.float64)
     clean[3:, 1] = 0
@@ -274,14 +272,12 @@ USED: dict[str, Callable[[Any], list[Tensor]]] = {
 @pytest.mark.parametrize("used", USED)
 @pytest.mark.parametrize("form", FORMS)
 def test_only_some_outputs_used(form: str, used: str) -> None:
-    kind, own = FORMS[form]
-    module = build(kind, 4, 6, num_layers=2, bidirectional=True, **own)
+    module = build_form(form, 4, 6, num_layers=2, bidirectional=True)
     check(module, leaves_for(module, 5, 3), lambda m, leaves: USED[used](plain(m, leaves)))
 
 
 def wanted_tensors(form: str) -> list[str]:
-    kind, own = FORMS[form]
-    module = build(kind, 4, 6, num_layers=2, **own)
+    module = build_form(form, 4, 6, num_layers=2)
     return [*leaves_for(module, 5, 3), *(name for name, _ in module.named_parameters())]
 
 
@@ -289,8 +285,7 @@ def wanted_tensors(form: str) -> list[str]:
     ("form", "wanted"), [(form, name) for form in FORMS for name in wanted_tensors(form)]
 )
 def test_only_one_tensor_requires_grad(form: str, wanted: str) -> None:
-    kind, own = FORMS[form]
-    module = build(kind, 4, 6, num_layers=2, **own)
+    module = build_form(form, 4, 6, num_layers=2)
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(name == wanted)
 
@@ -305,8 +300,7 @@ def test_only_one_tensor_requires_grad(form: str, wanted: str) -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_nothing_requires_grad(form: str) -> None:
-    kind, own = FORMS[form]
-    module = build(kind, 4, 6, **own).requires_grad_(False)
+    module = build_form(form, 4, 6).requires_grad_(False)
     for output in flatten(plain(module, leaves_for(module, 5, 3))).values():
         assert not output.requires_grad
         assert output.grad_fn is None
@@ -315,8 +309,7 @@ def test_nothing_requires_grad(form: str) -> None:
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("form", FORMS)
 def test_grad_modes(form: str, mode: Callable[[], Any]) -> None:
-    kind, own = FORMS[form]
-    module = build(kind, 4, 6, num_layers=2, **own)
+    module = build_form(form, 4, 6, num_layers=2)
     leaves = leaves_for(module, 5, 3)
     leaves["x"].requires_grad_()
     with mode():
@@ -334,8 +327,7 @@ def test_grad_modes(form: str, mode: Callable[[], Any]) -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_gradients_of_an_empty_batch(form: str, dtype: torch.dtype) -> None:
     """Zero; new memory is NaN under deterministic algorithms."""
-    kind, own = FORMS[form]
-    module = build(kind, 3, 6, dtype=dtype, num_layers=2, bidirectional=True, **own)
+    module = build_form(form, 3, 6, dtype=dtype, num_layers=2, bidirectional=True)
     x = torch.zeros(5, 0, 3, dtype=dtype, requires_grad=True)
     module(x)[0].sum().backward()
     assert x.grad is not None
@@ -347,8 +339,7 @@ def test_backward_twice(form: str) -> None:
     """With retain_graph the second backward gives the bits of the first; without it torch's usual
     error.
     """
-    kind, own = FORMS[form]
-    module = build(kind, 4, 6, num_layers=2, bidirectional=True, **own)
+    module = build_form(form, 4, 6, num_layers=2, bidirectional=True)
     leaves = {name: leaf.requires_grad_() for name, leaf in leaves_for(module, 5, 3).items()}
     wanted = leaves | dict(module.named_parameters())
     loss = weighted_sum(flatten(plain(module, leaves)))
@@ -367,8 +358,7 @@ def test_backward_twice(form: str) -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_gradients_of_each_output_add_up(form: str) -> None:
     """One backward per output over a kept graph, then all at once."""
-    kind, own = FORMS[form]
-    module = build(kind, 4, 6, dtype=torch.float64, **own)
+    module = build_form(form, 4, 6, dtype=torch.float64)
     leaves = leaves_for(module, 5, 3)
 
     def one_by_one(m: nn.Module, own: Leaves) -> Any:

@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 from support import (
+    CELL_FORMS,
     CELLS,
     DTYPES,
     Leaves,
     build,
+    build_form,
     check,
     initial_states,
     on_threads,
@@ -22,13 +24,6 @@ from torch import Tensor, nn
 
 import rnnkern
 from rnnkern import kernels
-
-FORMS: dict[str, tuple[str, dict[str, Any]]] = {
-    "RNNCell": ("RNNCell", {}),
-    "RNNCell-relu": ("RNNCell", {"nonlinearity": "relu"}),
-    "LSTMCell": ("LSTMCell", {}),
-    "GRUCell": ("GRUCell", {}),
-}
 
 
 def leaves_for(cell: nn.Module, rows: int | None, *, hx: bool = True) -> Leaves:
@@ -41,12 +36,11 @@ def leaves_for(cell: nn.Module, rows: int | None, *, hx: bool = True) -> Leaves:
 @pytest.mark.parametrize("hx", [True, False], ids=["hx", "no-hx"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", CELL_FORMS)
 def test_every_option_agrees_with_torch_nn(
     form: str, bias: bool, dtype: torch.dtype, hx: bool, rows: int | None
 ) -> None:
-    kind, own = FORMS[form]
-    cell = build(kind, 4, 6, dtype=dtype, bias=bias, **own)
+    cell = build_form(form, 4, 6, dtype=dtype, bias=bias)
     check(cell, leaves_for(cell, rows, hx=hx))
 
 
@@ -55,16 +49,15 @@ def test_every_option_agrees_with_torch_nn(
     ("rows", "I", "H"),
     [(1, 1, 1), (2, 3, 1), (5, 1, 15), (6, 7, 17), (7, 16, 16), (13, 5, 33), (64, 31, 65)],
 )
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", CELL_FORMS)
 def test_any_size_agrees_with_torch_nn(form: str, rows: int, I: int, H: int) -> None:
-    kind, own = FORMS[form]
-    cell = build(kind, I, H, **own)
+    cell = build_form(form, I, H)
     check(cell, leaves_for(cell, rows))
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", CELL_FORMS)
 def test_construction_is_torchs(form: str) -> None:
-    kind, own = FORMS[form]
+    kind, own = CELL_FORMS[form]
     torch.manual_seed(3)
     ours = getattr(rnnkern, kind)(4, 6, **own)
     torch.manual_seed(3)
@@ -106,20 +99,18 @@ LAYOUTS: dict[str, tuple[tuple[int, ...], Callable[[Tensor], Tensor]]] = {
 
 @pytest.mark.kernel
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", CELL_FORMS)
 def test_input_layouts(form: str, layout: str) -> None:
-    kind, own = FORMS[form]
     shape, view = LAYOUTS[layout]
-    cell = build(kind, 4, 6, **own)
+    cell = build_form(form, 4, 6)
     leaves = initial_states(cell, 3) | {"x": torch.randn(shape)}
     check(cell, leaves, lambda m, own: m(view(own["x"]), states_of(own)))
 
 
 @pytest.mark.kernel
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", CELL_FORMS)
 def test_state_layouts(form: str) -> None:
-    kind, own = FORMS[form]
-    cell = build(kind, 4, 6, **own)
+    cell = build_form(form, 4, 6)
 
     def call(module: nn.Module, leaves: Leaves) -> Any:
         views = {
@@ -132,11 +123,10 @@ def test_state_layouts(form: str) -> None:
 
 
 @pytest.mark.kernel
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", CELL_FORMS)
 def test_called_step_by_step(form: str) -> None:
     """The usual loop over a sequence, with gradients through all of it."""
-    kind, own = FORMS[form]
-    cell = build(kind, 4, 6, **own)
+    cell = build_form(form, 4, 6)
 
     def call(module: nn.Module, leaves: Leaves) -> Any:
         state, outputs = states_of(leaves), []
@@ -149,9 +139,9 @@ def test_called_step_by_step(form: str) -> None:
     check(cell, leaves, call)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", CELL_FORMS)
 def test_a_layer_is_its_cell_in_a_loop(form: str) -> None:
-    kind, own = FORMS[form]
+    kind, own = CELL_FORMS[form]
     cell = build(kind, 4, 6, dtype=torch.float64, **own)
     layer = build(kind.removesuffix("Cell"), 4, 6, dtype=torch.float64, **own)
     layer.load_state_dict({f"{name}_l0": value for name, value in cell.state_dict().items()})
@@ -206,15 +196,14 @@ def test_one_bias_missing(kind: str) -> None:
     [(16, 40, 33), (31, 300, 65), (64, 65, 129), (70, 3, 70), (130, 17, 20)],
     ids=str,
 )
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", CELL_FORMS)
 def test_rows_that_fill_vectors(
     form: str, rows: int, I: int, H: int, dtype: torch.dtype, threads: int
 ) -> None:
     """Weights are broadcast; the last vector of rows, panel of rows or panel of units is not full,
     and sums are longer than a block of k.
     """
-    kind, own = FORMS[form]
-    cell = build(kind, I, H, dtype=dtype, **own)
+    cell = build_form(form, I, H, dtype=dtype)
     check(cell, leaves_for(cell, rows), on_threads(plain, threads))
 
 
@@ -224,7 +213,7 @@ def test_rows_that_fill_vectors(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", ["RNN", "LSTM", "GRU"])
 def test_broadcast_weights_have_the_bits_of_packed_ones(kind: str, dtype: torch.dtype) -> None:
-    """One step reads them as they lie, a long sequence packs them."""
+    """One step reads them in place, a long sequence packs them."""
     module = build(kind, 300, 70, dtype=dtype)
     x = torch.randn(200, 47, 300).to(dtype)
     assert "each weight times a vector" in rnnkern.explain(module, x[:1])
@@ -242,22 +231,20 @@ def test_broadcast_weights_have_the_bits_of_packed_ones(kind: str, dtype: torch.
 
 @pytest.mark.kernel
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", CELL_FORMS)
 def test_gradients_of_few_rows(form: str, rows: int) -> None:
     """Weight gradients are outer products, of whole and partial vectors."""
-    kind, own = FORMS[form]
     for I, H in ((64, 48), (70, 37)):
-        cell = build(kind, I, H, **own)
+        cell = build_form(form, I, H)
         check(cell, leaves_for(cell, rows))
 
 
 @pytest.mark.cpu_only
 @pytest.mark.kernel
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", CELL_FORMS)
 def test_rows_of_weights_are_apart_in_backward(form: str) -> None:
     """It reads vectors that reach into the next row, and nothing of that row is seen."""
-    kind, own = FORMS[form]
-    cell = build(kind, 37, 20, **own)
+    cell = build_form(form, 37, 20)
     leaves = leaves_for(cell, 2)
     for leaf in leaves.values():
         leaf.requires_grad_()
@@ -283,12 +270,11 @@ def is_plain(cell: nn.Module, x: Tensor, hx: Any = None) -> bool:
             return False
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", CELL_FORMS)
 @pytest.mark.parametrize("rows", [3, None], ids=["batched", "unbatched"])
 def test_a_plain_call_is_one_crossing(form: str, rows: int | None) -> None:
-    kind, own = FORMS[form]
     for bias in (True, False):
-        cell = build(kind, 4, 6, bias=bias, **own)
+        cell = build_form(form, 4, 6, bias=bias)
         leaves = leaves_for(cell, rows)
         assert is_plain(cell, leaves["x"], states_of(leaves))
         assert is_plain(cell, leaves["x"])
@@ -356,10 +342,9 @@ def test_states_changed_in_place(kind: str, rows: int | None) -> None:
 
 
 @pytest.mark.parametrize("rows", [3, None], ids=["batched", "unbatched"])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", CELL_FORMS)
 def test_second_derivatives(form: str, rows: int | None) -> None:
-    kind, own = FORMS[form]
-    cell = build(kind, 3, 4, dtype=torch.float64, **own)
+    cell = build_form(form, 3, 4, dtype=torch.float64)
     leaves = {k: v.double().requires_grad_() for k, v in leaves_for(cell, rows).items()}
     names = list(leaves)
 
@@ -383,7 +368,7 @@ def test_batched_gradients(kind: str) -> None:
 @pytest.mark.parametrize("kind", CELLS)
 @pytest.mark.cpu_only
 def test_what_a_step_keeps_for_backward(kind: str) -> None:
-    """Besides operands and outputs: the gates and the new cell state, and h where it is small."""
+    """Besides operands and outputs: the gates and the new cell state, and h if it is small."""
     rows, H = 64, 128
     cell = build(kind, 32, H)
     leaves = {k: v.requires_grad_() for k, v in leaves_for(cell, rows).items()}

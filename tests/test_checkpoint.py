@@ -8,7 +8,17 @@ from typing import Any
 import pytest
 import torch
 from layer_options import SETTINGS
-from support import FORMS, LAYERS, build, evaluate, flatten, leaves_for, plain, states_of
+from support import (
+    FORMS,
+    LAYERS,
+    build,
+    build_form,
+    evaluate,
+    flatten,
+    leaves_for,
+    plain,
+    states_of,
+)
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.checkpoint import checkpoint
@@ -118,8 +128,7 @@ def test_the_base_class_by_its_mode(mode: str) -> None:
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("form", FORMS)
 def test_torch_utils_checkpoint(form: str, reentrant: bool) -> None:
-    kind, own = FORMS[form]
-    module = build(kind, 4, 6, **own)
+    module = build_form(form, 4, 6)
     leaves = leaves_for(module, 5, 3)
 
     def recomputed(m: nn.Module, own: Any) -> Any:

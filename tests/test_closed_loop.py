@@ -8,7 +8,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
-from support import DTYPES, FORMS, LAYERS, assert_agree, build, flatten
+from support import DTYPES, FORMS, LAYERS, assert_agree, build, build_form, flatten
 from torch import Tensor, nn
 
 import rnnkern
@@ -82,12 +82,9 @@ def test_one_call_of_the_kernels_for_all_steps(
     form: str, sizes: str, dtype: torch.dtype, one_call: list[bool]
 ) -> None:
     """As near to torch.nn in float64 as torch.nn is that takes the steps one by one."""
-    kind, own = FORMS[form]
     steps, N, inputs, H = SIZES[sizes]
-    if "proj_size" in own:
-        own = own | {"proj_size": 2 * H // 3}
-    module = build(kind, inputs, H, dtype=dtype, **own)
-    readout = nn.Linear(own.get("proj_size", H), inputs, bias=sizes != "odd", dtype=dtype)
+    module = build_form(form, inputs, H, dtype=dtype, proj_size=2 * H // 3)
+    readout = nn.Linear(module.proj_size or H, inputs, bias=sizes != "odd", dtype=dtype)
     x = torch.randn(N, inputs, dtype=dtype)
     _, state = module(x[None])
     torch.set_num_threads(3)

@@ -87,7 +87,7 @@ def test_a_quick_run_passes_and_reads_well(capsys: pytest.CaptureFixture[str]) -
     assert max(map(len, lines)) <= 100
     assert captured.out.isascii()
     assert "\x1b" not in captured.out
-    assert captured.err == ""  # no progress bar where there is no terminal
+    assert captured.err == ""  # no progress bar without a terminal
     assert lines[-1] == "All checks passed."
     for cell in ("RNN", "LSTM", "GRU"):
         # the notebook's comparison, two workloads

@@ -50,7 +50,7 @@ def compiler(compiled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def take() -> Path:
-    """Loads the library, and says where the cache has it, if it does."""
+    """Loads the library, and returns its path in the cache, which may not have it."""
     build.load_content(MODE, TARGET, build.library(MODE, TARGET))
     return build.cache_folder() / build._name(MODE, build.SOURCES[MODE](), TARGET)
 

@@ -72,7 +72,7 @@ def nvcc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[s
 
 
 def take(mode: str = MODE, element: str = "float") -> Path:
-    """Loads the library, and says where the cache has it."""
+    """Loads the library, and returns its path in the cache."""
     target = build.target_for(mode, element, GPU)
     build.load_content(mode, target, build.library(mode, target))
     return build.cache_folder() / build._name(mode, build.SOURCES[mode](), target)

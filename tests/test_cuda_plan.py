@@ -148,7 +148,7 @@ def test_the_plan_of_each_workload_is_the_one_in_the_table(
     ) == expected
 
 
-# Where every step is a product of the library and a kernel, for the weights do not fit.
+# Every step is a product of the library and a kernel, because the weights do not fit.
 STEPWISE: dict[tuple[str, str, Kind], dict[str, str]] = {
     ("H100", "LSTM", BF16): {"h1024": "backward", "h2048": "both"},
     ("H100", "LSTM", TF32): {"h1024": "both", "h2048": "both"},
@@ -216,7 +216,7 @@ WINDOWS: list[tuple[str, str, Kind, bool, int]] = [
     ("LSTM", "h1024", BF16, True, 16),
     ("LSTM", "h2048", BF16, True, 16),
     ("LSTM", "long", BF16, True, 250),
-    ("LSTM", "flash768", FP32, True, 1024),  # where the slots will stand
+    ("LSTM", "flash768", FP32, True, 1024),  # in the memory of the slots
     ("LSTM", "flash768", FP32, False, 79),
     ("GRU", "flash768", BF16, True, 103),
     ("RNN_TANH", "flash768", BF16, True, 256),
@@ -269,7 +269,7 @@ def test_what_only_the_stepwise_tier_takes(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_products_of_our_own_are_slower() -> None:
-    """Forward under deterministic algorithms, and where there is no library."""
+    """Forward under deterministic algorithms, and without a library."""
     sizes = SIZES["h2048"]
     library, text = plan("H100", "LSTM", sizes, BF16)
     assert "of our own" not in text

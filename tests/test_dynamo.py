@@ -95,7 +95,7 @@ def graphs_of(model: nn.Module, *, fullgraph: bool) -> int:
 
 
 def break_later(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in a Dynamo that wraps the module and breaks the graph where it is called."""
+    """As in a Dynamo that wraps the module and breaks the graph at its call."""
     from torch._dynamo.variables import builder, misc
 
     space = vars(builder)

@@ -15,6 +15,7 @@ from support import (
     Leaves,
     assert_bitwise,
     build,
+    build_form,
     check,
     evaluate,
     flatten,
@@ -72,8 +73,7 @@ def test_the_warning_is_a_user_warning() -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_fallback_results(form: str) -> None:
     """What torch.nn computes, and `lengths` and `reset` too."""
-    kind, own = FORMS[form]
-    module = build(kind, 4, 6, bidirectional=True, **own)
+    module = build_form(form, 4, 6, bidirectional=True)
     leaves = leaves_for(module, 5, 3)
     lengths, reset = torch.tensor([2, 5, 0]), torch.rand(5, 3) < 0.4
 

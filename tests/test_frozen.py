@@ -19,6 +19,7 @@ from support import (
     Seen,
     assert_bitwise,
     build,
+    build_form,
     compiled,
     flatten,
     initial_states,
@@ -84,11 +85,10 @@ def deterministic_results(*arguments: Any) -> Any:
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("form", FORMS)
 def test_results_are_those_of_deterministic_mode_to_the_bit(form: str, way: str) -> None:
-    kind, own = FORMS[form]
     options, call = WAYS[way]
     for dtype in DTYPES:
         for H in (5, 70):
-            module = build(kind, 9, H, dtype=dtype, **own, **options)
+            module = build_form(form, 9, H, dtype=dtype, **options)
             leaves = leaves_for(module, 6, 3)
             frozen = rnnkern.freeze(module)
             assert isinstance(frozen, FrozenLayer)
@@ -115,9 +115,8 @@ def test_so_are_those_of_cells(kind: str, dtype: torch.dtype) -> None:
 @pytest.mark.kernel
 @pytest.mark.parametrize("form", FORMS)
 def test_bfloat16_weights_are_those_of_autocast(form: str) -> None:
-    """Where the CPU multiplies bfloat16. Elsewhere they are rounded and multiplied as float32."""
-    kind, own = FORMS[form]
-    module = build(kind, 11, 37, **own)
+    """If the CPU multiplies bfloat16. Otherwise they are rounded and multiplied as float32."""
+    module = build_form(form, 11, 37)
     frozen = rnnkern.freeze(module, torch.bfloat16)
     leaves = leaves_for(module, 5, 3)
     got = results(frozen, leaves, plain, torch.float32)
@@ -137,8 +136,7 @@ def test_bfloat16_weights_are_those_of_autocast(form: str) -> None:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(("I", "H", "N"), [(1, 3, 1), (9, 33, 7), (70, 64, 2), (5, 150, 13)])
 def test_int8_weights_are_multiplied_as_integers(form: str, I: int, H: int, N: int) -> None:
-    kind, own = FORMS[form]
-    module = build(kind, I, max(H, 4), **own)
+    module = build_form(form, I, max(H, 4))
     frozen = rnnkern.freeze(module, torch.int8)
     for ours, theirs, reference in int8_reference.worst(module, frozen, 3, N):
         verdict = tolerance.check(ours, theirs, reference)
@@ -505,7 +503,7 @@ def test_wrong_calls_name_what_is_wrong() -> None:
 def test_a_step_of_another_dtype_refuses_states_that_share_memory() -> None:
     frozen = rnnkern.freeze(build("LSTM", 3, 4), torch.int8).half()
     x, memory = torch.randn(2, 3).half(), torch.zeros(1, 2, 8).half()
-    h, c = memory[..., :4], memory[..., 4:]  # rows that lie between each other
+    h, c = memory[..., :4], memory[..., 4:]  # rows that alternate in memory
     with torch.no_grad():
         frozen.step(x, (h, c))
         wanted = memory.clone()
@@ -606,14 +604,13 @@ def stepped(module: nn.Module, x: Tensor, state: Any) -> Tensor:
 @pytest.mark.parametrize("weights", KEPT, ids=str)
 @pytest.mark.parametrize("form", FORMS)
 def test_steps_are_a_sequence(form: str, weights: torch.dtype | None) -> None:
-    kind, own = FORMS[form]
     for N, layers, batch_first in ((3, 1, False), (3, 3, True), (1, 2, False), (None, 2, False)):
-        module = build(kind, 6, 35, num_layers=layers, **own)
+        module = build_form(form, 6, 35, num_layers=layers)
         frozen = rnnkern.freeze(module, weights)
         leaves = leaves_for(module, 5, N)
         wanted = flatten(plain(frozen, leaves))
         frozen = rnnkern.freeze(
-            build(kind, 6, 35, num_layers=layers, batch_first=batch_first, **own), weights
+            build_form(form, 6, 35, num_layers=layers, batch_first=batch_first), weights
         )
         frozen.load_state_dict(rnnkern.freeze(module, weights).state_dict())
         state = states_of(leaves)

@@ -84,7 +84,7 @@ def test_the_page_has_what_was_measured(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_a_page_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a machine that measures, where the rest of the page is not at hand."""
+    """As on a machine that measures, which does not have the rest of the page."""
     measured(tmp_path, monkeypatch, "--dtype", "float32")
     file = str(tmp_path / "speed.jsonl")
     monkeypatch.setattr(sys, "argv", ["page.py", file, file, "--docs", str(tmp_path)])

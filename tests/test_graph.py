@@ -19,6 +19,7 @@ from support import (
     Leaves,
     assert_agree,
     build,
+    build_form,
     check,
     flatten,
     leaves_for,
@@ -32,8 +33,8 @@ IN_PLACE = "modified by an inplace operation"
 
 
 def edit_and_differentiate(module: nn.Module, leaves: Leaves, what: str) -> dict[str, Tensor]:
-    """Gradients of `y.sum()` after the tensor called `what` was doubled in place, with y doubled
-    where it is y.
+    """Gradients of `y.sum()` after the tensor called `what` was doubled in place. If it is y, the
+    loss is that of the doubled y.
     """
     own = {name: leaf.clone().requires_grad_() for name, leaf in leaves.items()}
     used = {name: leaf * 1 for name, leaf in own.items()}
@@ -65,8 +66,7 @@ def test_edits_between_forward_and_backward(form: str, what: str, needed: bool) 
     """Editing what was saved is torch's usual error; editing anything else leaves the gradients
     right.
     """
-    kind, own = FORMS[form]
-    module = build(kind, 4, 6, **own)
+    module = build_form(form, 4, 6)
     leaves = leaves_for(module, 5, 3)
     factor = 2.0 if what == "out.0" else 1.0
     theirs, exact = (sum_gradients(oracle.twin(module, d), leaves, factor) for d in WIDE_DTYPES)
@@ -126,8 +126,7 @@ def test_saved_tensor_hooks(form: str) -> None:
     """What is saved goes through torch's hooks, so that it can be moved elsewhere and checked for
     edits.
     """
-    kind, own = FORMS[form]
-    module = build(kind, 4, 6, **own)
+    module = build_form(form, 4, 6)
     saved: list[Tensor] = []
 
     def pack(tensor: Tensor) -> int:

@@ -208,8 +208,8 @@ NUMBERS = st.one_of(st.integers(-3, 8), st.sampled_from([2**31, 2**40, 2**62, -(
 @pytest.mark.filterwarnings("ignore::rnnkern.FallbackWarning")
 @given(st.sampled_from(LAYERS), st.lists(NUMBERS, max_size=5), st.integers(0, 8), st.booleans())
 def test_any_batch_sizes(kind: str, sizes: list[int], rows: int, states: bool) -> None:
-    """A PackedSequence put together at random works where it makes sense and is refused elsewhere;
-    never a crash.
+    """A PackedSequence put together at random works if it makes sense. Otherwise it is refused, and
+    nothing crashes.
     """
     module = build(kind, 3, 4)
     batch_sizes = torch.tensor(sizes, dtype=torch.int64, device="cpu")

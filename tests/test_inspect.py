@@ -10,7 +10,7 @@ import oracle
 import pytest
 import torch
 from layer_options import LENGTHS, RESET, SETTINGS
-from support import FORMS, LAYERS, build, flatten, states_of
+from support import FORMS, LAYERS, build, build_form, flatten, states_of
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
@@ -136,15 +136,7 @@ def test_trace_of_several_layers(kind: str) -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_trace_of_rows_that_end_and_begin(form: str, which: str) -> None:
     """As each piece alone: values, and gradients of the whole."""
-    kind, own = FORMS[form]
-    module = build(
-        kind,
-        2,
-        3,
-        bidirectional=True,
-        dtype=torch.float64,
-        **own | ({"proj_size": 2} if "proj_size" in own else {}),
-    )
+    module = build_form(form, 2, 3, bidirectional=True, dtype=torch.float64, proj_size=2)
     x = torch.randn(3, 2, 2, dtype=torch.float64, requires_grad=True)
     if which == "packed":
         packed = pack_padded_sequence(x, LENGTHS.cpu(), enforce_sorted=False)
@@ -178,15 +170,14 @@ def test_trace_of_rows_that_end_and_begin(form: str, which: str) -> None:
 @pytest.mark.parametrize("options", [{}, {"bidirectional": True, "num_layers": 2}], ids=str)
 @pytest.mark.parametrize("form", FORMS)
 def test_gradient_flow(form: str, options: dict[str, Any]) -> None:
-    kind, own = FORMS[form]
-    module = build(kind, 2, 4, dtype=torch.float64, **own, **options)
+    module = build_form(form, 2, 4, dtype=torch.float64, **options)
     x = torch.randn(7, 3, 2, dtype=torch.float64)
     flow = inspect.gradient_flow(module, x)
     width = getattr(module, "proj_size", 0) or 4
     layers = module.num_layers
     D = 2 if module.bidirectional else 1
     assert flow.h.shape == (layers * D, 7, 3)
-    assert (flow.c is None) == (kind != "LSTM")
+    assert (flow.c is None) == (module.mode != "LSTM")
     expected: dict[str, list[Tensor]] = {"h": [], "c": []}
     for i in range(layers):
         outputs = []
@@ -362,8 +353,7 @@ def test_a_cell_without_derivatives_of_its_own(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("form", FORMS)
 def test_under_autocast(form: str, packed: bool) -> None:
     """Output and state are the module's own, dtypes included."""
-    kind, own = FORMS[form]
-    module, x = build(kind, 3, 6, num_layers=2, **own), torch.randn(5, 2, 3)
+    module, x = build_form(form, 3, 6, num_layers=2), torch.randn(5, 2, 3)
     given = pack_padded_sequence(x, torch.tensor([5, 3])) if packed else x
     with torch.autocast(x.device.type, dtype=torch.bfloat16):
         expected, state = module(given)

@@ -18,10 +18,12 @@ from support import (
     FORMS,
     LAYERS,
     WIDE_DTYPES,
+    Halved,
     Leaves,
     assert_agree,
     assert_bitwise,
     build,
+    build_form,
     check,
     evaluate,
     flatten,
@@ -45,7 +47,7 @@ def replace(module: nn.Module, name: str, parameter: Tensor) -> None:
 
 
 def each_weight(of: Callable[[Tensor], Tensor]) -> Change:
-    """Replaces every parameter by another, of the same values, that lies in memory as `of` says."""
+    """Replaces every parameter by another, of the same values, in memory as `of` says."""
 
     def change(module: nn.Module) -> None:
         for name, parameter in list(module.named_parameters()):
@@ -95,14 +97,6 @@ def new_data(module: nn.Module) -> None:
 
 def frozen(module: nn.Module) -> None:
     module.weight_ih_l0.requires_grad_(False)
-
-
-class Halved(nn.Module):
-    def forward(self, weight: Tensor) -> Tensor:
-        return weight / 2
-
-    def right_inverse(self, weight: Tensor) -> Tensor:
-        return weight * 2
 
 
 def dtype_of(module: nn.Module) -> torch.dtype:
@@ -165,8 +159,7 @@ def test_the_old_weight_norm(kind: str) -> None:
 @pytest.mark.parametrize("layout", ["transposed", "with-gaps", "later-in-memory"])
 @pytest.mark.parametrize("form", FORMS)
 def test_weight_layouts(form: str, layout: str) -> None:
-    kind, own = FORMS[form]
-    module = build(kind, 4, 17, bidirectional=True, **own)
+    module = build_form(form, 4, 17, bidirectional=True)
     check_changed(module, CHANGES[layout], leaves_for(module, 5, 3))
 
 

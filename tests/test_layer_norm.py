@@ -226,21 +226,18 @@ def test_wrong_calls_of_cells(kind: str) -> None:
 
 @pytest.mark.kernel
 @pytest.mark.parametrize("form", ["LSTM", "GRU", "RNN"])
+@pytest.mark.usefixtures("deterministic")
 def test_deterministic_bits(form: str) -> None:
     """Of a sequence in one call or in two, of a row in any batch, on one thread or two."""
     module = made(form, 40, 200)
     x = torch.randn(T, 7, 40)
-    torch.use_deterministic_algorithms(True)
-    try:
-        whole, _ = module(x)
-        first, state = module(x[:2])
-        second, _ = module(x[2:], state)
-        assert torch.equal(torch.cat([first, second]), whole)
-        assert torch.equal(module(x[:, 2:4])[0], whole[:, 2:4])
-        torch.set_num_threads(2)
-        assert torch.equal(module(x)[0], whole)
-    finally:
-        torch.use_deterministic_algorithms(False)
+    whole, _ = module(x)
+    first, state = module(x[:2])
+    second, _ = module(x[2:], state)
+    assert torch.equal(torch.cat([first, second]), whole)
+    assert torch.equal(module(x[:, 2:4])[0], whole[:, 2:4])
+    torch.set_num_threads(2)
+    assert torch.equal(module(x)[0], whole)
 
 
 @pytest.mark.kernel

@@ -18,6 +18,7 @@ from support import (
     Call,
     Leaves,
     build,
+    build_form,
     check,
     initial_states,
     leaves_for,
@@ -56,8 +57,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 def test_every_option_agrees_with_torch_nn(
     form: str, options: dict[str, Any], dtype: torch.dtype, hx: bool, batch: int | None
 ) -> None:
-    kind, own = FORMS[form]
-    module = build(kind, 4, 6, dtype=dtype, **own, **options).eval()
+    module = build_form(form, 4, 6, dtype=dtype, **options).eval()
     check(module, leaves_for(module, 5, batch, hx=hx))
 
 
@@ -67,8 +67,7 @@ def test_a_state_does_not_leave_the_plain_call(
     form: str, training: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A frame of a stream costs no more than a step without a state."""
-    kind, own = FORMS[form]
-    module = build(kind, 4, 6, **own)
+    module = build_form(form, 4, 6)
     x = torch.randn(5, 3, 4)
     with torch.set_grad_enabled(training):
         _, state = module(x)
@@ -77,7 +76,9 @@ def test_a_state_does_not_leave_the_plain_call(
         monkeypatch.setattr(forward, "_checked", lambda *given: calls.append(0) or look(*given))
         module(x, state)
         assert not calls
-        other = list(state) if kind == "LSTM" else state.double()  # as torch.nn takes it; wrong
+        other = (
+            list(state) if module.mode == "LSTM" else state.double()
+        )  # as torch.nn takes it; wrong
         with contextlib.suppress(ValueError, RuntimeError):
             module(x, other)
     assert len(calls) == 1
@@ -162,7 +163,7 @@ def flat(states: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return (states,) if isinstance(states, Tensor) else states
 
 
-# How a [5, 3, 4] input may lie in memory: the shape of what owns the memory, and the view of it.
+# How a [5, 3, 4] input may be in memory: the shape of what owns the memory, and the view of it.
 LAYOUTS: dict[str, tuple[tuple[int, ...], Callable[[Tensor], Tensor]]] = {
     "transposed": ((3, 5, 4), lambda a: a.transpose(0, 1)),
     "features-first": ((4, 5, 3), lambda a: a.permute(1, 2, 0)),
@@ -190,9 +191,8 @@ LAYOUTS: dict[str, tuple[tuple[int, ...], Callable[[Tensor], Tensor]]] = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("form", FORMS)
 def test_input_layouts(form: str, layout: str, options: dict[str, Any]) -> None:
-    kind, own = FORMS[form]
     shape, view = LAYOUTS[layout]
-    module = build(kind, 4, 6, bidirectional=True, **own, **options)
+    module = build_form(form, 4, 6, bidirectional=True, **options)
     leaves = initial_states(module, 5 if module.batch_first else 3) | {"x": torch.randn(shape)}
     check(module, leaves, lambda m, own: m(view(own["x"]), states_of(own)))
 
@@ -213,22 +213,20 @@ STATE_LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("layout", STATE_LAYOUTS)
 @pytest.mark.parametrize("form", FORMS)
 def test_state_layouts(form: str, layout: str) -> None:
-    kind, own = FORMS[form]
     view = STATE_LAYOUTS[layout]
 
     def call(module: nn.Module, leaves: Leaves) -> Any:
         views = {name: view(leaf) for name, leaf in leaves.items() if name != "x"}
         return module(leaves["x"], states_of(views))
 
-    module = build(kind, 4, 6, bidirectional=True, **own)
+    module = build_form(form, 4, 6, bidirectional=True)
     check(module, leaves_for(module, 5, 3), call)
 
 
 @pytest.mark.kernel
 @pytest.mark.parametrize("form", FORMS)
 def test_unbatched_layouts(form: str) -> None:
-    kind, own = FORMS[form]
-    module = build(kind, 4, 6, **own)
+    module = build_form(form, 4, 6)
     leaves = initial_states(module, None) | {"x": torch.randn(4, 10)}
     check(module, leaves, lambda m, own: m(own["x"].t()[::2], states_of(own)))
 
@@ -237,8 +235,7 @@ def test_unbatched_layouts(form: str) -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_training_flag_without_dropout(form: str, train: bool) -> None:
     """Without dropout eval mode changes nothing, and gradients flow in it."""
-    kind, own = FORMS[form]
-    module = build(kind, 4, 6, num_layers=2, **own).train(train)
+    module = build_form(form, 4, 6, num_layers=2).train(train)
     check(module, leaves_for(module, 5, 3))
     output, _ = module(torch.randn(5, 3, 4))
     assert output.requires_grad
@@ -340,8 +337,7 @@ def test_dropout_after_a_single_layer_is_nothing(kind: str) -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_dropout_of_everything_is_exact(form: str, options: dict[str, Any]) -> None:
     """With p = 1 no mask is random, so that training mode can be compared too."""
-    kind, own = FORMS[form]
-    module = build(kind, 4, 6, **({"num_layers": 2} | options), dropout=1.0, **own).train()
+    module = build_form(form, 4, 6, **({"num_layers": 2} | options), dropout=1.0).train()
     check(module, leaves_for(module, 5, 3))
 
 
@@ -387,7 +383,7 @@ def test_parameters_that_are_looked_up_in_another_way() -> None:
 
 
 class BatchFirst(rnnkern.RNN):
-    """Says of itself what does not stand in its namespace."""
+    """Has attributes that are not in its namespace."""
 
     batch_first = property(lambda self: True, lambda self, value: None)
 

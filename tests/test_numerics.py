@@ -21,6 +21,7 @@ from support import (
     Leaves,
     assert_bitwise,
     build,
+    build_form,
     check,
     evaluate,
     flatten,
@@ -52,10 +53,8 @@ one_thread = on_threads(plain, 1)
 @pytest.mark.parametrize(("H", "threads"), [(H, 1) for H in HIDDEN] + [(17, 2), (129, 2)])
 @pytest.mark.parametrize("form", FORMS)
 def test_hidden_sizes(form: str, H: int, threads: int) -> None:
-    kind, own = FORMS[form]
-    if "proj_size" in own:
-        own = {"proj_size": H // 2}  # 0, at H = 1, is none
-    module = build(kind, 5, H, bidirectional=True, **own)
+    # A projection to 0 features, at H = 1, is none.
+    module = build_form(form, 5, H, bidirectional=True, proj_size=H // 2)
     check(module, leaves_for(module, 4, 5), on_threads(plain, threads), oracle_call=one_thread)
 
 
@@ -63,9 +62,8 @@ def test_hidden_sizes(form: str, H: int, threads: int) -> None:
 @pytest.mark.parametrize(("N", "threads"), [(N, 1) for N in BATCHES] + [(2, 2), (13, 2)])
 @pytest.mark.parametrize("form", FORMS)
 def test_batch_sizes(form: str, N: int, threads: int) -> None:
-    kind, own = FORMS[form]
     for H in (16, 33):
-        module = build(kind, 3, H, **own)
+        module = build_form(form, 3, H)
         check(module, leaves_for(module, 4, N), on_threads(plain, threads), oracle_call=one_thread)
 
 
@@ -73,8 +71,7 @@ def test_batch_sizes(form: str, N: int, threads: int) -> None:
 @pytest.mark.parametrize("I", [1, 2, 15, 17, 64, 131])
 @pytest.mark.parametrize("form", FORMS)
 def test_input_sizes_agree_with_torch_nn(form: str, I: int) -> None:
-    kind, own = FORMS[form]
-    module = build(kind, I, 9, **own)
+    module = build_form(form, I, 9)
     check(module, leaves_for(module, 3, 3))
 
 
@@ -84,8 +81,7 @@ def test_input_sizes_agree_with_torch_nn(form: str, I: int) -> None:
 @pytest.mark.parametrize("N", [1, 4])
 @pytest.mark.parametrize("form", FORMS)
 def test_lengths_of_sequences(form: str, N: int, T: int, dtype: torch.dtype) -> None:
-    kind, own = FORMS[form]
-    module = build(kind, 3, 18, dtype=dtype, num_layers=2, bidirectional=True, **own)
+    module = build_form(form, 3, 18, dtype=dtype, num_layers=2, bidirectional=True)
     check(module, leaves_for(module, T, N))
 
 
@@ -101,8 +97,7 @@ def test_one_of_everything(kind: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("form", FORMS)
 def test_a_long_sequence(form: str, dtype: torch.dtype) -> None:
-    kind, own = FORMS[form]
-    module = build(kind, 3, 20, dtype=dtype, **own)
+    module = build_form(form, 3, 20, dtype=dtype)
     check(module, leaves_for(module, 300, 2))
 
 
@@ -159,8 +154,8 @@ def grid(dtype: torch.dtype, count: int) -> Tensor:
     return torch.cat([magnitudes, -magnitudes])
 
 
-# Which axis of the call the vectors run along, and on how many numbers. The many are where the
-# largest errors show.
+# Which axis of the call the vectors run along, and on how many numbers. The axis with many numbers
+# shows the largest errors.
 ALONG = {"rows": 300_000, "steps": 3000, "units": 600}
 
 
@@ -240,9 +235,8 @@ def test_sigmoid_of_very_small_numbers(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("form", FORMS)
 def test_rows_do_not_depend_on_their_neighbours(form: str, dtype: torch.dtype) -> None:
-    """Alone, one of two and the odd one of three: where the same kernel runs, the same bits."""
-    kind, own = FORMS[form]
-    module = build(kind, 16, 64, dtype=dtype, **own)
+    """Alone, one of two and the odd one of three: the same kernel gives the same bits."""
+    module = build_form(form, 16, 64, dtype=dtype)
     x = torch.randn(100, 3, 16).to(dtype)
     with torch.no_grad():
         alone = torch.cat([module(x[:, n : n + 1].contiguous())[0] for n in range(3)], 1)
@@ -258,8 +252,7 @@ def test_the_ends_of_the_range(form: str, dtype: torch.dtype, number: float) -> 
     """Infinite, huge and denormal inputs (the kernels take these as zero) give what torch.nn gives
     within the tolerance: saturated gates, and NaN only where it has NaN.
     """
-    kind, own = FORMS[form]
-    module = build(kind, 3, 5, dtype=dtype, **own)
+    module = build_form(form, 3, 5, dtype=dtype)
     leaves = leaves_for(module, 4, 3)
     given = torch.tensor(number, dtype=dtype)  # 1e30 is infinite in float16
     leaves["x"][1, 0, 1] = given
@@ -279,8 +272,7 @@ def test_the_ends_of_the_range(form: str, dtype: torch.dtype, number: float) -> 
     ],
 )
 def test_nan_stays_in_its_row(form: str, N: int, where: str) -> None:
-    kind, own = FORMS[form]
-    module = build(kind, 3, 17, bidirectional=True, **own)
+    module = build_form(form, 3, 17, bidirectional=True)
     leaves = leaves_for(module, 6, N)
     clean = flatten(plain(module, leaves))
     leaves[where].view(-1, N, leaves[where].shape[-1])[:, N // 2] = float("nan")
@@ -294,8 +286,7 @@ def test_nan_stays_in_its_row(form: str, N: int, where: str) -> None:
 @pytest.mark.kernel
 @pytest.mark.parametrize("form", FORMS)
 def test_nan_begins_at_its_step(form: str) -> None:
-    kind, own = FORMS[form]
-    module = build(kind, 3, 17, **own)
+    module = build_form(form, 3, 17)
     x = torch.randn(6, 3, 3)
     clean, _ = module(x)
     x[4, 1, 2] = float("nan")
@@ -312,8 +303,7 @@ def test_nan_begins_at_its_step(form: str) -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_no_state_is_a_state_of_zeros(form: str, T: int, dtype: torch.dtype) -> None:
     """To the bit, although the product with it is left out."""
-    kind, own = FORMS[form]
-    module = build(kind, 16, 40, dtype=dtype, bidirectional=True, **own)
+    module = build_form(form, 16, 40, dtype=dtype, bidirectional=True)
     leaves = {name: leaf.to(dtype) for name, leaf in leaves_for(module, T, 3).items()}
     for name in leaves.keys() - {"x"}:
         leaves[name].zero_()
@@ -325,8 +315,7 @@ def test_no_state_is_a_state_of_zeros(form: str, T: int, dtype: torch.dtype) -> 
 @pytest.mark.kernel
 @pytest.mark.parametrize("form", FORMS)
 def test_a_step_from_zeros_does_not_read_w_hh(form: str) -> None:
-    kind, own = FORMS[form]
-    module = build(kind, 16, 40, **own)
+    module = build_form(form, 16, 40)
     x = torch.randn(1, 3, 16)
     wanted = module(x)[0]
     with torch.no_grad():
@@ -396,9 +385,8 @@ def test_integers_are_exact(N: int, H: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.usefixtures("deterministic")
 def test_deterministic_rows_are_independent(form: str, dtype: torch.dtype) -> None:
-    """Under deterministic algorithms a row has the same bits in whatever batch it stands."""
-    kind, own = FORMS[form]
-    module = build(kind, 11, 37, num_layers=2, bidirectional=True, dtype=dtype, **own)
+    """Under deterministic algorithms a row has the same bits in whatever batch it is."""
+    module = build_form(form, 11, 37, num_layers=2, bidirectional=True, dtype=dtype)
     leaves = {name: leaf.to(dtype) for name, leaf in leaves_for(module, 5, 13).items()}
     whole = flatten(plain(module, leaves))
     for rows in ([4], [12, 0], [1, 2, 3, 5, 8, 9, 11]):
@@ -413,8 +401,7 @@ def test_deterministic_rows_are_independent(form: str, dtype: torch.dtype) -> No
 @pytest.mark.usefixtures("deterministic")
 def test_deterministic_blocks(form: str, dtype: torch.dtype, N: int) -> None:
     """Under deterministic algorithms a sequence fed in blocks has the bits of one fed at once."""
-    kind, own = FORMS[form]
-    module = build(kind, 11, 37, num_layers=2, dtype=dtype, **own)
+    module = build_form(form, 11, 37, num_layers=2, dtype=dtype)
     leaves = {name: leaf.to(dtype) for name, leaf in leaves_for(module, 9, N).items()}
     whole = flatten(plain(module, leaves))
     outputs, state = [], states_of(leaves)
@@ -427,8 +414,7 @@ def test_deterministic_blocks(form: str, dtype: torch.dtype, N: int) -> None:
 @pytest.mark.kernel
 @pytest.mark.parametrize("form", FORMS)
 def test_blocks_carry_the_state(form: str) -> None:
-    kind, own = FORMS[form]
-    module = build(kind, 3, 17, num_layers=2, **own)
+    module = build_form(form, 3, 17, num_layers=2)
 
     def call(m: nn.Module, own: Leaves) -> Any:
         outputs, state = [], states_of(own)
@@ -445,9 +431,8 @@ def test_blocks_carry_the_state(form: str) -> None:
 @pytest.mark.usefixtures("deterministic")
 def test_repeated_runs_agree(form: str) -> None:
     """Two runs agree in every bit, gradients too; memory filled with NaN is all written."""
-    kind, own = FORMS[form]
     torch.set_num_threads(2)
-    module = build(kind, 11, 37, num_layers=2, bidirectional=True, **own)
+    module = build_form(form, 11, 37, num_layers=2, bidirectional=True)
     leaves = leaves_for(module, 5, 13)
     first = evaluate(module, leaves)
     assert not [name for name, value in first.items() if not value.isfinite().all()]

@@ -16,6 +16,7 @@ from support import (
     Seen,
     assert_bitwise,
     build,
+    build_form,
     evaluate,
     flatten,
     leaves_for,
@@ -109,8 +110,7 @@ def test_opcheck_of_lengths() -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_operators_in_every_dtype(form: str, dtype: torch.dtype) -> None:
     """Through a mode that sees operators: what the kernels give, bit for bit."""
-    kind, own = FORMS[form]
-    module = build(kind, 4, 6, dtype=dtype, batch_first=True, **own)
+    module = build_form(form, 4, 6, dtype=dtype, batch_first=True)
     leaves = leaves_for(module, 5, 3)
 
     def watched(m: nn.Module, own: Any) -> Any:
@@ -147,8 +147,7 @@ def test_make_fx(kind: str) -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_meta_tensors(form: str) -> None:
     """Shapes and strides without memory, forward and backward."""
-    kind, own = FORMS[form]
-    module = build(kind, 4, 6, batch_first=True, bidirectional=True, **own)
+    module = build_form(form, 4, 6, batch_first=True, bidirectional=True)
     real = flatten(module(torch.randn(3, 5, 4)))
     x = torch.randn(3, 5, 4, device="meta", requires_grad=True)
     meta = flatten(module.to("meta")(x))

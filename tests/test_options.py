@@ -25,7 +25,7 @@ from options_cases import (
     change_gains,
     tensors,
 )
-from support import Leaves, autocast, build, evaluate, leaves_for, states_of
+from support import Leaves, autocast, build, build_form, evaluate, leaves_for, states_of
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vmap
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
@@ -62,14 +62,12 @@ def test_every_dtype(form: str, call: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("form", ["LSTM-proj", "GRU", "RNN"])
 def test_teams_of_threads(form: str, call: str) -> None:
     """Two threads share the units of a layer, and get the bits of one."""
-    kind, options = FORMS[form]
     case = Case(form, "plain", call)
-    case.module = build(
-        kind,
+    case.module = build_form(
+        form,
         40,
         256,
         dtype=torch.float32,
-        **options,
         layer_norm=bool(case.module._gain_names),
         recurrent_dropout=case.noise.dropout,
         zoneout=case.noise.zoneout,
@@ -106,9 +104,8 @@ def test_inference_has_the_bits_of_training(call: str, dtype: torch.dtype) -> No
 @pytest.mark.parametrize("batch_first", [False, True])
 @pytest.mark.parametrize("form", ["LSTM", "GRU"])
 def test_a_packed_sequence_is_a_batch_with_lengths(form: str, batch_first: bool) -> None:
-    kind, _ = FORMS[form]
     module = build(
-        kind, I, H, bidirectional=True, batch_first=batch_first, recurrent_dropout=0.3, zoneout=0.2
+        form, I, H, bidirectional=True, batch_first=batch_first, recurrent_dropout=0.3, zoneout=0.2
     )
     lengths = torch.tensor([3, 5, 1])
     x = torch.randn((N, T, I) if batch_first else (T, N, I), requires_grad=True)
@@ -165,18 +162,14 @@ def test_padding_may_be_nan(call: str) -> None:
 @pytest.mark.kernel
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("form", ["LSTM", "GRU"])
+@pytest.mark.usefixtures("deterministic")
 def test_deterministic_blocks(form: str, dtype: torch.dtype) -> None:
     """With the expectation of zoneout, a sequence may be cut anywhere."""
-    kind, _ = FORMS[form]
-    module = build(kind, I, H, dtype=dtype, zoneout=0.3).eval()
+    module = build(form, I, H, dtype=dtype, zoneout=0.3).eval()
     x = torch.randn(T, N, I).to(dtype)
-    torch.use_deterministic_algorithms(True)
-    try:
-        whole, _ = module(x)
-        first, state = module(x[:2])
-        second, _ = module(x[2:], state)
-    finally:
-        torch.use_deterministic_algorithms(False)
+    whole, _ = module(x)
+    first, state = module(x[:2])
+    second, _ = module(x[2:], state)
     assert torch.equal(torch.cat([first, second]), whole)
 
 
@@ -200,8 +193,7 @@ def test_results_belong_to_the_caller() -> None:
 @pytest.mark.parametrize("form", ["LSTM", "GRU", "RNN"])
 def test_products_of_bfloat16(form: str) -> None:
     """Under autocast some layers compute in float32, and multiply as bfloat16 from 16 rows on."""
-    kind, _ = FORMS[form]
-    module = build(kind, 40, 24, recurrent_dropout=0.3, zoneout=0.2)
+    module = build(form, 40, 24, recurrent_dropout=0.3, zoneout=0.2)
     x = torch.randn(20, 4, 40, requires_grad=True)
     found = []
     for enabled in (False, True):

@@ -157,8 +157,8 @@ CPUS = [(V4, 16), (V3, 8), (V4_BF16, 16), (V4_DOUBLE, 8)]
 
 @pytest.mark.parametrize(("cpu", "lanes"), CPUS)
 def test_weights_are_packed_where_it_pays(cpu: dict[str, int], lanes: int) -> None:
-    """Forward, of a single row: packing is repaid later where rows of weights are longer, and where
-    they come from afar.
+    """Forward, of a single row: packing is repaid later if rows of weights are longer, and if they
+    come from beyond the cache.
     """
     for l2_bytes, packing in ((2**27, 8), (2**18, 16)):
         machine = cpu | {"l2_bytes": l2_bytes}
@@ -224,7 +224,7 @@ def test_float32_is_multiplied_as_bfloat16_where_it_pays(rows: int, deterministi
 
 
 def test_rows_that_want_one_place_of_the_cache_are_drawn_together() -> None:
-    """Backward, where a row of W is 4096 bytes."""
+    """Backward, if a row of W has 4096 bytes."""
     for sizes, cpu, wanted in (
         ((5, 2, 512, 1024), V4, (IN_PLACE, PACKED)),
         ((5, 2, 512, 1030), V4, (IN_PLACE, IN_PLACE)),

@@ -14,6 +14,7 @@ from support import (
     Call,
     Leaves,
     build,
+    build_form,
     check,
     evaluate,
     flatten,
@@ -62,11 +63,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_gradient_penalty_at_sizes(
     form: str, sizes: str, dtype: torch.dtype, calls: list[str]
 ) -> None:
-    kind, own = FORMS[form]
     T, N, inputs, H = SIZES[sizes]
-    if "proj_size" in own:
-        own = own | {"proj_size": 2 * H // 3}
-    module = build(kind, inputs, H, dtype=dtype, **own)
+    module = build_form(form, inputs, H, dtype=dtype, proj_size=2 * H // 3)
     check(module, leaves_for(module, T, N, hx=True), on_threads(penalized(plain), 3))
     assert calls == [module.mode]
 
@@ -105,8 +103,7 @@ def test_as_the_operators_of_torch(
     form: str, call: str, calls: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In float64, for every way to call it, on one thread and on more than there are cores."""
-    kind, own = FORMS[form]
-    module = build(kind, 3, 65, dtype=torch.float64, bidirectional=True, **own)
+    module = build_form(form, 3, 65, dtype=torch.float64, bidirectional=True)
     leaves = leaves_for(module, 5, 7, hx=call != "packed")
     results = [
         evaluate(module, leaves, on_threads(penalized(CALLS[call]), threads)) for threads in (1, 3)
@@ -126,8 +123,7 @@ def test_gradients_of_the_incoming_gradients(
     form: str, call: str, calls: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Zero past the end of a row, whatever the gradients of the gradients are there."""
-    kind, own = FORMS[form]
-    module = build(kind, 3, 20, dtype=torch.float64, **own)
+    module = build_form(form, 3, 20, dtype=torch.float64)
     leaves = leaves_for(module, 5, 7, hx=call != "packed")
     leaves = {name: leaf.double().requires_grad_() for name, leaf in leaves.items()}
 
@@ -152,8 +148,7 @@ def test_the_gradient_of_each_operand_alone(
     form: str, calls: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its derivatives: the direction moves that operand of one direction, and no other."""
-    kind, own = FORMS[form]
-    module = build(kind, 3, 20, dtype=torch.float64, bidirectional=True, **own)
+    module = build_form(form, 3, 20, dtype=torch.float64, bidirectional=True)
     leaves = leaves_for(module, 4, 5, hx=True)
     leaves = {name: leaf.double().requires_grad_() for name, leaf in leaves.items()}
     tensors = [*leaves.values(), *module.parameters()]
@@ -177,8 +172,7 @@ def test_the_gradient_of_each_operand_alone(
 @pytest.mark.parametrize("form", FORMS)
 def test_only_some_gradients_of_the_gradients(form: str, wanted: str, calls: list[str]) -> None:
     """Unwanted ones are not computed, and the others are the same."""
-    kind, own = FORMS[form]
-    module = build(kind, 3, 40, dtype=torch.float64, bidirectional=True, **own)
+    module = build_form(form, 3, 40, dtype=torch.float64, bidirectional=True)
     leaves = leaves_for(module, 4, 5, hx=True)
     leaves = {name: leaf.double().requires_grad_() for name, leaf in leaves.items()}
     tensors = leaves | dict(module.named_parameters())
@@ -228,8 +222,7 @@ def hessian_product(module: nn.Module, x: Tensor, times: int = 1) -> list[list[T
 @pytest.mark.parametrize("form", FORMS)
 def test_a_graph_kept_gives_the_same_again(form: str) -> None:
     """The kernel overwrites what it is given, and that alone."""
-    kind, own = FORMS[form]
-    module = build(kind, 4, 20, **own)
+    module = build_form(form, 4, 20)
     first, again = hessian_product(module, torch.randn(6, 3, 4, requires_grad=True), times=2)
     for a, b in zip(first, again, strict=True):
         assert torch.equal(a, b)

@@ -14,6 +14,7 @@ from support import (
     Call,
     Leaves,
     build,
+    build_form,
     check,
     evaluate,
     flatten,
@@ -74,8 +75,7 @@ def packing(lengths: list[int], *, enforce_sorted: bool, hx: bool = True) -> Cal
 @pytest.mark.parametrize("lengths", LENGTHS)
 @pytest.mark.parametrize("form", FORMS)
 def test_packed_lengths(form: str, lengths: str, dtype: torch.dtype, hx: bool) -> None:
-    kind, own = FORMS[form]
-    module = build(kind, I, H, dtype=dtype, bidirectional=True, **own)
+    module = build_form(form, I, H, dtype=dtype, bidirectional=True)
     rows = LENGTHS[lengths]
     for enforce_sorted in {False, rows == sorted(rows, reverse=True)}:
         call = packing(rows, enforce_sorted=enforce_sorted, hx=hx)
@@ -87,8 +87,7 @@ def test_packed_lengths(form: str, lengths: str, dtype: torch.dtype, hx: bool) -
 @pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize("form", FORMS)
 def test_packed_settings(form: str, settings: str, lengths: str) -> None:
-    kind, own = FORMS[form]
-    module = build(kind, I, H, **own, **SETTINGS[settings])
+    module = build_form(form, I, H, **SETTINGS[settings])
     call = packing(LENGTHS[lengths], enforce_sorted=lengths == "descending")
     check(module, leaves_for(module, T, N), call)
 
@@ -99,8 +98,7 @@ def test_packed_against_rows_alone(form: str) -> None:
     """The packed result is what each row alone gives: torch.nn's own packed path is not the judge
     here.
     """
-    kind, own = FORMS[form]
-    module = build(kind, I, H, bidirectional=True, num_layers=2, **own)
+    module = build_form(form, I, H, bidirectional=True, num_layers=2)
     lengths = LENGTHS["mixed"]
 
     def ours(m: nn.Module, leaves: Leaves) -> Any:
@@ -140,8 +138,7 @@ def test_packed_without_indices_of_the_order(kind: str) -> None:
 @pytest.mark.kernel
 @pytest.mark.parametrize("form", FORMS)
 def test_packed_data_that_is_a_view(form: str) -> None:
-    kind, own = FORMS[form]
-    module = build(kind, I, H, **own)
+    module = build_form(form, I, H)
     leaves = {"x": torch.randn(2 * I, 12)} | initial_states(module, 3)
     sizes = torch.tensor([3, 2, 1], device="cpu")
     check(
@@ -171,8 +168,7 @@ def with_lengths(rows: list[int]) -> tuple[Call, Call]:
 @pytest.mark.parametrize("lengths", WITH_EMPTY)
 @pytest.mark.parametrize("form", FORMS)
 def test_lengths(form: str, lengths: str, dtype: torch.dtype) -> None:
-    kind, own = FORMS[form]
-    module = build(kind, I, H, dtype=dtype, bidirectional=True, **own)
+    module = build_form(form, I, H, dtype=dtype, bidirectional=True)
     ours, theirs = with_lengths(WITH_EMPTY[lengths])
     check(module, leaves_for(module, T, N), ours, oracle_call=theirs)
 
@@ -183,8 +179,7 @@ def test_lengths(form: str, lengths: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize("form", FORMS)
 def test_lengths_settings(form: str, settings: str, lengths: str, hx: bool) -> None:
-    kind, own = FORMS[form]
-    module = build(kind, I, H, **own, **SETTINGS[settings])
+    module = build_form(form, I, H, **SETTINGS[settings])
     ours, theirs = with_lengths(WITH_EMPTY[lengths])
     check(module, leaves_for(module, T, N, hx=hx), ours, oracle_call=theirs)
 
@@ -193,8 +188,7 @@ def test_lengths_settings(form: str, settings: str, lengths: str, hx: bool) -> N
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("form", FORMS)
 def test_lengths_of_many_rows(form: str, threads: int) -> None:
-    kind, own = FORMS[form]
-    module = build(kind, I, 33, bidirectional=True, **own)
+    module = build_form(form, I, 33, bidirectional=True)
     ours, theirs = with_lengths(torch.randint(0, 10, (37,)).tolist())
     check(
         module,
@@ -209,8 +203,7 @@ def test_lengths_of_many_rows(form: str, threads: int) -> None:
 @pytest.mark.parametrize("dims", [0, 1])
 @pytest.mark.parametrize("form", FORMS)
 def test_lengths_unbatched(form: str, dims: int, length: int) -> None:
-    kind, own = FORMS[form]
-    module = build(kind, I, H, bidirectional=True, **own)
+    module = build_form(form, I, H, bidirectional=True)
     lengths = torch.tensor(length if dims == 0 else [length])
     check(
         module,
@@ -224,8 +217,7 @@ def test_lengths_unbatched(form: str, dims: int, length: int) -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_what_is_past_the_end_is_never_read(form: str, settings: str) -> None:
     """Outputs past the end are zero, and NaN there reaches neither outputs nor gradients."""
-    kind, own = FORMS[form]
-    module = build(kind, I, H, **own, **SETTINGS[settings])
+    module = build_form(form, I, H, **SETTINGS[settings])
     rows = WITH_EMPTY["some-empty"]
     past = torch.arange(T).unsqueeze(1) >= torch.tensor(rows)
     past = past.t() if module.batch_first else past
@@ -356,8 +348,7 @@ def with_reset(reset: Tensor, rows: list[int] | None = None) -> tuple[Call, Call
 @pytest.mark.parametrize("name", EPISODES)
 @pytest.mark.parametrize("form", FORMS)
 def test_reset(form: str, name: str, dtype: torch.dtype) -> None:
-    kind, own = FORMS[form]
-    module = build(kind, I, H, dtype=dtype, bidirectional=True, **own)
+    module = build_form(form, I, H, dtype=dtype, bidirectional=True)
     ours, theirs = with_reset(episodes(name))
     check(module, leaves_for(module, T, N), ours, oracle_call=theirs)
 
@@ -369,8 +360,7 @@ def test_reset(form: str, name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_reset_settings(form: str, settings: str, rows: str | None, hx: bool) -> None:
     """Also with `lengths`: episodes of rows that end early."""
-    kind, own = FORMS[form]
-    module = build(kind, I, H, **own, **SETTINGS[settings])
+    module = build_form(form, I, H, **SETTINGS[settings])
     ours, theirs = with_reset(episodes("random"), None if rows is None else WITH_EMPTY[rows])
     check(module, leaves_for(module, T, N, hx=hx), ours, oracle_call=theirs)
 
@@ -379,8 +369,7 @@ def test_reset_settings(form: str, settings: str, rows: str | None, hx: bool) ->
 @pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize("form", FORMS)
 def test_reset_unbatched(form: str, settings: str) -> None:
-    kind, own = FORMS[form]
-    module = build(kind, I, H, **own, **SETTINGS[settings])
+    module = build_form(form, I, H, **SETTINGS[settings])
     ours, theirs = with_reset(torch.tensor([False, False, True, True, False, True]))
     check(module, leaves_for(module, T, None), ours, oracle_call=theirs)
 
@@ -389,8 +378,7 @@ def test_reset_unbatched(form: str, settings: str) -> None:
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("form", FORMS)
 def test_reset_of_many_rows(form: str, threads: int) -> None:
-    kind, own = FORMS[form]
-    module = build(kind, I, 33, bidirectional=True, **own)
+    module = build_form(form, I, 33, bidirectional=True)
     ours, theirs = with_reset(torch.rand(9, 37) < 0.2, torch.randint(0, 10, (37,)).tolist())
     check(
         module,

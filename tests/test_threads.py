@@ -15,6 +15,7 @@ from support import (
     LAYERS,
     assert_bitwise,
     build,
+    build_form,
     evaluate,
     flatten,
     in_a_process,
@@ -43,9 +44,8 @@ SIZES = {
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("form", FORMS)
 def test_outputs_do_not_depend_on_threads(form: str, sizes: str, dtype: torch.dtype) -> None:
-    kind, own = FORMS[form]
     T, N, inputs, H = SIZES[sizes]
-    module = build(kind, inputs, H, dtype=dtype, bidirectional=True, num_layers=2, **own)
+    module = build_form(form, inputs, H, dtype=dtype, bidirectional=True, num_layers=2)
     leaves = leaves_for(module, T, N)
     one = evaluate(module, leaves, on_threads(plain, 1), backward=False)
     for threads in (2, 3):
@@ -71,8 +71,7 @@ def test_weights_lie_where_the_table_says_so(cpu: dict[str, int], l2_bytes: int)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("form", FORMS)
 def test_lengths_and_reset_do_not_depend_on_threads(form: str, dtype: torch.dtype) -> None:
-    kind, own = FORMS[form]
-    module = build(kind, 7, 129, dtype=dtype, bidirectional=True, **own)
+    module = build_form(form, 7, 129, dtype=dtype, bidirectional=True)
     leaves = {name: leaf.to(dtype) for name, leaf in leaves_for(module, 5, 40).items()}
     lengths = torch.randint(0, 6, (40,))
     reset = torch.rand(5, 40) < 0.3

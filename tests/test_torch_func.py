@@ -10,7 +10,18 @@ import oracle
 import pytest
 import torch
 from layer_options import LENGTHS, RESET
-from support import CELLS, FORMS, LAYERS, Seen, build, flatten, loss_of, pair, weights_of
+from support import (
+    CELLS,
+    FORMS,
+    LAYERS,
+    Seen,
+    build,
+    build_form,
+    flatten,
+    loss_of,
+    pair,
+    weights_of,
+)
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import (
@@ -42,15 +53,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def make(form: str, option: str = "plain") -> tuple[nn.Module, nn.Module]:
-    kind, own = FORMS[form]
-    module = build(
-        kind,
-        2,
-        3,
-        dtype=torch.float64,
-        **({"proj_size": 2} if "proj_size" in own else own),
-        **OPTIONS[option],
-    )
+    module = build_form(form, 2, 3, dtype=torch.float64, proj_size=2, **OPTIONS[option])
     return module, oracle.twin(module, torch.float64)
 
 

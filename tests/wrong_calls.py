@@ -115,5 +115,5 @@ BROKEN_INDICES = ([0, 1, -7], [0, 0, 0, 0, 0, 9], [2**40, 0, 1], [0, 1])
 
 
 def with_indices(indices: Sequence[int]) -> PackedSequence:
-    """Two steps of three rows, that stand in an order of their own."""
+    """Two steps of three rows, in an order of their own."""
     return packed(3, 3, sorted_indices=torch.tensor(indices), unsorted_indices=torch.arange(3))

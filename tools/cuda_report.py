@@ -1,12 +1,11 @@
 """What the CUDA compiler says each kernel needs, from a build log with RNNKERN_CUDA_REPORT=ON.
 
-Usage: python tools/cuda_report.py LOG. Fails where a hot kernel, one of the scans and products in
-float32 and narrower, spills registers or keeps an object in memory (float64 is to be right, not
-fast). Of true float32 in the resident tier, where all sums of a tile are in a lane and the compiler
-fills what registers are left with loads ahead, it lets the few words through that it then keeps in
-memory from step to step, outside the loop of the products, and prints them. It does the same for
-tiles of 32 columns, and for our own product, which shares its multiprocessor with another
-block.
+Usage: python tools/cuda_report.py LOG. Fails if a hot kernel spills registers or keeps an object in
+memory. Hot are the scans and products in float32 and narrower, because float64 has to be right and
+not fast. With true float32 in the resident tier, all sums of a tile are in one lane, and the
+compiler fills the other registers with loads ahead. It then keeps a few words in memory from step
+to step, outside the loop of the products. These are allowed, and printed. The same holds for tiles
+of 32 columns, and for our own product, which shares its multiprocessor with another block.
 """
 
 from __future__ import annotations

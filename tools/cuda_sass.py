@@ -1,10 +1,10 @@
 """What the CUDA compiler has made of the resident kernels, from their machine code.
 
 Usage: python tools/cuda_sass.py [--table] FILE... with object files or cubins. A step of the loop
-over time waits for other blocks twice: for their flags, and for what they have computed. What this
-program counts lies between such waits, so each instruction of it is time of every step. It fails
-if a kernel exceeds one of Limits. Needs cuobjdump and nvdisasm (packages nvidia-cuda-cuobjdump
-and nvidia-cuda-nvdisasm).
+over time waits for other blocks twice: for their flags, and for what they have computed. This
+program counts the instructions between such waits, because each of them costs time in every step.
+It fails if a kernel exceeds one of Limits. Needs cuobjdump and nvdisasm (packages
+nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm).
 """
 
 from __future__ import annotations
@@ -239,8 +239,8 @@ def cells_of_a_thread(name: str) -> int:
 
 
 def packing(code: list[Instruction]) -> float:
-    """Instructions for each load of a weight: where many loads of elements stand together, with
-    the stores of what they become.
+    """Instructions for each load of a weight, counted where many loads of elements are close
+    together, with the stores of what they become.
     """
     apart, few = 200, 8
     runs: list[list[int]] = []
@@ -257,7 +257,7 @@ def packing(code: list[Instruction]) -> float:
 
 
 def straight(start: int, ends: list[int], loop: set[int]) -> int:
-    """Instructions in the order in which they stand, from one barrier to the next one."""
+    """Instructions in their order, from one barrier to the next one."""
     end = min((e for e in ends if e > start), default=0)
     return sum(start < i < end for i in loop)
 

@@ -467,7 +467,7 @@ def compare(run: Run) -> None:
 
 
 def pack(run: Run) -> None:
-    """The installed package and the smoke programs, for the second part."""
+    """The installed package and the smoke programs, which the second part uses."""
     began = monotonic()
     file = OUT / "site.tar.gz"
     for names in ((SITE, BIN), (SITE,)):

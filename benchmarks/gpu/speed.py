@@ -23,7 +23,7 @@ import os
 import re
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -174,6 +174,24 @@ def plan_of(row: Row, module: nn.RNNBase, x: torch.Tensor) -> dict[str, Any]:
     }
 
 
+def call_of(
+    row: Row,
+    forward: Callable[[], torch.Tensor],
+    dy: torch.Tensor,
+    leaves: Sequence[torch.Tensor],
+) -> timing.Call:
+    """The pass of a row, from a function that returns the output."""
+
+    def call() -> None:
+        for leaf in leaves:
+            leaf.grad = None
+        y = forward()
+        if row.pass_name == FORWARD_BACKWARD:
+            y.backward(dy)
+
+    return call
+
+
 def flashrnn_call(row: Row, case: Case, device: torch.device, backend: str) -> timing.Call:
     """FlashRNN runs the recurrence, and torch the product with the inputs."""
     from flashrnn import flashrnn
@@ -187,12 +205,9 @@ def flashrnn_call(row: Row, case: Case, device: torch.device, backend: str) -> t
     bias = (state["bias_ih_l0"] + state["bias_hh_l0"]).view(shape).requires_grad_()
     x = case.x.to(device, dtype).transpose(0, 1).contiguous().requires_grad_()  # [N, T, I]
     dy = case.dy.to(device, dtype).transpose(0, 1).unsqueeze(2)  # [N, T, 1, H]
-    leaves = (x, weight, recurrent, bias)
     function = {"RNN": "elman", "LSTM": "lstm", "GRU": "gru"}[row.cell]
 
-    def call() -> None:
-        for leaf in leaves:
-            leaf.grad = None
+    def forward() -> torch.Tensor:
         inputs = linear(x, weight).view(w.batch, w.steps, *shape)
         states, _ = flashrnn(
             inputs,
@@ -202,10 +217,9 @@ def flashrnn_call(row: Row, case: Case, device: torch.device, backend: str) -> t
             backend=backend,
             dtype=str(dtype).removeprefix("torch."),
         )
-        if row.pass_name == FORWARD_BACKWARD:
-            states[0].backward(dy)
+        return states[0]
 
-    return call
+    return call_of(row, forward, dy, (x, weight, recurrent, bias))
 
 
 def haste_call(row: Row, case: Case, device: torch.device) -> timing.Call:
@@ -215,17 +229,7 @@ def haste_call(row: Row, case: Case, device: torch.device) -> timing.Call:
     w = row.workload
     module = getattr(haste_pytorch, row.cell)(w.input_size, w.hidden_size).to(device)
     x = case.x.to(device).requires_grad_()
-    dy = case.dy.to(device)
-    leaves = [x, *module.parameters()]
-
-    def call() -> None:
-        for leaf in leaves:
-            leaf.grad = None
-        y, _ = module(x)
-        if row.pass_name == FORWARD_BACKWARD:
-            y.backward(dy)
-
-    return call
+    return call_of(row, lambda: module(x)[0], case.dy.to(device), [x, *module.parameters()])
 
 
 def episodes(w: Workload) -> torch.Tensor:
@@ -239,15 +243,7 @@ def reset_call(row: Row, case: Case, device: torch.device) -> timing.Call:
     side = case.side(rnnkern, PRECISIONS[row.dtype].dtype, device)
     reset = episodes(row.workload).to(device)
     leaves = [side.x, *side.module.parameters()]
-
-    def call() -> None:
-        for leaf in leaves:
-            leaf.grad = None
-        y, _ = side.module(side.x, reset=reset)
-        if row.pass_name == FORWARD_BACKWARD:
-            y.backward(side.dy)
-
-    return call
+    return call_of(row, lambda: side.module(side.x, reset=reset)[0], side.dy, leaves)
 
 
 def torchrl_call(row: Row, case: Case, device: torch.device) -> timing.Call:
@@ -265,16 +261,11 @@ def torchrl_call(row: Row, case: Case, device: torch.device) -> timing.Call:
     states = [zeros] * (2 if row.cell == "LSTM" else 1)
     multiplied = torch.bfloat16 if precision.dtype == torch.bfloat16 else torch.float32
     rounding = "tf32" if precision.tf32 else "ieee"
-    leaves = (x, *weights)
 
-    def call() -> None:
-        for leaf in leaves:
-            leaf.grad = None
-        y, *_ = function(x, *states, *weights, resets, multiplied, input_precision=rounding)
-        if row.pass_name == FORWARD_BACKWARD:
-            y.backward(dy)
+    def forward() -> torch.Tensor:
+        return function(x, *states, *weights, resets, multiplied, input_precision=rounding)[0]
 
-    return call
+    return call_of(row, forward, dy, (x, *weights))
 
 
 PEERS: dict[str, Callable[[Row, Case, torch.device], timing.Call]] = {

@@ -27,30 +27,31 @@ struct CellShape {
   bool saves_slots = false;        // backward reads the slots, else h
   bool reads_h = false;            // the cell itself reads h_prev, and writes dh_direct
   int parameters = 0;              // of the cell's own: one number for each unit
-  int more_states = 0;             // besides h and c; they lie behind c in its tensors
+  int more_states = 0;             // besides h and c; the tensors of c hold them too
   bool recurrent = true;           // there is a product with W_hh; else every gate has one slot
   bool normalises_c = false;       // layer normalisation takes c too, before the output
 
-  // What is saved for a unit, and the gradients that backward leaves in the same place: those of
-  // the slots, then those of the parameters, whose sums over rows and steps are wanted like a
-  // bias'.
+  // How many numbers are saved for a unit: one for each slot, then one for each parameter. Backward
+  // puts their gradients in the same place. As for a bias, the gradient of a parameter is the sum
+  // of its numbers over rows and steps.
   constexpr int stored() const { return slots + parameters; }
 
-  // What layer normalisation makes for a unit: of the sums of both products, and of c.
+  // How many numbers layer normalisation computes for a unit: from the sums of both products, and
+  // from c.
   constexpr int normalised() const { return 2 * gates + normalises_c; }
 
-  // Numbers of a unit that c, c_0 and c_n have.
+  // How many numbers c, c_0 and c_n hold for a unit: the cell state, and the states behind it.
   constexpr int planes() const { return cell_state + more_states; }
 
-  // The gate that a slot has from the recurrent or the input product.
+  // The gate whose part of the recurrent or of the input product a slot receives.
   constexpr int recurrent_gate(int slot) const { return (slot - input_slot + gates) % gates; }
   constexpr int input_gate(int slot) const { return slot - input_slot; }
 
-  // The resident tier of a GPU (cuda/plan.h) knows no other cells.
+  // Whether the resident tier of a GPU (cuda/plan.h) can run the cell.
   constexpr bool fits_resident() const { return parameters == 0 && more_states == 0 && recurrent; }
 
-  // Without saved slots backward needs h, which is not saved if there is a projection. And h would
-  // have fewer than H units.
+  // Without saved slots backward needs h, which is not saved if there is a projection. A cell that
+  // reads h would find P features there in place of its H units.
   constexpr bool may_be_projected() const { return saves_slots && !reads_h && recurrent; }
   // Every slot belongs to a product.
   constexpr bool is_valid() const {
@@ -96,7 +97,7 @@ namespace RNNKERN_NAMESPACE {
 // except by backward.
 template <typename V>
 struct Step {
-  V slot[kMaxSlots + kMaxParameters];  // stored() of them, as many as the products know in forward
+  V slot[kMaxSlots + kMaxParameters];  // stored() of them; forward reads the first `slots`
   V parameter[kMaxParameters];
   V h_prev, c_prev;
   V h, c;

@@ -1,4 +1,4 @@
-// A cell by its place in the list, and what there is to know of each without its arithmetic.
+// Finds a cell by its place in the list, and describes each cell without its arithmetic.
 #pragma once
 
 #include <array>
@@ -34,7 +34,7 @@ template <typename... Cell>
 constexpr auto infos_of(CellList<Cell...>) {
   return std::array{CellInfo{Cell::kMode, Cell::kGateNames, Cell::kShape}...};
 }
-// By CellId.
+// In the order of CellId.
 inline constexpr auto kCellInfos = infos_of(Cells());
 
 constexpr const CellInfo& cell_info(CellId id) { return kCellInfos[size_t(id)]; }

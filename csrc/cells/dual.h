@@ -1,5 +1,6 @@
-// Dual numbers a + a' eps with eps^2 = 0. A computation with them also computes its derivative in
-// one direction. So a cell's backward on dual numbers is its second derivative.
+// Dual numbers a + a' eps with eps^2 = 0. A computation with them also computes how its result
+// changes with given changes a' of its operands. So a cell's backward on dual numbers computes
+// second derivatives.
 //
 // What a cell's backward may use on them: + - * of two duals, a number minus a dual, tanh and
 // where_above_zero. Its tangent has known_sigmoid and known_tanh besides. Add here what another
@@ -49,7 +50,7 @@ RNNKERN_INLINE Dual<V> where_above_zero(const Dual<V>& y, const Dual<V>& x) {
   return {where_above_zero(y.value, x.value), where_above_zero(y.value, x.tangent)};
 }
 
-// The function's result y is known. The tangent is that of its argument.
+// The function's result y is known. `tangent` is that of the function's argument.
 template <typename V>
 RNNKERN_INLINE Dual<V> known_sigmoid(const V& y, const V& tangent) {
   return {y, tangent * y * (typename ValueTraits<V>::Element(1) - y)};

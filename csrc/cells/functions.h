@@ -15,7 +15,7 @@
 namespace rnnkern {
 namespace RNNKERN_NAMESPACE {
 
-// a where the condition holds, else b.
+// a if the condition holds, else b.
 template <typename V, typename Condition>
 RNNKERN_INLINE V select(Condition condition, V a, V b) {
   return condition ? a : b;

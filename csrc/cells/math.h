@@ -36,8 +36,8 @@
 namespace rnnkern {
 namespace RNNKERN_NAMESPACE {
 
-// What the functions below must know of a value type: its element, and integers of the same width
-// and count.
+// What the functions below need to know about a value type: its element, and integers of the same
+// width and count.
 template <typename V>
 struct ValueTraits {  // a compiler vector
   using Element = typename ValueTraits<decltype(V{}[0] + V{}[0])>::Element;
@@ -62,8 +62,8 @@ RNNKERN_INLINE To bit_cast(const From& from) {
   return to;
 }
 
-// Polynomial coefficients, to be copied where they are used: a constant of a class is no object in
-// device code.
+// Polynomial coefficients. They are copied where they are used, because a constant of a class is no
+// object in device code.
 template <typename T, int kCount>
 struct Polynomial {
   T of[kCount];
@@ -171,21 +171,21 @@ RNNKERN_INLINE SplitExp<V> split_exp(V x) {
   return {bit_cast<V>(scale), p};
 }
 
-// x, but not above or below a limit; a NaN in x fails the comparison and stays. vec.h has it in one
-// instruction.
+// x, but not above or below a limit. A NaN in x fails the comparison and stays. vec.h does it in
+// one instruction.
 template <typename V>
 struct Clamp {
   static RNNKERN_INLINE V above(V limit, V x) { return limit < x ? limit : x; }
   static RNNKERN_INLINE V below(V limit, V x) { return limit > x ? limit : x; }
 };
 
-// a / b, b from 1 to 1.7e38 or NaN. Kernels for GPUs have another one (cuda/device.cuh).
+// a / b, for b from 1 to 1.7e38 or NaN. Kernels for GPUs have another function (cuda/device.cuh).
 template <typename V>
 struct Quotient {
   static RNNKERN_INLINE V of(V a, V b) { return a / b; }
 };
 
-// Rests on denormal results being flushed to zero.
+// This relies on denormal results being flushed to zero.
 template <typename V>
 RNNKERN_INLINE V sigmoid(V x) {
   using Element = typename ValueTraits<V>::Element;

@@ -69,7 +69,7 @@ RNNKERN_INLINE float value(F32By3Bf16 x) { return x.number; }
 RNNKERN_INLINE float value(F32ByI8 x) { return x.number; }
 RNNKERN_INLINE float value(I8 x) { return x.bits; }
 
-// Elements that are stored as what is computed of them.
+// Elements that are stored in the type in which they are computed with.
 template <typename T>
 RNNKERN_INLINE Compute<T>* numbers(T* elements) {
   static_assert(!kNarrow<T>, "16 bits are no numbers");

@@ -1,8 +1,8 @@
 // The tiles of Intel's AMX: eight registers of up to 16 rows of 64 bytes, and a product of two of
 // them added to a third. This is the only file with its instructions.
 //
-// RNNKERN_AMX_STAND_IN puts plain C++ in their place, which stops where the CPU would: for tests on
-// CPUs that have none.
+// RNNKERN_AMX_STAND_IN puts plain C++ in their place, for tests on CPUs without AMX. It ends the
+// program where the CPU would raise an exception.
 #pragma once
 
 #include <cstdint>
@@ -23,7 +23,7 @@ constexpr int kTiles = 8, kTileHeight = 16, kTileBytes = 64;
 template <typename E>
 constexpr int64_t kTileDepth = kTileBytes / int64_t(sizeof(E));
 
-// What LDTILECFG reads.
+// The operand of LDTILECFG.
 struct alignas(64) TileShapes {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
   uint16_t row_bytes[16] = {};
@@ -135,8 +135,8 @@ void multiply_tiles() {
 
 #else
 
-// The instructions name tile registers by immediate numbers. All of them are told to touch memory,
-// for the compiler must not move stores of what they read behind them.
+// The instructions name tile registers by immediate numbers. Each is declared to touch memory,
+// because the compiler must not move stores of what they read behind them.
 
 // Tile registers become zero.
 inline void shape_tiles(const TileShapes& shapes) {
@@ -168,8 +168,9 @@ inline __attribute__((always_inline)) void multiply_tiles() {
 
 #endif
 
-// The shapes of this thread's tiles, which take time to set. While it lives they stay as they were
-// set last, because nothing else on this thread uses tiles. It is made before the first product.
+// The shapes of this thread's tiles, which take time to set. While this object lives they stay as
+// they were set last, because nothing else on this thread uses tiles. It is constructed before the
+// first product.
 class TilesOfThread {
  public:
   TilesOfThread() { rows_ = 0; }
@@ -180,8 +181,8 @@ class TilesOfThread {
   TilesOfThread(const TilesOfThread&) = delete;
   TilesOfThread& operator=(const TilesOfThread&) = delete;
 
-  // Tiles 0 to 3: two by two of the result; 4, 5: of the left operand, with `upper` > 0 and `lower`
-  // rows; 6, 7: of the right one.
+  // Tiles 0 to 3 are two by two of the result. Tiles 4 and 5 are those of the left operand, with
+  // `upper` > 0 and `lower` rows, and 6 and 7 those of the right operand.
   static void set(int64_t upper, int64_t lower) {
     const auto rows = int(upper + (kTileHeight + 1) * lower);
     if (rows == rows_) return;

@@ -1,14 +1,13 @@
-// The product of gemm.h on AMX: tiles of 16 rows by 16 columns, two by two of them in registers,
-// which two tiles of the left operand and two of the panel feed: 32 k of bfloat16, or 64 of
-// integers.
+// The product of gemm.h on AMX. Two by two tiles of 16 rows by 16 columns are in registers, with
+// two tiles of the left operand and two of the panel: 32 k of bfloat16, or 64 of integers.
 //
-// Every sum of bfloat16 is made of sums over 32 k: even and odd k apart, each in ascending order.
-// It does not depend on where in a tile a row is, or with how many other rows.
+// Every sum of bfloat16 consists of sums over 32 k, with even and odd k apart, each in ascending
+// order. It does not depend on the place of a row in a tile, or on the number of other rows.
 //
-// A product of 2 x 2 tiles takes 64 cycles. To load what feeds it takes 32 from the first-level
-// cache, and 84 from the second-level one. Of blocks of kNear k of bfloat16, the rows (16 KiB) stay
-// in the first-level cache while all vectors of the panel pass by. Integers have one scale for all
-// k, so their sums stay in registers.
+// A product of 2 x 2 tiles takes 64 cycles. Loading its operands takes 32 from the first-level
+// cache, and 84 from the second-level one. In blocks of kNear k of bfloat16, the rows (16 KiB) stay
+// in the first-level cache while all vectors of the panel are multiplied by them. Integers have one
+// scale for all k, so their sums stay in registers.
 #pragma once
 
 #include "cpu/amx.h"
@@ -22,7 +21,7 @@ namespace RNNKERN_NAMESPACE {
 template <typename E>
 class TileProduct {
  public:
-  // As `product` in gemm.h. K is whole tiles.
+  // The same as `product` in gemm.h. K is a multiple of a tile's.
   TileProduct(int vectors, int64_t rows, int64_t first, int64_t K, const E* const* a,
               const float* panel, float* acc, int64_t acc_row)
       : vectors_(vectors),
@@ -57,7 +56,7 @@ class TileProduct {
   static_assert(kLanes<float> == kL, "a vector is as wide as a tile");
   static_assert(!kIntegers || kLeftOffset > 0, "the left integers have no sign");
 
-  // Adds or writes the products over a block of k that begins here.
+  // Adds or writes the products over a block of k that begins at `k`.
   template <bool kAdds>
   void multiply(int64_t row, int64_t upper, int64_t lower, int64_t k) const {
     for (int v = 0; v < vectors_; v += 2) {
@@ -88,7 +87,7 @@ class TileProduct {
     float* const upper = acc_ + row * acc_row_ + v * kL;
     float* const lower = upper + kTileHeight * acc_row_;
     if constexpr (kIntegers) {
-      // What all sums of a column begin with.
+      // The value with which all sums of a column begin.
       const float* const first = head + kL;
       load_tile<0>(first, 0);
       if constexpr (kWide) load_tile<1>(first + vector, 0);
@@ -115,7 +114,7 @@ class TileProduct {
     }
   }
 
-  // To tiles 0 to 3, over [k, k + depth).
+  // Adds the products over [k, k + depth) to tiles 0 to 3.
   template <bool kLower, bool kWide>
   RNNKERN_INLINE void add_products(int64_t row, const float* head, int64_t vector, int64_t k,
                                    int64_t depth) const {

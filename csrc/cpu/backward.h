@@ -13,9 +13,10 @@
 // The gradients of a step overwrite the saved slots if the caller passes the same memory for both.
 //
 // Recurrent dropout multiplies dslots x W_hh by the mask of h(t-1). Zoneout (noise.h) splits dh and
-// dc in each step before the cell: what the states before get of them is held until after it. With
-// layer normalisation (normalised.h) what W_hh is multiplied by is not dslots but the gradient of
-// the sums, and the gradient of c passes through its normalisation between two parts of the cell.
+// dc in each step before the cell: the part that belongs to the states of the step before is held
+// back until the cell has run. With layer normalisation (normalised.h), W_hh is multiplied by the
+// gradients of the sums instead of dslots, and the gradient of c passes through its normalisation
+// between two parts of the cell.
 #pragma once
 
 #include <array>
@@ -41,7 +42,7 @@ class BackwardLoop {
   static constexpr int kLast = kOrders - 1;  // the order of the results
 
  public:
-  // Of one row in one step. dm is the gradient of h before the projection.
+  // The pointers of one row in one step. dm is the gradient of h before the projection.
   struct RowPointers {
     struct {
       const T *h_prev, *c_prev, *h, *c, *slots, *dy;
@@ -100,7 +101,7 @@ class BackwardLoop {
 
   const DropoutMasks<T>& masks() const { return masks_; }
 
-  // Before the first step of a task, and after the last one.
+  // The driver calls `begin` before the first step of a task, and `end` after the last one.
   template <typename Part>
   void begin(const Part& part) const {
     for_resets(part, [](A* sum, T*, Range own) { zero_row(sum, own); });
@@ -134,8 +135,8 @@ class BackwardLoop {
     if (has_zoneout_) let_go(part, count);
   }
 
-  // Ends a step. If an episode begins with it, it passes on gradients of the states of a reset, or
-  // nothing. If a row leaves, what it passes on are the gradients of its initial states.
+  // Ends a step. If an episode begins with the step, the gradients that it would pass on belong to
+  // the states of a reset, or to nothing. If a row leaves, they are those of its initial states.
   template <typename Part>
   void end_step(const Part& part, const Visit& v) const {
     for (int64_t rank = part.rows.begin; steps_.reset && rank < v.active_end; ++rank) {
@@ -291,8 +292,8 @@ class BackwardLoop {
     }
   }
 
-  // Of the gradients of the states after zoneout: holds what the states before get, and leaves what
-  // the cell gets. dy is then part of dh.
+  // Splits the gradients of the states after zoneout: holds back the part of the states before, and
+  // leaves that of the cell. dy is then part of dh.
   template <typename Part>
   void hold(const Part& part, const Scratch& scratch, int64_t t, int64_t count) const {
     const int d = part.direction;
@@ -356,7 +357,7 @@ class BackwardLoop {
     }
   }
 
-  // At most n elements of a row of dy from column i on. A null row is zeros.
+  // At most n elements of a row of dy, from column i on. A null row is zeros.
   Vec<T> dy_at(const T* dy, int64_t i, int64_t n) const {
     if (!dy) return Vec<T>{};
     return by_[0]->dy_uniform ? Vec<T>{} + value(dy[0]) : load_up_to(dy + i, n);
@@ -437,7 +438,7 @@ class BackwardLoop {
       }
     }
   }
-  // The cell after `backward_output`, of n units from u on: slots, and dc of the normalised c.
+  // The cell after `backward_output`, for n units from u on: its slots, and dc of the normalised c.
   template <typename Row>
   Step<V> output_of(const RowPointers& row, const Row& norms, const Gains<const T>& gains,
                     int64_t u, int64_t n) const {
@@ -450,7 +451,7 @@ class BackwardLoop {
     Cell::backward_output(s);
     return s;
   }
-  // The gradient of h as the cell has made it.
+  // The gradient of h as the cell computed it, before a projection.
   RNNKERN_INLINE Vec<T> dh_of_cell(const RowPointers& row, int k, int64_t u, int64_t n) const {
     const auto& of = row.by[k];
     return of.dm ? load(of.dm + u) : load(of.dh + u) + dy_at(of.dy, u, n);
@@ -459,7 +460,7 @@ class BackwardLoop {
   void cell(int direction, Range units, const RowPointers& row) const {
     cell(direction, units, row, [](Step<V>& s, int64_t, int64_t) { Cell::backward(s); });
   }
-  // backward(s, u, n) in place of the cell's.
+  // The same with backward(s, u, n) in place of Cell::backward(s).
   template <typename Back>
   RNNKERN_INLINE void cell(int direction, Range units, const RowPointers& row,
                            Back backward) const {
@@ -556,7 +557,7 @@ class BackwardLoop {
   const NormGradients<T, Cell> norms_;
   Carried dh_, dc_, dm_;
   Carried products_;         // dslots x W_hh before the mask
-  Carried held_h_, held_c_;  // what zoneout passes on
+  Carried held_h_, held_c_;  // held back by zoneout
   Carried dreset_h_, dreset_c_;
 };
 

@@ -1,5 +1,5 @@
-// The weights of one direction as the forward pass reads them: packed for one call, or, of a frozen
-// layer, once for all calls. The same code lays out both.
+// The weights of one direction as the forward pass reads them. They are packed for one call, or
+// once for all calls if the layer is frozen. The same code lays out both.
 #pragma once
 
 #include "cpu/panels.h"

@@ -13,10 +13,10 @@
 // recurrent product of each step then adds. So the weights of the input are read once for each
 // block and not once for each step. In a closed loop (Readout of scan.h) each step computes the
 // input of the next, with one more barrier behind it. With recurrent dropout the product reads a
-// copy of h(t-1), masked, and each step has one barrier more; zoneout mixes the states of a step
-// with those before after the cells (noise.h). Layer normalisation (normalised.h) comes between the
-// products and the cells, and again between c and h. For one row in one step the products cost 2 G
-// H (I + O) operations and, for each block of rows, G H O weights from the cache.
+// masked copy of h(t-1), and each step has one barrier more. Zoneout mixes the states of a step
+// with those of the step before, after the cells (noise.h). Layer normalisation (normalised.h)
+// comes between the products and the cells, and again between c and h. For one row in one step the
+// products cost 2 G H (I + O) operations and, for each block of rows, G H O weights from the cache.
 #pragma once
 
 #include "cells/cells.h"
@@ -51,7 +51,7 @@ class ForwardScan : public Pass<ForwardScan<T, Cell>, T> {
         panels_{f.sizes.H},
         capacity_(plan.block_steps * Base::block_rows()),
         has_zoneout_(f.noise.zoneout > 0),
-        frozen_(const_cast<char*>(f.packed)),  // which is only read
+        frozen_(const_cast<char*>(f.packed)),  // it is only read
         directions_{direction(0, carver), direction(1, carver)},
         masks_(DropoutMasks<T>::take(f.noise, f.sizes, steps_, carver)),
         norms_(f.sizes, steps_, carver) {
@@ -78,7 +78,8 @@ class ForwardScan : public Pass<ForwardScan<T, Cell>, T> {
     Rows<T> y, slots, cells, candidates, unprojected, normalised;
     DirectionWeights<T, Cell> weights;
   };
-  // Of one row in one step. h and c are what the cell makes, before a projection and zoneout.
+  // The pointers of one row in one step. h and c are the results of the cell, before a projection
+  // and zoneout.
   struct RowPointers {
     const T* h_prev;
     const CellState* c_prev;
@@ -91,7 +92,7 @@ class ForwardScan : public Pass<ForwardScan<T, Cell>, T> {
     A* recurrent;   // [panels][block_rows][kAccWidth] of W_hh h alone, if it is normalised
     LeftRows<T> x;  // [capacity_][I]
     LeftRows<T> h;  // [block_rows][O]
-    // Of one panel, if its matrix is broadcast.
+    // The rows of one panel, if its matrix is broadcast.
     LeftRows<T> rows_of_w_ih;  // [kAccWidth][I]
     LeftRows<T> rows_of_w_hh;  // [kAccWidth][O]
     LeftRows<T> projected;     // [kRowsAtOnce][H]
@@ -194,13 +195,13 @@ class ForwardScan : public Pass<ForwardScan<T, Cell>, T> {
     for (int64_t i = 0; i < kAccWidth; i += kLanes<T>) store(to + i, load(from + i));
   }
 
-  // x: the input rows of this step, if it is fused. `first`: the number of its first row in the
-  // accumulators.
+  // `x` has the input rows of this step, if it is fused. `first` is the number of its first row in
+  // the accumulators.
   void step(const Part& part, const Visit& v, const BatchRows<T>& x, int64_t first) const {
     const Direction& of = directions_[part.direction];
     const RowPointers* rows = part.scratch.pointers;
     const int64_t count = part.active(v);
-    bool from_zeros = true;  // all rows, so that the recurrent product is zero
+    bool from_zeros = true;  // then the recurrent product is zero
     for (int64_t k = 0; k < count; ++k) {
       part.scratch.pointers[k] = pointers(part, v.t, part.rows.begin + k);
       part.scratch.h[k] = rows[k].h_prev;
@@ -287,7 +288,7 @@ class ForwardScan : public Pass<ForwardScan<T, Cell>, T> {
     }
   }
 
-  // Lets the product read what recurrent dropout leaves of h(t-1).
+  // Lets the product read h(t-1) after recurrent dropout.
   void drop(const Part& part, int64_t count) const {
     for (int64_t k = 0; k < count; ++k) {
       const int64_t rank = part.rows.begin + k;
@@ -298,8 +299,8 @@ class ForwardScan : public Pass<ForwardScan<T, Cell>, T> {
     part.wait_for_team();  // it reads all columns
   }
 
-  // Mixes what the cells have made, and projected, with the states before, in the thread's columns
-  // and units.
+  // Mixes the new states, after a projection, with the states of the step before, in the thread's
+  // columns and units.
   void zone_out(const Part& part, int64_t t, int64_t count) const {
     const int d = part.direction;
     const Range columns = part.columns;
@@ -350,7 +351,7 @@ class ForwardScan : public Pass<ForwardScan<T, Cell>, T> {
       } else if (of.cells.data) {
         r.c_prev = Base::previous(d, t, rank, constant(of.cells), f_.c0, f_.reset_c);
         r.c = row_at(steps_, of.cells, t, rank);
-      } else {  // in rank, in c_n
+      } else {  // in c_n
         r.c = state_at(steps_, f_.cn, d, rank);
         r.c_prev = r.c;
         const bool is_cut = cut(steps_, d, t, rank);
@@ -381,10 +382,10 @@ class ForwardScan : public Pass<ForwardScan<T, Cell>, T> {
   }
 
   // The cell on all units of a panel of `count` rows: two rows at once if vectors are whole,
-  // because a single row is a chain of operations that wait for each other. Which rows are two
+  // because a single row is a chain of operations that wait for each other. Which rows are paired
   // depends on the split into threads, but their bits must not (a test compares them): the compiler
-  // has to contract the sums of both the same way. With kWithoutOutput the slots go to acc in place
-  // of h.
+  // has to contract the sums of both in the same way. With kWithoutOutput the slots are stored in
+  // acc, and h is not computed.
   template <bool kWithoutOutput = false>
   void cells(const Weights<T>& w, int64_t p, const RowPointers* rows, int64_t count, A* acc) const {
     const int64_t width = panels_.width(p);
@@ -403,7 +404,7 @@ class ForwardScan : public Pass<ForwardScan<T, Cell>, T> {
     }
   }
 
-  // On n units from u on, of kRows rows.
+  // The cell on n units from u on, of kRows rows.
   template <int kRows, bool kWithoutOutput>
   RNNKERN_INLINE void cell(const Weights<T>& w, const RowPointers* rows, int64_t u, int64_t n,
                            A* acc, int64_t width) const {

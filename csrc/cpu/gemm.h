@@ -5,19 +5,18 @@
 // The left operand is a list of row pointers, so that no layout of the rows (packed, permuted,
 // batch first, expanded) is ever copied. Every sum runs over k in ascending order, kDepth k in one
 // accumulator of their own, which is then added: the result depends neither on the tile, nor on the
-// vector width, nor on who computes it, and rounding grows with kDepth and K / kDepth, not with K.
-// Three exceptions have an order of their own, as independent of rows and threads: pairs of
-// bfloat16, AMX tiles (amx_product.h), and weights read as they lie (dot_rows). Sums of integers
-// are exact (int8.h).
+// vector width, nor on the thread, and rounding grows with kDepth and K / kDepth, not with K. Three
+// exceptions have orders of their own, which do not depend on rows and threads either: pairs of
+// bfloat16, AMX tiles (amx_product.h), and weights read in place (dot_rows). Sums of integers are
+// exact (int8.h).
 //
-// A lane of a panel holds one *group* of consecutive k: one element; or a pair of bfloat16 where
-// the CPU multiplies pairs of them and adds both products to a float, which is bfloat16 and
-// F32ByBf16; or four integers. Tensors of 16 bits whose products the CPU does not make itself are
-// multiplied as float.
+// A lane of a panel holds one *group* of consecutive k: one element; or a pair of bfloat16, if the
+// CPU multiplies pairs of them and adds both products to a float (for Bf16 and F32ByBf16); or four
+// integers. If the CPU has no products of a 16-bit type, its numbers are multiplied as float.
 //
-// Of a tile of 6 x 4 vectors, one group costs 24 multiply-adds, 4 loads of the panel and 6
+// In a tile of 6 x 4 vectors, one group costs 24 multiply-adds, 4 loads of the panel and 6
 // broadcasts. Blocks of kDepth k keep the part of the panel near while all row tiles pass over it:
-// in the second-level cache, whence 256 bytes in 24 multiply-adds come in time. Shorter blocks that
+// in the second-level cache, which delivers 256 bytes within 24 multiply-adds. Shorter blocks that
 // fit the first-level cache read and write the accumulators more often, which costs 2 % more.
 #pragma once
 
@@ -36,8 +35,8 @@ constexpr int64_t kDepth = 256;
 static_assert(kDepth * kPanelVectors * kVectorBytes <= 64 * 1024,
               "a panel block fits a quarter of a small L2 cache");
 
-// Products of operands E are made of tiles, which add to the result every 32 k. kRowsAtOnce rows
-// share one reading of a panel if the result is not padded.
+// Whether operands E are multiplied in AMX tiles, which add to the result every 32 k. kRowsAtOnce
+// rows share one reading of a panel if the result is not padded.
 #ifdef RNNKERN_AMX
 template <typename E>
 constexpr bool kByTiles = std::is_same_v<E, Bf16> || std::is_same_v<E, I8>;
@@ -51,7 +50,7 @@ constexpr int64_t kRowsAtOnce = 48;
 static_assert(kRowsAtOnce % kTileRows == 0, "these rows are whole tiles");
 #endif
 
-// Lanes of a panel.
+// The lanes of a panel.
 template <typename T>
 constexpr int64_t kPanelWidth = kPanelVectors * kLanes<T>;
 
@@ -62,7 +61,7 @@ constexpr int kRowsOfPart = kTileHeight / 2;
 constexpr int kRowsOfPart = kTileRows;
 #endif
 
-// What the products take elements of type T as.
+// The type as which products take elements of type T.
 template <typename T>
 struct OperandOf {
   using Type = Compute<T>;
@@ -88,27 +87,27 @@ struct OperandOf<F32ByI8> {
 template <typename T>
 using Operand = typename OperandOf<T>::Type;
 
-// The lanes of a panel of weights in memory. One that is narrower than what is computed with is
-// widened when it is read.
+// The type of the lanes of a panel of weights in memory. A lane that is narrower than the type that
+// is computed with is widened when it is read.
 template <typename T>
 using Panel = std::conditional_t<std::is_same_v<T, F32ByBf16> && std::is_same_v<Operand<T>, float>,
                                  Bf16, Compute<T>>;
 
-// Rows of weights are rows of a panel as they lie.
+// Whether rows of weights can be rows of a panel without conversion.
 template <typename T>
 constexpr bool kMultipliedInPlace = std::is_same_v<T, Compute<T>>;
 
-// For operands E: k in a group, and groups of K elements.
+// For operands E: how many k a group has, and how many groups K elements have.
 template <typename E>
 constexpr int kGroup = int(sizeof(Compute<E>) / sizeof(E));
 template <typename E>
 RNNKERN_INLINE int64_t groups(int64_t K) {
   return ceil_div(K, kGroup<E>);
 }
-// Groups of a panel in memory, with those that come before the weights.
+// The groups of a panel that come before the weights in memory.
 template <typename E>
 constexpr int64_t kHead = std::is_same_v<E, I8> ? kHeadOfIntegers : 0;
-// Tiles are whole: behind K elements of both operands there are zeros, up to this.
+// The length to which both operands of K elements are filled with zeros, so that tiles are whole.
 template <typename E>
 constexpr int64_t filled(int64_t K) {
 #ifdef RNNKERN_AMX
@@ -121,8 +120,8 @@ RNNKERN_INLINE int64_t groups_in_memory(int64_t K) {
   return kHead<E> + groups<E>(filled<E>(K));
 }
 
-// How a panel for K elements is in memory: group by group, all lanes of each. For tiles, vector by
-// vector, all groups of each, so that a tile is one stretch of memory.
+// The layout of a panel for K elements: group by group, each with all lanes. For AMX tiles it is
+// vector by vector, each with all groups, so that a tile is one piece of memory.
 template <typename E>
 class PanelLayout {
   static constexpr int64_t kL = kLanes<Compute<E>>;
@@ -130,35 +129,35 @@ class PanelLayout {
  public:
   PanelLayout(int64_t K, int64_t lanes) : groups_(groups_in_memory<E>(K)), lanes_(lanes) {}
 
-  // Of a lane in the first group.
+  // The place of a lane in the first group.
   int64_t at(int64_t lane) const {
     return kByTiles<E> ? lane / kL * kL * groups_ + lane % kL : lane;
   }
-  // From a group to the next.
+  // The distance from a group to the next.
   int64_t stride() const { return kByTiles<E> ? kL : lanes_; }
-  // From a panel to that of what is lost.
+  // The distance from a panel to the panel of what rounding has lost.
   int64_t part() const { return groups_ * lanes_; }
 
  private:
   const int64_t groups_, lanes_;
 };
 
-// An element is the sum of two operands: itself rounded, and what rounding has lost, rounded. Both
-// factors are such sums. The product of what both have lost is left out, so that the relative error
-// of a product is about 2^-16. Behind a row of the left operands there are those that are lost, and
-// behind a panel another one.
+// Whether an element becomes the sum of two operands: the element rounded, and what this rounding
+// has lost, rounded. Both factors are such sums. The product of the two lost parts is left out, so
+// that the relative error of a product is about 2^-16. The lost parts of a row of left operands
+// follow it in memory, and those of a panel are another panel behind it.
 template <typename T>
 constexpr bool kSplit = std::is_same_v<T, F32By3Bf16>;
 template <typename T>
 constexpr int kParts = kSplit<T> ? 2 : 1;
 
-// Bytes of a weight in a panel.
+// The bytes of a weight in a panel.
 template <typename T>
 constexpr int kPanelBytes = int(sizeof(Panel<T>)) / kGroup<Operand<T>> * kParts<T>;
-// Panels have fewer bits than tensors: weights are always packed.
+// Whether weights have fewer bits in panels than in tensors. They are always packed then.
 template <typename T>
 constexpr bool kRoundedForProducts = kSplit<T> || sizeof(T) > kPanelBytes<T>;
-// There are kernels for frozen weights only.
+// Whether there are kernels for frozen weights only.
 template <typename T>
 constexpr bool kFrozenOnly = std::is_same_v<T, F32ByI8> || !std::is_same_v<Panel<T>, Compute<T>>;
 
@@ -192,7 +191,8 @@ RNNKERN_INLINE Vec<Bf16> multiply_add<Bf16>(Pair a, Vec<Bf16> b, Vec<Bf16> c) {
 }
 #endif
 
-// P: the lanes of the panel. kAdds: to what acc holds; else acc is written.
+// P is the type of the panel's lanes. With kAdds the sums are added to acc, else they are written
+// to it.
 template <typename E, typename P, int kVectors, int kRows, bool kAdds>
 void tile(int64_t k_begin, int64_t k_count, const E* const* a, const P* panel, int64_t panel_row,
           Compute<E>* acc, int64_t acc_row) {
@@ -302,7 +302,7 @@ void product(int vectors, int64_t rows, int64_t first, int64_t K, const E* const
 #endif
   const int64_t whole = rows / kTileRows * kTileRows, rest = max_of(1, rows - whole);
   if constexpr (std::is_same_v<E, I8>) {
-    // Their tile asks for the distance of vectors instead of the first k, which is zero.
+    // Their tile takes the distance of vectors in place of the first k, which is zero.
     const PanelLayout<E> layout(K, panel_row);
     first = layout.at(kLanes<float>);
     panel_row = layout.stride();
@@ -325,8 +325,7 @@ void product(int vectors, int64_t rows, int64_t first, int64_t K, const E* const
   }
 }
 
-// acc[m][..] += a[m] x panel, all K of elements T. `part`: lanes from the panel to that of what is
-// lost.
+// acc[m][..] += a[m] x panel, over all K, for elements T. `part` is PanelLayout::part.
 template <typename T, bool kAdds = true>
 void product_of(int vectors, int64_t rows, int64_t K, const Operand<T>* const* a,
                 const Panel<T>* panel, int64_t panel_row, [[maybe_unused]] int64_t part,
@@ -340,8 +339,8 @@ void product_of(int vectors, int64_t rows, int64_t K, const Operand<T>* const* a
 }
 
 // out[m][0..width) = or += what add_to(first row, rows, acc) adds to zeros, width <= kPanelWidth:
-// for results that are not padded. Where it adds, the new sum is made apart and added once, so that
-// long sums stay accurate.
+// for results that are not padded. If it adds, the new sum is computed separately and added once,
+// so that long sums stay accurate.
 template <typename A, typename Out, typename AddTo>
 void product_to(int64_t rows, Out* const* out, int64_t width, bool add, AddTo add_to) {
   constexpr int64_t kWidth = kPanelWidth<A>;
@@ -361,7 +360,7 @@ void product_to(int64_t rows, Out* const* out, int64_t width, bool add, AddTo ad
   }
 }
 
-// One of the operands whose sum a number is.
+// One of the two operands whose sum a number is.
 template <typename T, int kPart>
 RNNKERN_INLINE Vec<T> part_of(Vec<T> number) {
   static_assert(kPart < kParts<T>);
@@ -390,10 +389,10 @@ RNNKERN_INLINE Vec<T> load_groups(const T* p, int64_t n) {
   }
 }
 
-// Weights as they lie, for few rows and few steps: dot products along rows of w, several rows at
-// once, each a stream of its own, so that they come from afar as fast as one stream does. Lane i of
-// a sum adds up the k that are i modulo the lanes, in ascending order, and the lanes are added in
-// the end: whatever number of rows is taken at once.
+// Weights read in place, for few rows and few steps: dot products along rows of w. Several rows are
+// read at once, each as a stream of its own, because a single stream is slower beyond the caches.
+// Lane i of a sum adds up the k that are i modulo the lanes, in ascending order, and the lanes are
+// added at the end. This does not depend on how many rows are read at once.
 constexpr int kDotLeftRows = kTileRows < 6 ? 2 : 4;
 
 // sums[m][i] += a[m] . w[i], lane by lane, for kRows rows of a and kRight rows of w.
@@ -423,11 +422,11 @@ RNNKERN_INLINE void add_products(int64_t K, const Operand<T>* const* a, const T*
 template <typename T, int kRows>
 void dot_rows(int64_t K, const Operand<T>* const* a, const T* w, int64_t w_row, int64_t count,
               Compute<T>* out, int64_t out_row) {
-  // As many as hide the latency of an addition.
+  // So many sums hide the latency of an addition.
   constexpr int kRight = int(min_of(kRows == 1 ? 8 : 4, kLanes<T>));
   // Unrolled, all indices are constants: the sums of one row of a stay in registers.
   Vec<T> sums[kRows][kLanes<T>];
-  const T* next = w;  // the last row again where there are no more
+  const T* next = w;  // the last row again if there are no more
 #pragma GCC unroll 4
   for (int i = 0; i < kLanes<T>; i += kRight) {
     Vec<T> part[kRows][kRight] = {};
@@ -501,7 +500,7 @@ void pack_transposed(int64_t K, RowOf row_of, int64_t count, Panel<T>* panel, in
   }
 }
 
-// The same for rows of weights, in the `width` lanes of a panel from `lane` on. Those of integers
+// The same for rows of weights, in the `width` lanes of a panel from `lane` on. Rows of integers
 // have scales.
 template <typename T, typename RowOf>
 void pack_weights(int64_t K, RowOf row_of, [[maybe_unused]] const float* scales, int64_t count,
@@ -538,7 +537,7 @@ Compute<T> unpacked(const Panel<T>* panel, const PanelLayout<Operand<T>>& layout
   return number_in(panel);
 }
 
-// Lanes that rows take in the panel that they begin, if they are across.
+// How many lanes rows take in the panel that they begin, if the batch is transposed.
 template <typename T>
 constexpr int64_t lanes_across(int64_t rows) {
   return min_of(kPanelWidth<T>, ceil_div(rows, kLanes<T>) * kLanes<T>);
@@ -562,16 +561,17 @@ void transpose_to(const A* from, int64_t from_row, int64_t rows, int64_t count, 
   }
 }
 
-// The rows of the batch in a product, either as the left operand, or across: transposed into panels
-// as a right operand, panel p packed as [groups of K][its rows, whole vectors].
+// The rows of the batch in a product, either as the left operand, or `across`: transposed into
+// panels as a right operand, with panel p packed as [groups of K][its rows, whole vectors].
 template <typename T>
 struct BatchRows {
-  const Operand<T>* const* rows;  // null where they are across
+  const Operand<T>* const* rows;  // null if they are across
   const Compute<T>* across;
 };
 
-// Rows of a tensor, by pointers, for a product: as they lie, or copies of them where the products
-// take another type, or tiles; or across. Integers are made of each row, with a scale of its own.
+// The rows of a tensor for a product, by pointers. They are read in place, or copied if the
+// products take another type or tiles, or transposed (`across`). If products take integers, each
+// row gets a scale of its own.
 template <typename T>
 class LeftRows {
   using E = Operand<T>;
@@ -613,8 +613,8 @@ class LeftRows {
       return reinterpret_cast<const E* const*>(rows_);  // of numbers that are stored as E
     }
   }
-  // The same for runs of `run` rows at equal distances, which tiles read without a copy if they are
-  // whole.
+  // The same if each `run` rows are at equal distances. Tiles read these without a copy if the
+  // tiles are whole.
   const E* const* as_they_lie(int64_t count, [[maybe_unused]] int64_t run) const {
     if constexpr (kByTiles<E> && std::is_same_v<T, E>) {
       if (run % kLanes<T> == 0 && columns_ == filled<E>(columns_)) return rows_;
@@ -676,7 +676,7 @@ RNNKERN_INLINE void pack_group(int64_t k, int64_t K, RowOf row_of, int64_t width
     const auto pack_part = [&]<int kPart>(std::integral_constant<int, kPart>) {
       const auto load_operands = [](const T* p, int64_t n) {
         const Vec<T> numbers = part_of<T, kPart>(load_up_to(p, n));
-        // Widened, a bfloat16 is in the upper half of its lane.
+        // A widened bfloat16 is in the upper half of its lane.
         return bit_cast<Bits32>(std::is_same_v<T, E> ? numbers : rounded<E>(numbers));
       };
       for (int64_t i = 0; i < width; i += kLanes<T>) {

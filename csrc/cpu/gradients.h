@@ -6,17 +6,17 @@
 //   the cell's own parameters: sums of what backward has stored for them
 //   dx[R, I]      = dslots x W_ih
 //
-// If the layer is normalised (normalised.h), then the gradients of the sums that were normalised
-// take the place of dslots in the products, biases remain sums of dslots, and the gain of a sum has
-// the sum of dslots times what it scales.
+// If the layer is normalised (normalised.h), the gradients of the sums that were normalised take
+// the place of dslots in the products. The gradient of a bias is still a sum of dslots, and that of
+// a gain is the sum of dslots times the numbers that the gain scales.
 //
 // The operands are read through row pointers as everywhere else. So packed, ragged, reset and
 // batch-first sequences need no copy, and a call of a few microseconds needs no further library
 // calls. Blocks of kBlockRows rows are packed: the right operand into panels, the left one
 // transposed. The sums of each block, of at most kDepth rows, are added to the result, so that
 // rounding grows with R / kDepth and kDepth, and not with R. Threads own rows of the weight
-// gradients and blocks of dx. Gradients of 16-bit weights are summed in float and rounded once: of
-// several blocks in memory of their own.
+// gradients and blocks of dx. Gradients of 16-bit weights are summed in float, in memory of their
+// own if there are several blocks, and rounded once.
 #pragma once
 
 #include "cpu/noisy_rows.h"
@@ -55,10 +55,10 @@ class ActiveRows {
   int64_t t_ = 0, rank_ = 0;
 };
 
-// If `tangent` is given, then the results are the tangents of these gradients, which it describes.
-// Each product becomes a sum of two terms: the tangent of its left factor times the value of its
-// right factor, and the value of its left factor times the tangent of its right factor. In that
-// second term null is zeros. db is a sum of the first term only.
+// If `tangent` is given, the results are the tangents of these gradients, and `tangent` says where
+// they go. Each product becomes a sum of two terms: the tangent of its left factor times the value
+// of its right factor, and the value of its left factor times the tangent of its right factor. In
+// that second term null is zeros. db is a sum of the first term only.
 template <typename T, typename Cell>
 class Gradients {
   using A = Compute<T>;
@@ -66,7 +66,8 @@ class Gradients {
   static constexpr CellShape kShape = Cell::kShape;
   static constexpr int kStored = kShape.stored();
   static constexpr int64_t kWidth = kPanelWidth<T>;
-  // Of rows: they are transposed to whole vectors, and to whole tiles.
+  // A block has a multiple of this many rows, because they are transposed to whole vectors, and to
+  // whole tiles.
   static constexpr int64_t kMultiple = filled<E>(kLanes<T>);
   static_assert(kBlockRows % kMultiple == 0 && kRowsAtOnce % kLanes<T> == 0,
                 "transposition works on whole vectors");
@@ -160,7 +161,7 @@ class Gradients {
     explicit operator bool() const { return weight || bias || gain; }
   };
 
-  // f(panels, weights) for each W_ih that dx needs.
+  // Calls f(panels, weights) for each W_ih that dx needs.
   template <typename F>
   void each_input(F f) {
     for (int k = 0; to_.dx.data && k < terms_; ++k) {
@@ -202,9 +203,9 @@ class Gradients {
     const Sums& s = sums_[d][matrix];
     return target(matrix, result(d, matrix), s.weight, s.bias, s.gain);
   }
-  // All rows are one block, so that sums are complete at once and are written as the results.
+  // Whether all rows are one block. Its sums are then the results, and are written as such.
   bool is_one_block() const { return terms_ == 1 && steps_.total <= block_rows_; }
-  // f(where the gradient of a matrix is summed).
+  // Calls f with the place where the gradient of a matrix is summed.
   template <typename F>
   void with_target(int d, int matrix, F f) const {
     const Result to = result(d, matrix);
@@ -266,7 +267,7 @@ class Gradients {
     }
   }
 
-  // Takes what the recurrent product has read of h instead of h.
+  // Replaces h by what the recurrent product has read of it.
   void mask_right(int d, int64_t count, const Scratch& s) const {
     for (int64_t r = 0; r < count; ++r) {
       T* const to = s.masked + r * sizes_.O;
@@ -353,7 +354,7 @@ class Gradients {
     }
   }
 
-  // For few rows, whose result is written once, nothing is packed.
+  // Packs nothing, because there are so few rows that the result is written only once.
   template <typename Out>
   static void outer_products(int64_t count, int64_t width, int64_t j, int64_t rows, Out* to,
                              const Scratch& s, bool add) {
@@ -391,8 +392,8 @@ class Gradients {
     }
   }
 
-  // The sum of term(r, column, columns left) over `count` rows, for the columns from j to j + rows,
-  // of one gate.
+  // Sums term(r, column, columns left) over `count` rows r, for the columns from j to j + rows,
+  // which are those of one gate.
   template <typename Out, typename Term>
   static void add_rows(Out* to, int64_t count, int64_t j, int64_t rows, bool add, Term term) {
     constexpr int kVectors = 3;
@@ -519,7 +520,7 @@ class Gradients {
   const Steps& steps_;
   const T* zeros_;
   const DropoutMasks<T> masks_;
-  int64_t block_rows_;  // at most kBlockRows, less where there are less
+  int64_t block_rows_;  // kBlockRows, or less if there are fewer rows
   ColumnPanels<T> input_[2][kMaxDirections];
   Sums sums_[kMaxDirections][kMatrices];
   PerThread scratch_;

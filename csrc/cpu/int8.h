@@ -1,5 +1,5 @@
 // Products of integers of 8 bits, accumulated in 32 bits. A row of weights w is the integers q
-// times a scale, and so is each row of the batch, whose scale is found anew in each step:
+// times a scale. So is each row of the batch, whose scale is computed in each step:
 //
 //   scale = max |x| / 127      q = round(x / scale)      a . w = scale_a scale_w (q_a . q_w)
 //
@@ -10,8 +10,8 @@
 // operand is q + 128 there, and each sum begins with -128 times the sum of its weights. Elsewhere
 // the left operand is q, and pairs of 16-bit integers are multiplied. All give the same integers.
 //
-// The products of one group and one tile row are one instruction for a vector of 16 units: four
-// times as many as of float.
+// For a vector of 16 units, one instruction computes the products of one group with one row of a
+// tile: four times as many as with float.
 #pragma once
 
 #include <cstring>
@@ -39,10 +39,10 @@ constexpr int64_t kScaleBytes = sizeof(float);
 #endif
 constexpr int kIntegersOfGroup = 4;
 constexpr float kLargestInteger = 127;
-// Groups of a panel before its weights.
+// The groups of a panel before its weights.
 constexpr int64_t kHeadOfIntegers = 2;
 
-// Of a left operand of K columns.
+// The bytes of a left operand of K columns.
 constexpr int64_t bytes_of_integers(int64_t K) {
   return kScaleBytes + ceil_div(K, kLanes<float>) * kLanes<float>;
 }
@@ -51,7 +51,7 @@ RNNKERN_INLINE float scale_of(const I8* left) {
   std::memcpy(&scale, left, sizeof(scale));
   return scale;
 }
-// acc += the numbers that sums of products of integers are.
+// Converts sums of products of integers to numbers and adds them to acc.
 RNNKERN_INLINE void add_scaled(Ints sums, Vec<float> scales, float scale_of_left, float* acc) {
   const Vec<float> numbers = __builtin_convertvector(sums, Vec<float>);
   store(acc, load(acc) + numbers * (scales * scale_of_left));
@@ -71,7 +71,8 @@ RNNKERN_INLINE int32_t largest_lane(Ints v) {
 inline void quantize_row(const float* x, int64_t K, I8* to) {
   using V = Vec<float>;
   typedef uint8_t Bytes __attribute__((vector_size(kLanes<float>)));
-  // The bits of magnitudes are in the order of the magnitudes, with infinity and NaN above all.
+  // The bits of magnitudes, as integers, are in the order of the magnitudes, with infinity and NaN
+  // above all.
   Ints largest{};
   for (int64_t k = 0; k < K; k += kLanes<float>) {
     const Ints size = bit_cast<Ints>(load_up_to(x + k, K - k)) & 0x7fffffff;
@@ -85,7 +86,7 @@ inline void quantize_row(const float* x, int64_t K, I8* to) {
   const float reciprocal = most > kSmallest ? kLargestInteger / most : 0.0f;
   std::memcpy(to, &scale, sizeof(scale));
   to += kScaleBytes;
-  // A number below 2^22 that is added to this has its integer, to nearest, in the lowest bits.
+  // If a number below 2^22 is added to this, the lowest bits are its nearest integer.
   constexpr float kRound = 0x1.8p23f;
   for (int64_t k = 0; k < K; k += kLanes<float>) {
     const V shifted = load_up_to(x + k, K - k) * reciprocal + kRound;
@@ -128,8 +129,8 @@ RNNKERN_INLINE Ints add_products_of_group(int32_t left, Ints right, Ints c) {
 #endif
 }
 
-// As `tile` of gemm.h, for all K at once. `vector` and panel_row: lanes of the panel from a vector
-// to the next, and from a group to the next.
+// The same as `tile` of gemm.h, for all K at once. `vector` and `panel_row` are the distances in
+// lanes of the panel from a vector to the next, and from a group to the next.
 template <int kVectors, int kRows>
 void tile_of_integers(int64_t vector, int64_t K, const I8* const* a, const float* panel,
                       int64_t panel_row, float* acc, int64_t acc_row) {
@@ -165,7 +166,7 @@ void tile_of_integers(int64_t vector, int64_t K, const I8* const* a, const float
   }
 }
 
-// `count` <= width columns of a panel, and zeros in those behind and from K to `end`;
+// Packs `count` <= width columns of a panel, with zeros in the other columns and from K to `end`.
 // row_of(column)[k] is a whole number.
 template <typename RowOf>
 void pack_integers(int64_t K, int64_t end, RowOf row_of, const float* scales, int64_t count,

@@ -31,13 +31,13 @@ struct Kernels {
   // Packs the weights of all directions of a layer into memory, which is aligned to a cache line,
   // for `frozen`. Returns the bytes that they take. If memory is null, it does only that.
   size_t (*pack)(const Sizes&, const Weights<T>* weights, char* memory);
-  // The inverse, without biases. Of integers, without their scales.
+  // The inverse, without biases. Integers are written without their scales.
   void (*unpack)(const Sizes&, const char* memory, const Matrices<Compute<T>>* to);
   Machine machine;  // what the plan needs to know about this code
 };
 
-// Those of F32ByBf16 that pack in each call are null if the CPU does not multiply bfloat16, those
-// of F32ByI8 always, and those of F32By3Bf16 without AMX.
+// Some are null. F32ByI8 has only `frozen`, `pack` and `unpack`; so has F32ByBf16 if the CPU does
+// not multiply bfloat16. F32By3Bf16 has none without AMX.
 using AllKernels = std::tuple<Kernels<float>, Kernels<double>, Kernels<Bf16>, Kernels<F16>,
                               Kernels<F32ByBf16>, Kernels<F32By3Bf16>, Kernels<F32ByI8>>;
 

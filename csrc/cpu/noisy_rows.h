@@ -21,7 +21,7 @@ struct WideProduct<Bits32> {
   }
 
  private:
-  // Of the lower halves of each pair.
+  // The products of the lower halves of each pair.
   static RNNKERN_INLINE Bits64 of_lower(Bits64 a, Bits64 b) {
 #if defined(__AVX512F__)
     return (Bits64)_mm512_maskz_mul_epu32(__mmask8(kAll), (__m512i)a, (__m512i)b);
@@ -36,7 +36,7 @@ struct WideProduct<Bits32> {
   }
 };
 
-// to[u] for the units [begin, end) of one row: `hit` with that probability, else `miss`.
+// Sets to[u] for the units [begin, end) of one row: to `hit` with that probability, else to `miss`.
 template <typename A>
 void draw_row(const Noise& noise, Purpose purpose, int direction, int64_t t, int64_t row,
               double probability, A hit, A miss, int64_t begin, int64_t end, A* to) {
@@ -97,7 +97,7 @@ class DropoutMasks {
 
   const A* at(int direction, int64_t rank) const { return rows_.at(direction, rank); }
 
-  // What the recurrent product reads of h.
+  // Writes what the recurrent product reads of h.
   void apply(int direction, int64_t rank, const T* h, Range own, T* to) const {
     const A* const mask = at(direction, rank);
     for (int64_t i = own.begin; i < own.end; i += kLanes<T>) {
@@ -110,7 +110,8 @@ class DropoutMasks {
   CarriedRows<A> rows_;
 };
 
-// How much of the state before each unit keeps in a step: all or nothing, or the expectation.
+// Draws how much of its earlier state each unit keeps in a step: all or nothing, or the
+// expectation.
 template <typename A>
 void draw_kept(const Noise& noise, Purpose purpose, int direction, int64_t t, int64_t row,
                Range units, A* to) {

@@ -8,9 +8,9 @@
 //
 // A member of a team has the sums of its own units. So each member publishes sums over blocks of
 // kPanelWidth units. After a barrier all members add these in the order of the blocks, so the
-// number of members does not change the bits. A variance is made of those of the blocks and of how
-// their means differ (Chan et al., 1983), because the mean of the squares would cancel. Everybody
-// reads all of c.
+// number of members does not change the bits. A variance is computed from the variances of the
+// blocks and the differences of their means (Chan et al., 1983), because digits would cancel if it
+// were computed from the mean of the squares. Each member reads all of c.
 //
 // For backward a row saves the normalised sums (z - mean) * scale of the input product [G*H], of
 // the recurrent one [G*H] in the order of its slots, of c [H], and the three scales. With dz the
@@ -18,8 +18,8 @@
 //
 //   scale (gain dz - mean of gain dz - n * mean of gain dz n)     n = (z - mean) * scale
 //
-// and has the same place in rows of the same width (Backward::dnormalised), where c has dz instead.
-// What is left of the gradients is sums over all rows (gradients.h).
+// and has the same place in rows of the same width (Backward::dnormalised), in which c has dz
+// instead. The gradients of gains and biases are sums over all rows (gradients.h).
 #pragma once
 
 #include <cmath>
@@ -70,7 +70,7 @@ RNNKERN_INLINE Compute<T> sum_of_lanes(Vec<T> v) {
   }
 }
 
-// The first n lanes, and zeros.
+// The first n lanes, with zeros in the others.
 template <typename T>
 RNNKERN_INLINE Vec<T> first_lanes(Vec<T> v, int64_t n) {
   using A = Compute<T>;
@@ -97,20 +97,21 @@ template <typename A>
 struct Moments {
   A mean, scale;
 };
-// `squares`: the sum of the squares of what `count` numbers differ from their mean.
+// `squares` is the sum of the squared differences of `count` numbers from their mean.
 template <typename A>
 Moments<A> moments(A mean, A squares, int64_t count) {
   return {mean, A(1) / std::sqrt(squares / A(count) + A(kEpsilon))};
 }
 
-// What the output reads of n units of the normalised c from u on.
+// What the output of the cell reads for n units from u on, whose normalised c is `normal`.
 template <typename T, typename G>
 RNNKERN_INLINE Vec<T> read_by_output(const Gains<G>& gains, Vec<T> normal, int64_t u, int64_t n) {
   return normal * load_up_to(gains.c + u, n) + load_or_zero(gains.bias_c, u, n);
 }
 
-// Of `values` numbers for each unit of a row of H: from their sums over blocks of units, and the
-// sums of the squares of what they differ from the mean of the block, two numbers of `stride`.
+// The moments of a row of H units with `values` numbers each. Each block of units has two numbers,
+// `stride` apart from the next: their sum, and the sum of their squared differences from the mean
+// of the block.
 template <typename T>
 Moments<Compute<T>> moments_of(const Compute<T>* blocks, int64_t stride, int64_t H, int values) {
   using A = Compute<T>;
@@ -136,8 +137,8 @@ class SumNorms {
   static_assert(kPanelWidth<T> % Panels::kUnits == 0, "a block is whole panels");
 
  public:
-  // The sums of a row in the accumulators of the first panel, and how far those of the next one
-  // are.
+  // The sums of a row in the accumulators of the first panel, and the distance to those of the next
+  // panel.
   struct Row {
     int direction;
     int64_t rank;
@@ -152,7 +153,7 @@ class SumNorms {
         CarriedRows<A>::take(sizes, steps, kNumbers * ceil_div(sizes.H, kPanelWidth<T>), carver);
   }
 
-  // The thread's part of the sums over all units.
+  // Publishes the thread's part of the sums over all units.
   void publish(const Row& row, Range units) const {
     A* const to = blocks_.at(row.direction, row.rank);
     for_unit_blocks<T>(units, [&](int64_t b, Range own) {
@@ -163,7 +164,8 @@ class SumNorms {
     });
   }
 
-  // Leaves what the cell reads in the accumulators of the input product. `saves`: the scales too.
+  // Writes what the cell reads to the accumulators of the input product. With `saves`, saves the
+  // scales too.
   void apply(const Weights<T>& w, const Row& row, Range units, bool saves) const {
     const int64_t H = panels_.H;
     const A* const blocks = blocks_.at(row.direction, row.rank);
@@ -203,8 +205,8 @@ class SumNorms {
     });
   }
 
-  // Writes h, once the whole team has written c. The accumulators hold what the cell has made of
-  // the slots.
+  // Writes h, once the whole team has written c. The accumulators hold the slots after
+  // forward_state.
   template <typename C>
   void apply_to_c(const Weights<T>& w, const Row& row, const C* c, Range units, bool saves,
                   T* h) const {
@@ -228,7 +230,7 @@ class SumNorms {
   }
 
  private:
-  // f(panel, place in its accumulators, width of a slot, unit, units left) for each vector of
+  // Calls f(panel, place in its accumulators, width of a slot, unit, units left) for each vector of
   // units.
   template <typename F>
   RNNKERN_INLINE void for_vectors(Range units, F f) const {
@@ -246,7 +248,7 @@ class SumNorms {
     }
   }
 
-  // The two numbers of one block of units, for the product whose slots begin with kFirst.
+  // Publishes the two numbers of one block of units, for the product whose slots begin with kFirst.
   template <int kFirst>
   RNNKERN_INLINE void publish(const A* sums, int64_t panel, Range units, A* to) const {
     const auto add_up = [&](auto f) __attribute__((always_inline)) {
@@ -288,7 +290,7 @@ class SumNorms {
   CarriedRows<A> blocks_;  // [D, N, blocks * kNumbers]
 };
 
-// The backward pass: the gradients of what was normalised, from those of the results.
+// The backward pass: computes the gradients of what was normalised from those of the results.
 template <typename T, typename Cell>
 class NormGradients {
   using A = Compute<T>;
@@ -298,7 +300,7 @@ class NormGradients {
   static constexpr int kNumbers = 6;  // of a block: two for each kind
 
  public:
-  // Of one row in one step.
+  // One row in one step.
   struct Row {
     int direction;
     int64_t rank;
@@ -334,7 +336,8 @@ class NormGradients {
       write(sums, at(row, b, Normed::kCell));
     });
   }
-  // What turns a gradient of the normalised c into one of c, once the team has published.
+  // The means that turn a gradient of the normalised c into one of c, once the team has published
+  // its sums.
   struct Means {
     A first, second, scale;
     Vec<T> gradient(Vec<T> d, Vec<T> normal) const { return scale * (d - first - normal * second); }
@@ -362,7 +365,7 @@ class NormGradients {
       });
     });
   }
-  // Writes the gradients of the sums of both products, of the thread's units.
+  // Writes the gradients of the sums of both products, for the thread's units.
   void apply(const Gains<const T>& gains, const Row& row, Range units) const {
     for_products([&](auto product) {
       const Means of = means(row, product());
@@ -390,7 +393,8 @@ class NormGradients {
     if constexpr (kShape.recurrent) f(std::integral_constant<Normed, Normed::kRecurrent>{});
   }
 
-  // f(gradient of a normalised sum, that sum, its place in the row, n) for all gates of the units.
+  // Calls f(gradient of a normalised sum, that sum, its place in the row, n) for all gates of the
+  // units.
   template <Normed kProduct, typename F>
   RNNKERN_INLINE void for_values(const Gains<const T>& gains, const Row& row, Range units,
                                  F f) const {

@@ -40,7 +40,7 @@ struct UnitPanels {
   }
   int64_t packed_lanes(int64_t K) const { return count() * panel_lanes(K); }
 
-  // Of one slot in panel p.
+  // The width of one slot in panel p.
   int64_t width(int64_t p) const {
     const int64_t units = min_of(kUnits, H - first_unit(p));
     if constexpr (kShape.slots == kPanelVectors) {
@@ -159,10 +159,10 @@ struct StepWeights {
     if constexpr (!kRoundedForProducts<T>) add_dots(p, rows, a, acc, acc_row);
   }
 
-  // The same with the batch across: the rows of this matrix are the left operand, and the result is
-  // transposed. Every sum has to be that of packed weights. So products by AMX tiles begin with the
-  // contents of acc, and other products are added to it in blocks of kDepth k. `weights` has room
-  // for kAccWidth rows.
+  // The same with the batch transposed (`across`): the rows of this matrix are the left operand,
+  // and the result is transposed. Every sum must have the bits of packed weights. So products by
+  // AMX tiles begin with the contents of acc, and other products are added to it in blocks of
+  // kDepth k. `weights` has room for kAccWidth rows.
   void add_broadcast(int64_t p, int64_t rows, const Compute<T>* across, const LeftRows<T>& weights,
                      Compute<T>* acc, int64_t acc_row) const {
     constexpr int64_t kWidth = kPanelWidth<T>;
@@ -248,7 +248,7 @@ struct ColumnPanels {
   const CellShape* shape = nullptr;
   bool packs = true, transposed = false;
   const float* scales = nullptr;  // of the columns, which are rows of integers
-  bool frozen = false;            // packed before, and w is not there
+  bool frozen = false;            // packed before, and w is null
   Panel<T>* packed = nullptr;
 
   int64_t count() const { return ceil_div(width, kPanelWidth<T>); }
@@ -261,7 +261,7 @@ struct ColumnPanels {
   int vectors(int64_t p) const { return int(ceil_div(columns(p), kLanes<T>)); }
   int64_t panel_lanes() const { return kParts<T> * kPanelWidth<T> * groups_in_memory<E>(K); }
   Panel<T>* panel(int64_t p) const { return packed + p * panel_lanes(); }
-  // No vector reaches beyond the next row.
+  // Whether the panels are read in place. No vector may reach beyond the next row.
   bool lies() const { return !packs && row_stride >= kLanes<T>; }
   bool copies_last_row() const { return width % kLanes<T> != 0; }
   const T* last_row() const { return w + (K - 1) * row_stride; }
@@ -296,7 +296,7 @@ struct ColumnPanels {
       }
     }
   }
-  // From rows anywhere in memory: row k begins at rows(k).
+  // Packs rows from anywhere in memory: row k begins at rows(k).
   template <typename RowsOf>
   void pack_rows(int64_t p, RowsOf rows) const {
     const PanelLayout<E> layout = layout_of(p);

@@ -1,6 +1,6 @@
 // What the passes through a layer have in common on the CPU: threads and teams, their memory, the
-// order of steps, and what rows bring along when they enter and hand over when they leave.
-// forward.h, backward.h and second_order.h add the arithmetic of their steps.
+// order of steps, and the states with which rows enter and leave. forward.h, backward.h and
+// second_order.h add the arithmetic of their steps.
 //
 // A task is one direction of one block of batch rows. It runs all steps without synchronising with
 // other tasks. Its team is one thread, or unit_blocks of them (plan.h) that split the hidden units.
@@ -24,7 +24,7 @@ struct Part {
   int direction;
   Range rows;           // of the batch, by rank
   Range units;          // of H, for which the thread computes the cell
-  Range columns;        // of O, which the thread computes in rows as wide as the output
+  Range columns;        // of O: the thread's part of a row of the output
   int member, members;  // of the team
   Barrier& barrier;
   Scratch scratch;
@@ -33,7 +33,7 @@ struct Part {
   int64_t active(const Visit& v) const { return v.active_end - rows.begin; }
 };
 
-// The parameters of a cell's own for n units from u on: to(i) is where the i-th goes. Null is
+// Loads the cell's own parameters for n units from u on: number i goes to to(i). A null one is
 // zeros.
 template <CellShape kShape, typename T, typename To>
 RNNKERN_INLINE void load_parameters(const Weights<T>& w, int64_t u, int64_t n, To to) {
@@ -86,8 +86,8 @@ class Pass {
     scratch_ = PerThread(plan_.threads, carver, [this](Carver& c) { driver().scratch(c); });
   }
 
-  // All steps in scan order, in blocks of `block_steps` steps. For each block: gather(k, t, rank)
-  // for its active rows, numbered from 0 on, then prepare(rows), then for each step
+  // Runs all steps in scan order, in blocks of `block_steps` steps. For each block: gather(k, t,
+  // rank) for its active rows, numbered from 0 on, then prepare(rows), then for each step
   // step(visit, k), where k is the number of its first row.
   template <typename Part, typename Gather, typename Prepare, typename Step>
   void for_blocks(const Part& part, int64_t block_steps, Gather gather, Prepare prepare,
@@ -114,7 +114,7 @@ class Pass {
     }
   }
 
-  // All steps against scan order.
+  // Runs all steps against scan order.
   template <typename Part, typename Step>
   void for_steps_back(const Part& part, Step step) const {
     for (int64_t i = 0; i < steps_.T; ++i) {

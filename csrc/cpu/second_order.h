@@ -40,7 +40,7 @@ class SecondOrderScan : public Pass<SecondOrderScan<T, Cell>, T> {
  public:
   static constexpr int kPlanes = kShape.planes();
 
-  // `up` says how the weights of the ascending products are read, `down` everything else.
+  // `up` says how the weights of the ascending products are read, and `down` says everything else.
   SecondOrderScan(const SecondOrder<T>& s, const Plan& up, const Plan& down, Carver& carver)
       : Base(s.sizes, s.steps, down, kPanelWidth<T>, carver),
         s_(s),
@@ -69,7 +69,7 @@ class SecondOrderScan : public Pass<SecondOrderScan<T, Cell>, T> {
     T* bias;           // tangents
     Matrices by[2];    // Order
   };
-  // Of one row in one step, ascending.
+  // One row in one step, ascending.
   struct RowPointers {
     const T *slots, *h, *h_prev, *c, *c_prev, *unprojected;
     const T *tangent_sums, *tangent_h_prev, *tangent_c_prev;
@@ -85,7 +85,8 @@ class SecondOrderScan : public Pass<SecondOrderScan<T, Cell>, T> {
   };
   using Part = rnnkern::RNNKERN_NAMESPACE::Part<Scratch>;
 
-  // Adds what the ascending loop writes for the descending one and the gradients.
+  // The operands, with the memory that the ascending loop writes for the descending loop and the
+  // gradients.
   std::array<const Backward<T>*, 2> complete_operands(Carver& carver) {
     const int64_t rows = sizes_.D * steps_.total;
     tangent_.y = constant(s_.tangent_y);
@@ -207,7 +208,7 @@ class SecondOrderScan : public Pass<SecondOrderScan<T, Cell>, T> {
     return r;
   }
 
-  // Products that no tangent of a state enters, for `count` rows.
+  // Computes the products that no tangent of a state enters, for `count` rows.
   void add_known_products(const Part& part, int64_t count) const {
     const Direction& of = directions_[part.direction];
     for_panels(part, [&](int64_t p, T* acc) {
@@ -232,7 +233,7 @@ class SecondOrderScan : public Pass<SecondOrderScan<T, Cell>, T> {
     }
   }
 
-  // One step. `first`: the number of its first row in the block.
+  // One step. `first` is the number of its first row in the block.
   void ascend(const Part& part, const Visit& v, int64_t first) const {
     const int d = part.direction;
     const Direction& of = directions_[d];
@@ -323,7 +324,7 @@ class SecondOrderScan : public Pass<SecondOrderScan<T, Cell>, T> {
     }
   }
 
-  // crossing = da x W_hh', of all steps, in the thread's columns.
+  // crossing = da x W_hh' for all steps, in the thread's columns.
   void cross(const Part& part) const {
     const Direction& of = directions_[part.direction];
     if (!of.crossing.data) return;

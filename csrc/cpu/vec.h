@@ -44,7 +44,7 @@ using Vec = typename VecOf<Compute<T>>::Type;
 template <typename T>
 constexpr int kLanes = kVectorBytes / int(sizeof(Compute<T>));
 
-// In one instruction, which GCC does not find by itself.
+// These are single instructions, which GCC does not find by itself.
 #define RNNKERN_CLAMP(T, Native, minimum, maximum)               \
   template <>                                                    \
   struct Clamp<Vec<T>> {                                         \
@@ -72,9 +72,9 @@ RNNKERN_CLAMP(double, __m128d, _mm_min_pd(a, b), _mm_max_pd(a, b))
 #undef RNNKERN_CLAMP
 
 #if defined(__AVX512BF16__) && defined(RNNKERN_ELEMENT)
-// A division takes as long as 16 multiplications. What multiplies bfloat16 has no bits in common
-// with other instruction sets anyway, so it takes an approximation of 14 bits, doubled once.
-// Integers have the same bits everywhere.
+// A division takes as long as 16 multiplications. Code that multiplies bfloat16 has other bits than
+// other instruction sets anyway. So it takes an approximation of 14 bits, and doubles them once.
+// Code for integers has the same bits everywhere.
 template <>
 struct Quotient<Vec<float>> {
   static RNNKERN_INLINE Vec<float> of(Vec<float> a, Vec<float> b) {
@@ -217,7 +217,7 @@ RNNKERN_INLINE void store_up_to(T* p, Vec<T> v, int64_t n) {
   }
 }
 
-// As it comes back from a tensor of T.
+// The vector, rounded to the precision of T.
 template <typename T>
 RNNKERN_INLINE Vec<T> rounded(Vec<T> v) {
   return from_bits<T>(to_bits<T>(v));

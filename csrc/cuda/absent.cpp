@@ -1,5 +1,5 @@
-// In place of the CUDA kernels in a build without them. Nobody calls what throws here: refusal()
-// comes first.
+// Takes the place of the CUDA kernels in a build without them. What throws here is never called,
+// because refusal() is asked first.
 #include <stdexcept>
 
 #include "cuda/kernels.h"

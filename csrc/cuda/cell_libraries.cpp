@@ -29,7 +29,7 @@ void load_library(const std::string& path, const std::string& mode, const std::s
                   const std::string& headers, int device) {
   const LibraryFile file(path);
   const void* const found = file.entry<const void* (*)()>(kEntryOfLibrary)();
-  // Of all element types the fields are the same.
+  // The fields are the same for all element types.
   const auto& library = *static_cast<const CellLibrary<float>*>(found);
   if (library.headers != headers) {
     file.fail("it was compiled from the headers of another version of rnnkern");

@@ -20,7 +20,8 @@ bool is_in_library(CellId id);
 const void* library_of(CellId id, int place, int device);
 const char* mode_of(CellId id);
 
-// As `start` of start.h for a Queue of the attempt, whose bytes it hands out.
+// Does what `start` of start.h does, for a Queue that it makes of the attempt, and gives the bytes
+// of the Queue.
 template <typename Scan>
 bool start_in_library(const Scan& scan, const Attempt& attempt, size_t* bytes);
 

@@ -1,6 +1,6 @@
 // The CUDA library of a user's cell: cell_library.h. RNNKERN_ELEMENT is its type, RNNKERN_HEADERS
 // the digest of these files; cells/list.h, whose only cell is RNNKERN_CELL, is that of the
-// generated sources. With RNNKERN_SIMT plain C++, for the stand-in.
+// generated sources. With RNNKERN_SIMT it is plain C++, for the stand-in.
 #include "cuda/cell_library.h"
 #include "cuda/product.h"
 
@@ -15,7 +15,7 @@ void start_product<RNNKERN_ELEMENT>(const cuda::Product& product, const Queue& q
 
 #include "cuda/scan.cu"
 
-// The functions that the extension has, called there.
+// These functions of the extension are called through its Host.
 namespace rnnkern::cuda {
 namespace {
 

@@ -1,9 +1,9 @@
 // The contract between the extension and the CUDA library of a cell that a user has written: what
 // cpu/library.h is for the CPU. A library has the kernels of one cell for one element type, the
-// code that lays them out and launches them (scan.cu), and a CUDA runtime of its own. What a
-// process has once it takes from the extension: plans, cuBLAS and its lock, our own products,
-// streams, and who has given up. Both sides may come from different compilers. So plain data and
-// functions cross, and no exception does.
+// code that lays them out and launches them (scan.cu), and a CUDA runtime of its own. It asks the
+// extension for what a process has only once: plans, cuBLAS and its lock, our own products,
+// streams, and the record of kernels that have given up. Both sides may come from different
+// compilers. So plain data and functions cross, and no exception does.
 #pragma once
 
 #include <cstddef>
@@ -29,7 +29,7 @@ struct Message {
 
   void write(const char* what) { std::snprintf(text, sizeof text, "%s", what); }
 };
-// Calls f, and keeps the text of what it throws. Whether it has thrown nothing.
+// Calls f, and keeps the text of what it throws. Returns whether it has thrown nothing.
 template <typename F>
 bool caught(Message* message, F f) noexcept {
   try {
@@ -42,13 +42,13 @@ bool caught(Message* message, F f) noexcept {
   }
   return false;
 }
-// Throws on this side what has been caught on the other one.
+// Throws on this side what was caught on the other side.
 inline void expect(bool is_done, const Message& message) {
   if (!is_done) throw std::runtime_error(message.text);
 }
 
 // What a library calls: the functions of device.h, library.h, plan.h and product.h that scan.cu and
-// queue.h need. Those with a message return false if they have failed.
+// queue.h need. Functions with a message return false if they fail.
 struct Host {
   void (*plan_for)(const Problem*, const Device*, Plan*);
   int64_t (*window_steps)(int64_t T, int64_t bytes_of_step, int buffers);
@@ -69,10 +69,11 @@ struct Host {
 #endif
 };
 
-// Of `start` in start.h: false is kTooManyBlocks.
+// The result of `start` in start.h: kTooManyBlocks is its false.
 enum class Started : int { kYes, kTooManyBlocks, kFailed };
 
-// As `start`, for a Queue of the attempt, whose bytes it hands out.
+// Does what `start` does, for a Queue that it makes of the attempt, and gives the bytes of the
+// Queue.
 template <typename Scan>
 using StartScan = Started (*)(const Scan*, const Attempt*, size_t* bytes, Message*);
 

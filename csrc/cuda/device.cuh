@@ -1,5 +1,5 @@
-// What kernels ask of the GPU. Under nvcc these are its instructions; with RNNKERN_SIMT plain C++
-// of the same meaning, on the fibers of tests/simt/simt.h. Inline PTX stands in this file alone.
+// What kernels ask of the GPU. Under nvcc these are its instructions. With RNNKERN_SIMT they are
+// plain C++ of the same meaning, on the fibers of tests/simt/simt.h. Only this file has inline PTX.
 #pragma once
 
 #include <cstddef>
@@ -14,7 +14,7 @@
 
 #include "simt.h"
 #define RNNKERN_DEVICE inline
-// Where the caller waits: tests leave out one wait at a time.
+// The place where the caller waits. Tests leave out one wait at a time.
 #define RNNKERN_HERE simt::Where where = std::source_location::current()
 #else
 #define RNNKERN_DEVICE __device__ __forceinline__
@@ -36,14 +36,14 @@ struct Tf32 {
   float number;
 };
 
-// 1 / x within one unit in the last place; zero if that is no normal number.
+// 1 / x within one unit in the last place; zero if the result is no normal number.
 RNNKERN_INLINE float approximate_reciprocal(float x) {
 #ifdef __CUDA_ARCH__
   float result;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
   return result;
 #else
-  // The stand-in is off by one, up or down.
+  // The stand-in is off by one unit, up or down.
   const float exact = 1 / x;
   const auto bits = bit_cast<uint32_t>(exact);
   return exact > 0x1p-126f && exact < 1 ? bit_cast<float>(bits + (bits % 3 - 1)) : exact;
@@ -68,15 +68,15 @@ RNNKERN_DEVICE int block_index() { return int(simt::launch().fiber().block->inde
 RNNKERN_DEVICE int threads_per_block() { return int(simt::launch().block.x); }
 RNNKERN_DEVICE int blocks_in_grid() { return int(simt::launch().grid.x); }
 
-// All threads of the block are here, and see what each has written.
+// Waits until all threads of the block are here. Each then sees what the others have written.
 RNNKERN_DEVICE void sync_block(RNNKERN_HERE) {
   if (!simt::left_out(where)) simt::launch().meet(simt::launch().fiber().block->barrier);
 }
 
 RNNKERN_DEVICE char* shared_memory() { return simt::launch().fiber().block->shared.data(); }
 
-// A flag in global memory, which grows: who sees its value sees what was written before it was set.
-// The stand-in itself notices a flag that nobody sets.
+// Sets a flag in global memory, whose value grows. A thread that sees the value also sees what was
+// written before it was set. The stand-in itself notices a flag that is never set.
 RNNKERN_DEVICE void wait_until(const int* flag, int least, int*, RNNKERN_HERE) {
   while (*flag < least && !simt::left_out(where)) simt::launch().park();
 }
@@ -86,7 +86,7 @@ RNNKERN_DEVICE void set_flag(int* flag, int value, RNNKERN_HERE) {
   simt::launch().progress();
 }
 
-// All lanes of the warp are here, and see what each has written.
+// Waits until all lanes of the warp are here. Each then sees what the others have written.
 RNNKERN_DEVICE void sync_warp(RNNKERN_HERE) {
   if (!simt::left_out(where)) simt::launch().meet(simt::warp().meeting);
 }
@@ -96,10 +96,10 @@ template <typename... Value>
 RNNKERN_DEVICE void compute_here(Value&...) {}
 RNNKERN_DEVICE int computed_once(int value) { return value; }
 
-// What other blocks have written, past this multiprocessor's cache.
+// Reads what other blocks have written, past this multiprocessor's cache.
 RNNKERN_DEVICE Quad load_from_l2(const Quad* from) { return *from; }
 
-// f(lanes) with a pointer to the `own` of each lane of the warp.
+// Calls f(lanes) with a pointer to the `own` of each lane of the warp.
 template <typename Value, typename F>
 auto with_all_lanes(const Value& own, F f) {
   simt::Warp& warp = simt::warp();
@@ -184,11 +184,11 @@ RNNKERN_DEVICE char* shared_memory() {
   return memory;
 }
 
-// About ten seconds of looks, each a trip to the L2.
+// About ten seconds of reading the flag, each time with a trip to the L2.
 constexpr int kMostLooks = 1 << 26;
 
-// Ends the launch with an error, and the process' use of the device with it. What is written to
-// memory of the host tells it who has given up.
+// Ends the launch with an error, after which the process cannot use the device. A number in the
+// host's memory says which kernel has given up.
 [[noreturn]] RNNKERN_DEVICE void give_up(int* gave_up) {
   if (gave_up) *gave_up = 1;
   __threadfence_system();
@@ -196,9 +196,9 @@ constexpr int kMostLooks = 1 << 26;
   __builtin_unreachable();
 }
 
-// The looks are relaxed, because each one that acquires empties the multiprocessor's cache. The
-// acquire follows the look that has seen the value. It makes no second trip: both forms are
-// compiled to CCTL.IVALL alone, because nobody uses what the load has read.
+// The flag is read with relaxed loads, because each load that acquires empties the multiprocessor's
+// cache. The acquire follows the load that has seen the value. It makes no second trip: both forms
+// are compiled to CCTL.IVALL alone, because the result of the load is not used.
 RNNKERN_DEVICE void wait_until(const int* flag, int least, int* gave_up) {
   int value;
 #pragma unroll 1
@@ -219,10 +219,11 @@ RNNKERN_DEVICE void set_flag(int* flag, int value) {
 
 RNNKERN_DEVICE void sync_warp() { __syncwarp(); }
 
-// No load below moves above: the compiler would fill all registers with loads ahead, and then some.
+// No load below moves above this. Otherwise the compiler would move so many loads ahead that the
+// registers do not suffice.
 RNNKERN_DEVICE void hold_loads() { __syncwarp(); }
 
-// The compiler has computed the values here, and not after what the caller waits for next.
+// Makes the compiler compute the values here, and not after the caller's next wait.
 template <typename Pointee>
 RNNKERN_DEVICE void compute_one_here(Pointee*& value) {
   asm volatile("" : "+l"(value));
@@ -235,8 +236,9 @@ RNNKERN_DEVICE void compute_here(Value&... values) {
   (compute_one_here(values), ...);
 }
 
-// The value, in a register for good. Where registers are few, ptxas would rather compute it again
-// in every step, behind a barrier; what comes from another lane it cannot. Whole warps ask.
+// Keeps the value in a register for good. If registers are few, ptxas would otherwise recompute it
+// in every step, behind a barrier. It cannot do so with a value that comes from another lane. All
+// lanes of a warp call this.
 RNNKERN_DEVICE int computed_once(int value) {
   return __shfl_sync(~0u, value, int(threadIdx.x % kWarp));
 }

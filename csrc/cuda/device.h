@@ -8,7 +8,7 @@
 
 namespace rnnkern::cuda {
 
-// That device of this machine. Throws std::runtime_error where it does not answer.
+// The device of this machine with that number. Throws std::runtime_error if it does not answer.
 const Device& device(int id);
 
 // Makes a device the current one for a while.
@@ -27,13 +27,15 @@ class Current {
 struct Lane {
   void *stream = nullptr, *event = nullptr;
 };
-// One that nobody else has until it is given back. Then `main` waits for what is queued in it.
+// Takes a stream for the caller alone, until it is given back. Then `main` waits for what is queued
+// in it.
 Lane take_lane(int device);
 void give_back_lane(int device, Lane lane, void* main);
-// What is queued in `to` from now on waits for what has been queued in `from` up to now.
+// What is queued in `to` from now on waits for what was queued in `from` before.
 void order(void* from, void* to, void* event);
 
-// A second stream beside that of a call, `main`, which nobody else has while this lives.
+// A second stream beside `main`, the stream of a call. No other call has it while this object
+// lives.
 class SideStream {
  public:
   SideStream(int device, void* main) : device_(device), main_(main), lane_(take_lane(device)) {}
@@ -42,7 +44,7 @@ class SideStream {
   SideStream& operator=(const SideStream&) = delete;
 
   void* stream() const { return lane_.stream; }
-  // What is queued here from now on waits for what has been queued in main up to now.
+  // What is queued here from now on waits for what was queued in main before.
   void wait_for_main() { order(main_, lane_.stream, lane_.event); }
   // The other way round.
   void main_waits() { order(lane_.stream, main_, lane_.event); }
@@ -56,9 +58,9 @@ class SideStream {
 // Queues the writing of zeros.
 void clear(char* memory, size_t bytes, void* stream);
 
-// Where a kernel of that name says that a block has waited too long for another one, before it
-// ends the launch with an error: a number in the host's memory, which outlives such an error. Null
-// if there is none.
+// The number that a kernel of that name sets if a block has waited too long for another one, before
+// it ends the launch with an error. It is in the host's memory, because that outlives the error.
+// Null if there is none.
 int* place_to_give_up(const std::string& kernel);
 // The message of an error, and which kernel has given up before, if one has.
 std::string with_who_gave_up(const std::string& message);

@@ -1,4 +1,4 @@
-// From a scan to the source that was compiled for its cell and its element type.
+// Finds the code that was compiled for the cell and the element type of a scan, and starts it.
 #include <string>
 
 #include "cuda/cell_libraries.h"
@@ -8,7 +8,8 @@ namespace rnnkern {
 namespace RNNKERN_NAMESPACE {
 namespace {
 
-// As `start` for a queue of the attempt, whose bytes it hands out.
+// Does what `start` does, for a Queue that it makes of the attempt, and gives the bytes of the
+// Queue.
 template <typename Scan>
 bool start_any(const Scan& scan, const cuda::Attempt& attempt, size_t* bytes) {
   const CellId id = scan.sizes.cell;
@@ -27,9 +28,9 @@ std::string name_of(const Scan& scan) {
          " H=" + std::to_string(z.H) + ")";
 }
 
-// Laid out twice, first without memory. Where the process has only a share of the device (MPS),
-// fewer blocks run at once than its properties say: then a smaller plan, and at last one whose
-// blocks need not run at once.
+// A call is laid out twice, first without memory. If the process has only a share of the device
+// (MPS), fewer blocks run at once than the device's properties say. Then a smaller plan is tried,
+// and in the end one whose blocks need not run at once.
 template <typename Scan>
 void run_any(const Scan& scan, const cuda::Call& call, const cuda::Allocate& allocate) {
   const cuda::Current current(call.device);

@@ -1,5 +1,5 @@
-// Whether an NVIDIA driver will do for what a build needs. Versions are numbers as the CUDA runtime
-// has them: 13020 is 13.2.
+// Whether an NVIDIA driver can run a build. Versions are numbers as the CUDA runtime has them:
+// 13020 is 13.2.
 #pragma once
 
 #include <optional>
@@ -11,8 +11,8 @@ inline std::string version_text(int version) {
   return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
 }
 
-// Why a driver that knows CUDA up to `driver` cannot run what was built with `built`, if so: within
-// a major version any driver will do.
+// Why a driver that knows CUDA up to `driver` cannot run what was built with `built`, or null.
+// Within a major version any driver can.
 inline std::optional<std::string> driver_refusal(int driver, int built) {
   const int major = built / 1000;
   if (driver / 1000 >= major) return std::nullopt;

@@ -1,5 +1,5 @@
-// Around the products of whole matrices: operands whose rows do not stand one after the other are
-// gathered first, and biases are sums of columns.
+// Kernels around the products of whole matrices. They gather operands whose rows are not next to
+// each other in memory, and sum columns for the gradients of biases.
 #pragma once
 
 #include "cuda/plan.h"
@@ -11,8 +11,8 @@ namespace RNNKERN_NAMESPACE {
 constexpr int kRowThreads = cuda::kBlockThreads;
 constexpr int kRowBlocks = cuda::kSmallBlocks ? 1 : 4;  // of a multiprocessor
 
-// to[row] for every row of some steps with storage: row of x at that step, or the state that
-// entered it; zero where a row takes no part.
+// Writes to[row] for every row with storage of some steps: the row of x at that step, or the state
+// that entered it. A row that takes no part becomes zero.
 template <typename T>
 class GatherRows {
  public:
@@ -25,7 +25,7 @@ class GatherRows {
     int direction;
     int64_t width;
     int64_t first_step, end_step;
-    T* to;  // [total, width], of which the rows of those steps are there
+    T* to;  // [total, width], which has memory for the rows of those steps alone
   };
 
   static constexpr bool kBlocksWait = false;
@@ -38,21 +38,21 @@ class GatherRows {
     const int64_t first = int64_t(block_index()) * warps + thread_index() / kWarp;
     for (int64_t i = a.first_step * s.N + first; i < a.end_step * s.N;
          i += int64_t(blocks_in_grid()) * warps) {
-      const int64_t t = i / s.N, slot = i % s.N;
-      const bool active = slot < active_rows(s, t);
+      const int64_t t = i / s.N, rank = i % s.N;
+      const bool active = rank < active_rows(s, t);
       if (!active && s.start) continue;
       const T* const from =
           !active      ? a.zeros
-          : a.is_state ? previous_state(s, a.direction, t, slot, a.rows, a.initial, a.zeros)
-                       : row_at(s, a.rows, t, slot);
-      T* const row = row_at(s, to, t, slot);
+          : a.is_state ? previous_state(s, a.direction, t, rank, a.rows, a.initial, a.zeros)
+                       : row_at(s, a.rows, t, rank);
+      T* const row = row_at(s, to, t, rank);
       for (int64_t k = lane; k < a.width; k += kWarp) row[k] = from[k];
     }
   }
 };
 
-// Sums over the rows of gradients of slots, by columns: a block has kColumns columns of a part of
-// the rows, its warps take rows in turn, each several at once.
+// Sums the rows of the gradients of slots, column by column. A block has kColumns columns of a part
+// of the rows. Its warps take rows in turn, each several at once.
 template <typename T>
 class SlotSums {
   using A = Compute<T>;
@@ -98,7 +98,7 @@ class SlotSums {
   }
 };
 
-// Numbers as what they are stored as, a thread for each.
+// Converts numbers to the type in which they are stored, with a thread for each.
 template <typename T>
 struct RoundNumbers {
   static constexpr bool kBlocksWait = false;
@@ -116,8 +116,8 @@ struct RoundNumbers {
   }
 };
 
-// Gradients of both biases, and of the cell's own parameters, from those sums, a thread for each
-// column.
+// Computes the gradients of both biases, and of the cell's own parameters, from those sums, with a
+// thread for each column.
 template <typename T, typename Cell>
 class BiasGradients {
   using A = Compute<T>;

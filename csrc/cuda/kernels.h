@@ -1,5 +1,5 @@
-// The scans on a GPU: as in cpu/kernels.h, for operands in its memory. Without a CUDA compiler
-// absent.cpp stands in for them.
+// The scans on a GPU, as in cpu/kernels.h, for operands in its memory. In a build without a CUDA
+// compiler, absent.cpp takes their place.
 #pragma once
 
 #include <cstddef>
@@ -17,13 +17,13 @@ const char* version();
 const char* architectures();
 // The latest CUDA that this machine's driver knows, as "13.0"; null without a driver.
 const char* driver();
-// Why that driver will not do, or null; null without a driver.
+// Why that driver cannot run this build, or null; null without a driver.
 const char* driver_refusal();
 
 // Why there are no kernels for tensors of that CUDA device, or null.
 const char* refusal(int device);
 
-// The CUDA kernels run on the host, for tests (tests/simt).
+// Whether the CUDA kernels run on the host, for tests (tests/simt).
 #ifdef RNNKERN_SIMT
 constexpr bool kIsStandIn = true;
 #else
@@ -48,12 +48,13 @@ struct Call {
   bool deterministic;
 };
 
-// Gives scratch memory on the call's device, which stays there until the kernels queued with it are
-// done.
+// Gives scratch memory on the call's device. It is not reused before the kernels that are queued
+// with it are done.
 using Allocate = std::function<char*(size_t bytes)>;
 
-// Queues the kernels on the stream and returns; nothing waits for the host, so it may be part of a
-// CUDA graph. Throws std::runtime_error, naming kernel and shape, where a launch is refused.
+// Queues the kernels on the stream and returns. Nothing waits for the host, so it may be part of a
+// CUDA graph. Throws std::runtime_error, with the names of kernel and shape, if a launch is
+// refused.
 template <typename T>
 void run(const Forward<T>& scan, const Call& call, const Allocate& allocate);
 template <typename T>
@@ -62,7 +63,7 @@ template <typename T>
 void run(const SecondOrder<T>& scan, const Call& call,
          const Allocate& allocate);  // not of narrow T
 
-// What run() would do if the call is recorded, for people.
+// What run() would do if the call is recorded, for people to read.
 template <typename T>
 std::string describe(const Sizes& sizes, int64_t steps, int64_t rows, bool backward,
                      const Call& call);

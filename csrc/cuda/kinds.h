@@ -1,5 +1,5 @@
-// Costs by kind of GPU, what the plan compares by: a table of data. Those that say "published" are
-// published figures and estimates; benchmarks/gpu/kinds.py writes what has been measured.
+// The costs with which the plan compares layouts, for each kind of GPU. Rows that say "published"
+// have published figures and estimates; benchmarks/gpu/kinds.py writes measured ones.
 #pragma once
 
 namespace rnnkern::cuda {

@@ -1,5 +1,5 @@
-// Launches: every kernel is a class with Arguments, run(arguments), and kBlocksWait where blocks
-// wait for each other. It starts here, checked.
+// Launches kernels and checks for errors. Every kernel is a class with Arguments, run(arguments),
+// and kBlocksWait, which says whether its blocks wait for each other.
 #pragma once
 
 #include <stdexcept>
@@ -24,7 +24,7 @@ struct Grid {
 
 #ifdef RNNKERN_SIMT
 
-// A new interleaving for each launch, the same ones in each process.
+// Each launch has another interleaving, and all processes have the same ones.
 template <typename Kernel>
 bool launch(const Queue& queue, const char* kernel, Grid grid,
             const typename Kernel::Arguments& arguments) {
@@ -49,24 +49,24 @@ bool launch(const Queue& queue, const char* kernel, Grid grid,
 
 inline void check(cudaError_t error, const Queue& queue, const char* kernel) {
   if (error == cudaSuccess) return;
-  cudaGetLastError();  // so that nobody else finds it
+  cudaGetLastError();  // clears the error, so that later calls do not report it
   throw std::runtime_error(
       cuda::with_who_gave_up(queue.name_of(kernel) + ": " + cudaGetErrorString(error)));
 }
 
-// Blocks that wait for each other have all registers of a multiprocessor; of others it has two at
-// once, for while one waits for memory the other goes on.
+// A block that waits for others has all registers of a multiprocessor. Of other blocks, a
+// multiprocessor has two at once, because one goes on while the other waits for memory.
 template <typename Kernel>
 __global__ void __launch_bounds__(Kernel::kMostThreads, Kernel::kBlocksWait ? 1 : 2)
     run_kernel(const __grid_constant__ typename Kernel::Arguments arguments) {
   Kernel::run(arguments);
 }
 
-// False where the blocks wait for each other and the device does not run that many at once; then
-// nothing has been started. Errors name kernel and shape.
+// Returns false if the blocks wait for each other and the device does not run that many at once.
+// Nothing has been started then. Errors name kernel and shape.
 //
-// A kernel that wants much shared memory is allowed all that there is, each time. Threads that
-// launch it with other sizes at the same time set the same value.
+// A kernel that needs much shared memory is allowed all that there is, at each launch. So threads
+// that launch it with other sizes at the same time set the same value.
 template <typename Kernel>
 bool launch(const Queue& queue, const char* kernel, Grid grid,
             const typename Kernel::Arguments& arguments) {
@@ -77,7 +77,8 @@ bool launch(const Queue& queue, const char* kernel, Grid grid,
           queue, kernel);
   }
   if (Kernel::kBlocksWait) {
-    // Asked before the launch, because a capture refuses only when its graph is instantiated.
+    // This is asked before the launch, because a capture refuses only when its graph is
+    // instantiated.
     int at_once = 0;
     check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&at_once, run_kernel<Kernel>, grid.threads,
                                                         size_t(grid.shared_bytes)),
@@ -105,15 +106,16 @@ bool launch(const Queue& queue, const char* kernel, Grid grid,
 
 #endif
 
-// False where the kernel's blocks wait for each other and the device does not run that many at
-// once. A grid of nothing has nothing to do.
+// Returns false if the kernel's blocks wait for each other and the device does not run that many at
+// once. An empty grid does nothing.
 template <typename Kernel>
 bool start_kernel(const Queue& queue, const char* kernel, Grid grid,
                   const typename Kernel::Arguments& arguments) {
   return !queue.runs() || grid.blocks == 0 || launch<Kernel>(queue, kernel, grid, arguments);
 }
 
-// f of what float32 is multiplied as, and all else as it is.
+// Calls f with an operand of the type that products take: Tf32 for float32 if that is allowed, else
+// the element type.
 template <typename T, typename F>
 auto with_operand(const Queue& queue, F f) {
   if constexpr (std::is_same_v<T, float>) {

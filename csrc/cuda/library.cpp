@@ -1,5 +1,6 @@
-// cuBLAS is taken from the process, where torch has loaded it, and not linked: so one binary serves
-// every torch. Its binary interface is stated here as far as it is used (cuBLAS 12 and 13).
+// cuBLAS is not linked. It is found in the process, into which torch has loaded it, so that one
+// binary serves every torch. The part of its binary interface that is used is declared here (cuBLAS
+// 12 and 13).
 #include "cuda/library.h"
 
 #include <dlfcn.h>
@@ -67,7 +68,7 @@ void check(Status status, const char* what) {
   }
 }
 
-// One for each device, for good.
+// There is one for each device, which is never destroyed.
 struct OfDevice {
   std::mutex mutex;
   Handle handle = nullptr;
@@ -110,7 +111,7 @@ void* begin_products(int device, void* stream, char* workspace) {
     check(library().set_math_mode(created, kNoReducedPrecisionReduction), "math mode");
     own.handle = created;
   }
-  // The stream first: it resets the workspace.
+  // The stream is set first, because that resets the workspace.
   check(library().set_stream(own.handle, stream), "stream");
   check(library().set_workspace(own.handle, workspace, library_bytes()), "workspace");
   lock.release();  // until end_products
@@ -129,7 +130,7 @@ void multiply(void* products, const Product& p, bool tf32) {
   const void* const factors[] = {is_double ? static_cast<const void*>(&double_one) : &one,
                                  is_double ? static_cast<const void*>(&double_beta) : &beta};
   const int operands = data_type(p.operands);
-  // cuBLAS has matrices by columns: rows of ours are columns of its, so the product is b^T a^T.
+  // cuBLAS stores matrices column by column. Our rows are its columns, so it computes b^T a^T.
   const Handle handle = static_cast<OfDevice*>(products)->handle;
   check(library().multiply(handle, p.b.transposed ? kTransposed : kAsItIs,
                            p.a.transposed ? kTransposed : kAsItIs, p.n, p.m, p.k, factors[0],

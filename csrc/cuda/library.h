@@ -1,4 +1,4 @@
-// Products of whole matrices, by cuBLAS as torch has loaded it.
+// Products of whole matrices, by the cuBLAS that torch has loaded.
 #pragma once
 
 #include <cstddef>
@@ -17,8 +17,8 @@ constexpr Number kNumber = std::is_same_v<T, double> ? Number::kDouble
                            : std::is_same_v<T, F16>  ? Number::kF16
                                                      : Number::kFloat;
 
-// A matrix by rows, `row` elements apart, at least as many as a row has; or one whose columns stand
-// so.
+// A matrix whose rows are `row` elements apart, which is at least the width of a row; or, if it is
+// transposed, one whose columns are.
 struct Matrix {
   const void* data;
   int64_t row;
@@ -31,22 +31,23 @@ struct Product {
   Number operands;    // of a and b
   void* to;           // [m, n], by rows
   int64_t row;        //
-  Number results;     // of what is written
-  bool adds = false;  // to what stands there
+  Number results;     // of `to`
+  bool adds = false;  // to what `to` holds
 };
 
-// Where there is no cuBLAS in the process, scans go without it; where RNNKERN_CUBLAS=0 too, for
-// tests and comparisons.
+// Whether there is a cuBLAS in the process. If not, scans do without it, as they do with
+// RNNKERN_CUBLAS=0, for tests and comparisons.
 bool has_library();
 
-// Scratch memory that a product may use, and where it has to begin.
+// The size of the scratch memory that a product may use, and its alignment.
 size_t library_bytes();
 constexpr size_t kLibraryAlignment = 256;
 
-// Products are queued on a stream and use that memory. One call at a time has them on a device,
-// others wait. begin_products and multiply throw std::runtime_error.
+// Products are queued on a stream and use that memory. On each device one call at a time queues
+// products, and others wait. begin_products and multiply throw std::runtime_error.
 void* begin_products(int device, void* stream, char* workspace);
-// 16-bit operands are summed in float, float32 as it is, or as TF32 if that is allowed.
+// Products of 16-bit operands are summed in float. Those of float32 are computed in float32, or as
+// TF32 if that is allowed.
 void multiply(void* products, const Product& product, bool tf32);
 void end_products(void* products);
 

@@ -13,19 +13,19 @@
 namespace rnnkern::cuda {
 namespace {
 
-// Of one multiprocessor and clock.
+// What one multiprocessor does in one clock.
 constexpr double kSharedBytesPerClock = 128, kL2BytesPerClock = 64;
 constexpr double kTensorFlops = 2048;  // of 16-bit operands; half of TF32
 constexpr double kPlainFlops = 256;    // of float; 1/2 to 1/64 of double
-// Of one pass and group, beside what it reads and multiplies: two barriers, the cell, and the first
-// load of each kind on its way. Counted in the machine code (docs/gpu-notes.md).
+// What one pass of one group costs besides reading and multiplying: two barriers, the cell, and the
+// latency of the first load of each kind. It was counted in the machine code (docs/gpu-notes.md).
 constexpr double kItemClocks = 440;
-// Of the stepwise tier: what cuBLAS adds to a launch, a kernel's time beside what it moves and
-// multiplies, and the share of the cache where weights stay from step to step. Estimates.
+// Estimates for the stepwise tier: what cuBLAS adds to a launch, the time of a kernel besides
+// moving and multiplying, and the share of the cache in which weights stay from step to step.
 constexpr double kLibraryUs = 0.8, kKernelUs = 2, kShareOfL2 = 0.8;
 constexpr double kOwnProductSpeed = 0.2;  // of the library's
-// Between two passes outputs are stored and inputs loaded. It counts in full, also where a hand-off
-// may hide it: nobody has measured yet how well it does.
+// Between two passes, outputs are stored and inputs loaded. This counts in full even if a hand-off
+// may hide it, because it has not been measured yet how well it does.
 constexpr double kBetweenPassesUs = 0.4;
 // Before the first step of a launch of the resident tier: memory is cleared, and a cooperative
 // launch waits until the device is empty. Then weights are packed: a trip to memory for the chunks
@@ -34,12 +34,12 @@ constexpr double kBetweenPassesUs = 0.4;
 constexpr double kSetUpUs = 5, kPackTripClocks = 900, kPackInstructions = 12;
 constexpr double kPackedAtOnce = 64;  // loads of a lane
 
-// Operations of one multiprocessor and clock.
+// Operations of one multiprocessor in one clock.
 double flops_per_clock(const Numbers& numbers) {
   return (numbers.tensor_cores ? kTensorFlops * 2 : kPlainFlops * 4) / numbers.operand_bytes;
 }
 
-// The steps of a window of forward.
+// The number of steps of a window of the forward pass.
 int64_t window_of(const Problem& p, bool resident) {
   if (p.backward || p.inputs_are_saved) return p.T;
   const int64_t inputs = p.sizes.D * known_shape(p.sizes.cell).gates * p.sizes.H;
@@ -62,7 +62,7 @@ Plan stepwise(const Problem& p, const Device& device) {
   const double rate = flops_per_clock(p.numbers) * device.multiprocessors * device.clock_ghz * 1e3;
   const double speed = p.own_products() ? kOwnProductSpeed : 1;
   const double rounds = p.sizes.projected ? 2 : 1;  // of products and a kernel
-  // Sums, inputs, slots and cell states of each cell, read or written once.
+  // Sums, inputs, slots and cell states of each cell are read or written once.
   const double cell_bytes = cells * p.numbers.computed_bytes * (3 * cell.slots + 4);
   const double on_device =
       rounds * (D + 1) * kKernelUs +
@@ -73,7 +73,7 @@ Plan stepwise(const Problem& p, const Device& device) {
   return plan;
 }
 
-// Of a layout: the bytes and the time of a step.
+// Predicts the bytes and the time of a step of a layout.
 void predict(const Problem& p, const Device& device, Plan& plan) {
   const double K = double(p.sizes.H) * (p.backward ? known_shape(p.sizes.cell).gates : 1);
   const double state_bytes = double(plan.chunks) * kChunkBytes * plan.columns();
@@ -95,7 +95,7 @@ void predict(const Problem& p, const Device& device, Plan& plan) {
       ((state_bytes + streamed) / l2_bytes_per_us +
        (kItemClocks + (in_shared + 2 * sum_bytes) / kSharedBytesPerClock + flops / rate) /
            clocks_per_us);
-  // While what one pass has made is on its way to the other blocks, the next pass goes on.
+  // While the results of one pass are on their way to the other blocks, the next pass goes on.
   const double between_us = (plan.passes - 1) * kBetweenPassesUs;
   const double step_us = std::max(device.hand_off_us + pass_us, plan.passes * pass_us) + between_us;
   const double packed = double(plan.rows()) * K * plan.groups;
@@ -120,18 +120,18 @@ Plan laid_out(const Problem& p, const Device& device, TileShape shape, int row_t
   const int64_t most_units = plan.rows() / (p.backward ? 1 : cell.gates);
   plan.groups = int(quotient_up(H, blocks * most_units));
   plan.units = int(quotient_up(H, blocks * plan.groups));
-  // Fewer blocks of whole tiles read less: all the rows that a tile has.
+  // Fill whole tiles with rows, because fewer blocks read less.
   const int64_t per_tile = std::max<int64_t>(1, kTileRows / (p.backward ? 1 : cell.gates));
   plan.units = int(std::min(most_units, quotient_up(plan.units, per_tile) * per_tile));
   plan.unit_blocks = int(quotient_up(H, int64_t(plan.units) * plan.groups));
   const int64_t K = p.backward ? cell.gates * H : H;
   plan.chunks = int(quotient_up(K * p.numbers.operand_bytes, kChunkBytes));
-  // With several passes the last warp is left out, for it sets the flags. The fence of a flag takes
-  // as long as a pass.
+  // With several passes the last warp does not multiply, because it sets the flags, and the fence
+  // of a flag takes as long as a pass.
   const int multiplying = kResidentWarps - (plan.passes > 1 ? 1 : 0);
   plan.warp_chunks = int(quotient_up(plan.chunks, multiplying));
   plan.working_warps = int(quotient_up(plan.chunks, plan.warp_chunks));
-  // Registers have no index: they hold the weights of one group.
+  // Registers cannot be indexed, so they hold the weights of one group only.
   plan.held_chunks = plan.groups == 1 ? std::min(shape.held_chunks, plan.warp_chunks) : 0;
 
   const int64_t other = p.numbers.computed_bytes * (sum_count(plan.rows(), plan.columns()) +
@@ -172,12 +172,12 @@ bool is_forced(const char* tier) {
   return forced && std::string_view(forced) == tier;
 }
 
-// Why only the stepwise tier can take it, or null.
+// Why only the stepwise tier can run the problem, or null.
 const char* why_stepwise(const Problem& p) {
   if (p.sizes.projected) return "the layer has a projection";
   if (!known_shape(p.sizes.cell).fits_resident())
     return "the cell is none that the resident tier knows";
-  // Which layout the resident tier has depends on the number of rows, and whether it has any.
+  // Whether the resident tier has a layout, and which, depends on the number of rows.
   if (p.has_fixed_order()) return "deterministic algorithms";
   return is_forced("stepwise") ? "RNNKERN_CUDA_TIER" : nullptr;
 }

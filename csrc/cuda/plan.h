@@ -11,12 +11,12 @@
 
 namespace rnnkern::cuda {
 
-// Of the resident tier. A product on the tensor cores is made of 16 rows by 8 columns; along k it
-// goes by 64 bytes.
+// The tiles of the resident tier. A product on the tensor cores is 16 rows by 8 columns, and takes
+// 64 bytes along k at a time.
 constexpr int kTileRows = 16, kTileColumns = 8, kChunkBytes = 64;
 
-// Blocks of the stand-in are small, because fibers cost more than threads. RNNKERN_SIMT_FULL gives
-// it those of a GPU.
+// The stand-in has small blocks, because fibers cost more than threads. With RNNKERN_SIMT_FULL it
+// has those of a GPU.
 #if defined(RNNKERN_SIMT) && !defined(RNNKERN_SIMT_FULL)
 constexpr bool kSmallBlocks = true;
 #else
@@ -27,19 +27,20 @@ constexpr int kResidentThreads = kBlockThreads, kResidentWarps = kResidentThread
 
 constexpr int64_t quotient_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Of a call's memory that does not depend on the weights: what cuBLAS may use, and what may hold
-// numbers of each step. So that it does not grow with T, a window of steps is handled at a time.
+// The memory that cuBLAS may use, and the memory for numbers of each step. A call handles one
+// window of steps at a time, so that its memory does not grow with T.
 constexpr int64_t kLibraryBytes = 32 << 20, kWindowBytes = 32 << 20;
 
 // How many steps such a window has, if each takes so many bytes: all T if they fit, else equal
-// parts of them, at least one step. Where one buffer is written while another one is read there are
-// `buffers` of them. RNNKERN_CUDA_WINDOW_BYTES names another limit, for tests.
+// parts of them, at least one step. There are several `buffers` if one is written while another one
+// is read. RNNKERN_CUDA_WINDOW_BYTES names another limit, for tests.
 int64_t window_steps(int64_t T, int64_t bytes_of_step, int buffers);
 
-// What a GPU can do. The properties are its own; the costs are of its kind, as kinds.h has them.
+// What a GPU can do. Its properties are those of the device, and the costs are those of its kind,
+// from kinds.h.
 struct Device {
   int multiprocessors = 1;
-  int blocks_at_once = 1;  // for certain: one a multiprocessor, where the device is the process's
+  int blocks_at_once = 1;           // guaranteed, if the process has the whole device
   int64_t shared_bytes = 48 << 10;  // that a block may have
   double clock_ghz = 1;
   double l2_tb_per_s = 2;      // read by all multiprocessors together
@@ -49,13 +50,13 @@ struct Device {
   double launch_us = 2;        // of one kernel after the other
 };
 
-// The kind of GPU by compute capability: costs filled in.
+// A device with the costs of its kind, by compute capability.
 Device device_of_kind(int major, int minor);
 
 // How numbers are stored and multiplied.
 struct Numbers {
   int operand_bytes = 4;      // of a number in a product
-  int computed_bytes = 4;     // of what is computed with
+  int computed_bytes = 4;     // of a number in all else
   bool tensor_cores = false;  // multiply it
 
   friend bool operator==(const Numbers&, const Numbers&) = default;
@@ -73,19 +74,20 @@ struct Problem {
   bool backward = false;
   bool deterministic = false;  // one order of summation for every N and T, forward
   bool has_library = true;     // for products of whole matrices
-  // The input product is made where the slots will be saved; its operand x has to be gathered.
+  // The input product is stored in the memory of the saved slots; its operand x has to be gathered.
   bool inputs_are_saved = false, gathers_input = false;
 
   bool has_fixed_order() const { return deterministic && !backward; }
   bool own_products() const { return has_fixed_order() || !has_library; }
 };
 
-// Slots that are saved in the type that they are computed in hold their input product until then.
+// Whether the memory of the saved slots can hold their input product before, because slots are
+// saved in the type in which they are computed.
 template <typename T>
 constexpr bool kSavesInputs = !kNarrow<T>;
 
-// A product's sums: tiles of so many rows and columns; and how many chunks of weights a warp has
-// room for beside them.
+// The sums of a product, in tiles of rows and columns, and how many chunks of weights a warp can
+// hold beside them.
 struct TileShape {
   int row_tiles = 2, column_tiles = 1, held_chunks = 0;
 
@@ -107,8 +109,8 @@ struct Plan {
   int shared_chunks = 0;  // the next ones in shared memory, the rest comes through the L2
   int64_t shared_bytes = 0;
   int64_t bytes_per_step = 0;  // through the L2, by all blocks; stepwise, of weights
-  // Forward: steps whose input product is made at once, and which the resident tier takes in one
-  // launch. While it does, the next window's product is made in a second buffer.
+  // Forward: steps whose input product is computed at once, and which the resident tier runs in one
+  // launch. Meanwhile the product of the next window is computed into a second buffer.
   int64_t window = 0;
   double us_per_step = 0;  // as expected, with the step's share of what comes before the first
 
@@ -119,11 +121,11 @@ struct Plan {
   }
 };
 
-// Where the sum of row m and a column of a tile lies in shared memory, behind the sums of a warp
-// before it. The rows follow each other. Within a row, a column is exchanged with another one: the
-// bits of m that the bank does not depend on yet are added to the column's, from the top. So the
-// banks are all different, both if a tensor core's result is stored and if the sums of neighbouring
-// units are read (tile.cuh proves it).
+// Where the sum of row m and a column of a tile is in the sums of a warp in shared memory. The rows
+// follow each other. Within a row, columns are exchanged: the bits of m on which the bank does not
+// depend yet are added to those of the column, from the top. So the banks are all different, both
+// if a tensor core's result is stored and if the sums of neighbouring units are read (tile.cuh
+// proves it).
 constexpr int sum_mask(int m, int columns) {
   int mask = 0;
   for (int bit = 0; bit < 5; ++bit) mask |= (m >> bit & 1) << (4 - bit);
@@ -133,7 +135,7 @@ constexpr int sum_place(int m, int column, int columns) {
   return m * columns + (column ^ sum_mask(m, columns));
 }
 
-// Numbers of all warps' sums, and those that a block keeps for its units and rows.
+// How many numbers the sums of all warps have, and how many a block keeps for its units and rows.
 constexpr int64_t sum_count(int rows, int columns) {
   return int64_t(kResidentWarps) * rows * columns;
 }
@@ -142,27 +144,27 @@ constexpr int64_t kept_count(const Plan& plan, int slots) {
   return 2 * units * plan.passes * plan.columns() + slots * units;
 }
 
-// Fewer chunks in most kernels of small blocks, whose warps are few, as their layers are small.
+// Most kernels of small blocks have room for fewer chunks, because their layers are small and their
+// warps few.
 constexpr int room_for(int chunks) { return kSmallBlocks && chunks > 3 ? 3 : chunks; }
 
-// Register tiles that there are kernels for. Forward, the largest has 16 units of a cell with
-// several gates, 32 of one with one.
+// The register tiles for which there are kernels. In the forward pass the largest has 16 units, or
+// 32 of a cell with one gate.
 constexpr std::array<TileShape, 3> forward_tiles(int gates) {
   return {{{2, 1, 6}, {2, 2, room_for(3)}, {gates == 1 ? 2 : gates, 4, 0}}};
 }
 constexpr TileShape kBackwardTiles[] = {{1, 1, room_for(12)}, {1, 2, room_for(9)}, {2, 4, 0}};
-// Without tensor cores, where a lane has sums of all rows and no registers to spare.
+// The same without tensor cores. A lane has sums of all rows then, and no registers to spare.
 constexpr TileShape kOneByOneForwardTiles[] = {{2, 1, 0}, {2, 2, 0}};
 constexpr TileShape kOneByOneBackwardTiles[] = {{1, 1, 0}, {1, 2, 0}, {1, 4, 0}};
 
 Plan plan_for(const Problem& problem, const Device& device);
 
-// Of so many multiprocessors, those that blocks may take which wait for each other. Others need
-// some for kernels that wait for a peer, as those of NCCL do: RNNKERN_CUDA_LEAVE_FREE says how
-// many.
+// How many multiprocessors the blocks that wait for each other may take. RNNKERN_CUDA_LEAVE_FREE
+// says how many are left to kernels that wait for a peer, as those of NCCL do.
 int blocks_of(int multiprocessors);
 
-// The choice and its reason, for people.
+// The choice and its reason, for people to read.
 std::string describe(const Plan& plan, const Problem& problem, const Device& device);
 
 }  // namespace rnnkern::cuda

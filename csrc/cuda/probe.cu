@@ -1,4 +1,5 @@
-// Whether this build has code for a GPU: a kernel of the same architectures as all others.
+// Finds out whether this build has code for a GPU, with a kernel for the same architectures as all
+// others.
 #include <cuda_runtime.h>
 
 #include <stdexcept>
@@ -17,7 +18,7 @@ const char* why_no_code() {
   cudaFuncAttributes attributes;
   const cudaError_t error = cudaFuncGetAttributes(&attributes, nothing);
   if (error == cudaSuccess) return nullptr;
-  cudaGetLastError();  // so that nobody else finds it
+  cudaGetLastError();  // clears the error, so that later calls do not report it
   switch (error) {
     case cudaErrorNoKernelImageForDevice:
     case cudaErrorInvalidDeviceFunction:
@@ -26,7 +27,7 @@ const char* why_no_code() {
     case cudaErrorJitCompilerNotFound:
     case cudaErrorJitCompilationDisabled:
       return cudaGetErrorString(error);
-    default:  // it may pass
+    default:  // the reason may be a temporary one
       throw std::runtime_error(std::string("loading a kernel: ") + cudaGetErrorString(error));
   }
 }

@@ -1,4 +1,4 @@
-// Products of operands of RNNKERN_ELEMENT. With RNNKERN_SIMT plain C++, for the stand-in.
+// Products of operands of RNNKERN_ELEMENT. With RNNKERN_SIMT it is plain C++, for the stand-in.
 #include "cuda/launch.cuh"
 #include "cuda/product.cuh"
 #include "cuda/product.h"

@@ -1,9 +1,9 @@
 // The product of whole matrices of any layout:  to[m][n] = sum over k of a[m][k] b[k][n].
 //
-// A block makes a tile of kRows x kColumns numbers, each of its warps all rows of kTileColumns
-// columns. Both operands go through shared memory, as tile.cuh wants them, a chunk along k at once;
-// the next one is on its way while it is multiplied. Sums of sums over at most kSumWidth k: the
-// order depends on k alone, and rounding does not grow with it.
+// A block computes a tile of kRows x kColumns numbers, and each of its warps all rows of
+// kTileColumns columns. Both operands go through shared memory, as tile.cuh needs them, one chunk
+// along k at a time. The next chunk is loaded while one is multiplied. A result is a sum of sums
+// over at most kSumWidth k: the order depends on k alone, and rounding does not grow with it.
 #pragma once
 
 #include "cuda/library.h"
@@ -13,11 +13,11 @@
 namespace rnnkern {
 namespace RNNKERN_NAMESPACE {
 
-// Of operands that are stored as T and multiplied as E, results R.
+// The product of operands that are stored as T and multiplied as E, with results R.
 template <typename T, typename E, typename R>
 class MatrixProduct {
   using A = Compute<T>;
-  // Without tensor cores, as few rows as give every thread a number to move.
+  // Without tensor cores there are just enough rows that every thread has a number to move.
   using Product = Tile<E, kOnTensorCores<E> ? 4 : int(sizeof(E)) / 4, 1>;
   using Sums = Partials<A, Product::kRows, cuda::kTileColumns>;
 
@@ -41,7 +41,7 @@ class MatrixProduct {
 
  private:
   static constexpr int kWidth = kChunkElements<E>, kSumWidth = 256;
-  // Numbers that a thread moves at once.
+  // How many numbers a thread moves at once.
   static constexpr int kOfA = kRows * kWidth / kThreads, kOfB = kColumns * kWidth / kThreads;
   static_assert(kRows * kWidth % kThreads == 0 && kColumns * kWidth % kThreads == 0 &&
                 kSumWidth % kWidth == 0);
@@ -50,8 +50,8 @@ class MatrixProduct {
     A a[kOfA], b[kOfB];
   };
 
-  // Which numbers of an operand's tile are a thread's, by their place across k (in rows of a, in
-  // columns of b) and along k; neighbouring threads take neighbours in memory.
+  // Which numbers of an operand's tile a thread moves, by their place across k (in rows of a, in
+  // columns of b) and along k. Neighbouring threads take neighbours in memory.
   struct Walk {
     int across, k, across_step, k_step;
   };
@@ -105,11 +105,11 @@ class MatrixProduct {
   }
 
   RNNKERN_DEVICE void load(int64_t k, Numbers* to) const {
-    if (k >= p_.k) return;  // there is no chunk there
+    if (k >= p_.k) return;  // there is no such chunk
     load(p_.a, walk_a_, !p_.a.transposed, first_row_, p_.m, k, to->a);
     load(p_.b, walk_b_, p_.b.transposed, first_column_, p_.n, k, to->b);
   }
-  // Numbers of the tile that begins at `across` and `k`; zero beyond the ends.
+  // Loads numbers of the tile that begins at `across` and `k`, and zeros beyond its ends.
   template <int kCount>
   RNNKERN_DEVICE void load(const cuda::Matrix& matrix, const Walk& w, bool k_is_contiguous,
                            int64_t across, int64_t across_end, int64_t k, A (&to)[kCount]) const {

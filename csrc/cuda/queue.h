@@ -1,5 +1,5 @@
-// One call on its way: the scratch memory it carves, and the kernels it queues. Laying out and
-// running are the same code: without memory it only counts.
+// One call: the scratch memory that it takes, and the kernels that it queues. The same code lays
+// out and runs a call. Without memory it only counts.
 #pragma once
 
 #include <optional>
@@ -14,7 +14,7 @@
 namespace rnnkern {
 namespace cuda {
 
-// What a queue is made of, as plain data. `what` names the layer in errors.
+// From what a queue is made, as plain data. `what` names the layer in errors.
 struct Attempt {
   const Call* call;
   const Device* device;
@@ -39,14 +39,14 @@ class Queue {
   explicit Queue(const cuda::Attempt& a) : Queue(*a.call, *a.device, a.memory, a.what) {}
 
   const cuda::Device& device;
-  const bool has_library;  // for products, through the whole call
+  const bool has_library;  // for products; the same for the whole call
 
   const cuda::Call& call() const { return call_; }
   char* memory() const { return memory_; }
   const char* what() const { return what_.c_str(); }
   bool runs() const { return memory_; }
   void* stream() const { return is_beside_ ? side_->stream() : call_.stream; }
-  // A kernel's name in errors.
+  // The name of a kernel in errors.
   std::string name_of(const char* kernel) const { return std::string(kernel) + " of " + what_; }
   bool tf32() const { return call_.tf32; }
   bool deterministic() const { return call_.deterministic; }
@@ -57,12 +57,13 @@ class Queue {
     return carver_.take<U>(count);
   }
 
-  // What has been taken up to now is zero when the next kernel starts.
+  // The memory that has been taken so far is zero when the next kernel starts.
   void clear_taken() {
     if (runs()) cuda::clear(memory_, carver_.used(), call_.stream);
   }
 
-  // Queues what f queues beside all that comes later: it waits for what has been queued up to now.
+  // Runs what f queues beside everything that is queued later. It waits only for what was queued
+  // before.
   template <typename F>
   void beside(F f) {
     if (!runs()) return f();
@@ -72,12 +73,12 @@ class Queue {
     f();
     is_beside_ = false;
   }
-  // What is queued from now on waits for what has been queued beside it.
+  // What is queued from now on waits for what was queued beside it.
   void join() {
     if (side_) side_->main_waits();
   }
 
-  // All of a call are queued beside the rest, or none.
+  // Either all products of a call are queued beside the rest, or none.
   void multiply(const cuda::Product& product) {
     if (!multiplies_) {
       multiplies_ = true;

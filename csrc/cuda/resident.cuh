@@ -1,5 +1,6 @@
-// What forward and backward of the resident tier share: the weights of the loop are read once and
-// stay with the multiprocessors that use them, and what passes between steps goes through the L2.
+// What the forward and the backward pass of the resident tier share. The weights of the loop are
+// read once and stay in the multiprocessors that use them. What passes between steps goes through
+// the L2.
 //
 //            k (h, or gradients of slots) ────────────►
 //   block 0  ┌────────────────────────────────────────┐  its units' weights: chunks of 64 bytes
@@ -9,20 +10,20 @@
 //    ...     └────────────────────────────────────────┘  L2
 //
 // A team of blocks takes one direction of some batch rows through all steps. One step of a block:
-//   1. Each thread computes all that does not depend on the others: addresses, and what is added to
-//      the products. Then each warp waits for the flags of the blocks that make its part of k, not
-//      for the team; reads it from the exchange buffer straight into the registers that the
-//      products want (tile.cuh).
-//   2. The warps' sums meet in shared memory; each thread makes the cells of its own unit and rows,
-//      whose states stay with it, writes what others need to the exchange buffer, and the flag of
-//      the block says so.
-//   3. Only then the threads store outputs and what backward needs, and load what the next step
+//   1. Each thread computes what does not depend on other blocks: addresses, and what is added to
+//      the products. Then each warp waits for the flags of the blocks that compute its part of k,
+//      and not for the whole team. It reads that part from the exchange buffer straight into the
+//      registers of the products (tile.cuh).
+//   2. The sums of the warps meet in shared memory. Each thread computes the cells of its own unit
+//      and rows, whose states stay with it, and writes what others need to the exchange buffer.
+//      Then the flag of the block is set.
+//   3. Only then do the threads store outputs and what backward needs, and load what the next step
 //      adds to the products.
-// The exchange buffer is double: what a block writes after step i was read in step i-1, and its
-// flags of step i have told it that all of the team are past that.
+// The exchange buffer is double. What a block overwrites after step i was read in step i-1, and the
+// flags of step i have told the block that all of the team have done so.
 //
-// Where a team has more rows than a block has columns it takes them in several passes, each with
-// flags of its own; where it has more units than all blocks have rows, in several groups.
+// If a team has more rows than a block has columns, each step takes several passes, each with flags
+// of its own. If it has more units than all its blocks have rows, the units are in several groups.
 #pragma once
 
 #include "cells/cells.h"
@@ -40,13 +41,13 @@ static_assert(kResidentThreads % kWarp == 0, "a block is whole warps");
 // The plan, and the memory that goes with it.
 struct Residency : cuda::Plan {
   int* flags = nullptr;      // [D][parts][unit_blocks], zero at the start
-  int* gave_up = nullptr;    // of the host's memory: a block has waited too long
+  int* gave_up = nullptr;    // in the host's memory: a block has waited too long
   Quad* exchange = nullptr;  // [2][D][parts * columns][chunks], zero at the start
-  // [blocks][groups][chunks] of weights, used for what does not stay; null where all does.
+  // [blocks][groups][chunks] of weights that do not stay in a multiprocessor; null if all stay.
   Quad* scratch = nullptr;
 };
 
-// Pass and group within a step, and what comes after them: the next group, pass or step.
+// A pass and a group within a step. next() is what comes after: the next group, pass or step.
 struct Turn {
   int pass = 0, group = 0;
 
@@ -73,7 +74,7 @@ class ResidentBlock {
   // Quads of a chunk of packed weights.
   static constexpr int kQuadsOfChunk = kRows * kQuadsOfRow;
 
-  // `per_unit` numbers along k are of one unit.
+  // Each unit has `per_unit` numbers along k.
   RNNKERN_DEVICE ResidentBlock(const Residency& r, int directions, int64_t N, int64_t H,
                                int per_unit)
       : r_(r),
@@ -96,7 +97,7 @@ class ResidentBlock {
 
   RNNKERN_DEVICE int direction() const { return direction_; }
 
-  // f(turn) for every pass and group, as they come in a step.
+  // Calls f(turn) for every pass and group, in their order within a step.
   template <typename F>
   RNNKERN_DEVICE void for_each_turn(F f) const {
     for (int pass = 0; pass < r_.passes; ++pass) {
@@ -104,7 +105,7 @@ class ResidentBlock {
     }
   }
 
-  // What follows in shared memory.
+  // The shared memory behind the sums.
   RNNKERN_DEVICE A* rest() const { return sums_.sums + cuda::sum_count(kRows, kColumns); }
 
   RNNKERN_DEVICE int part(int pass) const { return pass * r_.row_teams + team_; }
@@ -117,17 +118,17 @@ class ResidentBlock {
     return {least(begin, H_), least(begin + r_.units, H_)};
   }
 
-  // Reads the weights that the warp multiplies with; they are there once the block has met. Row m
-  // of a group begins at row_of(group, m), null if there is none, and its number k < K stands
-  // place_of(k) behind. Lanes take what they hold themselves: 16 bytes of two rows of each row
-  // tile.
+  // Reads the weights that the warp multiplies by. They can be used after the next barrier of the
+  // block. Row m of a group begins at row_of(group, m), which is null if there is no such row, and
+  // its number k < K is at + place_of(k). Each lane reads what it holds itself: 16 bytes of two
+  // rows of each row tile.
   template <typename T, typename RowOf, typename PlaceOf>
   RNNKERN_DEVICE void pack(int K, RowOf row_of, PlaceOf place_of) {
     const int warp = thread_index() / kWarp, lane = thread_index() % kWarp;
-    if (warp >= r_.working_warps) {  // what it never adds
+    if (warp >= r_.working_warps) {  // its sums stay zero
       for (int i = lane; i < Sums::kOfWarp; i += kWarp) sums_.of(warp)[i] = 0;
     }
-    // More of them beside held weights would cost registers.
+    // Unrolling more beside held weights would cost registers.
     constexpr int kUnrolled = kTile.held_chunks > 0 ? 1 : 4;
     for (int group = 0; group < r_.groups; ++group) {
       const T* rows[kRowTiles * 2];
@@ -155,12 +156,12 @@ class ResidentBlock {
     }
   }
 
-  // Where number k of a row stands in the exchange buffer of an epoch.
-  RNNKERN_DEVICE E* exchanged(int64_t epoch, int64_t slot, int64_t k) const {
-    return reinterpret_cast<E*>(row_of(epoch, slot)) + k;
+  // The place of number k of a row in the exchange buffer of an epoch.
+  RNNKERN_DEVICE E* exchanged(int64_t epoch, int64_t rank, int64_t k) const {
+    return reinterpret_cast<E*>(row_of(epoch, rank)) + k;
   }
-  // The sums of a turn's group over the rows of its pass, as exchanged in `epoch`; then of all
-  // warps in shared memory, once the block has met.
+  // Multiplies the weights of a turn's group by the rows of its pass, as exchanged in `epoch`. The
+  // sums of all warps are then in shared memory, because this ends with a barrier of the block.
   RNNKERN_DEVICE void multiply(const Turn& turn, int64_t epoch) const {
     const int warp = thread_index() / kWarp;
     if (warp < r_.working_warps) {
@@ -195,10 +196,11 @@ class ResidentBlock {
     sync_block();
   }
 
-  // What multiply() has found for row m and a column, from their place; the warps' sums in order.
+  // The result of multiply() for row m and a column is sum(place_of_sum(m, column)), which adds the
+  // sums of the warps in order.
   RNNKERN_DEVICE static int place_of_sum(int m, int column) { return Sums::place(m, column); }
-  // The place of the sum that many rows on in the same column, if the two rows have no bit in
-  // common.
+  // The place of the sum `rows` rows further on in the same column, if the two numbers of rows have
+  // no bit in common.
   RNNKERN_DEVICE static int place_further_on(int place, int rows) {
     return (place ^ cuda::sum_mask(rows, kColumns)) + rows * kColumns;
   }
@@ -209,8 +211,8 @@ class ResidentBlock {
     return all;
   }
 
-  // All of the block have read the sums of this turn; after the last group, what they have written
-  // to the exchange buffer is there for the team.
+  // Waits until all threads of the block have read the sums of this turn. After the last group,
+  // publishes for the team what they have written to the exchange buffer.
   RNNKERN_DEVICE void finish(const Turn& turn, int64_t epoch) const {
     sync_block();
     // The last thread is the most likely to have no cells of its own. With several passes its warp
@@ -226,7 +228,7 @@ class ResidentBlock {
            (direction_ * r_.row_teams * r_.passes + part(pass)) * int64_t(r_.unit_blocks);
   }
 
-  // The blocks that make the warp's chunks have published the epoch, for all lanes.
+  // Waits until the blocks that compute the warp's chunks have published the epoch, for all lanes.
   RNNKERN_DEVICE void wait_for(int pass, int64_t epoch) const {
     for (int m = first_maker_ + thread_index() % kWarp; m <= last_maker_; m += kWarp) {
       wait_until(flags(pass) + m, int(epoch), r_.gave_up);
@@ -234,7 +236,8 @@ class ResidentBlock {
     sync_warp();
   }
 
-  // Chunks on their way, as registers allow: 3 KB of a warp where products take little time.
+  // How many chunks are loaded ahead, as far as registers allow: 3 KB for a warp if products take
+  // little time.
   static constexpr int kMostAhead = !kOnTensorCores<E>             ? 1
                                     : kColumnTiles > 2             ? 2
                                     : kRowTiles * kColumnTiles > 1 ? 3
@@ -242,8 +245,8 @@ class ResidentBlock {
   static constexpr int kAhead =
       0 < kTile.held_chunks && kTile.held_chunks < kMostAhead ? kTile.held_chunks : kMostAhead;
 
-  // Adds the warp's chunks [begin, end), the first kHeld from registers, the next ones from
-  // `weights`.
+  // Adds the products of the warp's chunks [begin, end), the first kHeld with weights in registers,
+  // the next ones with `weights`.
   template <int kHeld>
   RNNKERN_DEVICE void add_chunks(int begin, int end, const Quad* weights,
                                  const Quad* const (&states)[kColumnTiles],
@@ -257,8 +260,8 @@ class ResidentBlock {
         to[n] = load_from_l2(states[n] + int64_t(chunk) * kQuadsOfRow);
       }
     };
-    // multiply(a chunk); then its place is free for another one. Products one by one take so long
-    // that the next chunk is on its way before them.
+    // After multiply(chunk) the place of the chunk is free for another one. Products without tensor
+    // cores take so long that the next chunk is loaded before them.
     const auto take = [&](int chunk, Quad(&from)[kColumnTiles], auto multiply) {
       if constexpr (kOnTensorCores<E>) {
         multiply(from);
@@ -292,15 +295,16 @@ class ResidentBlock {
     }
   }
 
-  RNNKERN_DEVICE Quad* row_of(int64_t epoch, int64_t slot) const {
+  RNNKERN_DEVICE Quad* row_of(int64_t epoch, int64_t rank) const {
     const int64_t rows = int64_t(r_.row_teams) * r_.passes * kColumns;
     return r_.exchange +
-           ((epoch % 2 * directions_ + direction_) * rows + slot) * r_.chunks * kQuadsOfRow;
+           ((epoch % 2 * directions_ + direction_) * rows + rank) * r_.chunks * kQuadsOfRow;
   }
 
-  // Of a warp's chunks in shared memory the one of that index.
+  // The chunk of that index among those of a warp in shared memory.
   RNNKERN_DEVICE Quad* shared_chunk(int group, int warp, int index) const {
-    // Not the member: with it ptxas spills more, for true float32.
+    // The argument is used in place of the member, with which ptxas spills more registers for true
+    // float32.
     const int64_t warps = int64_t(group) * r_.working_warps + warp;
     return reinterpret_cast<Quad*>(shared_memory()) +
            (warps * r_.shared_chunks + index) * kQuadsOfChunk;
@@ -309,7 +313,7 @@ class ResidentBlock {
     return r_.scratch +
            ((int64_t(block_index()) * r_.groups + group) * r_.chunks + chunk) * kQuadsOfChunk;
   }
-  // Chunks of weights that are read at once: so many that a lane has 64 loads on their way.
+  // Chunks of weights that are read at once: so many that a lane has 64 loads under way.
   static constexpr int together() {
     constexpr int kLoads = kRowTiles * 2 * int(sizeof(Quad) / sizeof(E));
     int count = kTile.held_chunks > 0 ? kTile.held_chunks : 1;
@@ -317,7 +321,7 @@ class ResidentBlock {
     return count;
   }
 
-  // The lane's quads of chunks `index` and following of the warp, of rows that begin there.
+  // Reads the lane's quads of the warp's chunks from `index` on, of rows that begin at `rows`.
   template <int kCount, typename T, typename PlaceOf>
   RNNKERN_DEVICE void pack_chunks(const T* const (&rows)[kRowTiles * 2], int K, int index,
                                   PlaceOf place_of, Quad (*to)[kRowTiles * 2]) const {
@@ -368,14 +372,14 @@ class ResidentBlock {
   const int64_t N_, H_;
   const int member_, team_, direction_, directions_;
   const int first_chunk_;  // of the warp
-  // How many it has, and the blocks that make what is multiplied with them.
+  // The number of its chunks, and the blocks that compute what they are multiplied by.
   int chunks_ = 0, first_maker_ = 0, last_maker_ = -1;
   const Sums sums_;
-  // Weights of the first chunks of the warp, [chunk][row tile, half].
+  // The weights of the first chunks of the warp: [chunk][row tile, half].
   Quad held_[kTile.held_chunks > 0 ? kTile.held_chunks : 1][kRowTiles * 2];
 };
 
-// Visits of a step and of its neighbours, with one load a step, well ahead of its use.
+// The visits of a step and of its neighbours. Each step costs one load, well ahead of its use.
 class Visits {
  public:
   RNNKERN_DEVICE Visits(const Steps& s, bool ascending, int first = 0)
@@ -384,7 +388,7 @@ class Visits {
     for (int i = 0; i < kKept; ++i) active_[i] = int(active_at(s, ascending, first + i - 2));
   }
 
-  // On to the next step.
+  // Goes on to the next step.
   RNNKERN_DEVICE void advance() {
     ++index_;
 #pragma unroll
@@ -408,7 +412,7 @@ class Visits {
 
   const Steps& s_;
   const bool ascending_;
-  // Steps and rows of which there is memory: their number is an int.
+  // An int suffices, because there is memory for all steps and rows.
   int index_;
   int active_[kKept];
 };
@@ -425,8 +429,8 @@ class Bits {
   uint32_t bits_ = 0;
 };
 
-// The cells that a thread makes, the same ones in every step: one unit in several rows. The units
-// of a row are neighbours.
+// The cells that a thread computes, which are the same in every step: one unit in several rows.
+// Neighbouring threads have neighbouring units of a row.
 template <int kUnits, int kColumns>
 class Pairs {
  public:
@@ -442,15 +446,15 @@ class Pairs {
   RNNKERN_DEVICE int unit() const { return unit_; }
   RNNKERN_DEVICE int column(int i) const { return first_ + i * apart_; }
 
-  // f(i, slot, unit) for those of the thread that there are.
+  // Calls f(i, rank, unit) for those cells of the thread that exist.
   template <typename F>
   RNNKERN_DEVICE void for_each(const Range& rows, const Range& units, F f) const {
     const int64_t u = units.begin + unit_;
     if (first_ >= apart_ || u >= units.end) return;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      const int64_t slot = rows.begin + column(i);
-      if (slot < rows.end) f(i, slot, u);
+      const int64_t rank = rows.begin + column(i);
+      if (rank < rows.end) f(i, rank, u);
     }
   }
 
@@ -458,8 +462,8 @@ class Pairs {
   const int unit_, first_, apart_;
 };
 
-// Two numbers of each cell of a thread, from step to step, in shared memory. No references to its
-// neighbours: they would keep the whole kernel's object out of registers.
+// Two numbers of each cell of a thread, kept in shared memory from step to step. It has no
+// references to other members, because these would keep the whole kernel's object out of registers.
 template <typename A, typename OwnPairs, int kColumns>
 class Kept {
  public:
@@ -477,10 +481,10 @@ class Kept {
     return (&first(turn, pairs, i))[count_];
   }
 
-  // What follows in memory.
+  // The memory behind these numbers.
   RNNKERN_DEVICE A* end() const { return numbers_ + 2 * count_; }
 
-  // The same numbers in memory of all blocks.
+  // The same numbers, in memory that has those of all blocks.
   RNNKERN_DEVICE Kept elsewhere(A* of_all) const {
     Kept other = *this;
     other.numbers_ = of_all + int64_t(block_index()) * 2 * count_;

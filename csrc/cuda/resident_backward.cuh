@@ -4,11 +4,11 @@
 //   dslots(t), dc, dh' = cell_backward(slots(t), c(t), c(t-1), h(t-1), dh(t), dc)
 //   dh = dh' + dslots(t) x W_hh
 //
-// A block's rows m of the product are its units; k is a gate's slot of dslots(t), those of a unit
-// side by side, so that what a block writes is one piece and few blocks make what a warp reads. Per
-// step a block reads rows x G H gradients of slots, makes 2 units x rows x G H operations, and
-// writes rows x G units of them. The product after the last step is made only where the gradient of
-// h_0 is wanted.
+// The rows m of a block's product are its units; k is a slot of dslots(t). The slots of a unit are
+// neighbours, so that a block writes one piece, and few blocks compute what a warp reads. In each
+// step a block reads rows x G H gradients of slots, does 2 units x rows x G H operations, and
+// writes rows x G units gradients. The product after the last step is computed only if the gradient
+// of h_0 is wanted.
 #pragma once
 
 #include "cuda/resident.cuh"
@@ -37,7 +37,7 @@ class ResidentBackward {
   RNNKERN_DEVICE static void run(const Arguments& arguments) { ResidentBackward(arguments).scan(); }
 
  private:
-  // What a cell gives to the products of the next step: one store, if its size allows.
+  // What a cell gives to the products of the next step. It is one store, if its size allows.
   static constexpr size_t kGateBytes = kShape.gates * sizeof(E);
   static constexpr size_t kAlignment = kGateBytes % 16 == 0                   ? 16
                                        : (kGateBytes & (kGateBytes - 1)) == 0 ? kGateBytes
@@ -87,8 +87,8 @@ class ResidentBackward {
     }
   }
 
-  // What passes from step to step beside the product: gradients of c, and of h where the cell
-  // itself reads it.
+  // What passes from step to step besides the product: gradients of c, and of h if the cell itself
+  // reads it.
   RNNKERN_DEVICE A& carried_dc(const Turn& turn, int i) const {
     return kept_.first(turn, pairs_, i);
   }
@@ -98,48 +98,48 @@ class ResidentBackward {
 
   RNNKERN_DEVICE void pass_idle_rows(const Turn& turn) const {
     pairs_.for_each(block_.rows(turn.pass), block_.units(turn.group),
-                    [&](int, int64_t slot, int64_t unit) {
-                      if (slot < active_rows(s_, 0)) return;
-                      pass_element(s_, b_.dhn, b_.dh0, d_, slot, unit);
-                      if (kShape.cell_state) pass_element(s_, b_.dcn, b_.dc0, d_, slot, unit);
+                    [&](int, int64_t rank, int64_t unit) {
+                      if (rank < active_rows(s_, 0)) return;
+                      pass_element(s_, b_.dhn, b_.dh0, d_, rank, unit);
+                      if (kShape.cell_state) pass_element(s_, b_.dcn, b_.dc0, d_, rank, unit);
                     });
   }
 
-  // What the next step reads of what forward has saved, on its way while this one ends; and whether
-  // an episode begins there: no gradient passes to what was before. Nobody takes part after the
-  // last step.
+  // Loads what the next step reads of the saved buffer, while this step ends; and whether an
+  // episode begins there, because no gradient then passes to the step before. No row takes part
+  // after the last step.
   RNNKERN_DEVICE void load(const Visit& v, const Turn& turn) {
     pairs_.for_each(block_.rows(turn.pass), block_.units(turn.group),
-                    [&](int p, int64_t slot, int64_t unit) {
-                      if (slot >= v.active_end) return;
+                    [&](int p, int64_t rank, int64_t unit) {
+                      if (rank >= v.active_end) return;
                       Step<A>& s = ahead_[p];
-                      loads_.get_step(v.t, slot, unit, &s);
-                      s.dh = loads_.dy(v.t, slot, unit);
-                      cut_.set(p, cut(s_, d_, v.t, slot));
+                      loads_.get_step(v.t, rank, unit, &s);
+                      s.dh = loads_.dy(v.t, rank, unit);
+                      cut_.set(p, cut(s_, d_, v.t, rank));
                     });
   }
 
   RNNKERN_DEVICE void step(int64_t i, const Turn& turn) {
     const Range rows = block_.rows(turn.pass), units = block_.units(turn.group);
     const Visit before = visits_.before(rows), v = visits_.now(rows);
-    // A cell of the thread has a product, of the step before; it is active; its gradient of h_0 is
-    // made.
+    // For each cell of the thread: whether it has a product, of the step before; whether it is
+    // active; and whether its gradient of h_0 is written now.
     Bits<kPairs> has_product, active, ends;
     Gates* to[kPairs];
     A direct[kPairs], dh[kPairs];
-    pairs_.for_each(rows, units, [&](int p, int64_t slot, int64_t unit) {
-      has_product.set(p, slot < before.active_end);
-      ends.set(p, slot < before.active_end && slot >= before.leaving && b_.dh0.data);
-      active.set(p, slot < v.active_end);
-      direct[p] = kShape.reads_h && slot < before.active_end ? carried_dh(turn, p) : A(0);
-      if (slot >= v.active_end) return;
+    pairs_.for_each(rows, units, [&](int p, int64_t rank, int64_t unit) {
+      has_product.set(p, rank < before.active_end);
+      ends.set(p, rank < before.active_end && rank >= before.leaving && b_.dh0.data);
+      active.set(p, rank < v.active_end);
+      direct[p] = kShape.reads_h && rank < before.active_end ? carried_dh(turn, p) : A(0);
+      if (rank >= v.active_end) return;
       Step<A>& s = ahead_[p];
-      const bool enters = slot >= v.entering;
-      if (enters) s.dh += element_of(s_, b_.dhn, d_, slot, unit);
+      const bool enters = rank >= v.entering;
+      if (enters) s.dh += element_of(s_, b_.dhn, d_, rank, unit);
       if constexpr (kShape.cell_state) {
-        s.dc = enters ? element_of(s_, b_.dcn, d_, slot, unit) : carried_dc(turn, p);
+        s.dc = enters ? element_of(s_, b_.dcn, d_, rank, unit) : carried_dc(turn, p);
       }
-      to[p] = reinterpret_cast<Gates*>(block_.exchanged(i + 1, slot, unit * kShape.gates));
+      to[p] = reinterpret_cast<Gates*>(block_.exchanged(i + 1, rank, unit * kShape.gates));
     });
     if (before.active_end > rows.begin) block_.multiply(turn, i);
 #pragma unroll
@@ -162,17 +162,17 @@ class ResidentBackward {
       }
     }
     block_.finish(turn, i + 1);
-    pairs_.for_each(rows, units, [&](int p, int64_t slot, int64_t unit) {
-      if (ends[p]) put(state_at(s_, b_.dh0, d_, slot) + unit, dh[p]);
-      if (i == s_.T || (slot >= v.active_end && s_.start)) return;
-      T* to = row_at(s_, dslots_, v.t, slot) + unit;
+    pairs_.for_each(rows, units, [&](int p, int64_t rank, int64_t unit) {
+      if (ends[p]) put(state_at(s_, b_.dh0, d_, rank) + unit, dh[p]);
+      if (i == s_.T || (rank >= v.active_end && s_.start)) return;
+      T* to = row_at(s_, dslots_, v.t, rank) + unit;
 #pragma unroll
       for (int g = 0; g < kShape.slots; ++g) {
-        put(to + g * z_.H, slot < v.active_end ? ahead_[p].slot[g] : A(0));
+        put(to + g * z_.H, rank < v.active_end ? ahead_[p].slot[g] : A(0));
       }
       if constexpr (kShape.cell_state) {
-        if (slot < v.active_end && slot >= v.leaving && b_.dc0.data) {
-          put(state_at(s_, b_.dc0, d_, slot) + unit, ahead_[p].dc);
+        if (rank < v.active_end && rank >= v.leaving && b_.dc0.data) {
+          put(state_at(s_, b_.dc0, d_, rank) + unit, ahead_[p].dc);
         }
       }
     });
@@ -192,7 +192,7 @@ class ResidentBackward {
   const BackwardLoads<T, Cell> loads_;
   const Rows<T> dslots_;
   const Kept<A, OwnPairs, kColumns> kept_;
-  int sums_[kPairs];  // where the block has those of the thread's cells
+  int sums_[kPairs];  // places of the sums of the thread's cells
   Step<A> ahead_[kPairs];
   Bits<kPairs> cut_;
 };

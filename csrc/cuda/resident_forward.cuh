@@ -1,11 +1,11 @@
 // Forward pass, resident tier:  slots(t) = inputs(t) + W_hh h(t-1) + biases,
 // (h, c)(t) = cell(slots, c(t-1), h(t-1)).
 //
-// inputs = W_ih x is made before, for a window of steps. A launch takes one window; what passes to
-// the next one stays in global memory: h in the exchange buffer, the rest in `kept`. A block's rows
-// m of the product are gate i of unit u, m = i kMostUnits + u; k is the hidden unit of h(t-1). Per
-// step a block reads rows x H elements of h, makes 2 G units x rows x H operations, and writes
-// units x rows elements of h.
+// inputs = W_ih x is computed before, for a window of steps. A launch runs one window. What passes
+// to the next one stays in global memory: h in the exchange buffer, the rest in `kept`. Row m of a
+// block's product is gate i of unit u, with m = i kMostUnits + u; k is the hidden unit of h(t-1).
+// In each step a block reads rows x H elements of h, does 2 G units x rows x H operations, and
+// writes units x rows elements of h.
 #pragma once
 
 #include "cuda/resident.cuh"
@@ -30,7 +30,7 @@ class ResidentForward {
     Residency residency;
     Inputs<A> inputs;
     int64_t first = 0, end = 0;  // numbers of the steps, in the order of the scan
-    A* kept = nullptr;           // [blocks][kept_count(plan, 0)] where there are several windows
+    A* kept = nullptr;           // [blocks][kept_count(plan, 0)] if there are several windows
   };
 
   RNNKERN_DEVICE static void run(const Arguments& arguments) { ResidentForward(arguments).scan(); }
@@ -38,7 +38,8 @@ class ResidentForward {
  private:
   using OwnPairs = Pairs<kMostUnits, kColumns>;
   static constexpr int kPairs = OwnPairs::kCount;
-  // Of the sums of a cell's gates: one leads to the others if the units are a power of two.
+  // How many places of sums a cell needs for its gates: one leads to the others if the number of
+  // units is a power of two.
   static constexpr int kPlaces = (kMostUnits & (kMostUnits - 1)) == 0 ? 1 : kShape.gates;
 
   RNNKERN_DEVICE explicit ResidentForward(const Arguments& a)
@@ -60,7 +61,7 @@ class ResidentForward {
 #pragma unroll
       for (int g = 0; g < kPlaces; ++g) {
         const int place = Block::place_of_sum(g * kMostUnits + pairs_.unit(), pairs_.column(p));
-        // The other pairs' places are computed while the first one's sums are on their way.
+        // The places of the other pairs are computed while the sums of the first pair are loaded.
         sums_[p][g] = p == 0 ? computed_once(place) : place;
       }
     }
@@ -89,7 +90,7 @@ class ResidentForward {
     if (a_.end < s_.T) block_.for_each_turn([&](const Turn& turn) { leave(turn); });
   }
 
-  // The states that the launch before has left.
+  // Reads the states that the launch before has left.
   RNNKERN_DEVICE void go_on(const Turn& turn) const {
     const auto left = kept_.elsewhere(a_.kept);
     pairs_.for_each(block_.rows(turn.pass), block_.units(turn.group), [&](int p, int64_t, int64_t) {
@@ -110,7 +111,7 @@ class ResidentForward {
     return Block::place_further_on(sums_[p][0], gate * kMostUnits);
   }
 
-  // States of the thread's cells, as what is computed with.
+  // The states of the thread's cells, in the type that is computed with.
   RNNKERN_DEVICE A& carried_h(const Turn& turn, int i) const {
     return kept_.first(turn, pairs_, i);
   }
@@ -133,36 +134,36 @@ class ResidentForward {
     }
   }
 
-  // The initial states, where each row finds them in its first step; rows that never take part end
-  // with them.
+  // Puts the initial states where each row reads them in its first step. Rows that never take part
+  // end with them.
   RNNKERN_DEVICE void begin(const Turn& turn) const {
     pairs_.for_each(
-        block_.rows(turn.pass), block_.units(turn.group), [&](int i, int64_t slot, int64_t unit) {
-          const bool is_cut = d_ == 0 && cut(s_, 0, 0, slot);
-          const A h = is_cut ? A(0) : element_of(s_, a_.f.h0, d_, slot, unit);
+        block_.rows(turn.pass), block_.units(turn.group), [&](int i, int64_t rank, int64_t unit) {
+          const bool is_cut = d_ == 0 && cut(s_, 0, 0, rank);
+          const A h = is_cut ? A(0) : element_of(s_, a_.f.h0, d_, rank, unit);
           carried_h(turn, i) = h;
           if constexpr (kShape.cell_state) {
-            carried_c(turn, i) = is_cut ? A(0) : element_of(s_, a_.f.c0, d_, slot, unit);
+            carried_c(turn, i) = is_cut ? A(0) : element_of(s_, a_.f.c0, d_, rank, unit);
           }
           for (int epoch = 0; epoch < 2; ++epoch) {
-            put_operand(block_.exchanged(epoch, slot, unit), h);
+            put_operand(block_.exchanged(epoch, rank, unit), h);
           }
-          if (slot < active_rows(s_, 0)) return;
-          pass_element(s_, a_.f.h0, a_.f.hn, d_, slot, unit);
-          if (kShape.cell_state) pass_element(s_, a_.f.c0, a_.f.cn, d_, slot, unit);
+          if (rank < active_rows(s_, 0)) return;
+          pass_element(s_, a_.f.h0, a_.f.hn, d_, rank, unit);
+          if (kShape.cell_state) pass_element(s_, a_.f.c0, a_.f.cn, d_, rank, unit);
         });
   }
 
-  // What the next step adds to its products, on its way while this one ends; and whether an episode
+  // Loads what the next step adds to its products, while this step ends; and whether an episode
   // begins after that step.
   RNNKERN_DEVICE void load_inputs(const Visit& v, const Turn& turn) {
     pairs_.for_each(
-        block_.rows(turn.pass), block_.units(turn.group), [&](int p, int64_t slot, int64_t unit) {
-          if (slot >= v.active_end) return;
-          const A* row = row_at(s_, inputs_, v.t, slot) + unit;
+        block_.rows(turn.pass), block_.units(turn.group), [&](int p, int64_t rank, int64_t unit) {
+          if (rank >= v.active_end) return;
+          const A* row = row_at(s_, inputs_, v.t, rank) + unit;
 #pragma unroll
           for (int g = 0; g < kShape.gates; ++g) ahead_[p][g] = row[g * z_.H];
-          cut_after_.set(p, slot < v.leaving && cut(s_, d_, d_ == 0 ? v.t + 1 : v.t - 1, slot));
+          cut_after_.set(p, rank < v.leaving && cut(s_, d_, d_ == 0 ? v.t + 1 : v.t - 1, rank));
         });
   }
 
@@ -172,16 +173,16 @@ class ResidentForward {
     Step<A> steps[kPairs];
     E* to[kPairs];
     Bits<kPairs> active;
-    pairs_.for_each(rows, units, [&](int p, int64_t slot, int64_t unit) {
-      active.set(p, slot < v.active_end);
-      if (slot >= v.active_end) return;
+    pairs_.for_each(rows, units, [&](int p, int64_t rank, int64_t unit) {
+      active.set(p, rank < v.active_end);
+      if (rank >= v.active_end) return;
       Step<A>& s = steps[p];
       add_inputs<Cell>(
           s, [&](int slot) { return bias(turn.group, slot, pairs_.unit()); },
           [&](int gate) { return ahead_[p][gate]; });
       s.h_prev = carried_h(turn, p);
       if constexpr (kShape.cell_state) s.c_prev = carried_c(turn, p);
-      to[p] = block_.exchanged(i, slot, unit);
+      to[p] = block_.exchanged(i, rank, unit);
     });
     if (v.active_end > rows.begin) block_.multiply(turn, i + 1);
 #pragma unroll
@@ -197,15 +198,15 @@ class ResidentForward {
       if constexpr (kShape.cell_state) carried_c(turn, p) = cut_after_[p] ? A(0) : s.c;
     }
     block_.finish(turn, i + 2);
-    pairs_.for_each(rows, units, [&](int p, int64_t slot, int64_t unit) {
-      if (slot < v.active_end) {
-        put(row_at(s_, y_, v.t, slot) + unit, steps[p].h);
-        stores_.put_step(v, slot, unit, steps[p]);
+    pairs_.for_each(rows, units, [&](int p, int64_t rank, int64_t unit) {
+      if (rank < v.active_end) {
+        put(row_at(s_, y_, v.t, rank) + unit, steps[p].h);
+        stores_.put_step(v, rank, unit, steps[p]);
       } else if (!s_.start) {
-        row_at(s_, y_, v.t, slot)[unit] = T{};  // a padded row past its end
+        row_at(s_, y_, v.t, rank)[unit] = T{};  // a padded row past its end
       }
     });
-    if (i + 1 == a_.end && turn.is_last(r_)) return;  // the inputs that follow are not there yet
+    if (i + 1 == a_.end && turn.is_last(r_)) return;  // the inputs that follow are not computed yet
     const Turn next = turn.next(r_);
     const Range next_rows = block_.rows(next.pass);
     load_inputs(turn.is_last(r_) ? visits_.next(next_rows) : visits_.now(next_rows), next);
@@ -224,7 +225,7 @@ class ResidentForward {
   const Rows<const A> inputs_;
   const Kept<A, OwnPairs, kColumns> kept_;
   A* const biases_;
-  int sums_[kPairs][kPlaces];  // where the block has those of the thread's cells
+  int sums_[kPairs][kPlaces];  // places of the sums of the thread's cells
   A ahead_[kPairs][kShape.gates];
   Bits<kPairs> cut_after_;
 };

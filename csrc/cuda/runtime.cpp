@@ -1,5 +1,5 @@
-// The CUDA runtime as far as it is not launches: which devices there are, and whether their driver
-// will do.
+// The CUDA runtime, apart from launches: which devices there are, and whether their driver can run
+// this build.
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
@@ -22,11 +22,11 @@ constexpr int kOldest = 8;  // major compute capability
 
 void check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
-  cudaGetLastError();  // so that nobody else finds it
+  cudaGetLastError();  // clears the error, so that later calls do not report it
   throw std::runtime_error(with_who_gave_up(std::string(what) + ": " + cudaGetErrorString(error)));
 }
 
-// 0 without a driver.
+// The CUDA version of the driver; 0 without a driver.
 int driver_version() {
   int version = 0;
   return cudaDriverGetVersion(&version) == cudaSuccess ? version : 0;
@@ -75,11 +75,11 @@ const Found& found(int id) {
   const std::lock_guard lock(mutex);
   const auto place = all.find(id);
   if (place != all.end()) return place->second;
-  // What throws leaves nothing behind: the next call asks again.
+  // An exception leaves no entry behind, so the next call asks again.
   return all.emplace(id, find(id)).first->second;
 }
 
-// A capture of a CUDA graph may be under way, to which what is made meanwhile does not belong.
+// While this lives, what is created does not belong to a CUDA graph that is being captured.
 class RelaxedCapture {
  public:
   RelaxedCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
@@ -98,8 +98,8 @@ cudaError_t try_order(void* from, void* to, void* event) {
   return cudaStreamWaitEvent(static_cast<cudaStream_t>(to), recorded, 0);
 }
 
-// One number for each name of a kernel, in memory that every device can write to. It is never given
-// back, because kernels may still run when the process ends.
+// One number for each name of a kernel, in memory that every device can write to. It is never
+// freed, because kernels may still run when the process ends.
 class Distress {
  public:
   Distress() {
@@ -189,8 +189,9 @@ std::string with_who_gave_up(const std::string& message) {
 
 namespace {
 
-// Streams that no call has, by device. One in which a capture of a CUDA graph still goes on stays
-// where it is until that ends. They are never destroyed, because the driver may be gone by then.
+// Streams that no call has, by device. A stream that a CUDA graph is still captured from is not
+// handed out before the capture has ended. Streams are never destroyed, because the driver may be
+// gone by then.
 struct Pool {
   std::mutex mutex;
   std::map<int, std::vector<Lane>> free;

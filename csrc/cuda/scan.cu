@@ -1,5 +1,5 @@
 // Lays out a scan of tensors of RNNKERN_ELEMENT on the GPU and queues its kernels. With
-// RNNKERN_SIMT plain C++, for the stand-in.
+// RNNKERN_SIMT this is plain C++, for the stand-in.
 #include <algorithm>
 #include <array>
 #include <iterator>
@@ -26,8 +26,8 @@ T* take_zeros(const Sizes& z, Queue& queue) {
   return queue.take<T>(std::max({z.I, z.H, z.O, Cell::kShape.planes() * z.H}));
 }
 
-// The rows of x as a matrix [total, I], where they stand so and all take part that are not wanted
-// as zero; without data where they have to be gathered.
+// The rows of x as a matrix [total, I]. It has no data if the rows are not equally far apart in
+// memory, or if some of them must count as zero: they have to be gathered then.
 template <typename T>
 cuda::Matrix input_matrix(const Rows<const T>& x, const Sizes& z, const Steps& s,
                           bool zero_inactive) {
@@ -66,20 +66,20 @@ Range times_of(const Steps& s, int direction, const Range& visits) {
   if (direction == 0) return visits;
   return {s.T - visits.end, s.T - visits.begin};
 }
-// The rows of storage of some steps.
+// The rows of storage that belong to some steps.
 Range rows_of(const Steps& s, const Range& times) {
   const auto row = [&](int64_t t) {
     return !s.start ? t * s.N : t == s.T ? s.total : s.host_start[t];
   };
   return {row(times.begin), row(times.end)};
 }
-// Where row 0 would be of memory that begins with row `first`, though none is there before.
+// The address that row 0 would have in memory that begins with row `first`.
 template <typename U>
 U* origin(U* data, int64_t first, int64_t width) {
   return reinterpret_cast<U*>(reinterpret_cast<uintptr_t>(data) -
                               uintptr_t(first * width) * sizeof(U));
 }
-// The rows that any window of so many steps has at most.
+// The largest number of rows in a window of so many steps.
 int64_t most_rows(const Steps& s, int64_t window) { return std::min(s.total, window * s.N); }
 
 template <typename Cell>
@@ -133,7 +133,7 @@ Residency take_residency(const cuda::Plan& plan, const char* kernel, const Sizes
   return r;
 }
 
-// Row r of what is gathered begins r * width behind `to`.
+// Row r of the result begins at `to` + r * width.
 template <typename T>
 void gather(const char* name, const Steps& s, const Rows<const T>& rows,
             const State<const T>& initial, bool is_state, int direction, int64_t width,
@@ -148,14 +148,14 @@ void gather_input(const Steps& s, const Rows<const T>& x, int64_t I, const T* ze
   gather("gathering the input", s, x, {}, false, 0, I, zeros, times, to, queue);
 }
 
-// Makes x W_ih^T, a window of steps at a time, in the order of the scan.
+// Computes x W_ih^T, a window of steps at a time, in the order of the scan.
 template <typename T, typename Cell>
 class InputProducts {
   using A = Compute<T>;
   static constexpr CellShape kShape = Cell::kShape;
 
  public:
-  // Of `buffers` windows the last ones are there.
+  // Holds the results of the last `buffers` windows.
   InputProducts(const Forward<T>& f, int64_t window, int buffers, const T* zeros, Queue& queue)
       : f_(f),
         zeros_(zeros),
@@ -164,7 +164,8 @@ class InputProducts {
         rows_(most_rows(f.steps, window)),
         x_(input_matrix(f.x, f.sizes, f.steps, false)),
         width_(kShape.gates * f.sizes.H) {
-    // Where what is saved is what is computed with, they are made where the slots will stand.
+    // If the slots are saved in the type in which they are computed, the input products are stored
+    // in their memory.
     if constexpr (cuda::kSavesInputs<T>) {
       if (f.slots) {
         width_ = kShape.stored() * f.sizes.H;
@@ -248,8 +249,8 @@ bool resident(const Forward<T>& f, const cuda::Plan& plan, Queue& queue) {
     });
   };
   if (count == 1) return scan(products.visits(0), products.make(0));
-  // While the scan goes through a window the product of the next one is made beside it. That waits
-  // for the scan of the window before, which has read what was in its buffer.
+  // While the scan goes through a window, the product of the next one is computed beside it. That
+  // product waits for the scan of the window before, which reads the same buffer.
   Inputs<Compute<T>> next;
   queue.beside([&] { next = products.make(0); });
   for (int64_t i = 0; i < count; ++i) {
@@ -277,8 +278,8 @@ bool resident(const Backward<T>& b, const cuda::Plan& plan, const T** zeros, Que
   });
 }
 
-// A product of each direction, of rows [count, k] with its weights, to [count, n]. In memory the
-// directions are `apart` rows apart, and `to` is added to if it says so.
+// A product for each direction: rows [count, k] times its weights are written to [count, n], or
+// added if `adds`. In memory the directions are `apart` rows apart.
 template <typename T>
 struct RowProducts {
   int64_t count, apart, k, n;
@@ -311,7 +312,8 @@ std::array<cuda::Matrix, kMaxDirections> matrices(const Weights<T> (&weights)[kM
   return {matrix(weights[0]), matrix(weights[1])};
 }
 
-// W_hh and W_hr of each direction, transposed in forward; without data where there are none.
+// W_hh and W_hr of each direction, transposed in the forward pass. A matrix that does not exist has
+// no data.
 template <typename T>
 std::array<cuda::Matrix, kMaxDirections> recurrent_matrices(
     const Weights<T> (&weights)[kMaxDirections], bool transposed) {
@@ -362,14 +364,14 @@ bool stepwise(const Forward<T>& f, const cuda::Plan& plan, Queue& queue) {
   return true;
 }
 
-// A matrix of gradients that is added up from products over windows of steps. If there are several,
-// it is summed in what is computed with, and rounded once.
+// A matrix of gradients that is the sum of products over windows of steps. If there are several
+// windows, it is summed in the type that is computed with, and rounded once.
 template <typename T>
 class SumOfProducts {
   using A = Compute<T>;
 
  public:
-  // Null `to`: it is not wanted.
+  // If `to` is null, the matrix is not wanted.
   SumOfProducts(T* to, int64_t rows, int64_t columns, int64_t windows, Queue& queue)
       : to_(to), rows_(rows), columns_(columns), queue_(queue) {
     if (kNarrow<T> && to && windows > 1) sums_ = queue.take<A>(rows * columns);
@@ -406,8 +408,9 @@ class SumOfProducts {
 template <typename T, int kOrders>
 using ByOrder = std::array<const Backward<T>*, kOrders>;
 
-// f(order of the gradients of slots, of the other factor, whether it is the first one) for the
-// products that make up a gradient: by the product rule, if there are tangents.
+// Calls f(order of the gradients of slots, order of the other factor, whether it is the first
+// product) for the products whose sum is a gradient: two if there are tangents, by the product
+// rule.
 template <int kOrders, typename F>
 void for_each_product(F f) {
   if constexpr (kOrders == 1) {
@@ -418,7 +421,8 @@ void for_each_product(F f) {
   }
 }
 
-// The gradients of projections, a window of steps at a time. Backward leaves what enters them.
+// The gradients of projections, a window of steps at a time. The backward pass leaves their left
+// factors in memory.
 template <typename T, int kOrders>
 class ProjectionGradients {
  public:
@@ -437,7 +441,7 @@ class ProjectionGradients {
     }
   }
 
-  // Before step number i, counted as backward visits them.
+  // Called before step number i, counted as the backward pass visits them.
   void begin_step(int64_t i, T* (&dprojected)[kOrders][kMaxDirections]) const {
     if (i % window_) return;
     for (int k = 0; k < kOrders; ++k) {
@@ -465,7 +469,8 @@ class ProjectionGradients {
   }
 
  private:
-  // Of the window that begins with step number `first`. Backward goes the other way through time.
+  // The rows of the window that begins with step number `first`. The backward pass goes the other
+  // way through time.
   Range rows(int d, int64_t first) const {
     return rows_of(s_, times_of(s_, 1 - d, {first, std::min(s_.T, first + window_)}));
   }
@@ -497,7 +502,7 @@ void stepwise(const ByOrder<T, kOrders>& by, const T* zeros, Queue& queue) {
   if (z.projected) {
     a.dy = queue.take<T>(z.D * rows * z.O), a.dm = queue.take<A>(z.D * rows * z.H);
   }
-  // By a matrix for all orders, and by its tangent from values to tangents.
+  // Multiplies all orders by a matrix, and adds the values times its tangent to the tangents.
   const auto multiply_all = [&](auto matrices_of, int64_t k, int64_t n, const T* from, A* to) {
     multiply_rows<T>(z, {rows, rows, k, n, from, to}, matrices_of(by[0]->weights, false), false,
                      queue);
@@ -525,8 +530,8 @@ void stepwise(const ByOrder<T, kOrders>& by, const T* zeros, Queue& queue) {
   if (projections) projections->finish();
 }
 
-// f(first slot, first gate, count) for runs of slots that the recurrent product owns and whose
-// gates stand side by side in the weights.
+// Calls f(first slot, first gate, count) for neighbouring slots of the recurrent product whose
+// gates are neighbours in the weights, too.
 template <typename Cell, typename F>
 void for_each_run(F f) {
   constexpr CellShape kShape = Cell::kShape;
@@ -555,7 +560,7 @@ void bias_gradients(const T* dslots, int64_t rows, int64_t H, const WeightGradie
                                        {sums, row_blocks, H, g});
 }
 
-// After the loop, products over all rows: dW_ih, dW_hh, biases and dx. Operands that have to be
+// After the loop come products over all rows: dW_ih, dW_hh, biases and dx. Operands that have to be
 // gathered are gathered and multiplied a window of steps at a time.
 template <typename T, typename Cell, int kOrders>
 void gradients(const ByOrder<T, kOrders>& by, const T* zeros, Queue& queue) {
@@ -588,7 +593,7 @@ void gradients(const ByOrder<T, kOrders>& by, const T* zeros, Queue& queue) {
     w_ih.emplace_back(wanted.gradients[d].w_ih, gates, z.I, windows_of_x, queue);
     w_hh.emplace_back(wanted.gradients[d].w_hh, gates, z.O, windows, queue);
   }
-  // Of some rows of dslots, from a slot on, as columns of a matrix.
+  // Some rows of dslots, from a slot on, as the columns of a matrix.
   const auto columns_of = [&](int order, int d, int64_t row, int slot) {
     const T* const dslots = by[size_t(order)]->dslots;
     return cuda::Matrix{dslots + (d * s.total + row) * width + slot * H, width, true};
@@ -640,7 +645,7 @@ void gradients(const ByOrder<T, kOrders>& by, const T* zeros, Queue& queue) {
       const Weights<T>& w = by[size_t(other)]->weights[d];
       if (!w.w_ih) return;
       const T* const dslots = by[size_t(order)]->dslots + d * s.total * width;
-      // Dense, time first: as made for the call.
+      // The result is dense, with time first, as it was allocated for the call.
       multiply<T>({s.total,
                    z.I,
                    gates,
@@ -656,7 +661,8 @@ void gradients(const ByOrder<T, kOrders>& by, const T* zeros, Queue& queue) {
   }
 }
 
-// The tangents of a pass that has run, in the way of the stepwise tier. Its memory grows with T.
+// Computes the tangents of a pass that has run, as the stepwise tier computes a pass. Its memory
+// grows with T.
 template <typename T, typename Cell>
 void second_order(const SecondOrder<T>& s, Queue& queue) {
   using Kernel = StepwiseTangent<T, Cell>;
@@ -702,7 +708,7 @@ void second_order(const SecondOrder<T>& s, Queue& queue) {
     a.m = queue.take<T>(rows * z.H);
   }
 
-  // Adds a product of all rows to the slots from one on.
+  // Adds a product of all rows to the slots, from one slot on.
   const auto add = [&](int d, const cuda::Matrix& left, const T* w, int64_t w_row, int slot,
                        int count, int64_t k) {
     multiply<T>({steps.total,

@@ -1,4 +1,4 @@
-// What each source of kernels has to offer: for one cell and one element type.
+// The functions that each source of kernels offers, for one cell and one element type.
 #pragma once
 
 #include "cells/cells.h"
@@ -8,7 +8,8 @@
 namespace rnnkern {
 namespace RNNKERN_NAMESPACE {
 
-// Queues the kernels of a scan; false where they ask for more blocks at once than the device runs.
+// Queues the kernels of a scan. Returns false if they need more blocks at once than the device
+// runs.
 template <typename Cell, typename T>
 bool start(const Forward<T>& scan, Queue& queue);
 template <typename Cell, typename T>

@@ -1,20 +1,23 @@
-// The stepwise tier: in each step a product of the whole batch (product.h), then a kernel with one
-// thread for each cell, forward
+// The stepwise tier. Each step is a product of the whole batch (product.h), then a kernel with one
+// thread for each cell. Forward:
 //
 //   sums = h(t-1) W_hh^T        slots(t) = inputs(t) + sums + biases,  (h, c)(t) = cell(slots, ...)
 //
-// with inputs = x W_ih^T made before, for a window of steps, and backward, in reverse scan order,
+// Here inputs = x W_ih^T is computed before, for a window of steps. Backward, in reverse scan
+// order:
 //
 //   dh = dslots(t+1) x W_hh     dslots(t), dc, dh' = cell_backward(slots(t), ..., dh + dh' + dy(t))
 //
-// With a projection there is a second product a step, and a kernel that takes what it made:
-// y = m W_hr^T of what the cells made, and before them dm = (dh + dy) x W_hr.
+// With a projection each step has a second product, and a kernel that reads its result: y = m
+// W_hr^T after the cells of the forward pass, and dm = (dh + dy) x W_hr before those of the
+// backward pass.
 //
-// What passes between steps lies by direction and slot; rows that take no part are multiplied with
-// the others, and what comes out is not used. The product of a step of backward is that of the step
-// before, so step T, of which there are no cells, ends the rows of the last one.
+// What passes between steps is in memory by direction and rank. Rows that take no part are
+// multiplied with the others, and their results are not used. A backward step computes the product
+// of the step before it. So there is a step T without cells, which ends the rows of the last step.
 //
-// Second derivatives take the same two ways: the tangents of forward, and backward on dual numbers.
+// Second derivatives use the same two passes: the tangents of the forward pass, and the backward
+// pass on dual numbers.
 #pragma once
 
 #include "cuda/stores.cuh"
@@ -25,17 +28,17 @@ namespace RNNKERN_NAMESPACE {
 
 constexpr int kStepThreads = cuda::kBlockThreads;
 
-// Kernels with a thread for each of so many columns of each slot and direction.
+// A kernel with a thread for each column of each rank and direction.
 struct ElementKernel {
   static constexpr bool kBlocksWait = false;
   static constexpr int kMostThreads = kStepThreads;
 };
 struct Element {
   int direction;
-  int64_t slot, column;
-  int64_t place;  // of the column, where they lie by direction and slot
+  int64_t rank, column;
+  int64_t place;  // of the column in memory by direction and rank
 };
-// Of numbers that are not negative: in 32 bits where they fit, which is several times as fast.
+// a / b for numbers that are not negative. In 32 bits, if both fit, it is several times as fast.
 RNNKERN_DEVICE int64_t quotient(int64_t a, int64_t b) {
   if ((a | b) >> 32) return a / b;
   return uint32_t(a) / uint32_t(b);
@@ -51,7 +54,7 @@ inline int64_t element_blocks(const Sizes& z, const Steps& s, int64_t columns) {
   return cuda::quotient_up(z.D * s.N * columns, kStepThreads);
 }
 
-// The place of a plane of an element, where rows have so many planes.
+// The place of a plane of an element in rows with so many planes.
 RNNKERN_DEVICE int64_t place_of_plane(const Element& e, const Sizes& z, int plane, int planes) {
   return (e.place - e.column) * planes + plane * z.H + e.column;
 }
@@ -71,21 +74,21 @@ struct StepwiseForward : ElementKernel {
     Forward<T> f;
     Inputs<A> inputs;
     A* sums;         // [D, N, G*H]
-    T* h;            // [D, N, O]: of the step before, zero where an episode begins
+    T* h;            // [D, N, O]: of the step before; zero if an episode begins
     A* c = nullptr;  // [D, N, planes*H], likewise
-    T* m = nullptr;  // [D, N, H] where there is a projection: what it takes
-    A* y = nullptr;  // [D, N, O] and what it makes
+    T* m = nullptr;  // [D, N, H] if there is a projection: its input
+    A* y = nullptr;  // [D, N, O] and its result
     int64_t i = 0;   // number of the step
   };
 
   // Whether an episode begins after this step, for a row that goes on.
   RNNKERN_DEVICE static bool is_cut_after(const Steps& s, int direction, const Visit& v,
-                                          int64_t slot) {
-    return slot < v.leaving && cut(s, direction, direction == 0 ? v.t + 1 : v.t - 1, slot);
+                                          int64_t rank) {
+    return rank < v.leaving && cut(s, direction, direction == 0 ? v.t + 1 : v.t - 1, rank);
   }
 
-  // The initial states, where each row finds them in its first step; rows that never take part end
-  // with them.
+  // Puts the initial states where each row reads them in its first step. Rows that never take part
+  // end with them.
   struct Begin : ElementKernel {
     using Arguments = StepwiseForward::Arguments;
 
@@ -93,19 +96,19 @@ struct StepwiseForward : ElementKernel {
       const Sizes& z = a.f.sizes;
       const Steps& s = a.f.steps;
       for_own_element(z, s, z.H, [&](const Element& e) {  // O is at most H
-        const bool is_cut = e.direction == 0 && cut(s, 0, 0, e.slot);
-        const bool is_idle = e.slot >= active_rows(s, 0);
+        const bool is_cut = e.direction == 0 && cut(s, 0, 0, e.rank);
+        const bool is_idle = e.rank >= active_rows(s, 0);
         if (e.column < z.O) {
-          T* const h = a.h + (e.direction * s.N + e.slot) * z.O + e.column;
-          put(h, is_cut ? A(0) : element_of(s, a.f.h0, e.direction, e.slot, e.column));
-          if (is_idle) pass_element(s, a.f.h0, a.f.hn, e.direction, e.slot, e.column);
+          T* const h = a.h + (e.direction * s.N + e.rank) * z.O + e.column;
+          put(h, is_cut ? A(0) : element_of(s, a.f.h0, e.direction, e.rank, e.column));
+          if (is_idle) pass_element(s, a.f.h0, a.f.hn, e.direction, e.rank, e.column);
         }
 #pragma unroll
         for (int j = 0; j < kPlanes; ++j) {
           const int64_t column = j * z.H + e.column;
           a.c[place_of_plane(e, z, j, kPlanes)] =
-              is_cut ? A(0) : element_of(s, a.f.c0, e.direction, e.slot, column);
-          if (is_idle) pass_element(s, a.f.c0, a.f.cn, e.direction, e.slot, column);
+              is_cut ? A(0) : element_of(s, a.f.c0, e.direction, e.rank, column);
+          if (is_idle) pass_element(s, a.f.c0, a.f.cn, e.direction, e.rank, column);
         }
       });
     }
@@ -120,18 +123,18 @@ struct StepwiseForward : ElementKernel {
     const Steps& s = a.f.steps;
     const int64_t H = z.H;
     const Visit v = visit_of(s, e.direction == 0, a.i);
-    const bool is_active = e.slot < v.active_end;
-    // Where h of this step stands; before a projection, where backward wants it.
+    const bool is_active = e.rank < v.active_end;
+    // The place for h of this step; before a projection, that in the saved buffer.
     const Rows<T> made = z.projected ? saved_rows(s, a.f.unprojected, e.direction, H)
                                      : columns(a.f.y, e.direction * H);
     T* const h_to =
-        made.data && (is_active || !s.start) ? row_at(s, made, v.t, e.slot) + e.column : nullptr;
+        made.data && (is_active || !s.start) ? row_at(s, made, v.t, e.rank) + e.column : nullptr;
     if (!is_active) {
       if (h_to) *h_to = T{};  // a padded row past its end
       return;
     }
-    const A* const inputs = row_at(s, a.inputs.of(s, e.direction), v.t, e.slot) + e.column;
-    const A* const sums = a.sums + (e.direction * s.N + e.slot) * kShape.gates * H + e.column;
+    const A* const inputs = row_at(s, a.inputs.of(s, e.direction), v.t, e.rank) + e.column;
+    const A* const sums = a.sums + (e.direction * s.N + e.rank) * kShape.gates * H + e.column;
     Step<A> step;
     add_inputs<Cell>(
         step, [&](int slot) { return bias_of<Cell>(a.f.weights[e.direction], H, slot, e.column); },
@@ -151,7 +154,7 @@ struct StepwiseForward : ElementKernel {
     for (int j = 0; j < kPlanes; ++j) {
       if (kCarriesCells<T, Cell> && a.f.rounds_cells) c_of(step, j) = rounded<T>(c_of(step, j));
     }
-    const bool is_cut = is_cut_after(s, e.direction, v, e.slot);
+    const bool is_cut = is_cut_after(s, e.direction, v, e.rank);
     if (z.projected) {
       put(a.m + e.place, step.h);
     } else {
@@ -162,10 +165,10 @@ struct StepwiseForward : ElementKernel {
       a.c[place_of_plane(e, z, j, kPlanes)] = is_cut ? A(0) : c_of(step, j);
     }
     if (h_to) put(h_to, step.h);
-    ForwardStores<T, Cell>(a.f, e.direction).put_step(v, e.slot, e.column, step);
+    ForwardStores<T, Cell>(a.f, e.direction).put_step(v, e.rank, e.column, step);
   }
 
-  // After the projection of a step.
+  // Runs after the projection of a step.
   struct Projected : ElementKernel {
     using Arguments = StepwiseForward::Arguments;
 
@@ -175,15 +178,15 @@ struct StepwiseForward : ElementKernel {
       for_own_element(z, s, z.O, [&](const Element& e) {
         const Visit v = visit_of(s, e.direction == 0, a.i);
         const Rows<T> y = columns(a.f.y, e.direction * z.O);
-        if (e.slot >= v.active_end) {
-          if (!s.start) row_at(s, y, v.t, e.slot)[e.column] = T{};
+        if (e.rank >= v.active_end) {
+          if (!s.start) row_at(s, y, v.t, e.rank)[e.column] = T{};
           return;
         }
         const A made = a.y[e.place];
-        put(row_at(s, y, v.t, e.slot) + e.column, made);
-        put(a.h + e.place, is_cut_after(s, e.direction, v, e.slot) ? A(0) : made);
-        if (e.slot >= v.leaving) {
-          put(state_at(s, a.f.hn, e.direction, e.slot) + e.column, made);
+        put(row_at(s, y, v.t, e.rank) + e.column, made);
+        put(a.h + e.place, is_cut_after(s, e.direction, v, e.rank) ? A(0) : made);
+        if (e.rank >= v.leaving) {
+          put(state_at(s, a.f.hn, e.direction, e.rank) + e.column, made);
         }
       });
     }
@@ -194,8 +197,8 @@ struct StepwiseForward : ElementKernel {
 //
 //   sums = h'(t-1) W_hh^T      slots'(t) = fixed(t) + sums + biases',  (h, c)'(t) = tangent of cell
 //
-// fixed(t) are the products that no tangent of a state enters, made before for all steps. They
-// stand where the slots' will. What carries the states and takes projections is that of a forward
+// fixed(t) are the products that no tangent of a state enters, computed before for all steps. They
+// are in the memory that slots' will have. The states are carried, and projected, as in a forward
 // pass.
 template <typename T, typename Cell>
 struct StepwiseTangent : ElementKernel {
@@ -208,8 +211,8 @@ struct StepwiseTangent : ElementKernel {
     typename Forward::Arguments of;  // tangents: f.slots holds fixed(t), and then slots'
     Backward<T> values;
     const T* zeros;         // [max(H, O, planes H)]
-    const T* tangent_sums;  // [D, total, S*H] or null: what slots' have besides
-    T* m = nullptr;         // [D, N, H] where there is a projection: h before it, a value
+    const T* tangent_sums;  // [D, total, S*H] or null: further parts of slots'
+    T* m = nullptr;         // [D, N, H] if there is a projection: h before it, a value
   };
 
   RNNKERN_DEVICE static void run(const Arguments& a) {
@@ -223,23 +226,23 @@ struct StepwiseTangent : ElementKernel {
     const Steps& s = a.values.steps;
     const int64_t H = z.H;
     const Visit v = visit_of(s, e.direction == 0, of.i);
-    const bool is_active = e.slot < v.active_end;
+    const bool is_active = e.rank < v.active_end;
     const Rows<T> made = z.projected ? saved_rows(s, of.f.unprojected, e.direction, H)
                                      : columns(of.f.y, e.direction * H);
-    T* const h_to = is_active || !s.start ? row_at(s, made, v.t, e.slot) + e.column : nullptr;
+    T* const h_to = is_active || !s.start ? row_at(s, made, v.t, e.rank) + e.column : nullptr;
     if (!is_active) {
       if (h_to) *h_to = T{};  // a padded row past its end
       return;
     }
     Step<A> values;
-    BackwardLoads<T, Cell>(a.values, a.zeros, e.direction).get_step(v.t, e.slot, e.column, &values);
+    BackwardLoads<T, Cell>(a.values, a.zeros, e.direction).get_step(v.t, e.rank, e.column, &values);
     const auto slots_at = [&](auto* data) {
-      return row_at(s, saved_rows(s, data, e.direction, kShape.stored() * H), v.t, e.slot) +
+      return row_at(s, saved_rows(s, data, e.direction, kShape.stored() * H), v.t, e.rank) +
              e.column;
     };
     const T* const fixed = slots_at(of.f.slots);
     const T* const given = a.tangent_sums ? slots_at(a.tangent_sums) : nullptr;
-    const A* const sums = of.sums + (e.direction * s.N + e.slot) * kShape.gates * H + e.column;
+    const A* const sums = of.sums + (e.direction * s.N + e.rank) * kShape.gates * H + e.column;
     Step<Dual<A>> step;
 #pragma unroll
     for (int i = 0; i < kShape.stored(); ++i) {
@@ -267,11 +270,11 @@ struct StepwiseTangent : ElementKernel {
 #pragma unroll
     for (int i = 0; i < kShape.stored(); ++i) tangents.slot[i] = step.slot[i].tangent;
     tangents.h = step.h.tangent;
-    const bool is_cut = Forward::is_cut_after(s, e.direction, v, e.slot);
+    const bool is_cut = Forward::is_cut_after(s, e.direction, v, e.rank);
     if (z.projected) {
       of.m[e.place] = tangents.h;
       a.m[e.place] =
-          row_at(s, saved_rows(s, a.values.unprojected, e.direction, H), v.t, e.slot)[e.column];
+          row_at(s, saved_rows(s, a.values.unprojected, e.direction, H), v.t, e.rank)[e.column];
     } else {
       of.h[e.place] = is_cut ? A(0) : tangents.h;
     }
@@ -281,12 +284,13 @@ struct StepwiseTangent : ElementKernel {
       of.c[place_of_plane(e, z, j, kPlanes)] = is_cut ? A(0) : c_of(tangents, j);
     }
     *h_to = tangents.h;
-    ForwardStores<T, Cell>(of.f, e.direction).put_step(v, e.slot, e.column, tangents);
+    ForwardStores<T, Cell>(of.f, e.direction).put_step(v, e.rank, e.column, tangents);
   }
 };
 
-// On values (kOrders = 1), or on dual numbers (kOrders = 2): then by[0] are the values, whose
-// gradients are made again because nobody has kept them, and by[1] the tangents, which are wanted.
+// The backward pass on values (kOrders = 1) or on dual numbers (kOrders = 2). On dual numbers by[0]
+// has the values, whose gradients are recomputed because they were not kept, and by[1] the
+// tangents, which are the results.
 template <typename T, typename Cell, int kOrders = 1>
 struct StepwiseBackward : ElementKernel {
   using A = Compute<T>;
@@ -299,21 +303,21 @@ struct StepwiseBackward : ElementKernel {
     Backward<T> by[kOrders];
     const T* zeros;          // [max(H, O, planes H)]
     A* dh;                   // [D, orders, N, O]: the product of the step before
-    A* dh_direct = nullptr;  // [D, orders, N, H] where the cell itself reads h
+    A* dh_direct = nullptr;  // [D, orders, N, H] if the cell itself reads h
     A* dc = nullptr;         // [D, orders, N, planes*H]
-    T* dgates = nullptr;     // [D, orders, N, G*H]: what the product takes, zero where an episode
+    T* dgates = nullptr;     // [D, orders, N, G*H]: operand of the product, zero if an episode
                              // began
-    T* dy = nullptr;         // [D, orders, N, O] where there is a projection: what it takes,
-    // and the same of each step, if it is wanted: row r of a direction begins r O behind.
+    T* dy = nullptr;         // [D, orders, N, O] if there is a projection: its operand,
+    // and the same for each step, if it is wanted: row r of a direction begins at + r O.
     T* dprojected[kOrders][kMaxDirections] = {};
-    A* dm = nullptr;  // [D, orders, N, H] and what it makes
+    A* dm = nullptr;  // [D, orders, N, H] and its result
     int64_t i = 0;    // number of the step
   };
 
-  // The place of an element of an order, in rows of so many numbers.
+  // The place of an element of an order, in rows of `width` numbers.
   RNNKERN_DEVICE static int64_t place(const Arguments& a, const Element& e, int order,
                                       int64_t width) {
-    return ((e.direction * kOrders + order) * a.by[0].steps.N + e.slot) * width + e.column;
+    return ((e.direction * kOrders + order) * a.by[0].steps.N + e.rank) * width + e.column;
   }
   RNNKERN_DEVICE static int64_t place_of_dc(const Arguments& a, const Element& e, int order,
                                             int plane) {
@@ -337,38 +341,38 @@ struct StepwiseBackward : ElementKernel {
     }
   }
 
-  // The gradient of h as the step before has left it, which is that of h_0 where a row has ended.
+  // The gradient of h as the step before has left it. If the row has ended, it is that of h_0.
   RNNKERN_DEVICE static A dh_before(const Arguments& a, const Element& e, int order) {
     const Backward<T>& b = a.by[order];
     const Steps& s = b.steps;
     const Visit before = visit_of(s, e.direction == 1, a.i - 1);
-    if (e.slot >= before.active_end) return 0;
+    if (e.rank >= before.active_end) return 0;
     A dh = kShape.recurrent ? a.dh[place(a, e, order, b.sizes.O)] : A(0);
     if (kShape.reads_h) dh += a.dh_direct[place(a, e, order, b.sizes.H)];
-    if (e.slot >= before.leaving && b.dh0.data) {
-      put(state_at(s, b.dh0, e.direction, e.slot) + e.column, dh);
+    if (e.rank >= before.leaving && b.dh0.data) {
+      put(state_at(s, b.dh0, e.direction, e.rank) + e.column, dh);
     }
     return dh;
   }
 
-  // The gradient of the output of a row at a step that it takes part in.
+  // The gradient of the output of a row at a step in which it takes part.
   RNNKERN_DEVICE static A dy_of(const Arguments& a, const Element& e, const Visit& v, int order,
                                 A dh) {
     const Backward<T>& b = a.by[order];
-    if (e.slot >= v.entering) dh = element_of(b.steps, b.dhn, e.direction, e.slot, e.column);
-    return BackwardLoads<T, Cell>(b, a.zeros, e.direction).dy(v.t, e.slot, e.column) + dh;
+    if (e.rank >= v.entering) dh = element_of(b.steps, b.dhn, e.direction, e.rank, e.column);
+    return BackwardLoads<T, Cell>(b, a.zeros, e.direction).dy(v.t, e.rank, e.column) + dh;
   }
 
-  // Rows that never take part hand on what they have got.
+  // Rows that never take part pass on the gradients of their final states.
   template <typename State, typename Gradient>
   RNNKERN_DEVICE static void pass_if_idle(const Arguments& a, const Element& e, const State& from,
                                           const Gradient& to, int plane = 0) {
     const Steps& s = a.by[0].steps;
-    if (a.i > 0 || e.slot < active_rows(s, 0)) return;
-    pass_element(s, from, to, e.direction, e.slot, plane * a.by[0].sizes.H + e.column);
+    if (a.i > 0 || e.rank < active_rows(s, 0)) return;
+    pass_element(s, from, to, e.direction, e.rank, plane * a.by[0].sizes.H + e.column);
   }
 
-  // Before the product with W_hr.
+  // Runs before the product with W_hr.
   struct Projected : ElementKernel {
     using Arguments = StepwiseBackward::Arguments;
 
@@ -380,13 +384,13 @@ struct StepwiseBackward : ElementKernel {
         const V dh = by_order([&](int k) { return dh_before(a, e, k); });
         if (a.i == s.T) return;
         const Visit v = visit_of(s, e.direction == 1, a.i);
-        const bool is_active = e.slot < v.active_end;
+        const bool is_active = e.rank < v.active_end;
         if (!is_active && s.start) return;
 #pragma unroll
         for (int k = 0; k < kOrders; ++k) {
           const A dy = is_active ? dy_of(a, e, v, k, of_order(dh, k)) : A(0);
           const Rows<T> saved = {a.dprojected[k][e.direction], s.N * z.O, z.O};
-          if (saved.data) put(row_at(s, saved, v.t, e.slot) + e.column, dy);
+          if (saved.data) put(row_at(s, saved, v.t, e.rank) + e.column, dy);
           put(a.dy + place(a, e, k, z.O), dy);
         }
       });
@@ -410,10 +414,10 @@ struct StepwiseBackward : ElementKernel {
     if (!z.projected) dh = by_order([&](int k) { return dh_before(a, e, k); });
     if (a.i == s.T) return;
     const Visit v = visit_of(s, e.direction == 1, a.i);
-    const bool is_active = e.slot < v.active_end;
+    const bool is_active = e.rank < v.active_end;
     if (!is_active && s.start) return;
     T* const dslots =
-        row_at(s, saved_rows(s, last.dslots, e.direction, kShape.stored() * H), v.t, e.slot) +
+        row_at(s, saved_rows(s, last.dslots, e.direction, kShape.stored() * H), v.t, e.rank) +
         e.column;
     if (!is_active) {  // the products after the loop take all rows
 #pragma unroll
@@ -428,13 +432,13 @@ struct StepwiseBackward : ElementKernel {
 #pragma unroll
     for (int j = 0; j < kPlanes; ++j) {
       dc_of(step, j) = by_order([&](int k) {
-        return e.slot >= v.entering
-                   ? element_of(s, a.by[k].dcn, e.direction, e.slot, j * H + e.column)
+        return e.rank >= v.entering
+                   ? element_of(s, a.by[k].dcn, e.direction, e.rank, j * H + e.column)
                    : a.dc[place_of_dc(a, e, k, j)];
       });
     }
     Cell::backward(step);
-    const bool is_cut = cut(s, e.direction, v.t, e.slot);
+    const bool is_cut = cut(s, e.direction, v.t, e.rank);
 #pragma unroll
     for (int g = 0; g < kShape.stored(); ++g) put(dslots + g * H, of_order(step.slot[g], kLast));
 #pragma unroll
@@ -451,19 +455,19 @@ struct StepwiseBackward : ElementKernel {
       for (int j = 0; j < kPlanes; ++j) {
         const A dc = is_cut ? A(0) : of_order(dc_of(step, j), k);
         a.dc[place_of_dc(a, e, k, j)] = dc;
-        if (e.slot >= v.leaving && a.by[k].dc0.data) {
-          put(state_at(s, a.by[k].dc0, e.direction, e.slot) + j * H + e.column, dc);
+        if (e.rank >= v.leaving && a.by[k].dc0.data) {
+          put(state_at(s, a.by[k].dc0, e.direction, e.rank) + j * H + e.column, dc);
         }
       }
     }
   }
 
-  // What forward, and its tangent, have left.
+  // Loads what the forward pass and its tangent have left.
   RNNKERN_DEVICE static void load_step(const Arguments& a, const Element& e, const Visit& v,
                                        Step<V>* to) {
     const auto load = [&](int order, Step<A>* step) {
       BackwardLoads<T, Cell>(a.by[order], a.zeros, e.direction)
-          .get_step(v.t, e.slot, e.column, step);
+          .get_step(v.t, e.rank, e.column, step);
     };
     const auto load_own = [&](int order, auto parameter) {
       load_parameters<Cell>(a.by[order].weights[e.direction], e.column, parameter);

@@ -1,14 +1,14 @@
 // The product of one block in one step:  sums[m][n] = sum over k of a[m][k] b[n][k],  a the block's
 // part of the weights, prepared once, b rows of a state or of gradients that change with each step.
 //
-// k comes in chunks of 64 bytes. A warp takes whole chunks, all rows m and all columns n of them,
-// so what is in b is read once in a block; the warps' sums are added through shared memory
-// afterwards, always in the same order. Lane 4 g + q holds bytes 16 q to 16 q + 15 of the chunk for
-// columns g, g + 8, ... of b, straight from where the other blocks have written it.
+// k comes in chunks of 64 bytes. A warp takes whole chunks, all rows m and all columns n of them.
+// So each number of b is read once in a block. Afterwards the sums of the warps are added through
+// shared memory, always in the same order. Lane 4 g + q holds bytes 16 q to 16 q + 15 of the chunk
+// for columns g, g + 8, ... of b, which it reads where the other blocks have written them.
 //
-// Operands E: Bf16, F16 and Tf32 meet on the tensor cores; float and double are multiplied one by
-// one, all of a chunk's k in the order in which they stand, for results as exact as those of the
-// CPU.
+// Operands E of Bf16, F16 and Tf32 are multiplied on the tensor cores. Those of float and double
+// are multiplied one by one, all k of a chunk in their order in memory, for results as exact as
+// those of the CPU.
 #pragma once
 
 #include "cuda/device.cuh"
@@ -28,20 +28,20 @@ using cuda::kChunkBytes, cuda::kTileColumns, cuda::kTileRows;
 template <typename E>
 constexpr int kChunkElements = kChunkBytes / int(sizeof(E));
 
-// Quads of a row of a chunk.
+// How many quads a row of a chunk has.
 constexpr int kQuadsOfRow = kChunkBytes / int(sizeof(Quad));
 
 template <typename E>
 constexpr bool kOnTensorCores = sizeof(E) == 2 || std::is_same_v<E, Tf32>;
 
-// Numbers as operands.
+// Stores a number as an operand.
 RNNKERN_DEVICE void put_operand(float* to, float x) { *to = x; }
 RNNKERN_DEVICE void put_operand(double* to, double x) { *to = x; }
 RNNKERN_DEVICE void put_operand(Bf16* to, float x) { *to = narrowed<Bf16>(x); }
 RNNKERN_DEVICE void put_operand(F16* to, float x) { *to = narrowed<F16>(x); }
 RNNKERN_DEVICE void put_operand(Tf32* to, float x) { *to = to_tf32(x); }
 
-// As an operand: as it is stored, if that is what is multiplied.
+// A stored number as an operand.
 template <typename E, typename T>
 RNNKERN_DEVICE E operand(T stored) {
   if constexpr (std::is_same_v<T, E>) {
@@ -53,7 +53,7 @@ RNNKERN_DEVICE E operand(T stored) {
   }
 }
 
-// The warps' sums in shared memory: [warp], then as sum_place has them.
+// The sums of the warps in shared memory: [warp], then in the order of sum_place.
 template <typename A, int kRows, int kColumns>
 struct Partials {
   static constexpr int kOfWarp = kRows * kColumns;
@@ -66,7 +66,7 @@ struct Partials {
   RNNKERN_DEVICE A* of(int warp) const { return sums + warp * kOfWarp; }
 };
 
-// How many of `lanes` fall on the most visited of the 32 banks. place(lane) is a lane's word.
+// How many of `lanes` use the same one of the 32 banks, at most. place(lane) is a lane's word.
 template <typename Place>
 constexpr int bank_conflicts(int lanes, Place place) {
   int visits[32] = {}, most = 0;
@@ -93,15 +93,15 @@ static_assert(conflicts_of_reads(4, 16) == 1 && conflicts_of_reads(8, 16) == 1 &
               conflicts_of_reads(16, 16) == 1 && conflicts_of_reads(32, 16) == 1);
 static_assert(conflicts_of_reads(4, 32) == 1 && conflicts_of_reads(8, 32) == 1 &&
               conflicts_of_reads(16, 32) == 1 && conflicts_of_reads(32, 32) == 1);
-// Units of a GRU, whose number is no power of two.
+// The units of a GRU, whose number is no power of two.
 static_assert(conflicts_of_reads(5, 8) <= 2 && conflicts_of_reads(10, 16) <= 2);
 
 template <typename E, int kRowTiles, int kColumnTiles, bool = kOnTensorCores<E>>
 class Tile;
 
-// On the tensor cores. A chunk of a: [row tile][half][lane] quads. Products that add to the same
-// sums follow each other slowly. So a small tile has several sums of its rows and columns, which
-// are added at the end: of the halves of a chunk, and of chunks in turn.
+// The tile on the tensor cores. A chunk of a is [row tile][half][lane] quads. A product must wait
+// for the one before if both add to the same sums. So a small tile has several sums for each row
+// and column, which are added at the end: for the halves of a chunk, and for chunks in turn.
 template <typename E, int kRowTiles, int kColumnTiles>
 class Tile<E, kRowTiles, kColumnTiles, true> {
   static constexpr int kTiles = kRowTiles * kColumnTiles;
@@ -111,7 +111,7 @@ class Tile<E, kRowTiles, kColumnTiles, true> {
   using A = float;
   static constexpr int kRows = kRowTiles * kTileRows, kColumns = kColumnTiles * kTileColumns;
 
-  // The word of a packed chunk where bytes 4 word to 4 word + 3 of row m stand.
+  // The word of a packed chunk that has bytes 4 word to 4 word + 3 of row m.
   RNNKERN_DEVICE static int place(int m, int word) {
     const int q = word / 4, half = word % 4 / 2, lane = m % 8 * 4 + q;
     const int in_quad = m % kTileRows / 8 + 2 * (word % 2);
@@ -124,8 +124,8 @@ class Tile<E, kRowTiles, kColumnTiles, true> {
     return reinterpret_cast<E*>(reinterpret_cast<char*>(chunk) + place(m, byte / 4) * 4 + byte % 4);
   }
 
-  // From bytes 16 q to 16 q + 15 of rows g and g + 8 of a row tile, the two quads of lane 4 g + q;
-  // and where they stand in a chunk.
+  // Makes the two quads of lane 4 g + q from bytes 16 q to 16 q + 15 of rows g and g + 8 of a row
+  // tile. place_of_quad is their place in a chunk.
   RNNKERN_DEVICE static void arrange(const Quad (&rows)[2], Quad (&quads)[2]) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -143,14 +143,14 @@ class Tile<E, kRowTiles, kColumnTiles, true> {
 #pragma unroll
     for (int i = 0; i < kRowTiles * 2; ++i) add_half(i, chunk, a[i * kWarp + lane], b);
   }
-  // With the lane's own quads of a.
+  // The same with the lane's own quads of a.
   RNNKERN_DEVICE void add_held(const Quad (&a)[kRowTiles * 2], const Quad (&b)[kColumnTiles],
                                int chunk) {
 #pragma unroll
     for (int i = 0; i < kRowTiles * 2; ++i) add_half(i, chunk, a[i], b);
   }
 
-  // Adds the sums of another one.
+  // Adds the sums of another tile.
   RNNKERN_DEVICE void add(const Tile& other) {
     static_assert(kChains == 1);
 #pragma unroll
@@ -172,7 +172,7 @@ class Tile<E, kRowTiles, kColumnTiles, true> {
       for (int n = 0; n < kColumnTiles; ++n) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          // Two columns at once, which sum_place exchanges in every other row tile.
+          // Two columns are stored at once. sum_place exchanges them in every other row tile.
           const int place = to.place(m * kTileRows + g + 8 * half, n * kTileColumns + 2 * q);
           const int first = 2 * half + m % 2, second = 2 * half + 1 - m % 2;
           *reinterpret_cast<Pair*>(own + (place & ~1)) = {sum(m, n, first), sum(m, n, second)};
@@ -186,7 +186,7 @@ class Tile<E, kRowTiles, kColumnTiles, true> {
     A of[2];
   };
 
-  // Of a row tile and a half of the chunk.
+  // The products of a row tile and a half of the chunk.
   RNNKERN_DEVICE void add_half(int i, int chunk, const Quad& left, const Quad (&b)[kColumnTiles]) {
     const int m = i / 2, half = i % 2;
     const int chain = (half + chunk % 2 * 2) % kChains;
@@ -206,7 +206,7 @@ class Tile<E, kRowTiles, kColumnTiles, true> {
   A sums_[kChains][kRowTiles][kColumnTiles][4] = {};
 };
 
-// One by one. A chunk of a: [m][16] words, as they come.
+// The tile that multiplies one by one. A chunk of a is [m][16] words, in their order.
 template <typename E, int kRowTiles, int kColumnTiles>
 class Tile<E, kRowTiles, kColumnTiles, false> {
  public:
@@ -221,7 +221,7 @@ class Tile<E, kRowTiles, kColumnTiles, false> {
     return reinterpret_cast<E*>(reinterpret_cast<char*>(chunk) + place(m, byte / 4) * 4 + byte % 4);
   }
 
-  // The quads of lane 4 g + q: those of rows g and g + 8.
+  // The quads of lane 4 g + q are those of rows g and g + 8.
   RNNKERN_DEVICE static void arrange(const Quad (&rows)[2], Quad (&quads)[2]) {
     quads[0] = rows[0], quads[1] = rows[1];
   }
@@ -256,7 +256,7 @@ class Tile<E, kRowTiles, kColumnTiles, false> {
     }
   }
 
-  // The four lanes of a column add their sums up, each for a quarter of the rows.
+  // Adds up the sums of the four lanes of a column. Each lane gets a quarter of the rows.
   RNNKERN_DEVICE void store(const Partials<A, kRows, kColumns>& to, int warp) const {
     const int g = thread_index() % kWarp / 4, q = thread_index() % 4;
     A* const own = to.of(warp);
@@ -277,8 +277,8 @@ class Tile<E, kRowTiles, kColumnTiles, false> {
     A of[kPerQuad];
   };
 
-  // Of two lanes that differ in `bit`, one gets the sum of both's first, the other of both's
-  // second.
+  // Of two lanes whose numbers differ in `bit`, one gets the sum of their first values, and the
+  // other the sum of their second values.
   RNNKERN_DEVICE static A pair(A first, A second, int bit) {
     const bool upper = thread_index() & bit;
     return (upper ? second : first) + from_lane_xor(upper ? first : second, bit);

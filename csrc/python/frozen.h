@@ -180,7 +180,7 @@ class Frozen {
     }
   }
 
-  // By a mode of torch, a profiler or autograd.
+  // Whether a mode of torch, a profiler or autograd has to see the call.
   static bool has_to_be_seen(py::handle x, const PlainStates& states) {
     return mode_refusal() || is_profiled() || wants_gradient(std::array<py::handle, 1>{x}, states);
   }
@@ -197,7 +197,7 @@ class Frozen {
     if (o.steps.T == 0) throw Refused("the sequence has no steps");
   }
 
-  // The states of one layer, of those of all.
+  // The states of one layer, out of those of all layers.
   template <typename U>
   State<U> of_layer(const State<U>& all, int layer) const {
     return {all.data ? all.data + layer * layer_.directions * all.direction : nullptr,

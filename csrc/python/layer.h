@@ -32,13 +32,13 @@ struct Layer {
 
   bool operator==(const Layer&) const = default;
 
-  // Per direction.
+  // The number of weights of one direction.
   int tensors() const {
     const CellShape shape = known_shape(cell);
     return (1 + shape.recurrent) * (1 + bias) + projected + shape.parameters;
   }
   bool has_cell_state() const { return known_shape(cell).cell_state; }
-  // Features of c.
+  // The number of features of c.
   int64_t cell_width() const { return known_shape(cell).planes() * hidden; }
   const char* mode() const { return known_cell(cell).mode; }
 };
@@ -66,7 +66,7 @@ inline bool tf32_for(const Layer& layer) {
   return layer.by_bfloat16 || is_tf32_allowed(layer.is_cell);
 }
 
-// The Python object of a layer: equal layers share one while it is among the last ones made.
+// The Python object of a layer. Equal layers share one, as long as it is among the last kKept.
 inline py::object object_of(const Layer& layer) {
   constexpr size_t kKept = 64;
   static auto& kept = *new std::deque<std::pair<Layer, py::object>>();  // outlives the interpreter

@@ -38,7 +38,8 @@ inline bool is_tensor(py::handle object) {
   return type == api.tensor || type == api.parameter;
 }
 
-// f(T{}) for elements T of this dtype. If no kernel knows them, a false value of what f returns.
+// Calls f(T{}) for elements T of this dtype. If no kernel knows them, returns a false value of the
+// type that f returns.
 template <typename F>
 auto with_element(dlpack::DataType dtype, F f) {
   if (dtype == dlpack::kDataType<float>) return f(float{});
@@ -86,8 +87,8 @@ inline const char* refusal_of(py::handle object, const TensorView* like, TensorV
   return nullptr;
 }
 
-// A view of an operand that a kernel covers; the caller finds out with `refusal` why one is not.
-// With `gaps` it may have some, and that says whether it has.
+// A view of an operand, which must be one that a kernel covers; `refusal` tells the caller why one
+// is not. If `gaps` is given, the operand may have gaps, and `gaps` says whether it has.
 template <typename T>
 TensorView float_view(py::handle object, const char* name, bool* gaps = nullptr) {
   TensorView view;
@@ -223,7 +224,8 @@ class Operands {
     return rows_of<U>(view(object, name), features);
   }
 
-  // As rows, but the last axis may be expanded from one element, as in the gradient of a sum.
+  // The same for a gradient. Its last axis may be expanded from one element, as in the gradient of
+  // a sum.
   Rows<const T> incoming_rows(py::handle object, const char* name, int64_t features,
                               bool* uniform) {
     if (object.is_none()) return {};
@@ -243,7 +245,7 @@ class Operands {
     return state_of<U>(view(object, name), features);
   }
 
-  // As state, for a gradient. If it has gaps, as the gradient of a sum has, a dense copy is read.
+  // The same for a gradient. If it has gaps, as the gradient of a sum has, a dense copy is read.
   State<const T> incoming_state(py::handle object, const char* name, int64_t features) {
     if (object.is_none()) return {};
     bool gaps = false;
@@ -276,7 +278,7 @@ class Operands {
     if (!kept) throw py::error_already_set();
     return py::reinterpret_steal<py::object>(kept);
   }
-  // Whether that takes longer than to copy the rows.
+  // Whether there are so few rows that copying them takes less time than `keep_rows`.
   bool are_few_rows(int64_t features) const {
     return is_small(device(), rows_shape(features), dlpack::kDataType<T>, deterministic);
   }
@@ -353,9 +355,9 @@ class Operands {
   }
   py::object make_slots(T** data) const { return make(slots_shape(), data); }
 
-  // The gradients of the weights that are wanted, in the order of the weights: is_wanted(their
-  // place behind what has been made). New tensors, or those of `sums` if there are any; then None
-  // is made.
+  // Appends the gradients of the weights to `made`, in the order of the weights: new tensors, or
+  // None for those that are not wanted. is_wanted(i) is about entry i of `made`. If there are
+  // `sums`, the gradients are added to these, and None is appended.
   template <typename IsWanted>
   void make_gradients(IsWanted is_wanted, const py::sequence& sums, py::list* made,
                       WeightGradients<T>* out) const {
@@ -457,7 +459,8 @@ class Operands {
     }
   }
 
-  // On a GPU nobody can look at them here: sequence.py has made them.
+  // On a GPU they are not checked, because the CPU would have to wait for them. sequence.py has
+  // made them.
   void read_active(py::handle object) {
     const TensorView v = index_view(object, "active rows", device());
     v.expect_shape({steps.T});
@@ -465,7 +468,8 @@ class Operands {
     steps.active = v.data<const int64_t>();
   }
 
-  // Those of a packed sequence, which are on the CPU; `placed` is the same for another device.
+  // The batch sizes of a packed sequence are on the CPU. `placed` has them on another device, with
+  // the row at which each step begins.
   void read_batch_sizes(py::handle object, py::handle placed) {
     const TensorView v = index_view(object, "batch_sizes", kHost);
     if (v.tensor.ndim != 1) v.fail("must have one axis");
@@ -497,7 +501,7 @@ class Operands {
     const TensorView v = index_view(object, "order of rows", device());
     v.expect_shape({steps.N});
     steps.order = v.data<const int64_t>();
-    if (device().type != dlpack::kCpu) return;  // sequence.py has looked
+    if (device().type != dlpack::kCpu) return;  // sequence.py has checked it
     std::vector<bool> seen(size_t(steps.N), false);
     for (int64_t k = 0; k < steps.N; ++k) {
       const int64_t row = steps.order[k];
@@ -568,7 +572,7 @@ class Operands {
   const Layer& layer_;
   py::handle object_;
   TensorView x_;
-  // One step, whose tensors have no axis of time: [N, F], or [F] of a single row.
+  // A cell runs one step, and its tensors have no axis of time: [N, F], or [F] for a single row.
   const bool of_a_cell_;
   std::vector<int64_t> start_;
   std::vector<py::object> copies_;

@@ -1,4 +1,4 @@
-// What a call asks for besides a scan (rnnkern/options.py), from Python.
+// The options of a call (rnnkern/options.py), from Python.
 #pragma once
 
 #include "python/operands.h"
@@ -33,7 +33,7 @@ struct CallOptions {
   bool normalises() const { return gain_count() > 0; }
   size_t gain_count() const { return gains.ptr() ? gains.size() : 0; }
 
-  // Lets a pass over these operands have the options.
+  // Checks the options against the operands of a pass, and puts them into it.
   template <typename T, typename Scan>
   void give(Operands<T>& o, Scan* scan) const {
     if (is_default()) return;

@@ -49,7 +49,7 @@ struct LayerAttributes {
       "bias", "batch_first", "_flat_weights_names", "_flat_weights", "_parameters"};
 };
 
-// Of a cell, its weights among them.
+// The same for a cell, with its weights.
 struct CellAttributes {
   enum Name {
     kInput,
@@ -130,13 +130,14 @@ inline bool has_methods_of(py::handle theirs, py::handle type) {
   return true;
 }
 
-// What is asked of a class of modules once.
+// What is found out about a class of modules, once.
 struct ModuleClass {
   // Attributes of such modules are in the module's own namespace, and the methods that forward
   // calls are torch.nn's. So the class neither has the attributes, as properties for example, nor
   // looks them up in a way of its own.
   bool plain = false;
-  // Of a class such as LSTMCell; nothing for RNNCell, because its modules have the nonlinearity.
+  // The cell of a class such as LSTMCell. Nothing for RNNCell, because each module has its
+  // nonlinearity.
   std::optional<CellId> cell;
 };
 
@@ -158,8 +159,8 @@ ModuleClass look_at_class(py::handle type) {
   return found;
 }
 
-// Asked again only when the class has changed (CPython gives it another version tag then; 0 is
-// none).
+// It is found out again only when the class has changed: CPython then gives it another version tag,
+// where 0 is none.
 template <typename Attributes>
 ModuleClass module_class(PyTypeObject* type) {
   struct Answer {
@@ -253,7 +254,7 @@ inline std::optional<PlainModule> plain_module(py::handle module, int64_t featur
     if (!PyDict_Next(found[A::kParameters], &place, &key, &weight) || !is_same_name(key, name)) {
       weight = find_in(found[A::kParameters], name);
     }
-    // Somebody may have put another tensor into the list, or into the module's namespace.
+    // The caller may have put another tensor into the list, or into the module's namespace.
     if (!weight || weight == Py_None || weight != PyList_GET_ITEM(found[A::kWeights], i) ||
         find_in(space.ptr(), name)) {
       return std::nullopt;
@@ -292,7 +293,7 @@ inline std::optional<PlainModule> plain_cell_module(py::handle module, int64_t f
   int missing = 0;
   for (A::Name name : {A::kWeightIh, A::kWeightHh, A::kBiasIh, A::kBiasHh}) {
     PyObject* weight = find_in(parameters, name_of<A>(name));
-    // Somebody may have put another tensor into the module's namespace.
+    // The caller may have put another tensor into the module's namespace.
     if (!weight || own(name)) return std::nullopt;
     if (weight == Py_None) {
       ++missing;

@@ -10,7 +10,7 @@
 
 namespace rnnkern {
 
-// Lets other Python threads run meanwhile if that takes longer than to switch to them, which is
+// Lets other Python threads run during the scan if it takes longer than switching to them, which is
 // about 4 us.
 template <typename Run>
 void with_interpreter_released(const Sizes& sizes, const Steps& steps, Run run) {
@@ -22,9 +22,9 @@ void with_interpreter_released(const Sizes& sizes, const Steps& steps, Run run) 
   run();
 }
 
-// On the CPU it has run when this returns. On a GPU it is queued on torch's present stream; scratch
-// memory is torch's, whose allocator gives it to nobody else before the kernels of that stream are
-// done.
+// On the CPU the scan has run when this returns. On a GPU it is queued on torch's current stream.
+// Its scratch memory comes from torch's allocator, which does not reuse it before the kernels of
+// that stream are done.
 template <typename T, typename Scan>
 void run_on_device(const Operands<T>& operands, const Scan& scan) {
   const dlpack::Device device = operands.device();
@@ -44,7 +44,8 @@ void run_on_device(const Operands<T>& operands, const Scan& scan) {
       kept = operands.make(dense({int64_t((bytes + sizeof(T) - 1) / sizeof(T))}), &memory);
       return reinterpret_cast<char*>(memory);
     };
-    // Always, because a launch may wait: for cuBLAS' lock, or if the device's queue is full.
+    // The interpreter is always released, because a launch may wait: for cuBLAS' lock, or for room
+    // in the device's queue.
     const py::gil_scoped_release release;
     cuda::run(scan, call, allocate);
   }

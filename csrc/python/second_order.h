@@ -9,8 +9,8 @@ namespace rnnkern {
 
 // Operands of a layer as Python has them; None means zeros. A point is (x, h_0, c_0, weights,
 // steps, y, saved, slots, incoming): `slots` are the gradients of the slots, `incoming` those of
-// (y, h_n, c_n). A direction is (x, h_0, c_0, weights, slots, incoming): `slots` are the sums of
-// the slots.
+// (y, h_n, c_n). A tangent is (x, h_0, c_0, weights, slots, incoming): `slots` are further changes
+// of the pre-activations.
 struct SecondOrderOperands {
   py::object x, h0, c0, weights, steps, y, saved, slots, incoming;
 

@@ -21,7 +21,8 @@ bool requires_gradient(const Operands& operands) {
   return false;
 }
 
-// A gradient of these operands is to be recorded: the modes of torch ask for it, and one of them.
+// Whether a gradient of these operands is to be recorded: torch's modes allow it, and one of the
+// operands requires it.
 template <typename... Operands>
 bool wants_gradient(const Operands&... operands) {
   return is_so(api.grad_enabled) && (requires_gradient(operands) || ...) &&

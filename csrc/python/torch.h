@@ -24,13 +24,13 @@ struct TorchApi {
   PyTypeObject *tensor, *parameter;
   // Methods of torch.Tensor, as plain functions of a tensor.
   PyObject *is_neg, *new_empty_strided, *contiguous;
-  // A copy of a tensor that is made when either is written to.
+  // Makes a copy of a tensor when the tensor or the copy is written to.
   PyObject* lazy_clone;
   // Questions without arguments.
   PyObject *num_threads, *deterministic, *grad_enabled, *inference_mode;
   PyObject* graph_is_kept;  // by the backward pass under way
   PyObject *autocast_on_cpu, *autocast_on_cuda;
-  // How float32 is multiplied there by recurrent layers of cuDNN, and by all else: strings.
+  // Names how float32 is multiplied on a GPU: by recurrent layers of cuDNN, and by everything else.
   PyObject *cudnn_enabled, *float32_of_layers, *float32_of_products;
   PyObject* matmul_precision;  // torch.get_float32_matmul_precision: a string
   std::vector<Mode> modes;
@@ -68,7 +68,7 @@ inline bool is_autocast(dlpack::Device device) {
   return is_so(device.type == dlpack::kCuda ? api.autocast_on_cuda : api.autocast_on_cpu);
 }
 
-// As torch.nn would have it on a GPU, whose layers are cuDNN's and whose cells are products:
+// Follows torch.nn on a GPU, whose layers are cuDNN's and whose cells are matrix products:
 // torch.backends.cudnn.rnn.fp32_precision or torch.backends.cuda.matmul.fp32_precision, or the
 // older flags allow_tf32.
 inline bool is_tf32_allowed(bool is_cell) {
@@ -90,7 +90,7 @@ inline MatmulPrecision matmul_precision() {
                       : MatmulPrecision::kHighest;
 }
 
-// The stream that torch works on now, a cudaStream_t.
+// The current stream of torch, a cudaStream_t.
 inline void* current_stream(dlpack::Device device) {
   void* stream = nullptr;
   if (api.exchange->current_stream(device.type, device.id, &stream) != 0) {
@@ -147,7 +147,7 @@ inline void bind_torch() {
   api.profiler = keep(py::module_::import("torch.autograd.profiler").attr("__dict__"));
 }
 
-// Why no kernel may run in the present mode of torch, or null.
+// Why no kernel may run in the current mode of torch, or null.
 inline const char* mode_refusal() {
   for (const Mode& mode : api.modes) {
     if (is_so(mode.question)) return mode.reason;

@@ -4,16 +4,16 @@ Given the operands and the outputs, all gates of all steps are one product. What
 step by step is linear. Every function consists of differentiable operators of torch, so it can be
 differentiated, vmapped and traced again, to any order.
 
-``a`` are the sums of the slots (`csrc/cells/cell.h`), ' is the derivative in a direction, and
-``da`` and ``dh`` are gradients of a scalar:
+``a`` are the sums of the slots (`csrc/cells/cell.h`), ' is a tangent: the change that a given
+change v of the operands makes. ``da`` and ``dh`` are gradients of a scalar:
 
     a'(t) = W_ih x'(t) + W_hh h'(t-1) + W_ih' x(t) + W_hh' h(t-1) + b'
     h'(t) = gain(t) a'(t) + ...
     da'(t) = gain(t) dh'(t) + gain'(t) dh(t)
     dh'(t-1) = W_hh^T da'(t) + W_hh'^T da(t) + ...
 
-The gradients of <v, gradients> are the derivative of the gradients in the direction v, because
-second derivatives commute. So one function serves double backward and forward over reverse.
+The gradients of <v, gradients> are the tangents of the gradients for that v, because second
+derivatives commute. So one function serves double backward and forward over reverse.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def _without_autocast(function: _F) -> _F:
 def tangent(
     layer: Layer, steps: Steps | None, at: Operands, change: Operands
 ) -> tuple[Tensor, Tensor, Maybe]:
-    """The derivatives of ``y, h_n, c_n`` in a direction."""
+    """The tangents of ``y, h_n, c_n`` for a change of the operands."""
     frames = Frames(layer, steps, at)
     found = []
     for d in range(layer.directions):
@@ -68,17 +68,17 @@ def of_backward(
     change: Operands,
     changes: Gradients,
 ) -> tuple[tuple[Tensor, Tensor, Maybe], tuple[Tensor, Maybe, Maybe, list[Maybe], Tensor]]:
-    """The derivative of forward and backward pass in a direction.
+    """The tangents of the results of the forward and the backward pass.
 
     Args:
         gradients: the incoming ones, and those of the slots as backward has found them.
-        change: the direction in the operands.
-        changes: the direction in the incoming gradients; its ``slots`` are the direction in the
-            sums of the slots themselves.
+        change: of the operands.
+        changes: of the incoming gradients. Its ``slots`` are a further change of the sums of the
+            slots.
 
     Returns:
-        The derivatives of ``y, h_n, c_n``; and those of the gradients of ``x, h_0, c_0, weights``
-        and slots.
+        The tangents of ``y, h_n, c_n``; and those of the gradients of ``x, h_0, c_0, weights`` and
+        slots.
     """
     frames = Frames(layer, steps, at)
     changed, adjoints = [], []

@@ -111,8 +111,7 @@ def _fake_run_forward(
     c0: Maybe = None,
     active: Maybe = None,
     order: Maybe = None,
-    reset: Maybe = None,
-    placed: Maybe = None,
+    *_: Maybe,
 ) -> list[Tensor]:
     layer = Layer.of_code(code)
     y, hn, cn = fake_outputs(x, weights, code, active, order, h0)
@@ -209,10 +208,7 @@ def _fake_run_backward(
     saved: Maybe = None,
     h0: Maybe = None,
     c0: Maybe = None,
-    active: Maybe = None,
-    order: Maybe = None,
-    reset: Maybe = None,
-    placed: Maybe = None,
+    *_: Maybe,
 ) -> list[Tensor]:
     layer = Layer.of_code(code)
     shapes = [w.shape for w in weights] + [s.shape for s in (h0, c0) if s is not None]

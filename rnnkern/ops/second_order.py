@@ -49,13 +49,13 @@ def by_kernel(
 
     point = (*operands(at), steps, own(at.y), own(saved))
     point += (own(gradients.slots), [own(z) for z in gradients[:3]])
-    direction = (*operands(change), own(changes.slots), [own(z) for z in changes[:3]])
+    tangent = (*operands(change), own(changes.slots), [own(z) for z in changes[:3]])
     of_x, of_h0, of_c0, *of_weights = wanted or [True] * (3 + len(at.weights))
     flags = [of_x, *of_weights]
     flags += [flag for s, flag in ((at.h0, of_h0), (at.c0, of_c0)) if s is not None]
     kernel = kernel_for(layer.code, at.weights)
     run = kernels.profiled(kernel.second_order, layer.mode, " second order")
-    outputs, made, slots = run(point, direction, flags)
+    outputs, made, slots = run(point, tangent, flags)
     ended = ended_rows(steps)
     if ended is not None:
         slots.masked_fill_(ended, 0)

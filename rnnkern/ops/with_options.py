@@ -64,7 +64,7 @@ def scan(
 
 
 def _is_seen(x: Tensor) -> bool:
-    """Whether someone has to see the operator itself, and not only what it computes."""
+    """Whether a mode or transform has to see the operator itself, and not only its results."""
     return is_compiling() or has_modes() or not runs_on_kernels(x)
 
 

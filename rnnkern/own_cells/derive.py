@@ -202,7 +202,7 @@ def _pulled(y: Expression, g: Expression) -> list[tuple[Expression, Expression]]
 def tangents(
     outputs: Sequence[Expression], of: Mapping[int, Expression]
 ) -> list[Expression | None]:
-    """The changes of the outputs with those of some nodes; None for no change."""
+    """The changes of the outputs, given those of some nodes; None for an output without change."""
     found: dict[int, Expression | None] = dict(of)
     for node in reachable(outputs, [node for node in reachable(outputs) if node.index in of]):
         if node.index not in found:
@@ -211,7 +211,7 @@ def tangents(
 
 
 def _pushed(y: Expression, changes: Sequence[Expression | None]) -> Expression | None:
-    """The change of y with those of its arguments."""
+    """The change of y, given those of its arguments."""
     if y.is_condition or all(change is None for change in changes):
         return None
     if y.op == "where":
@@ -225,7 +225,10 @@ def _pushed(y: Expression, changes: Sequence[Expression | None]) -> Expression |
 def cost(
     outputs: Iterable[Expression], available: Sequence[Expression], missing: Sequence[Expression]
 ) -> float:
-    """Of computing the outputs from what is available; infinite if one of the missing is needed."""
+    """The operations that compute the outputs from what is available.
+
+    They are infinite if something that is missing is needed.
+    """
     stops = {node.index for node in available}
     absent = {node.index for node in missing} - stops
     needed = [node for node in reachable(outputs, available) if node.index not in stops]
@@ -242,9 +245,9 @@ def _choose_saved(
 ) -> tuple[Expression, ...]:
     """The numbers to save, at most ``room``, from which backward takes the fewest operations.
 
-    The states before are there without being saved, and so is c. If h is enough besides, then
-    nothing is saved. Begins with the sums that the cell was given, from which everything can be
-    recomputed, and changes one of them at a time for the better.
+    Backward has the states before the step and c in any case. If it needs nothing else but h,
+    nothing is saved. The search begins with the sums that the cell was given, from which everything
+    can be recomputed, and replaces or adds one number at a time, as long as the cost falls.
     """
     leaves = [leaf for slot in slots for leaf in (slot.args or (slot,))]
     states = [*new[1:]]

@@ -103,7 +103,7 @@ class _Body:
             self.known[node.index] = f"v{node.index}"
 
     def load(self, node: Expression, text: str) -> None:
-        """Reads before anything is written. Two states may be one and the same expression."""
+        """Reads a node, before anything is written. Two states may be the same expression."""
         if node.index in self.known:
             return
         name = f"v{node.index}"
@@ -115,7 +115,7 @@ class _Body:
         self.lines.append(f"    {to} = {value};\n")
 
     def vector(self, node: Expression) -> str:
-        """A node as a V."""
+        """The text of a node as a V."""
         return f"V{{}} + {_number(node)}" if node.op == "constant" else self.known[node.index]
 
     def _operand(self, node: Expression) -> str:
@@ -165,7 +165,7 @@ def _number(node: Expression) -> str:
 
 
 def _place(derived: Derived, k: int, of_h: str, of_c: str, of_more: str) -> str:
-    """Where a step has something of state k."""
+    """The field of a ``Step`` for state k, or for a gradient of it."""
     return f"s.{of_h}" if k == 0 else f"s.{of_c}" if k == 1 else f"s.{of_more}[{k - 2}]"
 
 
@@ -174,7 +174,7 @@ def _new_places(derived: Derived) -> list[str]:
 
 
 def _states(derived: Derived) -> list[tuple[str, str]]:
-    """Leaves of the states before a step, and where a step has them."""
+    """The leaves of the states before a step, and their fields in a ``Step``."""
     return [
         (f"prev.{state}", _place(derived, k, "h_prev", "c_prev", "more_prev"))
         for k, state in enumerate(derived.states)
@@ -183,7 +183,7 @@ def _states(derived: Derived) -> list[tuple[str, str]]:
 
 
 def _incoming(derived: Derived) -> list[tuple[str, str]]:
-    """Leaves of the gradients of the new states, and where a step has them."""
+    """The leaves of the gradients of the new states, and their fields in a ``Step``."""
     return [
         (f"d.{state}", _place(derived, k, "dh", "dc", "dmore"))
         for k, state in enumerate(derived.states)
@@ -191,7 +191,7 @@ def _incoming(derived: Derived) -> list[tuple[str, str]]:
 
 
 def _load_given(body: _Body, derived: Derived, part: str = "") -> None:
-    """The states before, and the parameters."""
+    """Loads the states before the step, and the parameters."""
     leaf = derived.new[0].graph.leaf
     for name, text in _states(derived):
         body.load(leaf(name), text + part)
@@ -200,7 +200,7 @@ def _load_given(body: _Body, derived: Derived, part: str = "") -> None:
 
 
 def _own(derived: Derived) -> list[Expression]:
-    """The parameters in their order: leaves are made in it, by the arguments of the cell."""
+    """The parameters in their order, in which the arguments of the cell have made their leaves."""
     nodes = derived.new[0].graph.nodes
     return [n for n in nodes if n.op == "leaf" and n.value.startswith("own.")]
 
@@ -223,10 +223,16 @@ def _forward(derived: Derived) -> str:
         body.write(place, node)
     for i, node in enumerate(derived.saved):
         body.write(f"s.slot[{i}]", node)
-    for i in range(max(len(derived.saved), len(derived.slots)), len(derived.gradients)):
-        if derived.saved:
-            body.write(f"s.slot[{i}]", None)
+    for slot in _empty_slots(derived):
+        body.write(slot, None)
     return body.text()
+
+
+def _empty_slots(derived: Derived) -> list[str]:
+    """The slots that forward neither reads nor computes. It saves them as zeros."""
+    first = max(len(derived.saved), len(derived.slots))
+    end = len(derived.gradients) if derived.saved else 0
+    return [f"s.slot[{i}]" for i in range(first, end)]
 
 
 def _backward(derived: Derived) -> str:
@@ -244,7 +250,7 @@ def _backward(derived: Derived) -> str:
 
 
 def _written(derived: Derived) -> dict[str, Expression]:
-    """What backward writes, by where."""
+    """What backward writes, by the field of the ``Step``."""
     found = {f"s.slot[{i}]": node for i, node in enumerate(derived.gradients)}
     for k, node in enumerate(derived.before):
         if node is not None:
@@ -302,7 +308,6 @@ def _tangent(derived: Derived) -> str:
     places += [f"s.slot[{i}]" for i in range(len(derived.saved))]
     for to, moved in zip(places, changes, strict=True):
         body.write(f"{to}.tangent", moved)
-    for i in range(max(len(derived.saved), len(derived.slots)), len(derived.gradients)):
-        if derived.saved:
-            body.write(f"s.slot[{i}].tangent", None)
+    for slot in _empty_slots(derived):
+        body.write(f"{slot}.tangent", None)
     return body.text()

@@ -16,7 +16,7 @@ def files(root: Path) -> list[Path]:
 
 
 def digest(root: Path) -> str:
-    """Of the names and contents of these files."""
+    """A digest of the names and contents of these files."""
     made = hashlib.sha256()
     for path in files(root):
         name = path.relative_to(root).as_posix()

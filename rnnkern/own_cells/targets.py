@@ -36,7 +36,7 @@ DTYPES = {element: dtype for dtype, element in ELEMENTS.items()} | dict.fromkeys
 
 
 class Target(Protocol):
-    """What one library is for."""
+    """What one library is compiled for."""
 
     @property
     def element(self) -> str:
@@ -44,18 +44,18 @@ class Target(Protocol):
 
     @property
     def place(self) -> str:
-        """What runs it, as a part of the library's name."""
+        """The instruction set or GPU that runs it, as a part of the library's name."""
 
     @property
     def source(self) -> str:
-        """What is compiled, in the folder of headers."""
+        """The file that is compiled, in the folder of headers."""
 
     @property
     def flags(self) -> tuple[str, ...]:
-        """Of the compiler, without paths."""
+        """The compiler's flags, without paths."""
 
     def compiler(self) -> list[str]:
-        """The command, and what depends on where it is.
+        """The compiler's command, and the arguments that depend on where it is.
 
         Raises:
             RuntimeError: there is none.
@@ -76,7 +76,7 @@ _MULTIPLIED = {
 
 
 def words(target: Target) -> str:
-    """The type of the tensors and what runs the library, for people."""
+    """The type of the tensors and what runs the library, for people to read."""
     dtype = str(DTYPES[target.element]).removeprefix("torch.")
     own = _MULTIPLIED.get(target.element, "")
     return f"{dtype}{own} on {target.place.partition('-nvcc')[0]}"

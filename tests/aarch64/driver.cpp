@@ -1,5 +1,5 @@
-// Runs every cell, pass and type of the CPU kernels against reference.h, without Python: so it
-// runs where there is no torch, under an emulator of another processor. `make test-aarch64`.
+// Runs every cell, pass and type of the CPU kernels against reference.h, without Python: so it runs
+// without torch, under an emulator of another processor. `make test-aarch64`.
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
@@ -175,7 +175,7 @@ void each_tensor(F f, All&... outputs)
   f("c_n", outputs.cn...);
 }
 
-// Tensors of N with these values; tangents where N is a dual number.
+// Tensors of N with these values, and with tangents if N is a dual number.
 template <template <typename> typename Tensors, typename N>
 Tensors<N> made_of(const Tensors<double>& values, const Tensors<double>& tangents) {
   Tensors<N> made;

@@ -156,7 +156,7 @@ class KernelRun {
   int64_t gap() const { return c_.options.has_gaps ? 3 : 0; }
   static Rows<const T> constant(const Rows<T>& rows) { return {rows.data, rows.step, rows.row}; }
 
-  // Null where the values are empty, here and below.
+  // Null if the values are empty, here and below.
   const T* put(const Vector& values, int64_t rows, int64_t columns, int64_t* row = nullptr) {
     if (values.empty()) return nullptr;
     const int64_t width = columns + (row ? gap() : 0);
@@ -239,7 +239,7 @@ class KernelRun {
   Vector get(const State<T>& state, int64_t features) const {
     return get(state.data, p_.D * p_.N * features);
   }
-  // Zeros where there is no memory.
+  // Zeros if there is no memory.
   template <typename U>
   Vector get_rows(const Rows<U>& rows, int64_t features) const {
     Vector values(p_.T * p_.N * features);

@@ -93,7 +93,7 @@ T from_double(double x) {
       int exponent;
       std::frexp(magnitude, &exponent);
       const int unit = std::max(exponent - F::kDigits, F::kSmallest);  // of the last digit
-      // The first digit, where there is one, adds 1 to the exponent.
+      // The first digit, if there is one, adds 1 to the exponent.
       bits = unsigned(std::ldexp(magnitude, -unit)) + (unsigned(unit - F::kSmallest) << kStored);
     }
     return {uint16_t(bits | (std::signbit(x) ? 0x8000u : 0u))};

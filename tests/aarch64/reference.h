@@ -45,7 +45,7 @@ template <typename N>
 N relu(N x) {
   return x < 0 ? N(0) : x;
 }
-// Of relu: dy where y is above zero or NaN.
+// The gradient of relu: dy if y is above zero or NaN.
 template <typename N>
 N relu_gradient(N y, N dy) {
   return y <= 0 ? N(0) : dy;

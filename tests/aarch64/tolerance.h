@@ -16,7 +16,7 @@ namespace rnnkern {
 
 constexpr double kFactor = 2;
 
-// In eps. The 16-bit types are computed in float32 and rounded where they are stored.
+// In eps. The 16-bit types are computed in float32 and rounded when they are stored.
 template <typename T>
 constexpr double kFloor = kNarrow<T> ? 2 : 16;
 
@@ -28,7 +28,8 @@ constexpr double kLargestLimit = 5 * kFloor<T>;
 // What csrc/cells/math.h promises, in units of the last place.
 constexpr double kFunctionUlp = 2;
 
-// Of T, in eps of T; infinite where NaN or infinity is not where the reference has it.
+// The error of T, in eps of T. It is infinite if a NaN or infinity is at another place than in the
+// reference.
 template <typename T>
 double error_eps(const std::vector<double>& actual, const std::vector<double>& reference) {
   constexpr double kInfinity = std::numeric_limits<double>::infinity();

@@ -135,7 +135,7 @@ class Table(dict[str, tuple[Row, tuple[str, ...]]]):
     """Rows by name, with the kinds of module that each is for."""
 
     def row(self, *kinds: str) -> Callable[[Row], Row]:
-        """Adds a function; for all layers and cells where no kind is named."""
+        """Adds a function; for all layers and cells if no kind is named."""
 
         def add(function: Row) -> Row:
             self.add({function.__name__: function}, *kinds)

@@ -193,7 +193,7 @@ def gradients_added_up(side: Side) -> Any:
     return [p.grad for p in module.parameters()]
 
 
-# What is done with results, which may lie in memory that torch has not allocated.
+# What is done with results, which may be in memory that torch has not allocated.
 RESULTS: dict[str, Any] = {
     "numpy": lambda y: torch.from_numpy(y.numpy() * 2),
     "numpy-in-place": lambda y: (y.numpy().__imul__(2), y)[1],
@@ -269,7 +269,7 @@ def dropout_draws_the_same_numbers(side: Side) -> Any:
 
 @ROWS.row()
 def nothing_is_kept(side: Side) -> Any:
-    """Without the garbage collector: neither module nor graph stand in a cycle."""
+    """Without the garbage collector: neither module nor graph is in a cycle."""
     module, x = side.make(), side.x().requires_grad_()
     outputs = module(x)
     watched = [weakref.ref(each) for each in (x, first(outputs), module)]

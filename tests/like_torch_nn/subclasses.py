@@ -1,4 +1,4 @@
-"""Subclasses, and weights that stand elsewhere than in the parameters."""
+"""Subclasses, and weights that are not among the parameters."""
 
 from __future__ import annotations
 

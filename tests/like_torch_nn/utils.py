@@ -10,7 +10,7 @@ from collections import OrderedDict
 from typing import Any
 
 import torch
-from support import flatten
+from support import Halved, flatten
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune, stateless
 
@@ -25,14 +25,6 @@ from like_torch_nn import (
     gradients,
     loss_of,
 )
-
-
-class Halved(nn.Module):
-    def forward(self, weight: Tensor) -> Tensor:
-        return weight / 2
-
-    def right_inverse(self, weight: Tensor) -> Tensor:
-        return weight * 2
 
 
 class Doubled(nn.Module):

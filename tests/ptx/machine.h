@@ -46,7 +46,7 @@ inline To bits(From from) {
   return std::bit_cast<To>(from);
 }
 
-// Arithmetic, where C++ has no operator of the same meaning.
+// Arithmetic for which C++ has no operator.
 
 // Of .ftz: denormal numbers are zero, as operands and as results.
 inline f32 flushed(f32 x) { return std::fabs(x) < 0x1p-126f ? std::copysign(0.0f, x) : x; }
@@ -85,7 +85,7 @@ template <typename X>
 inline X greatest(X a, X b) {
   return a > b || b != b ? a : b;
 }
-// .NaN: NaN where one of them is.
+// .NaN: NaN if one of them is.
 template <typename X>
 inline X least_or_nan(X a, X b) {
   return a != a || b != b ? X(NAN) : least(a, b);

@@ -76,7 +76,7 @@ class Module:
     kernels: tuple[Kernel, ...]
 
 
-# What stands outside of kernels and says nothing of what they do.
+# Lines outside of kernels that say nothing of what they do.
 _DIRECTIVES = re.compile(r"\.(version|target|address_size)\b[^\n]*")
 _SHARED = re.compile(r"\.extern \.shared \.align \d+ \.b8 (\w+)\[\];")
 _ENTRY = re.compile(
@@ -107,7 +107,7 @@ def parse(text: str, file: str = "PTX") -> Module:
             body, end = _parse_body(text, match.end(), file)
             kernels.append(Kernel(match[1], int(match[2]), body))
         else:
-            raise _unknown(file, text, at, "no meaning for")
+            raise _unknown(file, text, at)
         at = _SPACE.match(text, end).end()  # type: ignore[union-attr]
     return Module(file, frozenset(shared), tuple(kernels))
 
@@ -139,12 +139,12 @@ def _parse_body(text: str, at: int, file: str) -> tuple[tuple[Statement, ...], i
             body.append(Instruction(line, match[1] or "", match[2], operands))
             at = match.end()
         else:
-            raise _unknown(file, text, at, "no meaning for")
+            raise _unknown(file, text, at)
 
 
-def _unknown(file: str, text: str, at: int, what: str) -> UnknownInstruction:
+def _unknown(file: str, text: str, at: int) -> UnknownInstruction:
     line = text.count("\n", 0, at) + 1
-    return UnknownInstruction(f"{file}:{line}: {what} {text[at:].splitlines()[0].strip()}")
+    return UnknownInstruction(f"{file}:{line}: no meaning for {text[at:].splitlines()[0].strip()}")
 
 
 def _split(operands: str) -> list[str]:

@@ -2,7 +2,7 @@
 
 Each instruction becomes one line, of plain C++ or of a call to what machine.h has for it. A form
 of instruction is a function below, found by a pattern that matches its whole name with all of its
-modifiers. So an instruction that nobody has looked up in the PTX ISA stops the translation:
+modifiers. So an instruction without such a function stops the translation:
 
     UnknownInstruction: scan.ptx:17: sin.approx.f32 %f2, %f1: no form for it
 

@@ -231,7 +231,7 @@ def test_scratch_memory_does_not_grow_with_the_steps(
 
 
 def test_a_share_of_the_device_takes_windows_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a refused launch has left in the second stream disturbs nobody."""
+    """What a refused launch has left in the second stream disturbs no other call."""
     monkeypatch.setenv("RNNKERN_CUDA_TIER", "resident")
     monkeypatch.setenv("RNNKERN_CUDA_WINDOW_BYTES", "0")
     module = rnnkern.LSTM(3, 40, bidirectional=True)
@@ -273,7 +273,7 @@ def test_a_launch_that_fails_is_an_error(
 
 
 def test_a_block_that_waits_in_vain_is_an_error_that_names_the_kernel(tmp_path: Path) -> None:
-    """Nobody sets a flag: on a GPU, a block gives up after a while."""
+    """If a flag is never set, a block on a GPU gives up after a while."""
     source = Path(__file__).parents[2] / "csrc" / "cuda" / "resident.cuh"
     lines = source.read_text(encoding="utf-8").splitlines()
     (line,) = (n for n, text in enumerate(lines, 1) if text.strip().startswith("set_flag("))
@@ -385,7 +385,7 @@ def test_inference_of_the_stepwise_tier(
 def test_deterministic_rows_stand_alone(
     cell: str, dtype: torch.dtype | str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neither the other rows nor where a sequence is cut show in the bits."""
+    """The bits show neither the other rows nor the cut of a sequence."""
     if isinstance(dtype, str):
         monkeypatch.setenv("RNNKERN_SIMT_TF32", "1")
         dtype = torch.float32

@@ -1,5 +1,5 @@
-// The device of the stand-in for a GPU, and what csrc/cuda/device.h asks of it. Each program has
-// one source that includes this.
+// The device of the stand-in for a GPU, and the functions of csrc/cuda/device.h for it. Each
+// program has one source that includes this.
 #pragma once
 
 #include <cstdio>

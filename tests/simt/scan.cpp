@@ -77,7 +77,7 @@ void run(const SecondOrder<T>& scan, int, bool deterministic) {
 }
 template void run<float>(const SecondOrder<float>&, int, bool);
 template void run<double>(const SecondOrder<double>&, int, bool);
-// The stand-in has no kernels for these, and nobody asks.
+// The stand-in has no kernels for these types, and they are never asked for.
 template <>
 void run(const Forward<F32ByBf16>&, int, bool) {}
 template <>

@@ -1,5 +1,5 @@
 // A stand-in for the GPU: runs CUDA kernels as plain C++ on the host, so that their logic is tested
-// where there is none.
+// without a GPU.
 //
 // Every CUDA thread is a fiber with a stack of its own; one thread of the host runs them all, and
 // which one goes on is drawn, more or less by chance, wherever one waits (a barrier, a collective
@@ -290,7 +290,7 @@ inline bool left_out(const std::string& name) {
 
 // What is queued in the streams of a GPU, done when somebody waits for it. Within a stream one
 // thing follows the other. Of several streams one goes far ahead of the others, which is drawn, or
-// they take turns: so far as nobody has said what waits for what.
+// they take turns: unless it has been said that one waits for the other.
 class Streams {
  public:
   void add(const void* stream, std::function<void()> work) {
@@ -346,7 +346,7 @@ inline Streams& streams() {
   return of_thread;
 }
 
-// As where a process has only a share of the device: RNNKERN_SIMT_BLOCKS run at once.
+// RNNKERN_SIMT_BLOCKS blocks run at once, as if the process had only a share of the device.
 inline int most_blocks() {
   const char* const named = std::getenv("RNNKERN_SIMT_BLOCKS");
   return named ? std::atoi(named) : 1 << 30;
@@ -386,7 +386,7 @@ std::function<void()> body_of(const typename Kernel::Arguments& arguments) {
 }
 
 // A place in a kernel where threads wait. RNNKERN_SIMT_WITHOUT=FILE:LINE leaves that one out:
-// results must then go wrong, or nobody needs it.
+// results must then go wrong, or the wait is not needed.
 using Where = std::source_location;
 inline bool left_out(const Where& where) {
   static const char* const named = std::getenv("RNNKERN_SIMT_WITHOUT");
