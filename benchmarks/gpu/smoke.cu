@@ -347,6 +347,8 @@ class Report {
     const std::string type = shape_.tf32 ? "tf32" : Format<T>::kName;
     const std::string line = "{\"shape\": \"" + shape_.name + "\", \"cell\": \"" + Cell::kMode +
                              "\", \"dtype\": \"" + type + "\", " + sizes + ", \"tier\": \"" + tier +
+                             "\", \"exchange\": \"" +
+                             (cuda::kExchangesByValue ? "values" : "flags") +
                              "\", \"cublas\": " + (cuda::has_library() ? "true" : "false") + ", " +
                              fields + "}\n";
     std::fputs(line.c_str(), stdout);

@@ -21,6 +21,15 @@
 // The exchange buffer is double: what a block writes after step i was read in step i-1, and its
 // flags of step i have told it that all of the team are past that.
 //
+// In place of flags the values themselves may say that they are there (plan.h). The buffer is then
+// fourfold, because a place has to be made absent before it is written again. Once a block has read
+// what step i-1 gave, all of the team have read what step i-2 gave. So after its own values of step
+// i each thread makes those of step i-2 absent, and then orders its memory. Whoever loads that
+// place for step i+2 has seen a value of the thread that came after that, and has ordered its
+// memory, too. Rows that do not take part in a step are given all the same, as long as others of
+// their pass do: who loads them knows nothing of rows. A pass in which no row takes part is left
+// out by all.
+//
 // Where a team has more rows than a block has columns it takes them in several passes, each with
 // flags of its own; where it has more units than all blocks have rows, in several groups.
 #pragma once
@@ -39,9 +48,10 @@ static_assert(kResidentThreads % kWarp == 0, "a block is whole warps");
 
 // The plan, and the memory that goes with it.
 struct Residency : cuda::Plan {
-  int* flags = nullptr;      // [D][parts][unit_blocks], zero at the start
-  int* gave_up = nullptr;    // of the host's memory: a block has waited too long
-  Quad* exchange = nullptr;  // [2][D][parts * columns][chunks], zero at the start
+  int* flags = nullptr;    // [D][parts][unit_blocks], zero at the start
+  int* gave_up = nullptr;  // of the host's memory: a block has waited too long
+  // [kExchangeBuffers][D][parts * columns][chunks], zero at the start
+  Quad* exchange = nullptr;
   // [blocks][groups][chunks] of weights, used for what does not stay; null where all does.
   Quad* scratch = nullptr;
 };
@@ -65,6 +75,7 @@ class ResidentBlock {
   static constexpr int kRowTiles = kTile.row_tiles, kColumnTiles = kTile.column_tiles;
 
  public:
+  static constexpr bool kByValue = cuda::kExchangesByValue;
   using Product = Tile<E, kRowTiles, kColumnTiles>;
   using A = typename Product::A;
   static constexpr int kRows = Product::kRows, kColumns = Product::kColumns;
@@ -159,11 +170,30 @@ class ResidentBlock {
   RNNKERN_DEVICE E* exchanged(int64_t epoch, int64_t slot, int64_t k) const {
     return reinterpret_cast<E*>(row_of(epoch, slot)) + k;
   }
+  // Writes a number there, or several ones that are a struct with the array `of`.
+  template <typename Numbers>
+  RNNKERN_DEVICE static void give(Numbers* to, Numbers numbers) {
+    if constexpr (!kByValue) {
+      *to = numbers;
+    } else if constexpr (std::is_same_v<Numbers, E>) {
+      store_relaxed(to, present(numbers));
+    } else {
+#pragma unroll
+      for (E& number : numbers.of) number = present(number);
+      store_relaxed(to, numbers);
+    }
+  }
+  template <typename Numbers>
+  RNNKERN_DEVICE static void make_absent(Numbers* to) {
+    store_relaxed(to, absent<Numbers>());
+  }
   // The sums of a turn's group over the rows of its pass, as exchanged in `epoch`; then of all
   // warps in shared memory, once the block has met.
   RNNKERN_DEVICE void multiply(const Turn& turn, int64_t epoch) const {
     const int warp = thread_index() / kWarp;
-    if (warp < r_.working_warps) {
+    // By value, whoever has no units must not look: the others do not wait for it.
+    const bool looks = !kByValue || units(turn.group).begin < units(turn.group).end;
+    if (warp < r_.working_warps && looks) {
       const Quad* states[kColumnTiles];
 #pragma unroll
       for (int n = 0; n < kColumnTiles; ++n) {
@@ -175,7 +205,7 @@ class ResidentBlock {
       int stay = int(least(chunks_, r_.held_chunks + r_.shared_chunks));
       const Quad* shared = shared_chunk(turn.group, warp, 0);
       compute_here(stay, shared);
-      wait_for(turn.pass, epoch);
+      if constexpr (!kByValue) wait_for(turn.pass, epoch);
       Product product;
       if constexpr (kTile.held_chunks > 0) {
         if (r_.held_chunks) {
@@ -212,12 +242,23 @@ class ResidentBlock {
   // All of the block have read the sums of this turn; after the last group, what they have written
   // to the exchange buffer is there for the team.
   RNNKERN_DEVICE void finish(const Turn& turn, int64_t epoch) const {
+    if constexpr (!kByValue) return publish(turn, epoch);
+    sync_block();
+    if (turn.is_last(r_)) order_memory();
+  }
+  // The same by flags, whatever the steps do.
+  RNNKERN_DEVICE void publish(const Turn& turn, int64_t epoch) const {
     sync_block();
     // The last thread is the most likely to have no cells of its own. With several passes its warp
     // does not multiply either (plan.cpp), because the fence would hold up the next pass.
     if (turn.is_last_group(r_) && thread_index() == kResidentThreads - 1) {
       set_flag(flags(turn.pass) + member_, int(epoch));
     }
+  }
+  // What the team has published in all passes is there.
+  RNNKERN_DEVICE void wait_for_team(int64_t epoch) const {
+    if (thread_index() / kWarp >= r_.working_warps) return;
+    for (int pass = 0; pass < r_.passes; ++pass) wait_for(pass, epoch);
   }
 
  private:
@@ -254,12 +295,26 @@ class ResidentBlock {
       if (chunk >= end) return;
 #pragma unroll
       for (int n = 0; n < kColumnTiles; ++n) {
-        to[n] = load_from_l2(states[n] + int64_t(chunk) * kQuadsOfRow);
+        const Quad* const from = states[n] + int64_t(chunk) * kQuadsOfRow;
+        to[n] = kByValue ? load_relaxed<E>(from) : load_from_l2(from);
       }
+    };
+    const auto are_there = [&](const Quad(&quads)[kColumnTiles]) {
+      bool absent = false;
+#pragma unroll
+      for (int n = 0; n < kColumnTiles; ++n) absent |= any_absent<E>(quads[n]);
+      return !any_lane(absent);
     };
     // multiply(a chunk); then its place is free for another one. Products one by one take so long
     // that the next chunk is on its way before them.
     const auto take = [&](int chunk, Quad(&from)[kColumnTiles], auto multiply) {
+      if constexpr (kByValue) {
+#pragma unroll 1
+        for (int looks = 0; !are_there(from); ++looks) {
+          look_again(looks, r_.gave_up);
+          load(chunk, from);
+        }
+      }
       if constexpr (kOnTensorCores<E>) {
         multiply(from);
         load(chunk + kAhead, from);
@@ -295,7 +350,8 @@ class ResidentBlock {
   RNNKERN_DEVICE Quad* row_of(int64_t epoch, int64_t slot) const {
     const int64_t rows = int64_t(r_.row_teams) * r_.passes * kColumns;
     return r_.exchange +
-           ((epoch % 2 * directions_ + direction_) * rows + slot) * r_.chunks * kQuadsOfRow;
+           ((epoch % cuda::kExchangeBuffers * directions_ + direction_) * rows + slot) * r_.chunks *
+               kQuadsOfRow;
   }
 
   // Of a warp's chunks in shared memory the one of that index.
