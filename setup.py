@@ -52,6 +52,7 @@ class CMakeBuild(build_ext):
             f"-DRNNKERN_AMX_STAND_IN={os.environ.get('RNNKERN_AMX_STAND_IN', 'OFF')}",
             f"-DRNNKERN_SIMT={os.environ.get('RNNKERN_SIMT', 'OFF')}",
             f"-DRNNKERN_CUDA={os.environ.get('RNNKERN_CUDA', 'AUTO')}",
+            f"-DRNNKERN_CUDA_EXCHANGE={os.environ.get('RNNKERN_CUDA_EXCHANGE', 'FLAGS')}",
             f"-DRNNKERN_INSTRUCTION_SETS={os.environ.get('RNNKERN_INSTRUCTION_SETS', 'all')}",
             f"-DRNNKERN_MANYLINUX={os.environ.get('RNNKERN_MANYLINUX', 'OFF')}",
             f"-DRNNKERN_HEADERS={HEADERS['digest'](ROOT / 'csrc')}",

@@ -124,10 +124,10 @@ def test_the_first_part(rehearsal: Rehearsal, mode: str) -> None:
     assert statuses["smoke h256"] == ENDS[mode]
     others = {name: status for name, status in statuses.items() if name not in ("smoke h256",)}
     assert set(others.values()) == {"ok"}, others
-    assert len([name for name in statuses if name.startswith("smoke ")]) == 6
+    assert len([name for name in statuses if name.startswith("smoke ")]) == 9
     # What was found before the fault is there, and what the steps behind it have found.
     smoke = rehearsal.lines("smoke.jsonl")
-    assert len(smoke) == 12 - (mode != WELL)
+    assert len(smoke) == 18 - (mode != WELL)
     assert sum(line["shape"] == "h256_float32" for line in smoke) == 2
     header, *rows = rehearsal.lines("speed.jsonl")
     assert header == {"device": "a fake"}
@@ -145,7 +145,7 @@ def test_the_first_part(rehearsal: Rehearsal, mode: str) -> None:
     with tarfile.open(rehearsal.out / "site.tar.gz") as archive:
         names = archive.getnames()
     assert "site/rnnkern/_C.so" in names
-    assert "bin/smoke-Lstm-Bf16" in names
+    assert {"bin/smoke-Lstm-Bf16", "bin/smoke-Lstm-Bf16-values"} <= set(names)
     assert json.loads((rehearsal.out / "env.json").read_text())["gpu"]["name"] == "A fake"
 
 
@@ -229,13 +229,14 @@ SOURCES = ("benchmarks/gpu/smoke.cu", "csrc/cuda/scan.cu", "csrc/cuda/product.cu
            "csrc/cuda/plan.cpp", "tests/simt/library.cpp")  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The smoke program of one cell and type, on the stand-in for a GPU."""
+@pytest.fixture(scope="module", params=["flags", "values"])
+def smoke(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The smoke program of one cell and type, on the stand-in for a GPU, with each exchange."""
     folder = tmp_path_factory.mktemp("smoke")
     options = ["-std=c++20", "-O1", "-Wno-unknown-pragmas", "-DRNNKERN_SIMT", "-ffp-contract=fast"]
     options += [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests/simt'}", "-x", "c++"]
     options += ["-DRNNKERN_ELEMENT=Bf16", "-DRNNKERN_CELL=Lstm"]
+    options += ["-DRNNKERN_CUDA_BY_VALUE"] * (request.param == "values")
     objects = [folder / f"{Path(source).name}.o" for source in SOURCES]
 
     def compiled(source: str, to: Path) -> None:

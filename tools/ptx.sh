@@ -10,6 +10,7 @@ python=$1
 part=$2
 shift 2
 base=build/ptx
+[ "${RNNKERN_CUDA_EXCHANGE:-FLAGS}" = FLAGS ] || base=build/ptx-values
 lib=$PWD/$base/lib
 
 rm -rf "$lib"

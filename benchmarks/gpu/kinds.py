@@ -30,12 +30,15 @@ def row_of(measured: dict[str, Any]) -> tuple[tuple[int, int], str]:
     # With a state that is stored before the flag, because a fence takes longer while stores are in
     # flight. The plan counts the reading of the state itself: here 8 KB at 64 bytes a clock.
     hand_off = constants[f"gather_flags_relaxed_n16_h256_{count}"] - 8192 / 64 / clock_ghz / 1e3
+    # By values, as far as pieces of 16 bytes are like them, of which 12 are data.
+    by_value = constants[f"gather_words_of_16_n16_h256_{count}"] - 10923 / 64 / clock_ghz / 1e3
     numbers = (
         clock_ghz,
         constants["l2_read_by_all_16_mib"] / 1e3,
         device["l2_bytes"] / 1e6,
         constants["memory_read"] / 1e3,
         hand_off,
+        by_value,
         constants[f"launch_kernel_{count}_blocks"],
     )
     texts = [*map(str, capability), *(f"{number:.3g}" for number in numbers)]

@@ -66,10 +66,11 @@ class Shape:
     element: str
     sizes: tuple[int, int, int, int]  # T, N, I, H
     tf32: bool = False
+    by_value: bool = False  # kExchangesByValue of csrc/cuda/plan.h
 
     @property
     def program(self) -> str:
-        return f"smoke-{self.cell}-{self.element}"
+        return f"smoke-{self.cell}-{self.element}{'-values' * self.by_value}"
 
     def command(self, results: Path) -> list[str]:
         sizes = map(str, self.sizes)
@@ -81,6 +82,14 @@ SHAPES = (
     Shape("gru768", "Gru", "Bf16", (1024, 16, 768, 768)),
     Shape("h256", "Lstm", "Bf16", (512, 16, 256, 256)),
     Shape("h1024", "Lstm", "Bf16", (256, 64, 1024, 1024)),
+    *(
+        Shape(f"{name}_by_value", "Lstm", "Bf16", sizes, by_value=True)
+        for name, sizes in (
+            ("flash768", (1024, 16, 768, 768)),
+            ("h256", (512, 16, 256, 256)),
+            ("h1024", (256, 64, 1024, 1024)),
+        )
+    ),
     Shape("h256_tf32", "Lstm", "float", (512, 64, 256, 256), tf32=True),
     Shape("h256_float32", "Lstm", "float", (512, 64, 256, 256)),
 )
@@ -308,12 +317,13 @@ def build_program(name: str, log: Path, seconds: float) -> Process:
     command += ["-o", str(BIN / name)]
     if name == "constants":
         return Process([*command, str(HERE / "constants.cu")], log, seconds)
-    _, cell, element = name.split("-")
+    _, cell, element, *values = name.split("-")
     kernels = ("scan.cu", "product.cu", "probe.cu", "plan.cpp", "library.cpp", "runtime.cpp")
     command += [
         "-ftz=true", "--expt-relaxed-constexpr", "-diag-suppress=1675", f"-I{ROOT / 'csrc'}",
         "-DRNNKERN_NAMESPACE=gpu", f"-DRNNKERN_CELL={cell}", f"-DRNNKERN_ELEMENT={element}",
         f'-DRNNKERN_CUDA_ARCHITECTURES="sm_{arch}"', "--threads", "0",
+        *["-DRNNKERN_CUDA_BY_VALUE"] * len(values),
         str(HERE / "smoke.cu"), *(str(ROOT / "csrc/cuda" / kernel) for kernel in kernels), "-ldl",
     ]  # fmt: skip
     return Process(command, log, seconds)

@@ -345,10 +345,11 @@ class Report {
                   (long long)shape_.T, (long long)shape_.N, (long long)shape_.I,
                   (long long)shape_.H);
     const std::string type = shape_.tf32 ? "tf32" : Format<T>::kName;
-    const std::string line = "{\"shape\": \"" + shape_.name + "\", \"cell\": \"" + Cell::kMode +
-                             "\", \"dtype\": \"" + type + "\", " + sizes + ", \"tier\": \"" + tier +
-                             "\", \"cublas\": " + (cuda::has_library() ? "true" : "false") + ", " +
-                             fields + "}\n";
+    const std::string line =
+        "{\"shape\": \"" + shape_.name + "\", \"cell\": \"" + Cell::kMode + "\", \"dtype\": \"" +
+        type + "\", " + sizes + ", \"tier\": \"" + tier + "\", \"exchange\": \"" +
+        (cuda::kExchangesByValue ? "values" : "flags") +
+        "\", \"cublas\": " + (cuda::has_library() ? "true" : "false") + ", " + fields + "}\n";
     std::fputs(line.c_str(), stdout);
     std::fflush(stdout);
     std::FILE* const file = std::fopen(path_, "a");

@@ -99,6 +99,25 @@ RNNKERN_DEVICE int computed_once(int value) { return value; }
 // Reads what other blocks have written, past this multiprocessor's cache.
 RNNKERN_DEVICE Quad load_from_l2(const Quad* from) { return *from; }
 
+// Reads it while they write it. Each number is the old one or the new one.
+template <typename E>
+RNNKERN_DEVICE Quad load_relaxed(const Quad* from) {
+  simt::launch().look();
+  return *from;
+}
+template <typename V>
+RNNKERN_DEVICE void store_relaxed(V* to, const V& value) {
+  *to = value;
+  simt::launch().progress();
+}
+// A thread that sees a value which this one stores from now on, and then orders its own memory too,
+// sees what this one has stored until now.
+RNNKERN_DEVICE void order_memory() {}
+// Comes before another look at what others are about to write. The first look may be an old one.
+RNNKERN_DEVICE void look_again(int looks, int*) {
+  if (looks > 0) simt::launch().park_since_look();
+}
+
 // Calls f(lanes) with a pointer to the `own` of each lane of the warp.
 template <typename Value, typename F>
 auto with_all_lanes(const Value& own, F f) {
@@ -109,6 +128,14 @@ auto with_all_lanes(const Value& own, F f) {
       [&](int lane) -> const Value& { return *reinterpret_cast<const Value*>(warp.values[lane]); });
   simt::launch().meet(warp.meeting);
   return result;
+}
+
+RNNKERN_DEVICE bool any_lane(bool own) {
+  return with_all_lanes(own, [](auto lane) {
+    bool any = false;
+    for (int i = 0; i < kWarp; ++i) any |= lane(i);
+    return any;
+  });
 }
 
 template <typename A>
@@ -251,6 +278,57 @@ RNNKERN_DEVICE Quad load_from_l2(const Quad* from) {
                : "memory");
   return quad;
 }
+
+template <typename E>
+RNNKERN_DEVICE Quad load_relaxed(const Quad* from) {
+  Quad quad;
+  if constexpr (sizeof(E) == 8) {
+    uint64_t numbers[2];
+    asm volatile("ld.relaxed.gpu.global.v2.u64 {%0, %1}, [%2];"
+                 : "=l"(numbers[0]), "=l"(numbers[1])
+                 : "l"(from)
+                 : "memory");
+#pragma unroll
+    for (int i = 0; i < 4; ++i) quad.words[i] = uint32_t(numbers[i / 2] >> (i % 2 * 32));
+  } else {
+    asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(quad.words[0]), "=r"(quad.words[1]), "=r"(quad.words[2]),
+                   "=r"(quad.words[3])
+                 : "l"(from)
+                 : "memory");
+  }
+  return quad;
+}
+RNNKERN_DEVICE void store_relaxed(uint16_t* to, uint16_t value) {
+  asm volatile("st.relaxed.gpu.global.u16 [%0], %1;" ::"l"(to), "h"(value) : "memory");
+}
+RNNKERN_DEVICE void store_relaxed(uint32_t* to, uint32_t value) {
+  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(value) : "memory");
+}
+RNNKERN_DEVICE void store_relaxed(uint64_t* to, uint64_t value) {
+  asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(to), "l"(value) : "memory");
+}
+// In pieces of its alignment, at most 8 bytes.
+template <typename V>
+RNNKERN_DEVICE void store_relaxed(V* to, const V& value) {
+  constexpr size_t kBytes = alignof(V) < 8 ? alignof(V) : 8;
+  using Piece = std::conditional_t<kBytes == 8, uint64_t,
+                                   std::conditional_t<kBytes == 4, uint32_t, uint16_t> >;
+  struct Pieces {
+    Piece of[sizeof(V) / sizeof(Piece)];
+  };
+  const auto pieces = bit_cast<Pieces>(value);
+#pragma unroll
+  for (size_t i = 0; i < sizeof(V) / sizeof(Piece); ++i) {
+    store_relaxed(reinterpret_cast<Piece*>(to) + i, pieces.of[i]);
+  }
+}
+RNNKERN_DEVICE void order_memory() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
+RNNKERN_DEVICE void look_again(int looks, int* gave_up) {
+  if (looks == kMostLooks) give_up(gave_up);
+}
+
+RNNKERN_DEVICE bool any_lane(bool own) { return __any_sync(~0u, own); }
 
 template <typename A>
 RNNKERN_DEVICE A from_lane_xor(A value, int mask) {

@@ -159,7 +159,7 @@ Device device_of_kind(int major, int minor) {
   device.l2_tb_per_s = found->l2_tb_per_s;
   device.l2_mb = found->l2_mb;
   device.memory_tb_per_s = found->memory_tb_per_s;
-  device.hand_off_us = found->hand_off_us;
+  device.hand_off_us = kExchangesByValue ? found->by_value_us : found->hand_off_us;
   device.launch_us = found->launch_us;
   return device;
 }

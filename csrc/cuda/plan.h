@@ -25,6 +25,18 @@ constexpr bool kSmallBlocks = false;
 constexpr int kBlockThreads = kSmallBlocks ? 64 : 256;  // of most kernels
 constexpr int kResidentThreads = kBlockThreads, kResidentWarps = kResidentThreads / 32;
 
+// How a block of the resident tier learns that what the others give it is there. By flags: a block
+// writes its values, waits until they are in the L2, and sets a flag, which the others look at
+// before they load. By value: a place holds a NaN that no block writes until its value is there, so
+// whoever needs it loads until it is another one. That takes one trip through the L2 in place of
+// four, and twice the buffers.
+#ifdef RNNKERN_CUDA_BY_VALUE
+constexpr bool kExchangesByValue = true;
+#else
+constexpr bool kExchangesByValue = false;
+#endif
+constexpr int kExchangeBuffers = kExchangesByValue ? 4 : 2;
+
 constexpr int64_t quotient_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // The memory that cuBLAS may use, and the memory for numbers of each step. A call handles one

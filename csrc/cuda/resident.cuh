@@ -22,6 +22,15 @@
 // The exchange buffer is double. What a block overwrites after step i was read in step i-1, and the
 // flags of step i have told the block that all of the team have done so.
 //
+// In place of flags, the values themselves may say that they are there (plan.h). The buffer is then
+// fourfold, because a place has to be made absent before it is written again. Once a block has read
+// what step i-1 gave, the whole team has read what step i-2 gave. So each thread first gives its
+// own values of step i, then makes those of step i-2 absent, and then orders its memory. A thread
+// that loads such a place again, for step i+2, has seen a value that was stored after that, and has
+// ordered its own memory since. Rows that take no part in a step are given as they are, as long as
+// others of their pass take part, because warps load whole tiles. A pass without rows is left out
+// by all blocks.
+//
 // If a team has more rows than a block has columns, each step takes several passes, each with flags
 // of its own. If it has more units than all its blocks have rows, the units are in several groups.
 #pragma once
@@ -40,9 +49,10 @@ static_assert(kResidentThreads % kWarp == 0, "a block is whole warps");
 
 // The plan, and the memory that goes with it.
 struct Residency : cuda::Plan {
-  int* flags = nullptr;      // [D][parts][unit_blocks], zero at the start
-  int* gave_up = nullptr;    // in the host's memory: a block has waited too long
-  Quad* exchange = nullptr;  // [2][D][parts * columns][chunks], zero at the start
+  int* flags = nullptr;    // [D][parts][unit_blocks], zero at the start
+  int* gave_up = nullptr;  // in the host's memory: a block has waited too long
+  // [kExchangeBuffers][D][parts * columns][chunks], zero at the start
+  Quad* exchange = nullptr;
   // [blocks][groups][chunks] of weights that do not stay in a multiprocessor; null if all stay.
   Quad* scratch = nullptr;
 };
@@ -66,6 +76,7 @@ class ResidentBlock {
   static constexpr int kRowTiles = kTile.row_tiles, kColumnTiles = kTile.column_tiles;
 
  public:
+  static constexpr bool kByValue = cuda::kExchangesByValue;
   using Product = Tile<E, kRowTiles, kColumnTiles>;
   using A = typename Product::A;
   static constexpr int kRows = Product::kRows, kColumns = Product::kColumns;
@@ -160,11 +171,30 @@ class ResidentBlock {
   RNNKERN_DEVICE E* exchanged(int64_t epoch, int64_t rank, int64_t k) const {
     return reinterpret_cast<E*>(row_of(epoch, rank)) + k;
   }
+  // Writes a number to its place, or several ones, which are a struct with the array `of`.
+  template <typename Numbers>
+  RNNKERN_DEVICE static void give(Numbers* to, Numbers numbers) {
+    if constexpr (!kByValue) {
+      *to = numbers;
+    } else if constexpr (std::is_same_v<Numbers, E>) {
+      store_relaxed(to, present(numbers));
+    } else {
+#pragma unroll
+      for (E& number : numbers.of) number = present(number);
+      store_relaxed(to, numbers);
+    }
+  }
+  template <typename Numbers>
+  RNNKERN_DEVICE static void make_absent(Numbers* to) {
+    store_relaxed(to, absent<Numbers>());
+  }
   // Multiplies the weights of a turn's group by the rows of its pass, as exchanged in `epoch`. The
   // sums of all warps are then in shared memory, because this ends with a barrier of the block.
   RNNKERN_DEVICE void multiply(const Turn& turn, int64_t epoch) const {
     const int warp = thread_index() / kWarp;
-    if (warp < r_.working_warps) {
+    // By value, a block without units of this group must not load: the others do not wait for it.
+    const bool looks = !kByValue || units(turn.group).begin < units(turn.group).end;
+    if (warp < r_.working_warps && looks) {
       const Quad* states[kColumnTiles];
 #pragma unroll
       for (int n = 0; n < kColumnTiles; ++n) {
@@ -176,7 +206,7 @@ class ResidentBlock {
       int stay = int(least(chunks_, r_.held_chunks + r_.shared_chunks));
       const Quad* shared = shared_chunk(turn.group, warp, 0);
       compute_here(stay, shared);
-      wait_for(turn.pass, epoch);
+      if constexpr (!kByValue) wait_for(turn.pass, epoch);
       Product product;
       if constexpr (kTile.held_chunks > 0) {
         if (r_.held_chunks) {
@@ -214,12 +244,23 @@ class ResidentBlock {
   // Waits until all threads of the block have read the sums of this turn. After the last group,
   // publishes for the team what they have written to the exchange buffer.
   RNNKERN_DEVICE void finish(const Turn& turn, int64_t epoch) const {
+    if constexpr (!kByValue) return publish(turn, epoch);
+    sync_block();
+    if (turn.is_last(r_)) order_memory();
+  }
+  // The same with a flag, also in builds whose steps have none.
+  RNNKERN_DEVICE void publish(const Turn& turn, int64_t epoch) const {
     sync_block();
     // The last thread is the most likely to have no cells of its own. With several passes its warp
     // does not multiply either (plan.cpp), because the fence would hold up the next pass.
     if (turn.is_last_group(r_) && thread_index() == kResidentThreads - 1) {
       set_flag(flags(turn.pass) + member_, int(epoch));
     }
+  }
+  // Waits for what the team publishes, in all passes.
+  RNNKERN_DEVICE void wait_for_team(int64_t epoch) const {
+    if (thread_index() / kWarp >= r_.working_warps) return;
+    for (int pass = 0; pass < r_.passes; ++pass) wait_for(pass, epoch);
   }
 
  private:
@@ -257,12 +298,26 @@ class ResidentBlock {
       if (chunk >= end) return;
 #pragma unroll
       for (int n = 0; n < kColumnTiles; ++n) {
-        to[n] = load_from_l2(states[n] + int64_t(chunk) * kQuadsOfRow);
+        const Quad* const from = states[n] + int64_t(chunk) * kQuadsOfRow;
+        to[n] = kByValue ? load_relaxed<E>(from) : load_from_l2(from);
       }
+    };
+    const auto are_there = [&](const Quad(&quads)[kColumnTiles]) {
+      bool absent = false;
+#pragma unroll
+      for (int n = 0; n < kColumnTiles; ++n) absent |= any_absent<E>(quads[n]);
+      return !any_lane(absent);
     };
     // After multiply(chunk) the place of the chunk is free for another one. Products without tensor
     // cores take so long that the next chunk is loaded before them.
     const auto take = [&](int chunk, Quad(&from)[kColumnTiles], auto multiply) {
+      if constexpr (kByValue) {
+#pragma unroll 1
+        for (int looks = 0; !are_there(from); ++looks) {
+          look_again(looks, r_.gave_up);
+          load(chunk, from);
+        }
+      }
       if constexpr (kOnTensorCores<E>) {
         multiply(from);
         load(chunk + kAhead, from);
@@ -298,7 +353,8 @@ class ResidentBlock {
   RNNKERN_DEVICE Quad* row_of(int64_t epoch, int64_t rank) const {
     const int64_t rows = int64_t(r_.row_teams) * r_.passes * kColumns;
     return r_.exchange +
-           ((epoch % 2 * directions_ + direction_) * rows + rank) * r_.chunks * kQuadsOfRow;
+           ((epoch % cuda::kExchangeBuffers * directions_ + direction_) * rows + rank) * r_.chunks *
+               kQuadsOfRow;
   }
 
   // The chunk of that index among those of a warp in shared memory.

@@ -22,6 +22,7 @@ class ResidentBackward {
   using A = Compute<T>;
   using Block = ResidentBlock<E, kTile>;
   static constexpr CellShape kShape = Cell::kShape;
+  static constexpr bool kByValue = Block::kByValue;
 
  public:
   static constexpr int kColumns = Block::kColumns, kMostUnits = Block::kRows;
@@ -80,7 +81,14 @@ class ResidentBackward {
         [unit_apart = w.w_hh_row, gate_apart = z_.H * w.w_hh_row](unsigned k) {
           return recurrent_gate<Cell>(int(k % kGates)) * gate_apart + k / kGates * unit_apart;
         });
-    block_.for_each_turn([&](const Turn& turn) { pass_idle_rows(turn); });
+    block_.for_each_turn([&](const Turn& turn) {
+      pass_idle_rows(turn);
+      if constexpr (kByValue) {
+        make_all_absent(turn);
+        block_.publish(turn, 1);
+      }
+    });
+    if constexpr (kByValue) block_.wait_for_team(1);
     load(visits_.now(block_.rows(0)), {});
     for (int64_t i = 0; i < s_.T + (b_.dh0.data ? 1 : 0); ++i, visits_.advance()) {
       block_.for_each_turn([&](const Turn& turn) { step(i, turn); });
@@ -105,6 +113,18 @@ class ResidentBackward {
                     });
   }
 
+  RNNKERN_DEVICE Gates* exchanged(int64_t epoch, int64_t rank, int64_t unit) const {
+    return reinterpret_cast<Gates*>(block_.exchanged(epoch, rank, unit * kShape.gates));
+  }
+  RNNKERN_DEVICE void make_all_absent(const Turn& turn) const {
+    pairs_.for_each(block_.rows(turn.pass), block_.units(turn.group),
+                    [&](int, int64_t rank, int64_t unit) {
+                      for (int epoch = 0; epoch < cuda::kExchangeBuffers; ++epoch) {
+                        Block::make_absent(exchanged(epoch, rank, unit));
+                      }
+                    });
+  }
+
   // Loads what the next step reads of the saved buffer, while this step ends; and whether an
   // episode begins there, because no gradient then passes to the step before. No row takes part
   // after the last step.
@@ -125,6 +145,7 @@ class ResidentBackward {
     // For each cell of the thread: whether it has a product, of the step before; whether it is
     // active; and whether its gradient of h_0 is written now.
     Bits<kPairs> has_product, active, ends;
+    Bits<kPairs> gives;  // by value: zeros are given, because the row is not active
     Gates* to[kPairs];
     A direct[kPairs], dh[kPairs];
     pairs_.for_each(rows, units, [&](int p, int64_t rank, int64_t unit) {
@@ -132,6 +153,10 @@ class ResidentBackward {
       ends.set(p, rank < before.active_end && rank >= before.leaving && b_.dh0.data);
       active.set(p, rank < v.active_end);
       direct[p] = kShape.reads_h && rank < before.active_end ? carried_dh(turn, p) : A(0);
+      if constexpr (kByValue) {
+        to[p] = exchanged(i + 1, rank, unit);
+        gives.set(p, rank >= v.active_end && v.active_end > rows.begin);
+      }
       if (rank >= v.active_end) return;
       Step<A>& s = ahead_[p];
       const bool enters = rank >= v.entering;
@@ -139,12 +164,13 @@ class ResidentBackward {
       if constexpr (kShape.cell_state) {
         s.dc = enters ? element_of(s_, b_.dcn, d_, rank, unit) : carried_dc(turn, p);
       }
-      to[p] = reinterpret_cast<Gates*>(block_.exchanged(i + 1, rank, unit * kShape.gates));
+      to[p] = exchanged(i + 1, rank, unit);
     });
     if (before.active_end > rows.begin) block_.multiply(turn, i);
 #pragma unroll
     for (int p = 0; p < kPairs; ++p) {
       if (has_product[p]) dh[p] = block_.sum(sums_[p]) + direct[p];
+      if (kByValue && gives[p]) Block::give(to[p], Gates{});
       if (!active[p]) continue;
       Step<A>& s = ahead_[p];
       if (has_product[p]) s.dh += dh[p];
@@ -154,12 +180,17 @@ class ResidentBackward {
       for (int g = 0; g < kShape.gates; ++g) {
         put_operand(&gates.of[g], cut_[p] ? A(0) : rounded<T>(s.slot[g]));
       }
-      *to[p] = gates;
+      Block::give(to[p], gates);
       if (kShape.reads_h) carried_dh(turn, p) = cut_[p] ? A(0) : s.dh_direct;
       if constexpr (kShape.cell_state) {
         if (cut_[p]) s.dc = 0;
         carried_dc(turn, p) = s.dc;
       }
+    }
+    if (kByValue && before.active_end > rows.begin) {
+      pairs_.for_each(rows, units, [&](int, int64_t rank, int64_t unit) {
+        Block::make_absent(exchanged(i - 1, rank, unit));
+      });
     }
     block_.finish(turn, i + 1);
     pairs_.for_each(rows, units, [&](int p, int64_t rank, int64_t unit) {

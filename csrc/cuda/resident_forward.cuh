@@ -19,6 +19,7 @@ class ResidentForward {
   using A = Compute<T>;
   using Block = ResidentBlock<E, kTile>;
   static constexpr CellShape kShape = Cell::kShape;
+  static constexpr bool kByValue = Block::kByValue;
 
  public:
   static constexpr int kColumns = Block::kColumns, kMostUnits = Block::kRows / kShape.gates;
@@ -81,8 +82,9 @@ class ResidentForward {
     read_biases();
     block_.for_each_turn([&](const Turn& turn) {
       a_.first == 0 ? begin(turn) : go_on(turn);
-      block_.finish(turn, a_.first + 1);
+      block_.publish(turn, a_.first + 1);
     });
+    if constexpr (kByValue) block_.wait_for_team(a_.first + 1);
     load_inputs(visits_.now(block_.rows(0)), {});
     for (int64_t i = a_.first; i < a_.end; ++i, visits_.advance()) {
       block_.for_each_turn([&](const Turn& turn) { step(i, turn); });
@@ -104,6 +106,12 @@ class ResidentForward {
       left.first(turn, pairs_, p) = carried_h(turn, p);
       if constexpr (kShape.cell_state) left.second(turn, pairs_, p) = carried_c(turn, p);
     });
+  }
+
+  RNNKERN_DEVICE static void give(E* to, A h) {
+    E operand;
+    put_operand(&operand, h);
+    Block::give(to, operand);
   }
 
   RNNKERN_DEVICE int place_of_sum(int p, int gate) const {
@@ -145,13 +153,30 @@ class ResidentForward {
           if constexpr (kShape.cell_state) {
             carried_c(turn, i) = is_cut ? A(0) : element_of(s_, a_.f.c0, d_, rank, unit);
           }
-          for (int epoch = 0; epoch < 2; ++epoch) {
-            put_operand(block_.exchanged(epoch, rank, unit), h);
-          }
+          put_first(turn, rank, unit, h);
           if (rank < active_rows(s_, 0)) return;
           pass_element(s_, a_.f.h0, a_.f.hn, d_, rank, unit);
           if (kShape.cell_state) pass_element(s_, a_.f.c0, a_.f.cn, d_, rank, unit);
         });
+  }
+
+  // Puts an initial state where the first step of its row reads it. By value, a pass that begins
+  // later gets it in the step before.
+  RNNKERN_DEVICE void put_first(const Turn& turn, int64_t rank, int64_t unit, A h) const {
+    const bool begins = !kByValue || takes_part(visits_.now(block_.rows(turn.pass)), turn);
+    for (int epoch = 0; epoch < cuda::kExchangeBuffers; ++epoch) {
+      E* const to = block_.exchanged(epoch, rank, unit);
+      if (begins && (!kByValue || epoch == 1)) {
+        put_operand(to, h);
+        if constexpr (kByValue) *to = present(*to);
+      } else {
+        *to = absent<E>();
+      }
+    }
+  }
+  // Whether any row of the pass does.
+  RNNKERN_DEVICE bool takes_part(const Visit& v, const Turn& turn) const {
+    return v.active_end > block_.rows(turn.pass).begin;
   }
 
   // Loads what the next step adds to its products, while this step ends; and whether an episode
@@ -172,9 +197,14 @@ class ResidentForward {
     const Visit v = visits_.now(rows);
     Step<A> steps[kPairs];
     E* to[kPairs];
-    Bits<kPairs> active;
+    Bits<kPairs> active, gives;  // by value: the state is given although the row is not active
     pairs_.for_each(rows, units, [&](int p, int64_t rank, int64_t unit) {
       active.set(p, rank < v.active_end);
+      if constexpr (kByValue) {
+        to[p] = block_.exchanged(i + 2, rank, unit);
+        gives.set(p, rank >= v.active_end &&
+                         (takes_part(v, turn) || takes_part(visits_.next(rows), turn)));
+      }
       if (rank >= v.active_end) return;
       Step<A>& s = steps[p];
       add_inputs<Cell>(
@@ -182,20 +212,26 @@ class ResidentForward {
           [&](int gate) { return ahead_[p][gate]; });
       s.h_prev = carried_h(turn, p);
       if constexpr (kShape.cell_state) s.c_prev = carried_c(turn, p);
-      to[p] = block_.exchanged(i, rank, unit);
+      to[p] = block_.exchanged(i + 2, rank, unit);
     });
-    if (v.active_end > rows.begin) block_.multiply(turn, i + 1);
+    if (takes_part(v, turn)) block_.multiply(turn, i + 1);
 #pragma unroll
     for (int p = 0; p < kPairs; ++p) {
+      if (kByValue && gives[p]) give(to[p], carried_h(turn, p));
       if (!active[p]) continue;
       Step<A>& s = steps[p];
       add_products<Cell>(s, [&](int slot) { return block_.sum(place_of_sum(p, slot)); });
       Cell::forward(s);
       if (kCarriesCells<T, Cell> && a_.f.rounds_cells) s.c = rounded<T>(s.c);
       const A h = cut_after_[p] ? A(0) : rounded<T>(s.h);
-      put_operand(to[p], h);
+      give(to[p], h);
       carried_h(turn, p) = h;
       if constexpr (kShape.cell_state) carried_c(turn, p) = cut_after_[p] ? A(0) : s.c;
+    }
+    if (kByValue && takes_part(v, turn)) {
+      pairs_.for_each(rows, units, [&](int, int64_t rank, int64_t unit) {
+        Block::make_absent(block_.exchanged(i, rank, unit));
+      });
     }
     block_.finish(turn, i + 2);
     pairs_.for_each(rows, units, [&](int p, int64_t rank, int64_t unit) {

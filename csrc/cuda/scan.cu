@@ -124,7 +124,8 @@ Residency take_residency(const cuda::Plan& plan, const char* kernel, const Sizes
   if (queue.runs()) r.gave_up = cuda::place_to_give_up(queue.name_of(kernel));
   const int64_t parts = int64_t(plan.row_teams) * plan.passes;
   r.flags = queue.take<int>(z.D * parts * plan.unit_blocks);
-  r.exchange = queue.take<Quad>(2 * z.D * parts * plan.columns() * plan.chunks * kQuadsOfRow);
+  r.exchange = queue.take<Quad>(cuda::kExchangeBuffers * z.D * parts * plan.columns() *
+                                plan.chunks * kQuadsOfRow);
   *zeros = take_zeros<T, Cell>(z, queue);
   queue.clear_taken();
   if (r.held_chunks + r.shared_chunks < r.warp_chunks) {

@@ -41,6 +41,42 @@ RNNKERN_DEVICE void put_operand(Bf16* to, float x) { *to = narrowed<Bf16>(x); }
 RNNKERN_DEVICE void put_operand(F16* to, float x) { *to = narrowed<F16>(x); }
 RNNKERN_DEVICE void put_operand(Tf32* to, float x) { *to = to_tf32(x); }
 
+// A place of the exchange buffer holds a NaN of ones alone while its number is not there yet
+// (plan.h). A number that is such a NaN becomes another one.
+template <typename E>
+RNNKERN_DEVICE E absent() {
+  struct Bytes {
+    unsigned char of[sizeof(E)];
+  } bytes;
+#pragma unroll
+  for (unsigned char& byte : bytes.of) byte = 0xff;
+  return bit_cast<E>(bytes);
+}
+template <typename E>
+RNNKERN_DEVICE E present(E x) {
+  using Bits = std::conditional_t<sizeof(E) == 8, uint64_t,
+                                  std::conditional_t<sizeof(E) == 4, uint32_t, uint16_t>>;
+  const Bits bits = bit_cast<Bits>(x);
+  return bit_cast<E>(bits == Bits(~Bits(0)) ? Bits(bits >> 1) : bits);
+}
+// Whether any number of the quad is absent.
+template <typename E>
+RNNKERN_DEVICE bool any_absent(const Quad& quad) {
+  if constexpr (sizeof(E) == 2) {
+    uint32_t found = 0;  // the first bit of a half of ones
+#pragma unroll
+    for (uint32_t word : quad.words) found |= (~word - 0x10001u) & word & 0x80008000u;
+    return found;
+  } else {
+    bool any = false;
+#pragma unroll
+    for (int i = 0; i < 4; i += int(sizeof(E)) / 4) {
+      any |= (sizeof(E) == 4 ? quad.words[i] : quad.words[i] & quad.words[i + 1]) == ~0u;
+    }
+    return any;
+  }
+}
+
 // A stored number as an operand.
 template <typename E, typename T>
 RNNKERN_DEVICE E operand(T stored) {

@@ -53,6 +53,19 @@ def with_plain_loads() -> Mutation:
     return Mutation("plain loads and no acquire", change, weak=True)
 
 
+def with_plain_looks() -> Mutation:
+    """At values that say themselves that they are there."""
+
+    def change(i: Instruction) -> Instruction:
+        return replace(i, opcode=i.opcode.replace("ld.relaxed.gpu.global.v", "ld.global.v"))
+
+    return Mutation("plain looks at values", change, weak=True)
+
+
+def without_order(wanted: Instruction) -> Mutation:
+    return replace(without(wanted), weak=True)
+
+
 def with_words_exchanged() -> Mutation:
     """Of the first operand of products, the second word and the third: rows in place of k."""
 
@@ -87,9 +100,13 @@ def mutations(kernel: Kernel) -> Iterator[Mutation]:
             yield without(i)
         elif i.opcode.startswith("st.release."):
             yield without_release(i)
+        elif i.opcode.startswith("fence.acq_rel."):
+            yield without_order(i)
     names = {i.opcode.split(".")[0] for i in kernel.instructions()}
     if any(i.opcode.startswith("ld.global.cg.") for i in kernel.instructions()):
         yield with_plain_loads()
+    if any(i.opcode.startswith("ld.relaxed.gpu.global.v") for i in kernel.instructions()):
+        yield with_plain_looks()
     if "mma" in names:
         yield with_words_exchanged()
 

@@ -193,6 +193,22 @@ def test_shuffles(mode: str, source: Callable[[int], int]) -> None:
     assert list(struct.unpack("32i", data)) == [source(i) for i in range(32)]
 
 
+@pytest.mark.parametrize("lane", [None, 0, 31])
+def test_votes(lane: int | None) -> None:
+    """Whether one lane, or none, brings true."""
+    data = bytearray(32 * 4)
+    lines = [
+        f"setp.eq.s32 %p1, %r1, {-1 if lane is None else lane}",
+        "vote.sync.any.pred %p2, %p1, -1",
+        "selp.u32 %r3, 1, 0, %p2",
+        "mul.wide.u32 %rd3, %r1, 4",
+        "add.s64 %rd4, %rd1, %rd3",
+        "st.global.u32 [%rd4], %r3",
+    ]
+    run(f"vote-{lane}", ";\n".join(lines) + ";", data)
+    assert set(struct.unpack("32i", data)) == {int(lane is not None)}
+
+
 # Products of tensor cores: the fragments of the ISA's figures, as (row, k), (k, column) and (row,
 # column) of each number that lane `4 g + q` has.
 def fragment_a(lane: int, depth: int) -> list[tuple[int, int]]:

@@ -27,7 +27,8 @@ from ptx import Kernel, Module
 from translate import to_cpp
 
 ROOT = Path(__file__).parents[2]
-FOLDER = ROOT / "build" / "ptx"
+EXCHANGE = os.environ.get("RNNKERN_CUDA_EXCHANGE", "FLAGS")
+FOLDER = ROOT / "build" / ("ptx" if EXCHANGE == "FLAGS" else f"ptx-{EXCHANGE.lower()}")
 KERNELS = FOLDER / "kernels"
 BUILT = KERNELS / "built.json"
 
@@ -97,6 +98,7 @@ def sources() -> list[Source]:
     build = FOLDER / "commands"
     configure = [
         *("cmake", "--log-level=NOTICE", "-S", str(ROOT), "-B", str(build), "-G", "Ninja"),
+        f"-DRNNKERN_CUDA_EXCHANGE={EXCHANGE}",
         *("-DRNNKERN_CUDA=ON", "-DCMAKE_CUDA_ARCHITECTURES=90a-real"),
         *("-DRNNKERN_INSTRUCTION_SETS=native", "-DCMAKE_EXPORT_COMPILE_COMMANDS=ON"),
         *(f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"),

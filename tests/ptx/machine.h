@@ -171,6 +171,11 @@ class Thread {
     fesetenv(FE_DFL_ENV);  // denormal numbers stay, but for .ftz
     if (is_weak && !block_.memory) block_.memory = std::make_shared<WeakMemory>();
   }
+  Thread(const Thread&) = delete;
+  ~Thread() {
+    while (arrives()) {
+    }
+  }
 
  private:
   const u64 parameters_;
@@ -212,7 +217,8 @@ class Thread {
   // What others may be about to store.
   template <typename V>
   V load_relaxed(u64 address) {
-    if (fiber_.waits_at(address)) launch_.park();
+    if (fiber_.waits_at(address)) arrives() ? launch_.yield() : launch_.park_since_look();
+    launch_.look();
     return load_l2<V>(address);
   }
   template <typename V>
@@ -234,7 +240,7 @@ class Thread {
   template <typename V>
   void store_relaxed(u64 address, V value) {
     if (is_in_weak_memory(address)) {
-      memory().store_to_l2(pointer<V>(address), &value, sizeof value);
+      memory().store_relaxed(pointer<V>(address), &value, sizeof value);
     } else {
       write(address, value);
     }
@@ -274,6 +280,20 @@ class Thread {
     return shfl_idx(line, value, tid ^ lane_mask, clamp, mask);
   }
 
+  bool vote_any(int line, bool value, u32 mask) {
+    want_all(mask);
+    struct Own {
+      int line;
+      bool value;
+    } own = {line, value};
+    meet(own, [](auto lanes) {
+      bool any = false;
+      for (u32 i = 0; i < simt::kWarp; ++i) any |= lanes(i).value;
+      for (u32 i = 0; i < simt::kWarp; ++i) lanes(i).value = any;
+    });
+    return own.value;
+  }
+
   // c += a b, by the tables of the ISA. Lane 4 g + q has of a rows g (words 0, 2) and g + 8 (1, 3),
   // of b column g, along k from q kPerWord on (words of a 0, 1 and of b 0) and half of k further
   // (2, 3 and 1); of c rows g (0, 1) and g + 8 (2, 3), columns 2 q and 2 q + 1.
@@ -308,6 +328,12 @@ class Thread {
  private:
   WeakMemory& memory() const { return *static_cast<WeakMemory*>(block_.memory.get()); }
 
+  // Whether relaxed stores of the block were on their way, of which some are there now.
+  bool arrives() {
+    if (!is_weak || !memory().arrive()) return false;
+    launch_.progress();
+    return true;
+  }
   bool is_in_weak_memory(u64 address) const {
     return is_weak && shared(address) >= block_.shared.size();
   }

@@ -1,14 +1,20 @@
 // Global memory as a block may see it at the worst. What the block stores is seen by others only
-// after it has released it, or when its kernel has ended. What it loads comes from sectors of its
-// first-level cache, which stay as they were when they came, until it acquires.
+// after it has released it, or when its kernel has ended. Relaxed stores are on their way until
+// then, and arrive in any order when the block waits for others. What it loads comes from sectors
+// of its first-level cache, which stay as they were when they came, until it acquires.
 //
-// This is weaker than any GPU and weaker in one respect than the memory model of PTX: nothing ever
-// becomes visible by itself. Within the block all threads see the same, at once.
+// This is weaker than any GPU and weaker in one respect than the memory model of PTX: no plain
+// store ever becomes visible by itself. In another respect it is stronger: loads are in order.
+// Within the block all threads see the same, at once.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <random>
 #include <unordered_map>
+#include <utility>
+#include <vector>
 
 namespace ptx {
 
@@ -40,17 +46,30 @@ class WeakMemory {
     stored.mask |= mask(at, bytes);
     update_cached(at, from, bytes);
   }
-  // At once, for all.
-  void store_to_l2(void* at, const void* from, size_t bytes) {
-    const auto found = stored_.find(sector(at));
-    if (found != stored_.end()) found->second.mask &= ~mask(at, bytes);
-    std::memcpy(at, from, bytes);
-    update_cached(at, from, bytes);
+  void store_relaxed(void* at, const void* from, size_t bytes) {
+    store(at, from, bytes);
+    on_their_way_.emplace_back(at, bytes);
+  }
+  // About half of the relaxed stores arrive, at least one. Returns whether there were any.
+  bool arrive() {
+    if (on_their_way_.empty()) return false;
+    std::shuffle(on_their_way_.begin(), on_their_way_.end(), random_);
+    for (size_t left = on_their_way_.size() / 2; on_their_way_.size() > left;) {
+      const auto [at, bytes] = on_their_way_.back();
+      on_their_way_.pop_back();
+      Stored& stored = stored_[sector(at)];
+      Stored arrived = stored;
+      arrived.mask &= mask(at, bytes);
+      copy_stored(place(sector(at)), arrived);
+      stored.mask &= ~mask(at, bytes);
+    }
+    return true;
   }
 
   void release() {
     for (const auto& [sector, stored] : stored_) copy_stored(place(sector), stored);
     stored_.clear();
+    on_their_way_.clear();
   }
   void acquire() { cached_.clear(); }
 
@@ -83,6 +102,8 @@ class WeakMemory {
   }
 
   std::unordered_map<uintptr_t, Stored> stored_;
+  std::vector<std::pair<void*, size_t>> on_their_way_;
+  inline static std::minstd_rand random_;
   std::unordered_map<uintptr_t, Sector> cached_;
 };
 

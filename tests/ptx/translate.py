@@ -377,6 +377,11 @@ def shuffle(
     return f"{result} {c.set(is_there, 'true', 'pred')}" if is_there else result
 
 
+@form(r"vote\.sync\.any\.pred")
+def vote(c: Context, line: int, d: str, a: str, mask: str) -> str:
+    return c.set(d, f"t.vote_any({line}, {c.value(a, 'pred')}, {c.value(mask, 'u32')})", "pred")
+
+
 @form(r"fence\.(?P<order>acquire|acq_rel)\.(?:gpu|sys)|membar\.(?:gl|sys)")
 def fence(c: Context, line: int, *, order: str) -> str:
     return "t.fence_acquire();" if order == "acquire" else "t.fence_release(); t.fence_acquire();"

@@ -99,6 +99,7 @@ struct Fiber {
   uint32_t rank;  // of its warp
   bool done = false;
   std::vector<uint64_t> seen;  // addresses that it has looked at since it last waited
+  uint64_t looked = 0;         // how often others had set something when it last looked
 
   // Counts a look at an address. After several of them it must be waiting for what others store
   // there.
@@ -170,8 +171,20 @@ class Launch {
     parked_.push_back(fiber_);
     switch_to_scheduler();
   }
+  // The same, if nothing has been set since the fiber has looked; else others may go on first.
+  void park_since_look() {
+    if (fiber().looked == progress_) return park();
+    yield();
+  }
+  void yield() {
+    ready_.push_back(fiber_);
+    switch_to_scheduler();
+  }
+  // The fiber looks at what others may set.
+  void look() { fiber().looked = progress_; }
   // A flag was set.
   void progress() {
+    ++progress_;
     ready_.insert(ready_.end(), parked_.begin(), parked_.end());
     parked_.clear();
   }
@@ -272,6 +285,7 @@ class Launch {
   std::vector<std::unique_ptr<Block>> blocks_;
   std::vector<std::unique_ptr<Fiber>> fibers_;
   std::vector<int> ready_, parked_;
+  uint64_t progress_ = 0;
   const int draws_;
   int fiber_ = 0;
   std::exception_ptr error_;
