@@ -18,10 +18,16 @@ def transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def forward_levels() -> int:
-    """How many transforms of forward mode are nested."""
+def without_rules() -> bool:
+    """Whether a transform is active for which a ``torch.autograd.Function`` has no rule.
+
+    These are `torch.func.functionalize`, and a jvp inside another one, which torch runs with the
+    outer levels switched off.
+    """
     stack = torch._C._functorch.get_interpreter_stack() or ()
-    return sum(each.key() == torch._C._functorch.TransformType.Jvp for each in stack)
+    kinds = [each.key() for each in stack]
+    of = torch._C._functorch.TransformType
+    return of.Functionalize in kinds or kinds.count(of.Jvp) > 1
 
 
 def only_differentiated() -> bool:

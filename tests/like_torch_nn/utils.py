@@ -251,6 +251,20 @@ def gradients_of_torch_func(side: Side) -> Any:
 
 
 @ROWS.row()
+def functionalized(side: Side) -> Any:
+    module = side.make(**({"num_layers": 2, "bidirectional": True} if side.is_layer else {}))
+
+    def loss(x: Tensor) -> Tensor:
+        return loss_of(module(x))
+
+    return (
+        flatten(torch.func.functionalize(module)(side.x())),
+        torch.func.functionalize(torch.func.grad(loss))(side.x()),
+        torch.func.grad(torch.func.functionalize(loss))(side.x()),
+    )
+
+
+@ROWS.row()
 def jacobians(side: Side) -> Any:
     module = side.make()
     x, v = side.x(1, I) if not side.is_layer else side.x(2, 1, I), side.x()
