@@ -135,7 +135,8 @@ def _checked_cell(module: Any, input: Any, hx: Any) -> Any:
     if module._gain_names:
         return _cell_with_options(module, input, hx, own_options.asked_of_cell(module))
     compiling = is_compiling()
-    if to_torch() if compiling else _tracing_state() is not None:
+    # Dynamo breaks the graph at a Function of autograd inside a transform, and then fails.
+    if to_torch() or traced.is_transformed() if compiling else _tracing_state() is not None:
         return module._torch_forward(input, hx)
     # torch.func takes a millisecond for a gradient of ours, and a fraction for those of torch's
     # operators, which have no rules for its other transforms.

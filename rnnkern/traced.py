@@ -157,6 +157,10 @@ def is_plain(kind: type, *own: Any) -> bool:
     return is_covered(kind, *own) and not torch.is_autocast_enabled(own[1].type)
 
 
+def is_transformed() -> bool:
+    return ops.transformed()
+
+
 def is_grad_enabled() -> bool:
     return torch.is_grad_enabled()
 
@@ -170,4 +174,5 @@ CONSTANT = (
     is_pair,
     is_plain,
     is_grad_enabled,
+    is_transformed,
 )
