@@ -106,7 +106,12 @@ inline bool has_options(PyObject* space) {
   static PyObject* const dropout_name = PyUnicode_InternFromString(kOptions[0]);
   static PyObject* const zoneout_name = PyUnicode_InternFromString(kOptions[1]);
   static PyObject* const training_name = PyUnicode_InternFromString("training");
-  const auto is_set = [](PyObject* value) { return value && PyObject_IsTrue(value) == 1; };
+  // Such a name may be the user's, of a tensor for example, which is neither true nor false.
+  const auto is_set = [](PyObject* value) {
+    const int truth = value ? PyObject_IsTrue(value) : 0;
+    if (truth < 0) PyErr_Clear();
+    return truth != 0;
+  };
   PyObject *const dropout = find_in(space, dropout_name), *zoneout = find_in(space, zoneout_name);
   return is_normalised(space) || is_set(zoneout) ||
          (is_set(dropout) && find_in(space, training_name) != Py_False);

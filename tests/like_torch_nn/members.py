@@ -187,6 +187,7 @@ THE_USERS: dict[str, Any] = {
     "parameter": lambda: nn.Parameter(torch.ones(H)),
     "buffer": lambda: nn.Buffer(torch.ones(H)),
     "function": lambda: len,
+    "tensor": lambda: torch.ones(H),
     "string": lambda: "variational",
     "none": lambda: None,
     "dictionary": lambda: {"p": 0.5},
