@@ -6,6 +6,7 @@
 #include <deque>
 #include <optional>
 #include <string_view>
+#include <type_traits>
 #include <utility>
 
 #include "python/layer.h"
@@ -159,6 +160,11 @@ ModuleClass look_at_class(py::handle type) {
                 has_methods_of(theirs, type) && !has_options_by_default(type);
   for (int i = 0; i < Attributes::kCount; ++i) {
     found.plain = found.plain && !py::hasattr(type, name_of<Attributes>(i));
+  }
+  // A cell of torch.nn asks for its weights by name, so its class may give others. A layer has them
+  // in a list.
+  if constexpr (std::is_same_v<Attributes, CellAttributes>) {
+    found.plain = found.plain && type.attr("__getattr__").is(theirs.attr("__getattr__"));
   }
   return found;
 }
