@@ -72,6 +72,19 @@ def has_modes() -> bool:
     return torch._C._len_torch_dispatch_stack() > 0
 
 
+def function_mode() -> str | None:
+    """The class of a ``TorchFunctionMode`` that is active, other than torch's own; or None.
+
+    It may replace what a function of torch returns, also ``torch.lstm``. torch's own are those of
+    a default device, of tracing and the like, which do not.
+    """
+    for i in range(torch._C._len_torch_function_stack()):
+        kind = type(torch._C._get_function_stack_at(i))
+        if not kind.__module__.startswith("torch."):
+            return kind.__name__
+    return None
+
+
 def apply(function: type[torch.autograd.Function], *operands: Any) -> Any:
     """``function.apply``, which torch leaves untyped."""
     if torch._C._are_functorch_transforms_active():
