@@ -118,6 +118,25 @@ def test_quantization_of_graphs_finds_types_in_other_places(key: str, quantize: 
 
 
 @pytest.mark.cpu_only
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", *CELLS])
+def test_a_quantized_module_made_of_a_float_one(kind: str, quantize: Module) -> None:
+    from torch.ao import nn as ao
+    from torch.ao.quantization import default_dynamic_qconfig
+
+    module, x = (
+        build(kind, 4, 6).eval(),
+        torch.randn(3, 4) if kind in CELLS else torch.randn(5, 3, 4),
+    )
+    module.qconfig = default_dynamic_qconfig
+    of = getattr(ao.quantized.dynamic, kind)
+    made, wanted = (of.from_float(each)(x) for each in (module, reverted(module)))
+    torch.testing.assert_close(made, wanted)
+    assert type(module) is getattr(rnnkern, kind)
+    with torch.no_grad():
+        module(x)
+
+
+@pytest.mark.cpu_only
 def test_a_layer_that_is_observed_by_a_class_of_its_own(quantize: Module) -> None:
     from torch.ao import nn as ao
     from torch.ao.quantization import get_default_qconfig, prepare

@@ -34,6 +34,7 @@ def be_found_by_type() -> None:
         on_import(name, functools.partial(_add_entries, table=table))
     on_import("torch.ao.quantization.quantize", _quantize_by_type)
     on_import("torch.ao.quantization.quantize_fx", _quantize_graphs_by_type)
+    on_import("torch.ao.nn.quantized.dynamic.modules.rnn", _make_quantized_by_type)
 
 
 def _add_entries(module: ModuleType, table: str) -> None:
@@ -122,6 +123,23 @@ def _quantize_graphs_by_type(module: Any) -> None:
         return prepare(model, *map(_types_of_torch, args), **named)
 
     module._prepare_fx = prepare_fx
+
+
+def _make_quantized_by_type(module: Any) -> None:
+    """``from_float`` of the quantized classes asks for torch.nn's exact types."""
+    for name in ("RNNBase", "RNNCellBase"):
+        made = getattr(module, name, None)
+        if made is not None and "from_float" in vars(made):
+            made.from_float = classmethod(_taking_rnnkerns(made.from_float.__func__))
+
+
+def _taking_rnnkerns(from_float: Any) -> Any:
+    @functools.wraps(from_float)
+    def run(kind: Any, mod: nn.Module, *args: Any, **kw: Any) -> Any:
+        mod = revert(copy.copy(mod)) if type(mod) in COUNTERPARTS else mod
+        return from_float(kind, mod, *args, **kw)
+
+    return run
 
 
 def _types_of_torch(given: Any) -> Any:
