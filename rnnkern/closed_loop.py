@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from rnnkern import kernels
 from rnnkern.call import expect_layer, is_compiling, read, refusal_of
+from rnnkern.constructor import option
 from rnnkern.forward import forward
 from rnnkern.kernels import Refusal
 
@@ -51,10 +52,11 @@ def generate(
         >>> drawn, state = rnnkern.generate(lstm, readout, warm_up[-1], 100, state)
     """
     expect_layer(module)
-    if module.training and getattr(module, "recurrent_dropout", False):
+    recurrent_dropout = option(module, "recurrent_dropout")
+    if module.training and recurrent_dropout:
         raise ValueError(
             "generate calls the module step by step, and recurrent_dropout has one mask for all "
-            f"steps, got a module with recurrent_dropout={module.recurrent_dropout}; call "
+            f"steps, got a module with recurrent_dropout={recurrent_dropout}; call "
             "module.eval()"
         )
     if module.bidirectional:
@@ -95,7 +97,7 @@ def _in_one_call(
         or input.device.type != "cpu"
         or kernels.IS_STAND_IN
         or module.num_layers > 1
-        or getattr(module, "zoneout", False)
+        or option(module, "zoneout")
         or getattr(module, "_gain_names", False)
         or type(feedback) is not nn.Linear
         or not (_runs_as(forward, module) and _runs_as(nn.Linear.forward, feedback))

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rnnkern.call import mode_of
+from rnnkern.call import is_compiling, mode_of
+from rnnkern.kernels import OPTIONS
 from rnnkern.known_cells import CELLS
 
 DEFAULTS = {
@@ -17,7 +20,10 @@ DEFAULTS = {
     "orthogonal": False,
     "forget_bias": None,
 }
-"""What such an attribute is of a module that was not given another value."""
+"""What such an option is of a module that was not given another value.
+
+Only other values are attributes. Users have submodules and parameters of such names.
+"""
 
 NOT_NORMALISED: list[list[str]] = []
 """The attribute ``_gain_names`` of a module without layer normalisation. With it, it has the names
@@ -54,7 +60,7 @@ def ours(kind: type) -> Any:
 def settle(module: Any, **given: Any) -> None:
     """Checks the options of a module that torch.nn has made, and carries them out.
 
-    A default is not stored: the class has it. So a module without options is as torch.nn makes it.
+    A default is not stored. So a module without options is as torch.nn makes it.
 
     Raises:
         TypeError: a value is not a number, or ``orthogonal`` or ``layer_norm`` not a bool.
@@ -110,17 +116,36 @@ def _add_gains(module: Any) -> None:
     module._gain_names = [[kind + suffix for kind in sizes] for suffix in suffixes]
 
 
+def option(module: Any, name: str) -> Any:
+    """An option of a module: a number of that name, its own or its class's, or else the default.
+
+    Anything else of such a name is the user's: a submodule, a parameter, a method.
+    """
+    default = DEFAULTS[name]
+    # A missing attribute takes torch a microsecond. Dynamo guards only what is read.
+    if not is_compiling() and name not in vars(module) and not hasattr(type(module), name):
+        return default
+    value = getattr(module, name, default)
+    return value if isinstance(value, Real) else default
+
+
+def options_besides_torchs(module: Any) -> Iterator[tuple[str, Any]]:
+    """The options in use that change what a call computes, as the constructor calls them."""
+    for name in OPTIONS:
+        if name != "_gain_names":
+            value, called = option(module, name), name
+        else:
+            value, called = bool(getattr(module, name, NOT_NORMALISED)), "layer_norm"
+        if value:
+            yield called, value
+
+
 def gains_of(module: Any) -> tuple[tuple[Tensor, ...], ...]:
     """The parameters of layer normalisation of each direction of each layer, in the order in which
     the kernels take them; none if there is no normalisation.
     """
     names = getattr(module, "_gain_names", NOT_NORMALISED)
     return tuple(tuple(getattr(module, name) for name in own) for own in names)
-
-
-def named(option: str, value: Any) -> tuple[str, Any]:
-    """An option as the constructor calls it, and its value, for an attribute of a module."""
-    return ("layer_norm", True) if option == "_gain_names" else (option, value)
 
 
 def probability(name: str, value: Any) -> float:
@@ -145,7 +170,8 @@ def reset_parameters(self: Any) -> None:
 
 def extra_repr(self: Any) -> str:
     own = ["layer_norm=True"] if self._gain_names else []
-    own += [f"{name}={vars(self)[name]}" for name in DEFAULTS if name in vars(self)]
+    values = {name: option(self, name) for name in DEFAULTS if name in vars(self)}
+    own += [f"{name}={value}" for name, value in values.items() if value != DEFAULTS[name]]
     return ", ".join([_torch_base(self).extra_repr(self), *own])
 
 
@@ -155,9 +181,10 @@ def _torch_base(module: Any) -> Any:
 
 @torch.no_grad()
 def _initialise(module: Any) -> None:
-    H, forget_bias = module.hidden_size, getattr(module, "forget_bias", None)
+    H, forget_bias = module.hidden_size, option(module, "forget_bias")
+    orthogonal = option(module, "orthogonal")
     for name, parameter in module.named_parameters():
-        if module.orthogonal and name.startswith("weight_hh"):
+        if orthogonal and name.startswith("weight_hh"):
             for gate in parameter.split(H):
                 _be_orthogonal(gate)
         if name.startswith("gain_"):

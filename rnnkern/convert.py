@@ -11,10 +11,10 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from rnnkern import modules
-from rnnkern.constructor import named
+from rnnkern.constructor import options_besides_torchs
 from rnnkern.forward import level_of_the_caller
 from rnnkern.interop.scripting import own_class, torch_class
-from rnnkern.kernels import CALLED_BY_FORWARD, OPTIONS
+from rnnkern.kernels import CALLED_BY_FORWARD
 from rnnkern.known_cells import is_own
 
 _M = TypeVar("_M", bound=nn.Module)
@@ -72,14 +72,10 @@ def convert(model: _M) -> _M:
             if overridden is not None:
                 _tell("rnnkern.convert", name, kind, f"its class overrides {overridden}")
                 continue
-            own = [option for option in OPTIONS if getattr(module, option, 0)]
-            if own:
-                _tell(
-                    "rnnkern.convert",
-                    name,
-                    kind,
-                    f"it has an attribute {own[0]}, an option of rnnkern's",
-                )
+            own = next(options_besides_torchs(module), None)
+            if own is not None:
+                why = f"it has an attribute {own[0]}, an option of rnnkern's"
+                _tell("rnnkern.convert", name, kind, why)
                 continue
             try:
                 converted.append((module, _converted(kind)))
@@ -110,13 +106,12 @@ def revert(model: _M) -> _M:
     """
     expect_module(model)
     for name, module in model.named_modules():
-        for option in OPTIONS if _reverted(_own_class(module)) is not None else ():
-            attribute = getattr(module, option, 0)
-            if attribute:
-                called, value = named(option, attribute)
-                where = f" of {name}" if name else ""
-                hint = "" if called == "layer_norm" else ": set it to 0 first"
-                raise ValueError(f"torch.nn has no {called}, got {called}={value}{where}{hint}")
+        if _reverted(_own_class(module)) is None:
+            continue
+        for option, value in options_besides_torchs(module):
+            where = f" of {name}" if name else ""
+            hint = "" if option == "layer_norm" else ": set it to 0 first"
+            raise ValueError(f"torch.nn has no {option}, got {option}={value}{where}{hint}")
     for module in model.modules():
         theirs = _reverted(_own_class(module))
         if theirs is not None:

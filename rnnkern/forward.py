@@ -37,6 +37,7 @@ class FallbackWarning(UserWarning):
 
 
 _tracing_state = torch._C._get_tracing_state
+_function_modes = torch._C._len_torch_function_stack
 
 _warned: set[str] = set()
 
@@ -57,6 +58,8 @@ def forward(
         # cover before it computes anything. Only then is the call read.
         if is_compiling():
             result = traced.layer(self, input, hx)
+        elif _function_modes() and (refusal := _refusal_of_mode(self)):
+            return _by_torch(self, input, hx, refusal)
         else:
             try:
                 result = kernels.plain_call(self, input, hx, record)
@@ -76,6 +79,16 @@ class _Given(NamedTuple):
     reset: Any
     reset_to: Any
     return_cells: Any
+
+
+def _refusal_of_mode(module: Any) -> Refusal | None:
+    """Why torch.nn must run a plain call, because a mode has to see its functions; or None."""
+    mode = ops.function_mode()
+    if mode is None or without_kernels(module) != "torch.nn":
+        return None
+    if own_options.asked_of(module, None, None, False) is not None:
+        return None
+    return Refusal(Why.MODE, "the mode {}", (mode,))
 
 
 def _checked(module: Any, given: _Given) -> Any:
@@ -121,6 +134,8 @@ def cell(self: Any, input: Any, hx: Any = None) -> Any:
     """``forward`` of `rnnkern.RNNCell`, `rnnkern.LSTMCell` and `rnnkern.GRUCell`."""
     if is_compiling():  # as in `forward`
         result = traced.cell(self, input, hx)
+    elif _function_modes() and (refusal := _refusal_of_mode(self)):
+        return _by_torch(self, input, hx, refusal)
     else:
         try:
             result = kernels.plain_cell(self, input, hx, record_cell, record_cell_in_loop)
@@ -135,7 +150,8 @@ def _checked_cell(module: Any, input: Any, hx: Any) -> Any:
     if module._gain_names:
         return _cell_with_options(module, input, hx, own_options.asked_of_cell(module))
     compiling = is_compiling()
-    if to_torch() if compiling else _tracing_state() is not None:
+    # Dynamo breaks the graph at a Function of autograd inside a transform, and then fails.
+    if to_torch() or traced.is_transformed() if compiling else _tracing_state() is not None:
         return module._torch_forward(input, hx)
     # Under torch.func a gradient of our operators takes a millisecond, and one of torch.nn's cell a
     # fraction of it. But torch.nn's cell has no rules for the other transforms.

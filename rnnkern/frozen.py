@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from rnnkern import kernels
 from rnnkern.call import is_compiling, mode_of, read, read_cell
-from rnnkern.constructor import named
+from rnnkern.constructor import options_besides_torchs
 from rnnkern.convert import expect_module, recurrent_modules
 from rnnkern.interop import scripting
 from rnnkern.interop.exporting import to_torch
@@ -590,11 +590,9 @@ def _frozen(name: str, module: nn.Module, weights: torch.dtype | None) -> _Froze
 def _twin(module: nn.Module, weights: torch.dtype | None) -> _Frozen:
     if kernels.IS_STAND_IN:
         raise ValueError("this build has no kernels for the CPU")
-    for option in ("zoneout", "_gain_names"):
-        attribute = getattr(module, option, 0)
-        if attribute:
-            called, value = named(option, attribute)
-            raise ValueError(f"frozen layers have no {called}, got {called}={value}")
+    for name, value in options_besides_torchs(module):
+        if name != "recurrent_dropout":
+            raise ValueError(f"frozen layers have no {name}, got {name}={value}")
     if parametrize.is_parametrized(module):
         module = _without_parametrizations(module)
     names = list(_names(module))

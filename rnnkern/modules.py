@@ -79,7 +79,6 @@ class RNN(nn.RNN):
         >>> output, h_n = rnn(torch.randn(10, 1, 3))
     """
 
-    recurrent_dropout, zoneout, orthogonal = 0.0, 0.0, False
     _gain_names = constructor.NOT_NORMALISED
 
     __init__ = constructor.layer
@@ -99,9 +98,7 @@ class LSTM(nn.LSTM):
         >>> output, (h_n, c_n) = rnn(torch.randn(10, 4, 3), lengths=torch.tensor([3, 10, 1, 7]))
     """
 
-    recurrent_dropout, zoneout, orthogonal = 0.0, 0.0, False
     _gain_names = constructor.NOT_NORMALISED
-    forget_bias = None
 
     def __init__(
         self,
@@ -139,7 +136,6 @@ class GRU(nn.GRU):
         >>> output, h_n = rnn(torch.randn(10, 4, 3))
     """
 
-    recurrent_dropout, zoneout, orthogonal = 0.0, 0.0, False
     _gain_names = constructor.NOT_NORMALISED
 
     __init__ = constructor.layer
@@ -160,7 +156,6 @@ class OwnRNN(nn.RNNBase):
             no slots or reads h.
     """
 
-    recurrent_dropout, zoneout = 0.0, 0.0
     _gain_names = constructor.NOT_NORMALISED
 
     _torch_forward = without_torch
@@ -195,7 +190,6 @@ class RNNCell(nn.RNNCell):
     Shapes and errors are torch's.
 {INITIALISED}    """
 
-    orthogonal = False
     _gain_names = constructor.NOT_NORMALISED
 
     def __init__(
@@ -227,7 +221,6 @@ class LSTMCell(nn.LSTMCell):
     Shapes and errors are torch's.
 {INITIALISED}{_FORGET_BIAS}    """
 
-    orthogonal, forget_bias = False, None
     _gain_names = constructor.NOT_NORMALISED
 
     def __init__(
@@ -261,7 +254,6 @@ class GRUCell(nn.GRUCell):
     Shapes and errors are torch's.
 {INITIALISED}    """
 
-    orthogonal = False
     _gain_names = constructor.NOT_NORMALISED
 
     def __init__(

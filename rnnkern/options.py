@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from rnnkern import autocast, kernels
+from rnnkern import autocast
 from rnnkern.call import Call, has_cell_state, mode_of, state_shapes
-from rnnkern.constructor import gains_of, named, probability
+from rnnkern.constructor import gains_of, option, options_besides_torchs, probability
 from rnnkern.known_cells import CELLS, State
 from rnnkern.layer import Maybe
 
@@ -65,8 +65,8 @@ def asked_of(module: Any, reset: Any, reset_to: Any, return_cells: Any) -> Optio
         raise ValueError(f"return_cells is for cells with h and c, {module.mode} has more states")
     if reset_to is not None and reset is None:
         raise ValueError("reset_to says where a reset goes to: it needs reset, got reset=None")
-    dropout = getattr(module, "recurrent_dropout", 0) if module.training else 0
-    zoneout = getattr(module, "zoneout", 0)
+    dropout = option(module, "recurrent_dropout") if module.training else 0
+    zoneout = option(module, "zoneout")
     gains = gains_of(module)
     if reset_to is None and not (return_cells or dropout or zoneout or gains):
         return None
@@ -142,11 +142,7 @@ def computed(options: Options, call: Call, x: Tensor) -> Options:
 
 def expect_none(module: Any, what: str) -> None:
     """Raises a ValueError if a module has an option that this function does not know."""
-    for name in kernels.OPTIONS:
-        attribute = getattr(module, name, 0)
-        if attribute and (module.training or name != "recurrent_dropout"):
-            called, value = named(name, attribute)
+    for name, value in options_besides_torchs(module):
+        if module.training or name != "recurrent_dropout":
             hint = "; call module.eval()" if name == "recurrent_dropout" else ""
-            raise ValueError(
-                f"{what} does not know {called}, got a module with {called}={value}{hint}"
-            )
+            raise ValueError(f"{what} does not know {name}, got a module with {name}={value}{hint}")

@@ -39,8 +39,8 @@ def layer(module: Any, x: Any, hx: Any) -> Any:
     for name in called_by_forward().split():
         if name in module.__dict__:
             return None
-    # These are read and not looked for, because Dynamo guards what is read.
-    if (module.recurrent_dropout and module.training) or module.zoneout or module._gain_names:
+    # Asked like this because Dynamo guards it.
+    if hasattr(module, "recurrent_dropout") or hasattr(module, "zoneout") or module._gain_names:
         return None
     batch_first, bias, proj = module.batch_first, module.bias, module.proj_size
     directions, layers = 2 if module.bidirectional else 1, module.num_layers
@@ -157,6 +157,10 @@ def is_plain(kind: type, *own: Any) -> bool:
     return is_covered(kind, *own) and not torch.is_autocast_enabled(own[1].type)
 
 
+def is_transformed() -> bool:
+    return ops.transformed()
+
+
 def is_grad_enabled() -> bool:
     return torch.is_grad_enabled()
 
@@ -170,4 +174,5 @@ CONSTANT = (
     is_pair,
     is_plain,
     is_grad_enabled,
+    is_transformed,
 )

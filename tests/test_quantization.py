@@ -90,6 +90,64 @@ def test_quantization_of_graphs_finds_a_layer(kind: str, own_type: bool, quantiz
     assert type(model.rnn) is getattr(rnnkern, kind)
 
 
+@pytest.mark.cpu_only
+@pytest.mark.parametrize("key", ["object_type", "module_name_object_type_order", "custom"])
+def test_quantization_of_graphs_finds_types_in_other_places(key: str, quantize: Module) -> None:
+    from torch.ao import nn as ao
+    from torch.ao.quantization import default_dynamic_qconfig as config
+    from torch.ao.quantization import default_qconfig
+    from torch.ao.quantization.quantize_fx import prepare_fx
+
+    def prepared(model: nn.Module, kind: type[nn.Module]) -> tuple[type[nn.Module], bool]:
+        custom: dict[str, Any] = {}
+        mapping: dict[str, Any] = {"object_type": [(kind, config)]}
+        if key == "module_name_object_type_order":
+            mapping = {key: [("", kind, 0, config)]}
+        if key == "custom":
+            mapping = {"": default_qconfig}
+            table = {"static": {kind: ao.quantizable.LSTM}}
+            custom = {"float_to_observed_custom_module_class": table}
+        made = prepare_fx(model, mapping, (x,), prepare_custom_config=custom)
+        return type(made.rnn), getattr(made.rnn, "qconfig", None) is not None
+
+    model, x = Tagger(build("LSTM", 4, 6), 6).eval(), torch.randn(5, 3, 4)
+    wanted = prepared(reverted(model), nn.LSTM)
+    assert prepared(model, rnnkern.LSTM) == wanted
+    assert wanted == (ao.quantizable.LSTM if key == "custom" else nn.LSTM, True)
+    assert type(model.rnn) is rnnkern.LSTM
+
+
+@pytest.mark.cpu_only
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", *CELLS])
+def test_a_quantized_module_made_of_a_float_one(kind: str, quantize: Module) -> None:
+    from torch.ao import nn as ao
+    from torch.ao.quantization import default_dynamic_qconfig
+
+    module, x = (
+        build(kind, 4, 6).eval(),
+        torch.randn(3, 4) if kind in CELLS else torch.randn(5, 3, 4),
+    )
+    module.qconfig = default_dynamic_qconfig
+    of = getattr(ao.quantized.dynamic, kind)
+    made, wanted = (of.from_float(each)(x) for each in (module, reverted(module)))
+    torch.testing.assert_close(made, wanted)
+    assert type(module) is getattr(rnnkern, kind)
+    with torch.no_grad():
+        module(x)
+
+
+@pytest.mark.cpu_only
+def test_a_layer_that_is_observed_by_a_class_of_its_own(quantize: Module) -> None:
+    from torch.ao import nn as ao
+    from torch.ao.quantization import get_default_qconfig, prepare
+
+    model = Tagger(build("LSTM", 4, 6), 6).eval()
+    model.qconfig = get_default_qconfig("fbgemm")
+    table = {"float_to_observed_custom_module_class": {rnnkern.LSTM: ao.quantizable.LSTM}}
+    assert type(prepare(model, prepare_custom_config_dict=table).rnn) is ao.quantizable.LSTM
+    assert type(model.rnn) is rnnkern.LSTM
+
+
 def test_tables_of_programs_that_count_operations() -> None:
     """They are changed once they are imported: here is what is done to them."""
 

@@ -6,6 +6,7 @@
 #include <deque>
 #include <optional>
 #include <string_view>
+#include <type_traits>
 #include <utility>
 
 #include "python/layer.h"
@@ -106,7 +107,12 @@ inline bool has_options(PyObject* space) {
   static PyObject* const dropout_name = PyUnicode_InternFromString(kOptions[0]);
   static PyObject* const zoneout_name = PyUnicode_InternFromString(kOptions[1]);
   static PyObject* const training_name = PyUnicode_InternFromString("training");
-  const auto is_set = [](PyObject* value) { return value && PyObject_IsTrue(value) == 1; };
+  // Such a name may be the user's, of a tensor for example, which is neither true nor false.
+  const auto is_set = [](PyObject* value) {
+    const int truth = value ? PyObject_IsTrue(value) : 0;
+    if (truth < 0) PyErr_Clear();
+    return truth != 0;
+  };
   PyObject *const dropout = find_in(space, dropout_name), *zoneout = find_in(space, zoneout_name);
   return is_normalised(space) || is_set(zoneout) ||
          (is_set(dropout) && find_in(space, training_name) != Py_False);
@@ -155,6 +161,11 @@ ModuleClass look_at_class(py::handle type) {
                 has_methods_of(theirs, type) && !has_options_by_default(type);
   for (int i = 0; i < Attributes::kCount; ++i) {
     found.plain = found.plain && !py::hasattr(type, name_of<Attributes>(i));
+  }
+  // A cell of torch.nn asks for its weights by name, so its class may give others. A layer has them
+  // in a list.
+  if constexpr (std::is_same_v<Attributes, CellAttributes>) {
+    found.plain = found.plain && type.attr("__getattr__").is(theirs.attr("__getattr__"));
   }
   return found;
 }

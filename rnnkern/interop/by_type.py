@@ -34,6 +34,7 @@ def be_found_by_type() -> None:
         on_import(name, functools.partial(_add_entries, table=table))
     on_import("torch.ao.quantization.quantize", _quantize_by_type)
     on_import("torch.ao.quantization.quantize_fx", _quantize_graphs_by_type)
+    on_import("torch.ao.nn.quantized.dynamic.modules.rnn", _make_quantized_by_type)
 
 
 def _add_entries(module: ModuleType, table: str) -> None:
@@ -75,6 +76,7 @@ def _quantize_by_type(module: Any) -> None:
     if not (hasattr(module, "propagate_qconfig_") and hasattr(module, "convert")):
         return
     propagate, convert_model = module.propagate_qconfig_, module.convert
+    observe = getattr(module, "_add_observer_", None)
     waiting: WeakKeyDictionary[nn.Module, type[nn.Module]] = WeakKeyDictionary()
 
     @functools.wraps(propagate)
@@ -95,6 +97,15 @@ def _quantize_by_type(module: Any) -> None:
         return result
 
     module.propagate_qconfig_, module.convert = propagate_qconfig, convert_rest
+    if observe is None:
+        return
+
+    @functools.wraps(observe)
+    def add_observer(model: nn.Module, *args: Any, **kw: Any) -> Any:
+        named = {name: _of_torch(value) for name, value in kw.items()}
+        return observe(model, *map(_of_torch, args), **named)
+
+    module._add_observer_ = add_observer
 
 
 def _quantize_graphs_by_type(module: Any) -> None:
@@ -104,29 +115,57 @@ def _quantize_graphs_by_type(module: Any) -> None:
         return
 
     @functools.wraps(prepare)
-    def prepare_fx(model: nn.Module, qconfig_mapping: Any, *args: Any, **kw: Any) -> Any:
+    def prepare_fx(model: nn.Module, *args: Any, **kw: Any) -> Any:
         if any(isinstance(each, tuple(COUNTERPARTS)) for each in model.modules()):
             tensors = (*model.parameters(), *model.buffers())
             model = revert(copy.deepcopy(model, {id(each): each for each in tensors}))
-        return prepare(model, _mapping_of_torch(qconfig_mapping), *args, **kw)
+        named = {name: _types_of_torch(value) for name, value in kw.items()}
+        return prepare(model, *map(_types_of_torch, args), **named)
 
     module._prepare_fx = prepare_fx
 
 
-def _mapping_of_torch(mapping: Any) -> Any:
-    """A ``QConfigMapping`` with torch.nn's types in place of rnnkern's."""
-    by_type = getattr(mapping, "object_type_qconfigs", None)
-    if not by_type or not any(kind in COUNTERPARTS for kind in by_type):
-        return mapping
-    mapping = copy.copy(mapping)
-    mapping.object_type_qconfigs = type(by_type)(
-        (COUNTERPARTS.get(kind, kind), config) for kind, config in by_type.items()
-    )
-    return mapping
+def _make_quantized_by_type(module: Any) -> None:
+    """``from_float`` of the quantized classes asks for torch.nn's exact types."""
+    for name in ("RNNBase", "RNNCellBase"):
+        made = getattr(module, name, None)
+        if made is not None and "from_float" in vars(made):
+            made.from_float = classmethod(_taking_rnnkerns(made.from_float.__func__))
+
+
+def _taking_rnnkerns(from_float: Any) -> Any:
+    @functools.wraps(from_float)
+    def run(kind: Any, mod: nn.Module, *args: Any, **kw: Any) -> Any:
+        mod = revert(copy.copy(mod)) if type(mod) in COUNTERPARTS else mod
+        return from_float(kind, mod, *args, **kw)
+
+    return run
+
+
+def _types_of_torch(given: Any) -> Any:
+    """A configuration with torch.nn's types in place of rnnkern's.
+
+    It is a ``QConfigMapping``, a ``PrepareCustomConfig``, or one of the dictionaries that torch
+    still takes for them: types are keys, and parts of keys and of lists.
+    """
+    if isinstance(given, type):
+        return COUNTERPARTS.get(given, given)
+    if isinstance(given, dict):
+        pairs = ((_types_of_torch(key), _types_of_torch(value)) for key, value in given.items())
+        return type(given)(pairs)
+    if type(given) in (list, tuple, set):
+        return type(given)(map(_types_of_torch, given))
+    if type(given).__name__ in ("QConfigMapping", "PrepareCustomConfig"):
+        made = copy.copy(given)
+        vars(made).update(_types_of_torch(vars(given)))
+        return made
+    return given
 
 
 def _of_torch(given: Any) -> Any:
-    """A dictionary by type, with torch.nn's types in place of rnnkern's."""
+    """A dictionary or set of types, with torch.nn's types besides rnnkern's."""
+    if type(given) is set:
+        return given | {COUNTERPARTS[kind] for kind in given if kind in COUNTERPARTS}
     if type(given) is not dict:
         return given
     return given | {COUNTERPARTS[key]: value for key, value in given.items() if key in COUNTERPARTS}

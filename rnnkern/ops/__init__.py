@@ -13,6 +13,7 @@ from rnnkern.ops.differentiable import scan, scan_backward
 from rnnkern.ops.kernel_ops import arguments
 from rnnkern.ops.modes import (
     are_batches,
+    function_mode,
     has_modes,
     in_batches,
     only_differentiated,
@@ -22,6 +23,7 @@ from rnnkern.ops.modes import (
 __all__ = [
     "are_batches",
     "arguments",
+    "function_mode",
     "has_modes",
     "in_batches",
     "only_differentiated",

@@ -26,7 +26,7 @@ from rnnkern.ops.kernel_ops import (
     saves,
     steps_of,
 )
-from rnnkern.ops.modes import apply, forward_levels, has_modes, in_batches, transformed
+from rnnkern.ops.modes import apply, has_modes, in_batches, transformed, without_rules
 from rnnkern.sequence import Steps
 
 STEPS = 5
@@ -105,8 +105,7 @@ def scan(
         options = (None, None) if steps is None else (steps.lengths, steps.reset)
         y, hn, cn = aten.exported(x, h0, c0, list(weights), *options, *layer, training)
         return y, hn, cn if CELLS[layer.mode].has_cell_state else None
-    if transformed() and not is_compiling() and forward_levels() > 1:
-        # torch runs the jvp of a Function with the outer levels switched off.
+    if transformed() and not is_compiling() and without_rules():
         from rnnkern import reference
 
         y, hn, *cns = reference.layer(layer, operands, steps)

@@ -18,10 +18,16 @@ def transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def forward_levels() -> int:
-    """How many transforms of forward mode are nested."""
+def without_rules() -> bool:
+    """Whether a transform is active for which a ``torch.autograd.Function`` has no rule.
+
+    These are `torch.func.functionalize`, and a jvp inside another one, which torch runs with the
+    outer levels switched off.
+    """
     stack = torch._C._functorch.get_interpreter_stack() or ()
-    return sum(each.key() == torch._C._functorch.TransformType.Jvp for each in stack)
+    kinds = [each.key() for each in stack]
+    of = torch._C._functorch.TransformType
+    return of.Functionalize in kinds or kinds.count(of.Jvp) > 1
 
 
 def only_differentiated() -> bool:
@@ -64,6 +70,19 @@ def in_batches(run: Callable[..., Sequence[Maybe]], *gradients: Maybe) -> Sequen
 def has_modes() -> bool:
     """Whether a dispatch mode of torch sees every operator."""
     return torch._C._len_torch_dispatch_stack() > 0
+
+
+def function_mode() -> str | None:
+    """The class of a ``TorchFunctionMode`` that is active, other than torch's own; or None.
+
+    It may replace what a function of torch returns, also ``torch.lstm``. torch's own are those of
+    a default device, of tracing and the like, which do not.
+    """
+    for i in range(torch._C._len_torch_function_stack()):
+        kind = type(torch._C._get_function_stack_at(i))
+        if not kind.__module__.startswith("torch."):
+            return kind.__name__
+    return None
 
 
 def apply(function: type[torch.autograd.Function], *operands: Any) -> Any:

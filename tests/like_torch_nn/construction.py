@@ -22,15 +22,9 @@ from like_torch_nn import (
     attempt,
     warned,
 )
-from rnnkern import constructor
 
-# What rnnkern's classes have besides: private, what TorchScript asks for, and options.
-OWN_NAMES = (
-    "_torch_forward",
-    "__prepare_scriptable__",
-    "_gain_names",
-    *constructor.DEFAULTS,
-)
+# What rnnkern's classes have besides: private, and what TorchScript asks for.
+OWN_NAMES = ("_torch_forward", "__prepare_scriptable__", "_gain_names")
 
 
 @ROWS.row()

@@ -6,8 +6,8 @@ from collections import OrderedDict
 from typing import Any
 
 import torch
-from support import CELLS, LAYERS
-from torch import nn
+from support import CELLS, LAYERS, flatten
+from torch import Tensor, nn
 
 from like_torch_nn import (
     FULL,
@@ -17,10 +17,12 @@ from like_torch_nn import (
     Row,
     Side,
     attempt,
+    loss_of,
     names_of,
     same_objects,
     warned,
 )
+from rnnkern import constructor
 
 
 @ROWS.row()
@@ -178,6 +180,61 @@ def attributes_of_ones_own(side: Side) -> Any:
     for name in own:
         setattr(module, name, name)
     return side.outcome(module), {name: vars(module)[name] for name in own}
+
+
+THE_USERS: dict[str, Any] = {
+    "submodule": lambda: nn.Dropout(0.5),
+    "parameter": lambda: nn.Parameter(torch.ones(H)),
+    "buffer": lambda: nn.Buffer(torch.ones(H)),
+    "function": lambda: len,
+    "tensor": lambda: torch.ones(H),
+    "string": lambda: "variational",
+    "none": lambda: None,
+    "dictionary": lambda: {"p": 0.5},
+}
+
+
+def named_like_options(make: Any) -> Row:
+    """rnnkern's constructors have options of such names: numbers."""
+
+    def row(side: Side) -> Any:
+        module = side.make()
+        own = {name: make() for name in constructor.DEFAULTS}
+        for name, value in own.items():
+            setattr(module, name, value)
+        found = [getattr(module, name) is value for name, value in own.items()]
+        module.reset_parameters()
+        text = repr(module)
+        outputs = flatten(module(side.x(), side.hx()))
+        loss_of(list(outputs.values())).backward()
+        return (
+            found,
+            text,
+            outputs,
+            [p.grad for p in module.parameters()],
+            list(module.state_dict()),
+        )
+
+    return row
+
+
+ROWS.add(
+    {f"own-{name}-named-like-an-option": named_like_options(m) for name, m in THE_USERS.items()}
+)
+
+
+@ROWS.row()
+def methods_named_like_options(side: Side) -> Any:
+    class Mine(side.type):
+        def zoneout(self, h: Tensor) -> Tensor:
+            return h
+
+        @property
+        def recurrent_dropout(self) -> str:
+            return "none"
+
+    module = side.make(of=Mine)
+    return module.zoneout(side.x()), module.recurrent_dropout, side.outcome(module)
 
 
 @ROWS.row()

@@ -41,6 +41,8 @@ MODES: dict[str, Any] = {
     "profiler": lambda: torch.profiler.profile(acc_events=True),
     "record-function": lambda: torch.profiler.record_function("mine"),
     "function-mode": lambda: _PassingMode(),
+    "function-mode-that-doubles": lambda: _DoublingMode(),
+    "function-mode-and-device": lambda: _nested(_DoublingMode(), torch.device("cpu")),
     "dispatch-mode": lambda: _passing_dispatch(),
     "device-context": lambda: torch.device("cpu"),
     "no-mkldnn": lambda: torch.backends.mkldnn.flags(enabled=False),
@@ -63,6 +65,16 @@ def _nested(*contexts: Any) -> Any:
 class _PassingMode(torch.overrides.TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return func(*args, **(kwargs or {}))
+
+
+class _DoublingMode(torch.overrides.TorchFunctionMode):
+    """Doubles what the functions of recurrent layers return."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if not func.__name__.startswith(("rnn_", "lstm", "gru")):
+            return made
+        return 2 * made if isinstance(made, Tensor) else tuple(2 * each for each in made)
 
 
 def _passing_dispatch() -> Any:

@@ -104,6 +104,16 @@ def attributes_looked_up_in_its_own_way(side: Side) -> Any:
 
 
 @ROWS.row()
+def weights_looked_up_in_its_own_way(side: Side) -> Any:
+    class Halved(side.type):
+        def __getattr__(self, name: str) -> Any:
+            value = super().__getattr__(name)
+            return value / 2 if name.startswith("weight") else value
+
+    return side.outcome(side.make(of=Halved), side.x(), side.hx())
+
+
+@ROWS.row()
 def every_attribute_looked_up_in_its_own_way(side: Side) -> Any:
     class Mine(side.type):
         def __getattribute__(self, name: str) -> Any:

@@ -10,7 +10,7 @@ from collections import OrderedDict
 from typing import Any
 
 import torch
-from support import Halved, flatten
+from support import CELLS, Halved, flatten
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune, stateless
 
@@ -240,6 +240,38 @@ def gradients_of_torch_func(side: Side) -> Any:
 
     value, pull = torch.func.vjp(loss, weights)
     return torch.func.grad_and_value(loss)(weights), value, pull(torch.ones(()))
+
+
+@ROWS.row(*CELLS)
+def compiled_transforms(side: Side) -> Any:
+    """Not vmap of LSTMCell, which torch.nn cannot do."""
+    module, x = side.make(), side.x()
+    wrt_x = torch.func.grad(lambda x: loss_of(module(x)))
+    programs = [
+        (wrt_x, x),
+        (lambda x: torch.func.jvp(lambda x: loss_of(module(x)), (x,), (x,)), x),
+    ]
+    if side.kind != "LSTMCell":
+        programs.append((torch.vmap(module), torch.stack([x, -x])))
+    found = []
+    for function, given in programs:
+        torch._dynamo.reset()
+        found.append(torch.compile(function, backend="eager")(given))
+    return found
+
+
+@ROWS.row()
+def functionalized(side: Side) -> Any:
+    module = side.make(**({"num_layers": 2, "bidirectional": True} if side.is_layer else {}))
+
+    def loss(x: Tensor) -> Tensor:
+        return loss_of(module(x))
+
+    return (
+        flatten(torch.func.functionalize(module)(side.x())),
+        torch.func.functionalize(torch.func.grad(loss))(side.x()),
+        torch.func.grad(torch.func.functionalize(loss))(side.x()),
+    )
 
 
 @ROWS.row()
