@@ -191,8 +191,8 @@ class _Frozen(nn.Module):
 
         Raises:
             ValueError: the module is bidirectional.
-            RuntimeError: a gradient would be recorded, forward mode is on, a tensor does not fit or has another dtype
-                than the module, or the rows of a state overlap in memory.
+            RuntimeError: a gradient would be recorded, forward mode is on, a tensor does not fit or
+                has another dtype than the module, or the rows of a state overlap in memory.
         """
         if self.bidirectional:
             raise ValueError(

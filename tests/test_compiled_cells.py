@@ -150,7 +150,7 @@ def test_without_a_home_folder(
     compiler: Callable[[], int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("RNNKERN_CACHE", "~nobody-of-this-name/cells")
-    with pytest.raises(RuntimeError, match="no home folder for the cache .* set RNNKERN_CACHE"):
+    with pytest.raises(RuntimeError, match=r"no home folder for the cache .* set RNNKERN_CACHE"):
         take()
     for action in ("show", "clear"):
         assert cli.main(["cache", action]) == 1

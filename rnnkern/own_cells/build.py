@@ -240,10 +240,10 @@ def _compile(mode: str, source: str, target: Target, folder: Path | None) -> byt
 
 def _keep(path: Path, content: bytes) -> None:
     """Writes a library into the cache, whole or not at all."""
-    file = tempfile.NamedTemporaryFile(prefix=".tmp", dir=path.parent, delete=False)
-    made = Path(file.name)
+    number, name = tempfile.mkstemp(prefix=".tmp", dir=path.parent)
+    made = Path(name)
     try:
-        with file:
+        with os.fdopen(number, "wb") as file:
             file.write(content + hashlib.sha256(content).digest())
         made.chmod(0o644)  # a service may run as another user than who compiled
         made.replace(path)
