@@ -536,6 +536,9 @@ class FrozenCell(_Frozen):
     """A frozen RNNCell, LSTMCell or GRUCell, which `freeze` makes; see `FrozenLayer`.
 
     ``forward(input, hx=None)`` is that of `rnnkern.LSTMCell`.
+
+    Raises:
+        RuntimeError, TypeError, ValueError: as of a `FrozenLayer`.
     """
 
     _is_cell = True

@@ -212,6 +212,7 @@ def precompile(
             ``dtypes``.
         ValueError: a dtype, the instruction set or the compute capability is not known.
         RuntimeError: there is no compiler, or it fails.
+        OSError: the folder cannot be made or written to, or others may write to it.
     """
     for each in cells:
         if not isinstance(each, OwnCell):
