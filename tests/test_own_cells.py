@@ -280,6 +280,10 @@ def _too_many(x: Any, h: Any, prev: Any) -> Any:
     return x.f + h.f, prev.h
 
 
+def _numpy_number(x: Any, h: Any, prev: Any) -> Any:
+    return (x.f + h.f) * np.float32(0.1)
+
+
 def _condition(x: Any, h: Any, prev: Any) -> Any:
     return x.f + h.f > 0
 
@@ -312,7 +316,8 @@ WRONG: dict[Any, str] = {
     _formats: "cannot be printed",
     _math: "cannot become a number",
     _numpy: "numpy.exp is not known",
-    _numpy_scalar: "numpy.multiply is not known",
+    _numpy_scalar: r"numpy.multiply is not known .*float\(\) makes Python's",
+    _numpy_number: r"got float32: float\(\) makes such a number",
     _torch: "torch.erf is not known",
     _method: ".clamp is not known",
     _tensor: "not known in a cell|expressions and Python numbers",
@@ -335,6 +340,23 @@ def test_what_is_no_cell(function: Any) -> None:
     with pytest.raises(rnnkern.CellError, match=WRONG[function]) as caught:
         rnnkern.cell(gates=("f",))(function)
     assert function.__name__ in str(caught.value)
+
+
+def test_states_are_a_tuple() -> None:
+    with pytest.raises(
+        rnnkern.CellError, match=r"its 2 states \(h, c\) as a tuple, returned one"
+    ):
+        rnnkern.cell(gates=("a",), states=("h", "c"))(lambda x, h, prev: [x.a + h.a, prev.c])
+
+
+def test_a_long_name() -> None:
+    def cell(x: Any, h: Any, prev: Any) -> Any:
+        return rnnkern.tanh(x.a + h.a) + 0.25
+
+    cell.__name__ = 100 * "long"
+    module = rnnkern.Recurrent(rnnkern.cell(gates=("a",))(cell), I, H)
+    module(torch.randn(T, N, I))
+    assert not kernels.WITHOUT_KERNELS
 
 
 def test_the_error_names_the_line() -> None:
