@@ -343,9 +343,7 @@ def test_what_is_no_cell(function: Any) -> None:
 
 
 def test_states_are_a_tuple() -> None:
-    with pytest.raises(
-        rnnkern.CellError, match=r"its 2 states \(h, c\) as a tuple, returned one"
-    ):
+    with pytest.raises(rnnkern.CellError, match=r"its 2 states \(h, c\) as a tuple, returned one"):
         rnnkern.cell(gates=("a",), states=("h", "c"))(lambda x, h, prev: [x.a + h.a, prev.c])
 
 
