@@ -73,6 +73,13 @@ def plain(x: Any, h: Any, prev: Any) -> Any:
     return made, made, x.b + h.b, prev.h
 
 
+@rnnkern.cell(gates=("a",), states=("h", "c"))
+def leaky(x: Any, h: Any, prev: Any) -> Any:
+    """Saves its c and nothing else, because backward needs h and c alone."""
+    c = 0.9 * prev.c + 0.1 * (x.a + h.a)
+    return rnnkern.tanh(c), c
+
+
 def check_against_reference(cell: OwnCell, dtype: torch.dtype) -> None:
     """The kernels and the function on tensors: results, and all gradients."""
     module = rnnkern.Recurrent(cell, I, H, num_layers=2, bidirectional=True, dtype=dtype)
@@ -86,7 +93,7 @@ def check_against_reference(cell: OwnCell, dtype: torch.dtype) -> None:
         assert_agree(ours, theirs, evaluate(wide, leaves, by_reference))
 
 
-@pytest.mark.parametrize("cell", [*SHIPPED, strange, plain], ids=lambda cell: cell.name)
+@pytest.mark.parametrize("cell", [*SHIPPED, strange, plain, leaky], ids=lambda cell: cell.name)
 def test_kernels_and_reference_agree(cell: OwnCell) -> None:
     check_against_reference(cell, torch.float64)
 
@@ -120,7 +127,7 @@ def test_cells_of_torch_nn(cell: OwnCell, listed: Callable[..., Any]) -> None:
 
 @pytest.mark.parametrize(
     "cell",
-    [strange, plain, cells.peephole_lstm, cells.mgu, cells.ind_rnn, cells.s_lstm],
+    [strange, plain, leaky, cells.peephole_lstm, cells.mgu, cells.ind_rnn, cells.s_lstm],
     ids=lambda c: c.name,
 )
 def test_derivatives(cell: OwnCell, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,6 +149,27 @@ def test_derivatives(cell: OwnCell, monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.autograd.gradgradcheck(outputs, operands, fast_mode=True)
     monkeypatch.setattr(second_order, "has_kernel", lambda _: False)  # by torch's operators
     assert torch.autograd.gradgradcheck(outputs, operands, fast_mode=True)
+
+
+@pytest.mark.parametrize("cell", [leaky, strange, cells.s_lstm], ids=lambda c: c.name)
+def test_gradients_of_compiled_programs_and_of_samples(cell: OwnCell) -> None:
+    module = rnnkern.Recurrent(cell, I, H, num_layers=2, bidirectional=True, dtype=torch.float64)
+    x, lengths = torch.randn(T, N, I, dtype=torch.float64), torch.tensor([T, 1, 3])
+    named = dict(module.named_parameters())
+    torch._dynamo.reset()
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    for options in ({}, {"lengths": lengths}):
+        found = [
+            torch.autograd.grad(run(x, **options)[0].square().sum(), module.parameters())
+            for run in (module, compiled)
+        ]
+        torch.testing.assert_close(*found)
+
+    def loss(named: dict[str, Tensor], x: Tensor) -> Tensor:
+        return functional_call(module, named, (x,))[0].square().sum()
+
+    samples = vmap(grad(loss), (None, 1))(named, x.unsqueeze(2))
+    torch.testing.assert_close({k: z.sum(0) for k, z in samples.items()}, grad(loss)(named, x))
 
 
 FUNCTIONS: dict[str, tuple[Any, Any]] = {
