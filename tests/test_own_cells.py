@@ -80,6 +80,12 @@ def leaky(x: Any, h: Any, prev: Any) -> Any:
     return rnnkern.tanh(c), c
 
 
+def compares(x: Any, h: Any, prev: Any) -> Any:
+    """What backward needs of a is the outcome of the comparison."""
+    a, b = x.a + h.a, x.b + h.b
+    return rnnkern.tanh(rnnkern.where(a * b < 1, 0.3 * prev.h, b))
+
+
 def check_against_reference(cell: OwnCell, dtype: torch.dtype) -> None:
     """The kernels and the function on tensors: results, and all gradients."""
     module = rnnkern.Recurrent(cell, I, H, num_layers=2, bidirectional=True, dtype=dtype)
@@ -149,6 +155,14 @@ def test_derivatives(cell: OwnCell, monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.autograd.gradgradcheck(outputs, operands, fast_mode=True)
     monkeypatch.setattr(second_order, "has_kernel", lambda _: False)  # by torch's operators
     assert torch.autograd.gradgradcheck(outputs, operands, fast_mode=True)
+
+
+def test_a_gate_that_is_only_compared() -> None:
+    cell = rnnkern.cell(gates=("a", "b"))(compares)
+    check_against_reference(cell, torch.float64)
+    module = rnnkern.Recurrent(cell, 2, 3, dtype=torch.float64)
+    x = torch.randn(4, 2, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda x: module(x)[0], x)
 
 
 @pytest.mark.parametrize("cell", [leaky, strange, cells.s_lstm], ids=lambda c: c.name)
