@@ -679,7 +679,9 @@ def _with_dense(run: Any, x: Tensor, h0: Maybe, c0: Maybe, steps: Steps | None) 
 
 
 def _has_tangent(t: Tensor) -> bool:
-    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(t).tangent is not None
+    if forward_ad._current_level < 0:
+        return False
+    return forward_ad.unpack_dual(t).tangent is not None  # type: ignore[no-untyped-call]
 
 
 def _packed_of(number: int) -> Any:

@@ -279,11 +279,7 @@ class _Scan(torch.autograd.Function):
 
 
 def _reference(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    others: Sequence[Maybe],
-    gains: Sequence[Tensor],
-    values: tuple[Any, ...],
+    x: Any, weights: Any, others: Sequence[Any], gains: Sequence[Tensor], values: tuple[Any, ...]
 ) -> Results:
     """The layer by torch's own operators, step by step."""
     from rnnkern import reference
@@ -291,7 +287,7 @@ def _reference(
     code, _, number, dropout, zoneout, draws, cells = values
     h0, c0, reset_h, reset_c, active, order, reset, placed, seed = others
     layer = Layer.of_code(code)
-    steps = steps_of(active, order, reset, placed, bool(code & PACKED))  # type: ignore[arg-type]
+    steps = steps_of(active, order, reset, placed, bool(code & PACKED))
     each = len(gains) // layer.directions or 1
     by_direction = tuple(tuple(gains[i : i + each]) for i in range(0, len(gains), each))
     options = Options(reset_h, reset_c, cells, dropout, zoneout, draws, seed, number, by_direction)
@@ -307,7 +303,7 @@ def decomposed(x: Tensor, weights: Sequence[Tensor], *rest: Any) -> Any:
     rows are active in a step, or how many steps there are.
     """
     others, gains, values = rest[:_OTHERS], rest[_OTHERS], rest[_OTHERS + 1 :]
-    steps = x.shape[1 if Layer.of_code(values[0]).batch_first else 0]
+    steps: Any = x.shape[1 if Layer.of_code(values[0]).batch_first else 0]
     if others[_STATES] is not None or isinstance(steps, torch.SymInt):
         return NotImplemented
     made = _reference(x, weights, others, gains, values)
