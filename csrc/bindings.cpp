@@ -300,7 +300,7 @@ py::tuple backward_of(const Layer& layer, py::handle x, py::handle h0, py::handl
   make_state(options.reset_h, z.O, &b.dreset_h);
   make_state(options.reset_c, layer.cell_width(), &b.dreset_c);
   for (int d = 0; z.normalised && d < z.D; ++d) {
-    for_gains(layer, &b.gradients[d].gains, [&](T** to, int64_t size) {
+    for_gains(layer, &b.gradients[d].gains, [&](const char*, T** to, int64_t size) {
       made.append(is_wanted(made.size()) ? o.make(dense({size}), to) : py::none());
     });
   }

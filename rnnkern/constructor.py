@@ -101,10 +101,7 @@ def _add_gains(module: Any) -> None:
         sizes["gain_hh"] = cell.gates * H
     if cell.normalises_c:
         sizes |= {"gain_c": H, "bias_c": H} if module.bias else {"gain_c": H}
-    suffixes = [""]
-    if isinstance(module, nn.RNNBase):
-        directions = ("", "_reverse")[: 1 + module.bidirectional]
-        suffixes = [f"_l{i}{end}" for i in range(module.num_layers) for end in directions]
+    suffixes = _suffixes(module)
     for suffix in suffixes:
         for kind, size in sizes.items():
             if hasattr(module, kind + suffix):
@@ -157,7 +154,7 @@ def probability(name: str, value: Any) -> float:
 
 
 def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     return float(value)
 
@@ -181,18 +178,32 @@ def _torch_base(module: Any) -> Any:
 
 @torch.no_grad()
 def _initialise(module: Any) -> None:
+    """Fills what the options are about, by its exact name: the cell, or a subclass, may have
+    parameters of its own with names like these.
+    """
     H, forget_bias = module.hidden_size, option(module, "forget_bias")
     orthogonal = option(module, "orthogonal")
-    for name, parameter in module.named_parameters():
-        if orthogonal and name.startswith("weight_hh"):
-            for gate in parameter.split(H):
+    parameters = dict(module.named_parameters(recurse=False))
+    for suffix in _suffixes(module):
+        weight = parameters.get(f"weight_hh{suffix}")
+        if orthogonal and weight is not None:
+            for gate in weight.split(H):
                 _be_orthogonal(gate)
-        if name.startswith("gain_"):
-            parameter.fill_(1)
-        elif name.startswith("bias_c"):
-            parameter.zero_()
-        elif forget_bias is not None and name.startswith("bias"):  # rows of the gates i, f, g, o
-            parameter[H : 2 * H] = forget_bias if name.startswith("bias_ih") else 0
+        if forget_bias is not None:  # rows of the gates i, f, g, o
+            for name, value in ((f"bias_ih{suffix}", forget_bias), (f"bias_hh{suffix}", 0)):
+                if name in parameters:
+                    parameters[name][H : 2 * H] = value
+    for name in (name for own in module._gain_names for name in own):
+        if name in parameters:
+            parameters[name].fill_(0 if name.startswith("bias") else 1)
+
+
+def _suffixes(module: Any) -> list[str]:
+    """What the names of the weights of each direction of each layer end with; of a cell nothing."""
+    if isinstance(module, nn.RNNCellBase):
+        return [""]
+    directions = ("", "_reverse")[: 1 + module.bidirectional]
+    return [f"_l{i}{end}" for i in range(module.num_layers) for end in directions]
 
 
 def _be_orthogonal(weight: Tensor) -> None:

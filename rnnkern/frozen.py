@@ -9,6 +9,7 @@ from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence
 
@@ -190,8 +191,8 @@ class _Frozen(nn.Module):
 
         Raises:
             ValueError: the module is bidirectional.
-            RuntimeError: a gradient would be recorded, a tensor does not fit or has another dtype
-                than the module, or the rows of a state overlap in memory.
+            RuntimeError: a gradient would be recorded, forward mode is on, a tensor does not fit or
+                has another dtype than the module, or the rows of a state overlap in memory.
         """
         if self.bidirectional:
             raise ValueError(
@@ -387,6 +388,9 @@ class _Frozen(nn.Module):
         for full, key in own.items():
             if full in state_dict:
                 given = state_dict[full]
+                if not isinstance(given, Tensor):
+                    wrong.append(f"{full} must be a torch.Tensor, got {type(given).__name__}")
+                    continue
                 is_scale = key.startswith("scale_")
                 shape = self._shape(key.removeprefix("scale_"))[: 1 if is_scale else 2]
                 if tuple(given.shape) != shape or given.dtype != self._dtype_of(key):
@@ -421,12 +425,16 @@ class _Frozen(nn.Module):
     # Calls
 
     def _refuse_gradient(self, *operands: Any) -> None:
-        if torch.is_grad_enabled() and any(
-            isinstance(t, Tensor) and t.requires_grad for t in operands
-        ):
+        given = [t for t in operands if isinstance(t, Tensor)]
+        if torch.is_grad_enabled() and any(t.requires_grad for t in given):
             raise RuntimeError(
                 f"{type(self).__name__} records no gradient, and an operand requires one: call it "
                 "under torch.no_grad() or torch.inference_mode(), or thaw the model (rnnkern.thaw)"
+            )
+        if not is_compiling() and any(map(_has_tangent, given)):
+            raise RuntimeError(
+                f"{type(self).__name__} has no forward-mode derivative, and an operand has a "
+                "tangent: thaw the model (rnnkern.thaw)"
             )
 
     def _run(self, operands: Operands, steps: Steps | None) -> Sequence[Tensor]:
@@ -490,7 +498,8 @@ class FrozenLayer(_Frozen):
         nbytes: bytes that the weights take.
 
     Raises:
-        RuntimeError: an operand requires a gradient and grad mode is on.
+        RuntimeError: an operand requires a gradient and grad mode is on, or has a tangent of
+            forward mode.
         TypeError, ValueError: an operand does not fit.
     """
 
@@ -527,6 +536,9 @@ class FrozenCell(_Frozen):
     """A frozen RNNCell, LSTMCell or GRUCell, which `freeze` makes; see `FrozenLayer`.
 
     ``forward(input, hx=None)`` is that of `rnnkern.LSTMCell`.
+
+    Raises:
+        RuntimeError, TypeError, ValueError: as of a `FrozenLayer`.
     """
 
     _is_cell = True
@@ -664,6 +676,12 @@ def _with_dense(run: Any, x: Tensor, h0: Maybe, c0: Maybe, steps: Steps | None) 
     return list(run(dense(x), dense(h0), dense(c0), steps))
 
 
+def _has_tangent(t: Tensor) -> bool:
+    if forward_ad._current_level < 0:
+        return False
+    return forward_ad.unpack_dual(t).tangent is not None  # type: ignore[no-untyped-call]
+
+
 def _packed_of(number: int) -> Any:
     packed = _living.get(number)
     if packed is None:
@@ -696,3 +714,18 @@ LIBRARY.define(
 )
 LIBRARY.impl("frozen_kernel", _run_frozen, "CPU")
 LIBRARY.impl("frozen_kernel", _fake_run_frozen, "Meta")
+
+
+def _run_one_by_one(info: Any, in_dims: Any, *operands: Any) -> tuple[list[Tensor], list[int]]:
+    """`torch.func.vmap` over a frozen module."""
+    made = [
+        torch.ops.rnnkern.frozen_kernel(
+            *(z if d is None else z.select(d, i) for z, d in zip(operands, in_dims, strict=True))
+        )
+        for i in range(info.batch_size)
+    ]
+    outputs = [torch.stack(parts) for parts in zip(*made, strict=True)]
+    return outputs, [0] * len(outputs)
+
+
+torch.library.register_vmap("rnnkern::frozen_kernel", _run_one_by_one, lib=LIBRARY)

@@ -57,6 +57,7 @@ EXTRA = """
             all steps of the last layer, ``(T, N, D * H)``, laid out as the output is.
 
     Raises:
+        TypeError, ValueError: an option of the constructor has the wrong type, or is out of range.
         TypeError, ValueError: ``lengths``, ``reset`` or ``reset_to`` has the wrong type, dtype,
             device, shape or range, or is given with a `PackedSequence`; ``reset_to`` without
             ``reset``; ``return_cells`` of a layer without cell states. For everything else, what
@@ -65,6 +66,15 @@ EXTRA = """
     float32, float64, bfloat16 and float16 on the CPU and on GPUs run on rnnkern's kernels, under
     ``torch.autocast`` too. ``torch.nn`` runs anything else, with one `FallbackWarning` that says
     why. 16-bit types are computed in float32, and rounded when they are stored.
+"""
+
+_RAISES_OF_CELL = """
+    Raises:
+        TypeError: ``layer_norm`` or ``orthogonal`` is not a bool, or ``forget_bias`` not a number.
+        ValueError: ``forget_bias`` is not finite, or does not go with ``bias=False``; or
+            ``layer_norm`` does not go with an unknown ``nonlinearity``.
+        TypeError, ValueError, RuntimeError, AttributeError: a call does not fit. The error is that
+            of ``torch.nn``.
 """
 
 
@@ -187,8 +197,8 @@ class OwnRNN(nn.RNNBase):
 class RNNCell(nn.RNNCell):
     __doc__ = f"""One step of an Elman RNN: `torch.nn.RNNCell` on rnnkern's kernels.
 
-    Shapes and errors are torch's.
-{INITIALISED}    """
+    Shapes are torch's.
+{INITIALISED}{_RAISES_OF_CELL}    """
 
     _gain_names = constructor.NOT_NORMALISED
 
@@ -218,8 +228,8 @@ class RNNCell(nn.RNNCell):
 class LSTMCell(nn.LSTMCell):
     __doc__ = f"""One step of an LSTM: `torch.nn.LSTMCell` on rnnkern's kernels.
 
-    Shapes and errors are torch's.
-{INITIALISED}{_FORGET_BIAS}    """
+    Shapes are torch's.
+{INITIALISED}{_FORGET_BIAS}{_RAISES_OF_CELL}    """
 
     _gain_names = constructor.NOT_NORMALISED
 
@@ -251,8 +261,8 @@ class LSTMCell(nn.LSTMCell):
 class GRUCell(nn.GRUCell):
     __doc__ = f"""One step of a GRU: `torch.nn.GRUCell` on rnnkern's kernels.
 
-    Shapes and errors are torch's.
-{INITIALISED}    """
+    Shapes are torch's.
+{INITIALISED}{_RAISES_OF_CELL}    """
 
     _gain_names = constructor.NOT_NORMALISED
 

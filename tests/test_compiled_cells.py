@@ -117,6 +117,46 @@ def test_a_cache_that_cannot_be_used(
     said = capfd.readouterr().err
     assert f"rnnkern: the cache {cell_cache} cannot be used" in said
     assert "what is compiled is not kept" in said
+    assert "keeps it" not in said
+
+
+@pytest.mark.parametrize("what", ["a folder in its place", "no room"])
+def test_a_library_that_cannot_be_kept(
+    what: str,
+    cell_cache: Path,
+    compiler: Callable[[], int],
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is compiled once all the same, and leaves nothing behind."""
+    path = take()
+    path.unlink()
+    if what == "a folder in its place":
+        path.mkdir()
+    else:
+
+        def refuse(*_: Any) -> Any:
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(Path, "replace", refuse)
+    before = {each.name for each in cell_cache.iterdir()}
+    take()
+    assert compiler() == 2
+    assert "cannot be used" in capfd.readouterr().err
+    assert {each.name for each in cell_cache.iterdir()} == before
+
+
+def test_without_a_home_folder(
+    compiler: Callable[[], int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RNNKERN_CACHE", "~nobody-of-this-name/cells")
+    with pytest.raises(RuntimeError, match=r"no home folder for the cache .* set RNNKERN_CACHE"):
+        take()
+    for action in ("show", "clear"):
+        assert cli.main(["cache", action]) == 1
+        assert "set RNNKERN_CACHE to a folder" in capsys.readouterr().err
+    monkeypatch.setenv("CXX", "/nothing")
+    rnnkern.Recurrent(of_its_own("without a home"), 3, 4)  # the first call says why
 
 
 TAKES = """
@@ -159,7 +199,7 @@ def of_its_own(name: str) -> rnnkern.own_cells.OwnCell:
             "echo 'x.h:1: error: {no} such thing' >&2; exit 3",
             "ends with 3:\\nx.h:1: error",
         ),
-        ("silent", "exit 0", "ends with 0"),
+        ("silent", "exit 0", "ends with 0 and writes no library\\)"),
         ("no-program", "\0", "cannot be run: .*Exec format error"),
         ("wrong", 'while [ "$1" != -o ]; do shift; done; echo no >"$2"', "(invalid ELF|file too)"),
     ],
@@ -202,11 +242,25 @@ def test_without_kernels_the_reference_runs(
         torch.testing.assert_close(compiled(x)[0], y)
 
 
+def test_a_compiler_that_is_no_command(
+    monkeypatch: pytest.MonkeyPatch, cell_cache: Path, no_refusals: None
+) -> None:
+    monkeypatch.setenv("CXX", "g++ 'half")
+    module = rnnkern.Recurrent(of_its_own("no command"), 3, 4)
+    with pytest.warns(rnnkern.FallbackWarning, match="CXX is no command: .*No closing quotation"):
+        module(torch.randn(5, 2, 3))
+
+
 def test_precompiled_libraries_need_no_compiler(
-    cell_cache: Path, tmp_path: Path, compiler: Callable[[], int], monkeypatch: pytest.MonkeyPatch
+    cell_cache: Path,
+    tmp_path: Path,
+    compiler: Callable[[], int],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     folder = tmp_path / "shipped"
     path, *others = rnnkern.precompile(cells.rnn_tanh, folder=folder)
+    assert f"({folder} keeps it)" in capfd.readouterr().err
     assert path.parent == folder
     assert not cell_cache.exists()
     assert compiler() == 1 + len(others)
@@ -228,7 +282,7 @@ def test_what_float32_needs_is_precompiled(
     instruction_set: str, elements: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Products of bfloat16, too, where the instruction set has them."""
-    monkeypatch.setattr(build, "_compile", lambda mode, source, target: target.element.encode())
+    monkeypatch.setattr(build, "_compile", lambda mode, source, target, _: target.element.encode())
     given: dict[str, Any] = {"folder": tmp_path, "instruction_set": instruction_set}
     paths = rnnkern.precompile(cells.rnn_tanh, dtypes=torch.float32, **given)
     assert [build.whole(path) for path in paths] == [element.encode() for element in elements]
@@ -242,7 +296,7 @@ def test_precision_medium_needs_no_compiler(
 ) -> None:
     """The loader asks for the library that `rnnkern.precompile` has written."""
     wanted = CpuTarget("F32ByBf16", "x86-64-v4-bf16")
-    monkeypatch.setattr(build, "_compile", lambda mode, source, target: target.element.encode())
+    monkeypatch.setattr(build, "_compile", lambda mode, source, target, _: target.element.encode())
     rnnkern.precompile(cells.rnn_tanh, folder=tmp_path, instruction_set=wanted.place)
     monkeypatch.setattr(build, "_compile", None)
     monkeypatch.setenv("RNNKERN_CACHE", str(tmp_path))
@@ -281,6 +335,10 @@ def test_the_command_clears_the_cache(
     assert cli.main(["cache", "clear"]) == 0
     assert "1 compiled cells removed" in capsys.readouterr().out
     assert not list(cell_cache.glob("*.so"))
+    (cell_cache / "folder.so").mkdir()
+    for action in ("show", "clear"):
+        assert cli.main(["cache", action]) == 0
+        assert "0 compiled cells" in capsys.readouterr().out
 
 
 def test_other_sources_have_other_names() -> None:

@@ -30,6 +30,7 @@ from support import (
     states_of,
 )
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 import rnnkern
 from rnnkern import kernels, tolerance
@@ -476,6 +477,48 @@ def test_a_call_that_would_record_a_gradient_raises() -> None:
             call()
 
 
+@pytest.mark.parametrize("kind", ["LSTM", "GRUCell"])
+def test_forward_mode_raises_instead_of_losing_the_tangent(kind: str) -> None:
+    module = rnnkern.freeze(build(kind, 3, 4))
+    x = torch.randn(2, 1, 3) if kind == "LSTM" else torch.randn(2, 3)
+    h = torch.zeros(1, 1, 4) if kind == "LSTM" else torch.zeros(2, 4)
+    hx = (h, h) if kind == "LSTM" else h
+
+    def of_state(h: Tensor) -> Any:
+        return flatten(module(x, (h, h) if kind == "LSTM" else h))
+
+    for call in (
+        lambda: torch.func.jvp(lambda z: flatten(module(z)), (x,), (x,)),
+        lambda: torch.func.jacfwd(lambda z: flatten(module(z)))(x),
+        lambda: torch.func.jvp(of_state, (h,), (h,)),
+    ):
+        for mode in (torch.no_grad, torch.enable_grad):
+            with mode(), pytest.raises(RuntimeError, match=r"no forward-mode derivative.*thaw"):
+                call()
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, x)
+        with pytest.raises(RuntimeError, match=r"no forward-mode derivative.*thaw"):
+            module(dual)
+        plain = flatten(module(x, hx))  # what has no tangent runs
+    assert_bitwise(plain, flatten(module(x, hx)))
+
+
+@pytest.mark.parametrize("weights", KEPT, ids=str)
+def test_vmap(weights: torch.dtype | None) -> None:
+    layer = rnnkern.freeze(build("LSTM", 3, 4, num_layers=2), weights)
+    cell = rnnkern.freeze(build("GRUCell", 3, 4), weights)
+    x, c = torch.randn(5, 2, 6, 3), torch.randn(2, 1, 6, 4)
+    lengths = torch.tensor([5, 1, 0, 2, 5, 3])
+
+    def run(x: Tensor, c: Tensor) -> Any:
+        y, state = layer(x, (torch.zeros(2, 6, 4), c.expand(2, 6, 4)), lengths=lengths)
+        return flatten((y, *state, cell(x[0], c[0])))
+
+    made = torch.func.vmap(run, in_dims=(1, 0))(x, c)
+    for b in range(2):
+        assert_bitwise({k: z[b] for k, z in made.items()}, run(x[:, b], c[b]))
+
+
 def test_wrong_calls_name_what_is_wrong() -> None:
     layer, cell = rnnkern.freeze(build("LSTM", 3, 4)), rnnkern.freeze(build("GRUCell", 3, 4))
     x, state = torch.randn(2, 5, 3), (torch.zeros(1, 5, 4), torch.zeros(1, 5, 4))
@@ -767,3 +810,12 @@ def test_states_that_share_memory() -> None:
         frozen.step(x, (memory[..., :4], memory[..., 2:6]))
     with pytest.raises(RuntimeError, match="x must share no memory with c"):
         frozen.step(copy_of[1][0], copy_of)
+
+
+def test_a_state_dict_of_other_things_names_them() -> None:
+    frozen = rnnkern.freeze(nn.GRU(3, 4))
+    before = frozen.state_dict()
+    wrong = dict.fromkeys(before, 3)
+    with pytest.raises(RuntimeError, match=r"frozen_bias_hh_l0 must be a torch\.Tensor, got int"):
+        frozen.load_state_dict(wrong)
+    assert_bitwise(dict(frozen.state_dict()), dict(before))

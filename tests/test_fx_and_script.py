@@ -104,6 +104,18 @@ def test_a_cell_is_one_node_of_fx(kind: str) -> None:
     assert torch.equal(traced(*given), model(*given))
 
 
+@pytest.mark.cpu_only
+def test_layers_that_torch_nn_does_not_have_are_nodes_of_fx() -> None:
+    x = torch.randn(5, 3, 4)
+    models = [Tagger(rnnkern.Recurrent(rnnkern.cells.mgu, 4, 6), 6)]
+    if not rnnkern.kernels.IS_STAND_IN:
+        models.append(rnnkern.freeze(Tagger(build("GRU", 4, 6), 6)))
+    for model in models:
+        traced = fx.symbolic_trace(model)
+        assert [n.target for n in traced.graph.nodes if n.op == "call_module"] == ["rnn", "head"]
+        assert torch.equal(traced(x), model(x))
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated")
 @pytest.mark.parametrize("kind", LAYERS)
 def test_a_layer_is_scripted(kind: str) -> None:

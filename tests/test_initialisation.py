@@ -114,3 +114,37 @@ def test_wrong_values(kind: Any, options: Any, error: type[Exception], message: 
 def test_only_an_lstm_has_a_forget_gate(kind: Any) -> None:
     with pytest.raises(TypeError, match="forget_bias"):
         kind(I, H, forget_bias=1.0)
+
+
+def _with_a_parameter(name: str) -> Any:
+    def cell(x: Any, h: Any, prev: Any, own: Any) -> Any:
+        return rnnkern.tanh(x.a + h.a) + getattr(own, name) * prev.h
+
+    return rnnkern.cell(gates=("a",), parameters=(name,))(cell)
+
+
+@pytest.mark.parametrize("name", ["gain_u", "bias_c", "bias_cell", "weight_hh2"])
+def test_a_parameter_of_a_cell_may_be_named_like_an_option(name: str) -> None:
+    """It has torch.nn's uniform numbers, as each parameter of a cell, whatever the options are."""
+    cell = _with_a_parameter(name)
+    for options in ({}, {"orthogonal": True}, {"layer_norm": True}):
+        torch.manual_seed(0)
+        module = rnnkern.Recurrent(cell, I, H, num_layers=2, **options)
+        for own in (getattr(module, f"{name}_l0"), getattr(module, f"{name}_l1")):
+            assert 0 < own.abs().min() <= own.abs().max() <= H**-0.5
+
+
+def test_other_parameters_of_a_subclass_are_left_alone() -> None:
+    class Own(rnnkern.LSTM):
+        def __init__(self) -> None:
+            super().__init__(I, H, orthogonal=True, forget_bias=1.0)
+            self.weight_hh_scale = nn.Parameter(torch.ones(4 * H))
+            self.bias_all = nn.Parameter(torch.ones(4 * H))
+            self.gain_x = nn.Parameter(torch.ones(2))
+            self.bias_head = nn.Linear(2, 2)
+
+    module = Own()
+    module.reset_parameters()
+    others = [p for name, p in module.named_parameters() if not name.endswith("_l0")]
+    assert len(others) == 5
+    assert all(0 < p.abs().min() <= p.abs().max() <= H**-0.5 for p in others)

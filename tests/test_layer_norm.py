@@ -263,6 +263,18 @@ def test_a_row_of_equal_sums() -> None:
     torch.testing.assert_close(module(x)[0].double(), noisy_oracle.run(wide, x.double())[0])
 
 
+@pytest.mark.cpu_only
+@pytest.mark.parametrize("kind", ["LSTM", "LSTMCell"])
+@pytest.mark.parametrize("name", ["gain_ih", "gain_hh", "gain_c", "bias_c"])
+def test_a_wrong_gain_is_named(kind: str, name: str) -> None:
+    module = made(kind)
+    own = name if kind == "LSTMCell" else f"{name}_l0"
+    x = torch.randn(N, I) if kind == "LSTMCell" else torch.randn(T, N, I)
+    setattr(module, own, nn.Parameter(torch.ones(3, 2)))
+    with pytest.raises(RuntimeError, match=rf"^{name} has shape \[3, 2\], expected \["):
+        module(x)
+
+
 @pytest.mark.parametrize("name", ["gain_hh_l0", "gain_c_l0"])
 @pytest.mark.parametrize("way", ["parametrize", "prune", "functional_call"])
 def test_other_tensors_in_place_of_gains(way: str, name: str) -> None:

@@ -33,7 +33,7 @@ from torch.func import functional_call
 from torch.nn.utils.rnn import PackedSequence
 
 import rnnkern
-from rnnkern import constructor, forward, modules
+from rnnkern import constructor, forward, frozen, modules
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -463,3 +463,13 @@ def test_a_layer_of_a_cell_without_a_projection(mode: str) -> None:
 def test_packed_sequences_are_still_packed() -> None:
     packed = pack_rows([torch.randn(3, 4), torch.randn(2, 4)])
     assert isinstance(build("LSTM", 4, 6)(packed)[0], PackedSequence)
+
+
+@pytest.mark.cpu_only
+@pytest.mark.parametrize("kind", [*LAYERS, *CELLS, "Recurrent", "FrozenLayer", "FrozenCell"])
+def test_docstrings_name_the_errors(kind: str) -> None:
+    text = inspect.getdoc(getattr(frozen if "Frozen" in kind else rnnkern, kind)) or ""
+    _, heading, errors = text.partition("\nRaises:\n")
+    assert heading, "no section, or one that is indented"
+    assert "TypeError" in errors.partition("\n\n")[0]
+    assert "RuntimeError" in errors or kind not in CELLS

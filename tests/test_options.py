@@ -31,6 +31,8 @@ from torch.func import functional_call, grad, jvp, vmap
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 from torch.utils.checkpoint import checkpoint
 
+import rnnkern
+
 pytestmark = pytest.mark.filterwarnings(ON_A_GPU)
 
 
@@ -295,6 +297,53 @@ def test_exported_programs_are_torchs_own() -> None:
         tensors(module(x, return_cells=True)),
         strict=True,
     ):
+        torch.testing.assert_close(made, wanted)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "arguments"),
+    [
+        ("LSTM", {"layer_norm": True, "num_layers": 2, "bidirectional": True}, {}),
+        ("GRU", {"zoneout": 0.3, "recurrent_dropout": 0.2, "batch_first": True}, {}),
+        ("LSTM", {}, {"return_cells": True}),
+        ("RNN", {}, {"reset": True}),
+        ("LSTMCell", {"layer_norm": True}, {}),
+    ],
+)
+@pytest.mark.cpu_only
+def test_decompositions_take_options_apart(
+    kind: str, options: dict[str, Any], arguments: dict[str, Any]
+) -> None:
+    """With the same random numbers; into what one has that is exported without kernels."""
+    module = build(kind, I, H, **options)
+    x = torch.randn(N, I) if kind == "LSTMCell" else torch.randn(T, N, I)
+    if "reset" in arguments:
+        arguments = {"reset": torch.rand(T, N) < 0.3, "reset_to": torch.randn(1, N, H)}
+    with rnnkern.exporting_kernels():
+        program = torch.export.export(module, (x,), arguments)
+    assert "rnnkern" in program.graph_module.code
+    portable = program.run_decompositions(rnnkern.decompositions())
+    assert "rnnkern" not in portable.graph_module.code
+    found = []
+    for run in (module, portable.module()):
+        torch.manual_seed(1)
+        found.append(tensors(run(x, **arguments)))
+    for wanted, made in zip(*found, strict=True):
+        torch.testing.assert_close(made, wanted)
+
+
+@pytest.mark.cpu_only
+def test_decompositions_leave_options_with_any_number_of_steps() -> None:
+    module, x = build("LSTM", I, H, layer_norm=True), torch.randn(T, N, I)
+    lengths = torch.tensor([T, 1, 0])
+    for arguments, dims in (({}, {0: torch.export.Dim("T")}), ({"lengths": lengths}, None)):
+        shapes = (dims, *(None for _ in arguments)) if dims else None
+        with rnnkern.exporting_kernels():
+            program = torch.export.export(module, (x,), arguments, dynamic_shapes=shapes)
+        same = program.run_decompositions(rnnkern.decompositions())
+        assert "rnnkern.scan_with_options" in same.graph_module.code
+        longer = x if arguments else torch.randn(T + 2, N, I)
+        made, wanted = (run(longer, **arguments)[0] for run in (same.module(), module))
         torch.testing.assert_close(made, wanted)
 
 

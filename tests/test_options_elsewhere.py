@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 import noisy_oracle
+import numpy as np
 import pytest
 import torch
 from noisy_oracle import Noise
@@ -153,6 +155,15 @@ def test_generate_refuses_a_mask_for_each_step() -> None:
 def test_wrong_probabilities(name: str, value: Any, error: Any, message: str) -> None:
     with pytest.raises(error, match=f"{name} {message}"):
         rnnkern.GRU(I, H, **{name: value})
+
+
+@pytest.mark.parametrize("number", [np.float32(0.25), np.float64(0.25), Fraction(1, 4)], ids=repr)
+def test_any_real_number_is_a_probability(number: Any) -> None:
+    """As torch.nn takes it for ``dropout``."""
+    layer = rnnkern.LSTM(3, 4, zoneout=number, forget_bias=number)
+    assert layer.zoneout == 0.25
+    assert type(layer.zoneout) is float
+    assert type(layer.forget_bias) is float
 
 
 def _states(*shape: int, **options: Any) -> tuple[Tensor, Tensor]:

@@ -73,6 +73,19 @@ def plain(x: Any, h: Any, prev: Any) -> Any:
     return made, made, x.b + h.b, prev.h
 
 
+@rnnkern.cell(gates=("a",), states=("h", "c"))
+def leaky(x: Any, h: Any, prev: Any) -> Any:
+    """Saves its c and nothing else, because backward needs h and c alone."""
+    c = 0.9 * prev.c + 0.1 * (x.a + h.a)
+    return rnnkern.tanh(c), c
+
+
+def compares(x: Any, h: Any, prev: Any) -> Any:
+    """What backward needs of a is the outcome of the comparison."""
+    a, b = x.a + h.a, x.b + h.b
+    return rnnkern.tanh(rnnkern.where(a * b < 1, 0.3 * prev.h, b))
+
+
 def check_against_reference(cell: OwnCell, dtype: torch.dtype) -> None:
     """The kernels and the function on tensors: results, and all gradients."""
     module = rnnkern.Recurrent(cell, I, H, num_layers=2, bidirectional=True, dtype=dtype)
@@ -86,7 +99,7 @@ def check_against_reference(cell: OwnCell, dtype: torch.dtype) -> None:
         assert_agree(ours, theirs, evaluate(wide, leaves, by_reference))
 
 
-@pytest.mark.parametrize("cell", [*SHIPPED, strange, plain], ids=lambda cell: cell.name)
+@pytest.mark.parametrize("cell", [*SHIPPED, strange, plain, leaky], ids=lambda cell: cell.name)
 def test_kernels_and_reference_agree(cell: OwnCell) -> None:
     check_against_reference(cell, torch.float64)
 
@@ -120,7 +133,7 @@ def test_cells_of_torch_nn(cell: OwnCell, listed: Callable[..., Any]) -> None:
 
 @pytest.mark.parametrize(
     "cell",
-    [strange, plain, cells.peephole_lstm, cells.mgu, cells.ind_rnn, cells.s_lstm],
+    [strange, plain, leaky, cells.peephole_lstm, cells.mgu, cells.ind_rnn, cells.s_lstm],
     ids=lambda c: c.name,
 )
 def test_derivatives(cell: OwnCell, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,6 +155,35 @@ def test_derivatives(cell: OwnCell, monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.autograd.gradgradcheck(outputs, operands, fast_mode=True)
     monkeypatch.setattr(second_order, "has_kernel", lambda _: False)  # by torch's operators
     assert torch.autograd.gradgradcheck(outputs, operands, fast_mode=True)
+
+
+def test_a_gate_that_is_only_compared() -> None:
+    cell = rnnkern.cell(gates=("a", "b"))(compares)
+    check_against_reference(cell, torch.float64)
+    module = rnnkern.Recurrent(cell, 2, 3, dtype=torch.float64)
+    x = torch.randn(4, 2, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda x: module(x)[0], x)
+
+
+@pytest.mark.parametrize("cell", [leaky, strange, cells.s_lstm], ids=lambda c: c.name)
+def test_gradients_of_compiled_programs_and_of_samples(cell: OwnCell) -> None:
+    module = rnnkern.Recurrent(cell, I, H, num_layers=2, bidirectional=True, dtype=torch.float64)
+    x, lengths = torch.randn(T, N, I, dtype=torch.float64), torch.tensor([T, 1, 3])
+    named = dict(module.named_parameters())
+    torch._dynamo.reset()
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    for options in ({}, {"lengths": lengths}):
+        found = [
+            torch.autograd.grad(run(x, **options)[0].square().sum(), module.parameters())
+            for run in (module, compiled)
+        ]
+        torch.testing.assert_close(*found)
+
+    def loss(named: dict[str, Tensor], x: Tensor) -> Tensor:
+        return functional_call(module, named, (x,))[0].square().sum()
+
+    samples = vmap(grad(loss), (None, 1))(named, x.unsqueeze(2))
+    torch.testing.assert_close({k: z.sum(0) for k, z in samples.items()}, grad(loss)(named, x))
 
 
 FUNCTIONS: dict[str, tuple[Any, Any]] = {
@@ -280,6 +322,10 @@ def _too_many(x: Any, h: Any, prev: Any) -> Any:
     return x.f + h.f, prev.h
 
 
+def _numpy_number(x: Any, h: Any, prev: Any) -> Any:
+    return (x.f + h.f) * np.float32(0.1)
+
+
 def _condition(x: Any, h: Any, prev: Any) -> Any:
     return x.f + h.f > 0
 
@@ -312,7 +358,8 @@ WRONG: dict[Any, str] = {
     _formats: "cannot be printed",
     _math: "cannot become a number",
     _numpy: "numpy.exp is not known",
-    _numpy_scalar: "numpy.multiply is not known",
+    _numpy_scalar: r"numpy.multiply is not known .*float\(\) makes Python's",
+    _numpy_number: r"got float32: float\(\) makes such a number",
     _torch: "torch.erf is not known",
     _method: ".clamp is not known",
     _tensor: "not known in a cell|expressions and Python numbers",
@@ -335,6 +382,21 @@ def test_what_is_no_cell(function: Any) -> None:
     with pytest.raises(rnnkern.CellError, match=WRONG[function]) as caught:
         rnnkern.cell(gates=("f",))(function)
     assert function.__name__ in str(caught.value)
+
+
+def test_states_are_a_tuple() -> None:
+    with pytest.raises(rnnkern.CellError, match=r"its 2 states \(h, c\) as a tuple, returned one"):
+        rnnkern.cell(gates=("a",), states=("h", "c"))(lambda x, h, prev: [x.a + h.a, prev.c])
+
+
+def test_a_long_name() -> None:
+    def cell(x: Any, h: Any, prev: Any) -> Any:
+        return rnnkern.tanh(x.a + h.a) + 0.25
+
+    cell.__name__ = 100 * "long"
+    module = rnnkern.Recurrent(rnnkern.cell(gates=("a",))(cell), I, H)
+    module(torch.randn(T, N, I))
+    assert not kernels.WITHOUT_KERNELS
 
 
 def test_the_error_names_the_line() -> None:

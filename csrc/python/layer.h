@@ -43,21 +43,21 @@ struct Layer {
   const char* mode() const { return known_cell(cell).mode; }
 };
 
-// Calls f(&field, its size) for the gains of one direction of a normalised layer, in the order in
-// which Python lists them.
+// Calls f(name, &field, its size) for the gains of one direction of a normalised layer, in the
+// order in which Python lists them.
 template <typename T, typename F>
 void for_gains(const Layer& layer, Gains<T>* gains, F f) {
   const CellShape shape = known_shape(layer.cell);
   const int64_t sums = shape.gates * layer.hidden;
-  f(&gains->ih, sums);
-  if (shape.recurrent) f(&gains->hh, sums);
-  if (shape.normalises_c) f(&gains->c, layer.hidden);
-  if (shape.normalises_c && layer.bias) f(&gains->bias_c, layer.hidden);
+  f("gain_ih", &gains->ih, sums);
+  if (shape.recurrent) f("gain_hh", &gains->hh, sums);
+  if (shape.normalises_c) f("gain_c", &gains->c, layer.hidden);
+  if (shape.normalises_c && layer.bias) f("bias_c", &gains->bias_c, layer.hidden);
 }
 inline int gains_of(const Layer& layer) {
   int count = 0;
   Gains<char> none;
-  for_gains(layer, &none, [&](char**, int64_t) { ++count; });
+  for_gains(layer, &none, [&](const char*, char**, int64_t) { ++count; });
   return count;
 }
 

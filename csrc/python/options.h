@@ -59,9 +59,9 @@ struct CallOptions {
     }
     size_t next = 0;
     for (int d = 0; d < o.sizes.D; ++d) {
-      for_gains(o.layer(), &weights[d].gains, [&](const T** to, int64_t size) {
+      for_gains(o.layer(), &weights[d].gains, [&](const char* name, const T** to, int64_t size) {
         const py::object gain = gains[next++];
-        *to = o.vector(gain, "gain", size);
+        *to = o.vector(gain, name, size);
       });
     }
   }

@@ -113,11 +113,15 @@ def _parser() -> argparse.ArgumentParser:
 def _cache(arguments: argparse.Namespace) -> int:
     from rnnkern.own_cells import build
 
-    folder = build.cache_folder()
-    if arguments.action == "clear":
-        print(f"{build.clear()} compiled cells removed from {folder}")
-        return 0
-    found = sorted(folder.glob("*.so"))
+    try:
+        folder = build.cache_folder()
+        if arguments.action == "clear":
+            print(f"{build.clear()} compiled cells removed from {folder}")
+            return 0
+        found = build.libraries()
+    except (OSError, RuntimeError) as error:
+        print(f"rnnkern cache: {error}", file=sys.stderr)
+        return FAILED
     print("\n".join([f"{folder}: {len(found)} compiled cells", *(path.name for path in found)]))
     return 0
 

@@ -318,6 +318,10 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     dynamic as they were. torch's own table takes these operators apart into the steps of the
     example, which fixes their number. All other operators are left as they are.
 
+    A layer of a cell of your own is taken apart into its steps, which fixes their number. So is a
+    layer with options, such as ``layer_norm``, if their number is fixed and it has no ``lengths``;
+    otherwise it stays, and the program still needs rnnkern.
+
     A program without ``rnnkern.exporting_kernels`` has torch's operators already.
 
     Returns:
@@ -331,8 +335,11 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
         >>> table = torch.export.default_decompositions()  # and Core ATen for all the rest
         >>> table.update(rnnkern.decompositions())
     """
+    from rnnkern.ops import with_options
+
     return {
         torch.ops.rnnkern.scan.default: _scan,
+        torch.ops.rnnkern.scan_with_options.default: with_options.decomposed,
         torch.ops.rnnkern.scan_kernel.default: _kernel,
         torch.ops.rnnkern.ranked.default: ranked,
         **{each.input: _of_torch(mode, False) for mode, each in _OPERATORS.items()},

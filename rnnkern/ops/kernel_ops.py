@@ -61,7 +61,7 @@ def _width_of_slots(code: int, rows: int) -> int:
 def saves(code: int) -> bool:
     """Whether forward saves something for backward besides its outputs."""
     layer = Layer.of_code(code)
-    return layer.saves_slots or layer.proj
+    return layer.saves_slots or layer.has_cell_state or layer.proj
 
 
 def ended_rows(steps: Steps | None) -> Maybe:

@@ -278,6 +278,38 @@ class _Scan(torch.autograd.Function):
         return (None, None, made[0], *states, *nothing, *made[1 : 1 + count], *of_rest)
 
 
+def _reference(
+    x: Any, weights: Any, others: Sequence[Any], gains: Sequence[Tensor], values: tuple[Any, ...]
+) -> Results:
+    """The layer by torch's own operators, step by step."""
+    from rnnkern import reference
+
+    code, _, number, dropout, zoneout, draws, cells = values
+    h0, c0, reset_h, reset_c, active, order, reset, placed, seed = others
+    layer = Layer.of_code(code)
+    steps = steps_of(active, order, reset, placed, bool(code & PACKED))
+    each = len(gains) // layer.directions or 1
+    by_direction = tuple(tuple(gains[i : i + each]) for i in range(0, len(gains), each))
+    options = Options(reset_h, reset_c, cells, dropout, zoneout, draws, seed, number, by_direction)
+    y, hn, *more = reference.layer(layer, Operands(x, h0, c0, weights), steps, options)
+    cn = more.pop(0) if layer.has_cell_state else None
+    return y, hn, cn, more[0] if more else None
+
+
+def decomposed(x: Tensor, weights: Sequence[Tensor], *rest: Any) -> Any:
+    """``rnnkern::scan_with_options`` in torch's operators, without what backward needs.
+
+    Not with lengths or any number of steps, because then only a run of the program knows how many
+    rows are active in a step, or how many steps there are.
+    """
+    others, gains, values = rest[:_OTHERS], rest[_OTHERS], rest[_OTHERS + 1 :]
+    steps: Any = x.shape[1 if Layer.of_code(values[0]).batch_first else 0]
+    if others[_STATES] is not None or isinstance(steps, torch.SymInt):
+        return NotImplemented
+    made = _reference(x, weights, others, gains, values)
+    return [*(x.new_empty(0) if z is None else z for z in made), x.new_empty(0)]
+
+
 def _by_reference(
     values: tuple[Any, ...],
     x: Tensor,
@@ -288,27 +320,15 @@ def _by_reference(
     wanted: Sequence[bool],
 ) -> list[Maybe]:
     """The gradients by torch's own operators, differentiable if grad mode is on."""
-    from rnnkern import reference
-
-    code, _, number, dropout, zoneout, draws, cells = values
-    layer, create_graph = Layer.of_code(code), torch.is_grad_enabled()
+    create_graph = torch.is_grad_enabled()
     # Autocast was off in the forward pass, and may be on where a derivative is taken.
     with torch.enable_grad(), autocast.switched_off(x.device.type):
         # Views, because an operand may depend on another one.
         operands = [None if z is None else z.view_as(z) for z in (x, *weights, *others[:_STATES])]
         own_gains = [gain.view_as(gain) for gain in gains]
         own_x, *own_weights = operands[: 1 + len(weights)]
-        h0, c0, reset_h, reset_c = operands[1 + len(weights) :]
-        each = len(gains) // layer.directions or 1
-        by_direction = tuple(tuple(own_gains[i : i + each]) for i in range(0, len(gains), each))
-        active, order, reset, placed, seed = others[_STATES:]
-        steps = steps_of(active, order, reset, placed, bool(code & PACKED))
-        options = Options(
-            reset_h, reset_c, cells, dropout, zoneout, draws, seed, number, by_direction
-        )
-        y, hn, *more = reference.layer(layer, Operands(own_x, h0, c0, own_weights), steps, options)
-        cn = more.pop(0) if layer.has_cell_state else None
-        outputs = (y, hn, cn, more[0] if more else None)
+        own_others = (*operands[1 + len(weights) :], *others[_STATES:])
+        outputs = _reference(own_x, own_weights, own_others, own_gains, values)
         pairs = [
             (z, g)
             for z, g in zip(outputs, gradients, strict=True)

@@ -138,8 +138,12 @@ def look_ahead(mode: str) -> None:
     try:
         find_compiler()
     except RuntimeError as error:
+        try:
+            names = [path.name for path in libraries()]
+        except RuntimeError:
+            names = []
         for dtype, element in ELEMENTS.items():
-            if not any(cache_folder().glob(f"{mode}-{element}-*.so")):
+            if not any(name.startswith(f"{mode}-{element}-") for name in names):
                 kernels.WITHOUT_KERNELS.setdefault((mode, dtype, CPU), str(error))
 
 
@@ -155,12 +159,13 @@ def library(mode: str, target: Target) -> bytes:
     found = whole(path)
     if found is not None:
         return found
+    made = None
     try:
         with _only_process(path.parent):
             found = whole(path)  # another process may have made it meanwhile
             if found is None:
-                found = _compile(mode, source, target)
-                _keep(path, found)
+                found = made = _compile(mode, source, target, path.parent)
+                _keep(path, made)
             return found
     except OSError as error:  # nobody can write there
         print(
@@ -168,7 +173,7 @@ def library(mode: str, target: Target) -> bytes:
             "kept",
             file=sys.stderr,
         )
-        return _compile(mode, source, target)
+        return _compile(mode, source, target, None) if made is None else made
 
 
 def _name(mode: str, source: str, target: Target) -> str:
@@ -200,16 +205,17 @@ def _digest_of_headers() -> str:
     return found
 
 
-def _compile(mode: str, source: str, target: Target) -> bytes:
-    """A new library.
+def _compile(mode: str, source: str, target: Target, folder: Path | None) -> bytes:
+    """A new library, which the folder will keep, if there is one.
 
     Raises:
         RuntimeError: there is no compiler, or it fails.
     """
     compiler, root = target.compiler(), include_folder()
+    once, kept = ("", "") if folder is None else (", once", f" ({folder} keeps it)")
     print(
-        f"rnnkern: compiling the cell {name_of(mode)} for {words(target)}, once: this takes some "
-        f"seconds ({cache_folder()} keeps it)",
+        f"rnnkern: compiling the cell {name_of(mode)} for {words(target)}{once}: this takes some "
+        f"seconds{kept}",
         file=sys.stderr,
     )
     with tempfile.TemporaryDirectory(prefix="rnnkern-") as place:
@@ -225,17 +231,25 @@ def _compile(mode: str, source: str, target: Target) -> bytes:
         except OSError as error:
             raise RuntimeError(f"{shlex.join(compiler)} cannot be run: {error}") from error
         if run.returncode or not made.exists():
-            text = _errors(run.stderr)
-            raise RuntimeError(f"{shlex.join(compiler)} ends with {run.returncode}:\n{text}")
+            text = f":\n{_errors(run.stderr)}" if run.stderr.strip() else ""
+            if not run.returncode:
+                text = f" and writes no library{text}"
+            raise RuntimeError(f"{shlex.join(compiler)} ends with {run.returncode}{text}")
         return made.read_bytes()
 
 
 def _keep(path: Path, content: bytes) -> None:
     """Writes a library into the cache, whole or not at all."""
-    with tempfile.NamedTemporaryFile(prefix=".tmp", dir=path.parent, delete=False) as file:
-        file.write(content + hashlib.sha256(content).digest())
-    Path(file.name).chmod(0o644)  # a service may run as another user than who compiled
-    Path(file.name).replace(path)
+    number, name = tempfile.mkstemp(prefix=".tmp", dir=path.parent)
+    made = Path(name)
+    try:
+        with os.fdopen(number, "wb") as file:
+            file.write(content + hashlib.sha256(content).digest())
+        made.chmod(0o644)  # a service may run as another user than who compiled
+        made.replace(path)
+    except BaseException:
+        made.unlink(missing_ok=True)
+        raise
 
 
 def _errors(text: str) -> str:
@@ -248,35 +262,43 @@ def _errors(text: str) -> str:
 def whole(path: Path) -> bytes | None:
     """A library of the cache, if it is complete and nobody else can have written it."""
     try:
-        _expect_private(path)
-        content = path.read_bytes()
+        with path.open("rb") as file:
+            _expect_private(path, os.fstat(file.fileno()))  # of what is read, whatever is there now
+            content = file.read()
     except OSError:
         return None
     content, checksum = content[:-_CHECKSUM], content[-_CHECKSUM:]
     return content if checksum == hashlib.sha256(content).digest() else None
 
 
-def _expect_private(path: Path) -> None:
+def _expect_private(path: Path, found: os.stat_result) -> None:
     """Raises a PermissionError if another user could have changed the file or the folder."""
-    found = path.stat()
     if found.st_uid not in (0, os.geteuid()) or found.st_mode & 0o022:
         raise PermissionError(f"{path} belongs to another user, or others may write to it")
 
 
 def cache_folder() -> Path:
-    """``RNNKERN_CACHE``, or ``rnnkern`` in the user's folder for caches."""
+    """``RNNKERN_CACHE``, or ``rnnkern`` in the user's folder for caches.
+
+    Raises:
+        RuntimeError: it is in a home folder, and there is none.
+    """
     named = os.environ.get("RNNKERN_CACHE")
-    if named:
-        return Path(named).expanduser().absolute()
     caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(caches).expanduser().absolute() / "rnnkern"
+    path = named or f"{caches}/rnnkern"
+    try:
+        return Path(path).expanduser().absolute()
+    except RuntimeError:
+        raise RuntimeError(
+            f"there is no home folder for the cache of cells, {path}: set RNNKERN_CACHE to a folder"
+        ) from None
 
 
 @contextlib.contextmanager
 def _only_process(folder: Path) -> Iterator[None]:
     """While this process alone compiles into the folder, which is made if it is missing."""
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    _expect_private(folder)
+    _expect_private(folder, folder.stat())
     with tempfile.TemporaryFile(dir=folder):
         pass  # the folder can be written to
     with (folder / "lock").open("w") as file:
@@ -286,10 +308,15 @@ def _only_process(folder: Path) -> Iterator[None]:
 
 def clear() -> int:
     """Removes the cache's libraries, and returns their number."""
-    found = list(cache_folder().glob("*.so"))
+    found = libraries()
     for path in (*found, *cache_folder().glob(".tmp*")):
         path.unlink(missing_ok=True)
     return len(found)
+
+
+def libraries() -> list[Path]:
+    """Those of the cache."""
+    return sorted(path for path in cache_folder().glob("*.so") if not path.is_dir())
 
 
 def precompile(
@@ -319,7 +346,7 @@ def precompile(
             path = folder / _name(mode, source, target)
             if whole(path) is None:
                 with _only_process(folder):
-                    _keep(path, _compile(mode, source, target))
+                    _keep(path, _compile(mode, source, target, folder))
             made.append(path)
     return made
 

@@ -25,6 +25,7 @@ from rnnkern.own_cells.generate import generate, shape_of
 from rnnkern.own_cells.trace import arguments, trace
 
 MAX_GATES, MAX_STATES, MAX_PARAMETERS = 8, 4, 4
+LONGEST_NAME = 64
 _adding = threading.Lock()
 _TAKEN = ("weight_ih", "weight_hh", "weight_hr", "bias_ih", "bias_hh")
 
@@ -111,7 +112,9 @@ class OwnCell:
         functools.update_wrapper(self, function)
         self.__qualname__: str = getattr(function, "__qualname__", "cell")
         self.function = function
-        self.name = re.sub(r"\W", "_", getattr(function, "__name__", "cell"), flags=re.ASCII)
+        # It becomes a part of names of files, which may not be long.
+        name = getattr(function, "__name__", "cell")[:LONGEST_NAME]
+        self.name = re.sub(r"\W", "_", name, flags=re.ASCII)
         self.gates, self.states, self.parameters = gates, states, parameters
         traced = trace(function, self.name, gates, states, parameters)
         self._derived = derive(traced, self.name, gates, parameters)
@@ -212,6 +215,7 @@ def precompile(
             ``dtypes``.
         ValueError: a dtype, the instruction set or the compute capability is not known.
         RuntimeError: there is no compiler, or it fails.
+        OSError: the folder cannot be made or written to, or others may write to it.
     """
     for each in cells:
         if not isinstance(each, OwnCell):

@@ -80,7 +80,9 @@ def derive(traced: Traced, name: str, gates: Sequence[str], parameters: Sequence
         for state in names
     )
     wanted = [*gradients, *(z for z in before if z is not None)]
-    saved = _choose_saved(wanted, new, slots, len(slots) + len(parameters))
+    given = [*slots, *own_leaves]
+    given += [graph.leaf(f"prev.{state}") for state in names if state != names[0] or reads_h]
+    saved = _choose_saved(wanted, new, slots, len(slots) + len(parameters), change_of(given))
     recurrent = any(leaf.startswith("h.") for leaf in leaves)
     return Derived(slots, split, names, new, saved, gradients, before, reads_h, recurrent)
 
@@ -199,6 +201,11 @@ def _pulled(y: Expression, g: Expression) -> list[tuple[Expression, Expression]]
     return []
 
 
+def change_of(nodes: Iterable[Expression]) -> dict[int, Expression]:
+    """A leaf for the change of each node."""
+    return {node.index: node.graph.leaf(f"tangent.{node.index}") for node in nodes}
+
+
 def tangents(
     outputs: Sequence[Expression], of: Mapping[int, Expression]
 ) -> list[Expression | None]:
@@ -242,16 +249,26 @@ def _choose_saved(
     new: Sequence[Expression],
     slots: Sequence[Expression],
     room: int,
+    change: Mapping[int, Expression],
 ) -> tuple[Expression, ...]:
     """The numbers to save, at most ``room``, from which backward takes the fewest operations.
 
     Backward has the states before the step and c in any case. If it needs nothing else but h,
     nothing is saved. The search begins with the sums that the cell was given, from which everything
     can be recomputed, and replaces or adds one number at a time, as long as the cost falls.
+
+    The tangents of the new states and of these numbers must follow from them too, because second
+    derivatives need those. ``change`` is the tangent of what forward is given.
     """
     leaves = [leaf for slot in slots for leaf in (slot.args or (slot,))]
     states = [*new[1:]]
-    if cost(wanted, [*states, new[0]], leaves) < float("inf"):
+
+    def suffices(saved: Sequence[Expression], known: Sequence[Expression]) -> bool:
+        changes = [z for z in tangents([*new, *saved], change) if z is not None]
+        return cost(changes, known, leaves) < float("inf")
+
+    alone = [*states, new[0]]
+    if cost(wanted, alone, leaves) < float("inf") and suffices((), alone):
         return ()
     depends = {leaf.index for leaf in leaves}
     for node in reachable(new):
@@ -276,7 +293,7 @@ def _choose_saved(
         tries += [[*saved, node] for node in others if len(saved) < room]
         for attempt in tries:
             found = cost(wanted, [*states, *attempt], leaves)
-            if found < best:
+            if found < best and suffices(attempt, [*states, *attempt]):
                 best, saved, improved = found, attempt, True
                 break
     return tuple(saved)

@@ -133,7 +133,10 @@ class Expression:
     __rpow__ = __pow__
 
     def __array_ufunc__(self, ufunc: Any, *_: Any, **__: Any) -> Any:
-        raise CellError(f"numpy.{ufunc.__name__} is not known in a cell; {KNOWN}")
+        raise CellError(
+            f"numpy.{ufunc.__name__} is not known in a cell, and numpy's numbers are not: float() "
+            f"makes Python's of them; {KNOWN}"
+        )
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -192,8 +195,9 @@ class Graph:
         if isinstance(arg, (int, float)):
             return self.constant(arg)
         raise CellError(
-            f"{op} wants expressions and Python numbers, got {type(arg).__name__}: what a cell "
-            "learns is a parameter of its own, parameters=(...)"
+            f"{op} wants expressions and Python numbers, got {type(arg).__name__}: float() makes "
+            "such a number of another, and what a cell learns is a parameter of its own, "
+            "parameters=(...)"
         )
 
     def _with_sums_first(self, terms: list[Expression]) -> list[Expression]:

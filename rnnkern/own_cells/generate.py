@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from rnnkern.own_cells.derive import Derived, reachable, tangents
+from rnnkern.own_cells.derive import Derived, change_of, reachable, tangents
 from rnnkern.own_cells.expression import Expression
 
 
@@ -258,11 +258,6 @@ def _written(derived: Derived) -> dict[str, Expression]:
     return found
 
 
-def _change_of(nodes: Iterable[Expression]) -> dict[int, Expression]:
-    """A leaf for the change of each node."""
-    return {node.index: node.graph.leaf(f"tangent.{node.index}") for node in nodes}
-
-
 def _known_in_backward(derived: Derived) -> list[tuple[Expression, str]]:
     leaf = derived.new[0].graph.leaf
     found = [(leaf(name), text) for name, text in (*_incoming(derived), *_states(derived))]
@@ -276,7 +271,7 @@ def _known_in_backward(derived: Derived) -> list[tuple[Expression, str]]:
 
 def _backward_of_duals(derived: Derived) -> str:
     known = _known_in_backward(derived)
-    change = _change_of(node for node, _ in known)
+    change = change_of(node for node, _ in known)
     written = _written(derived)
     changes = tangents(list(written.values()), change)
     body = _Body({})
@@ -295,7 +290,7 @@ def _tangent(derived: Derived) -> str:
     given = [(node, f"s.slot[{i}]") for i, node in enumerate(derived.slots)]
     given += [(leaf(name), text) for name, text in _states(derived)]
     given += [(node, f"s.parameter[{i}]") for i, node in enumerate(_own(derived))]
-    change = _change_of(node for node, _ in given)
+    change = change_of(node for node, _ in given)
     results = [*derived.new, *derived.saved]
     changes = tangents(results, change)
     body = _Body({})

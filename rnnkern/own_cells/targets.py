@@ -159,12 +159,16 @@ def find_compiler() -> list[str]:
     """The C++ compiler and its arguments: those of ``CXX``, else g++, clang++ or c++.
 
     Raises:
-        RuntimeError: there is none.
+        RuntimeError: there is none, or ``CXX`` is no command.
     """
     named = os.environ.get("CXX")
-    for name, *arguments in (
-        [shlex.split(named) or [named]] if named else [["g++"], ["clang++"], ["c++"]]
-    ):
+    tried = [["g++"], ["clang++"], ["c++"]]
+    if named:
+        try:
+            tried = [shlex.split(named) or [named]]
+        except ValueError as error:
+            raise RuntimeError(f"CXX is no command: {named!r} ({error})") from None
+    for name, *arguments in tried:
         found = shutil.which(name)
         if found:
             return [found, *arguments]

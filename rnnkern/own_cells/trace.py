@@ -78,13 +78,15 @@ def trace(
         made = function(*symbols)
     except Exception as error:
         raise CellError(f"{_place(function, error)}in the cell {name!r}: {_text(error)}") from error
+    returned = f"{len(made)} values" if isinstance(made, tuple) else f"one {type(made).__name__}"
     if not isinstance(made, tuple):
         made = (made,)
     wanted = ", ".join(states)
     if len(made) != len(states):
+        form = " as a tuple" if len(states) > 1 else ""
         raise CellError(
             f"{_start(function)}: the cell {name!r} must return its {len(states)} states "
-            f"({wanted}), returned {len(made)} values"
+            f"({wanted}){form}, returned {returned}"
         )
     for state, value in zip(states, made, strict=True):
         if not isinstance(value, Expression) or value.graph is not graph or value.is_condition:
