@@ -108,7 +108,7 @@ RNNKERN_DEVICE Quad load_relaxed(const Quad* from) {
 template <typename V>
 RNNKERN_DEVICE void store_relaxed(V* to, const V& value) {
   *to = value;
-  simt::launch().progress();
+  simt::launch().progress_later();
 }
 // A thread that sees a value which this one stores from now on, and then orders its own memory too,
 // sees what this one has stored until now.

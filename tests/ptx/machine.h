@@ -244,12 +244,13 @@ class Thread {
     } else {
       write(address, value);
     }
-    launch_.progress();
+    launch_.progress_later();
   }
   template <typename V>
   void store_release(u64 address, V value) {
     fence_release();
     store_relaxed(address, value);
+    launch_.progress();
   }
 
   void fence_acquire() {
@@ -331,7 +332,7 @@ class Thread {
   // Whether relaxed stores of the block were on their way, of which some are there now.
   bool arrives() {
     if (!is_weak || !memory().arrive()) return false;
-    launch_.progress();
+    launch_.progress_later();
     return true;
   }
   bool is_in_weak_memory(u64 address) const {

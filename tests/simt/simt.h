@@ -134,6 +134,8 @@ class Launch {
     fegetenv(&rounding);
     size_t done = 0;
     while (done < fibers_.size() && !error_) {
+      // Twice although nothing was set: lanes that wait together may have looked at different times.
+      if (ready_.empty() && (something_is_set_ || futile_++ < 2)) wake();
       if (ready_.empty()) {
         error_ = std::make_exception_ptr(
             std::runtime_error("simt: " + std::to_string(parked_.size()) +
@@ -185,14 +187,27 @@ class Launch {
   // A flag was set.
   void progress() {
     ++progress_;
-    ready_.insert(ready_.end(), parked_.begin(), parked_.end());
-    parked_.clear();
+    something_is_set_ = true;
+    wake();
+  }
+  // One of many values was set. Whoever waits looks when all others wait, too: a look after each
+  // value would take most of the time.
+  void progress_later() {
+    ++progress_;
+    something_is_set_ = true;
   }
 
   const Dim3 grid, block;
   static inline thread_local Launch* current = nullptr;
 
  private:
+  void wake() {
+    ready_.insert(ready_.end(), parked_.begin(), parked_.end());
+    parked_.clear();
+    if (something_is_set_) futile_ = 0;
+    something_is_set_ = false;
+  }
+
   // Which of the ready ones goes on: the first in rank of as many as were drawn for this launch. So
   // in some launches all take turns, and in others some warps are far ahead of the rest.
   size_t draw() {
@@ -286,6 +301,8 @@ class Launch {
   std::vector<std::unique_ptr<Fiber>> fibers_;
   std::vector<int> ready_, parked_;
   uint64_t progress_ = 0;
+  bool something_is_set_ = false;
+  int futile_ = 0;  // how often all have looked in vain since something was set
   const int draws_;
   int fiber_ = 0;
   std::exception_ptr error_;
