@@ -102,7 +102,6 @@ RNNKERN_DEVICE Quad load_from_l2(const Quad* from) { return *from; }
 // Reads it while they write it. Each number is the old one or the new one.
 template <typename E>
 RNNKERN_DEVICE Quad load_relaxed(const Quad* from) {
-  simt::launch().look();
   return *from;
 }
 template <typename V>
@@ -115,7 +114,7 @@ RNNKERN_DEVICE void store_relaxed(V* to, const V& value) {
 RNNKERN_DEVICE void order_memory() {}
 // Comes before another look at what others are about to write. The first look may be an old one.
 RNNKERN_DEVICE void look_again(int looks, int*) {
-  if (looks > 0) simt::launch().park_since_look();
+  if (looks > 0) simt::launch().park();
 }
 
 // Calls f(lanes) with a pointer to the `own` of each lane of the warp.

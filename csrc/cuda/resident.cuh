@@ -140,7 +140,7 @@ class ResidentBlock {
       for (int i = lane; i < Sums::kOfWarp; i += kWarp) sums_.of(warp)[i] = 0;
     }
     // Unrolling more beside held weights would cost registers.
-    constexpr int kUnrolled = kTile.held_chunks > 0 ? 1 : 4;
+    [[maybe_unused]] constexpr int kUnrolled = kTile.held_chunks > 0 ? 1 : 4;
     for (int group = 0; group < r_.groups; ++group) {
       const T* rows[kRowTiles * 2];
 #pragma unroll

@@ -217,8 +217,7 @@ class Thread {
   // What others may be about to store.
   template <typename V>
   V load_relaxed(u64 address) {
-    if (fiber_.waits_at(address)) arrives() ? launch_.yield() : launch_.park_since_look();
-    launch_.look();
+    if (fiber_.waits_at(address)) arrives() ? launch_.yield() : launch_.park();
     return load_l2<V>(address);
   }
   template <typename V>

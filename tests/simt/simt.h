@@ -99,12 +99,11 @@ struct Fiber {
   uint32_t rank;  // of its warp
   bool done = false;
   std::vector<uint64_t> seen;  // addresses that it has looked at since it last waited
-  uint64_t looked = 0;         // how often others had set something when it last looked
 
   // Counts a look at an address. After several of them it must be waiting for what others store
   // there.
   bool waits_at(uint64_t address) {
-    constexpr int kLooks = 8;
+    constexpr int kLooks = 4;
     seen.push_back(address);
     return std::count(seen.begin(), seen.end(), address) > kLooks;
   }
@@ -134,7 +133,8 @@ class Launch {
     fegetenv(&rounding);
     size_t done = 0;
     while (done < fibers_.size() && !error_) {
-      // Twice although nothing was set: lanes that wait together may have looked at different times.
+      // Twice although nothing was set: lanes that wait together may have looked at different
+      // times.
       if (ready_.empty() && (something_is_set_ || futile_++ < 2)) wake();
       if (ready_.empty()) {
         error_ = std::make_exception_ptr(
@@ -170,32 +170,24 @@ class Launch {
 
   // Others may go on: this one waits for a flag, until any is set.
   void park() {
+    fiber().seen.clear();
     parked_.push_back(fiber_);
     switch_to_scheduler();
   }
-  // The same, if nothing has been set since the fiber has looked; else others may go on first.
-  void park_since_look() {
-    if (fiber().looked == progress_) return park();
-    yield();
-  }
+  // Others may go on first.
   void yield() {
+    fiber().seen.clear();
     ready_.push_back(fiber_);
     switch_to_scheduler();
   }
-  // The fiber looks at what others may set.
-  void look() { fiber().looked = progress_; }
   // A flag was set.
   void progress() {
-    ++progress_;
     something_is_set_ = true;
     wake();
   }
   // One of many values was set. Whoever waits looks when all others wait, too: a look after each
   // value would take most of the time.
-  void progress_later() {
-    ++progress_;
-    something_is_set_ = true;
-  }
+  void progress_later() { something_is_set_ = true; }
 
   const Dim3 grid, block;
   static inline thread_local Launch* current = nullptr;
@@ -278,7 +270,6 @@ class Launch {
   }
   void switch_to_scheduler() {
     Fiber& f = fiber();
-    f.seen.clear();
 #if defined(__SANITIZE_ADDRESS__)
     void* fake = nullptr;
     __sanitizer_start_switch_fiber(&fake, host_stack_, host_stack_bytes_);
@@ -300,7 +291,6 @@ class Launch {
   std::vector<std::unique_ptr<Block>> blocks_;
   std::vector<std::unique_ptr<Fiber>> fibers_;
   std::vector<int> ready_, parked_;
-  uint64_t progress_ = 0;
   bool something_is_set_ = false;
   int futile_ = 0;  // how often all have looked in vain since something was set
   const int draws_;
