@@ -6,6 +6,7 @@ Run by tools/ptx.sh.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -130,7 +131,7 @@ class Trial:
             except AssertionError:
                 return False
             except RuntimeError as error:  # a wait without an end, or an access out of bounds
-                if not str(error).startswith(("simt: ", "ptx: ")):
+                if not re.search(r"(^|: )(simt|ptx): ", str(error)):
                     raise
                 return False
         return True
