@@ -20,6 +20,8 @@ from table import MUTATION
 
 pytestmark = pytest.mark.kernel
 
+MOST_LOOKS = 1 << 26  # kMostLooks of csrc/cuda/device.cuh
+
 
 @dataclass(frozen=True)
 class Mutation:
@@ -58,7 +60,10 @@ def with_plain_looks() -> Mutation:
     """At values that say themselves that they are there."""
 
     def change(i: Instruction) -> Instruction:
-        return replace(i, opcode=i.opcode.replace("ld.relaxed.gpu.global.v", "ld.global.v"))
+        opcode = i.opcode.replace("ld.relaxed.gpu.global.v", "ld.global.v")
+        # Such a look never changes, so that its loop would go on until it gives up.
+        looks = tuple("64" if word == str(MOST_LOOKS) else word for word in i.operands)
+        return replace(i, opcode=opcode, operands=looks)
 
     return Mutation("plain looks at values", change, weak=True)
 

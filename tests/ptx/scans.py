@@ -145,15 +145,16 @@ def ragged(T: int, N: int) -> dict[str, Any]:
 
 # Multiprocessors and KiB of shared memory of a block, and T, N, I, H. A GPU's blocks are larger
 # than those of tests/simt/check_tiers.py, so the shapes that lead to a layout are other ones.
+# Some have so many steps that each buffer of the exchange is used again.
 LAYOUTS = {
     "one block": ((1, 90), (3, 3, 2, 5)),
-    "several blocks": ((5, 90), (4, 3, 2, 33)),
-    "teams of rows": ((12, 90), (3, 20, 2, 9)),
+    "several blocks": ((5, 90), (9, 3, 2, 33)),
+    "teams of rows": ((12, 90), (9, 20, 2, 9)),
     "two tiles of rows, forward": ((4, 90), (3, 12, 2, 30)),
     "two tiles of rows, backward": ((4, 90), (3, 12, 2, 60)),
     "passes": ((1, 120), (3, 70, 2, 9)),
     "groups": ((2, 120), (3, 2, 3, 150)),
-    "passes and groups": ((2, 227), (3, 75, 2, 40)),
+    "passes and groups": ((2, 227), (9, 75, 2, 40)),
     "little shared memory": ((3, 12), (3, 2, 2, 40)),
     "large tiles": ((4, 227), (2, 31, 2, 40)),
     "registers, shared memory and more": ((60, 20), (2, 3, 2, 900)),

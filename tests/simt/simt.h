@@ -103,7 +103,7 @@ struct Fiber {
   // Counts a look at an address. After several of them it must be waiting for what others store
   // there.
   bool waits_at(uint64_t address) {
-    constexpr int kLooks = 4;
+    constexpr int kLooks = 8;
     seen.push_back(address);
     return std::count(seen.begin(), seen.end(), address) > kLooks;
   }
@@ -133,9 +133,9 @@ class Launch {
     fegetenv(&rounding);
     size_t done = 0;
     while (done < fibers_.size() && !error_) {
-      // Twice although nothing was set: lanes that wait together may have looked at different
-      // times.
-      if (ready_.empty() && (something_is_set_ || futile_++ < 2)) wake();
+      // Some times although nothing was set: lanes that wait together may have looked at different
+      // times, and who looks at one flag often may not be waiting for it (waits_at).
+      if (ready_.empty() && (something_is_set_ || futile_++ < 30)) wake();
       if (ready_.empty()) {
         error_ = std::make_exception_ptr(
             std::runtime_error("simt: " + std::to_string(parked_.size()) +
