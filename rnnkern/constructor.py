@@ -123,14 +123,18 @@ def option(module: Any, name: str) -> Any:
     if not is_compiling() and name not in vars(module) and not hasattr(type(module), name):
         return default
     value = getattr(module, name, default)
+    if type(value) is bool and type(default) is not bool:  # a flag of the user's
+        return default
     return value if isinstance(value, Real) else default
 
 
 def options_besides_torchs(module: Any) -> Iterator[tuple[str, Any]]:
-    """The options in use that change what a call computes, as the constructor calls them."""
+    """The options that change what a module computes, as the constructor calls them."""
+    is_layer = isinstance(module, nn.RNNBase)
     for name in OPTIONS:
         if name != "_gain_names":
-            value, called = option(module, name), name
+            # Cells have no such option, so the name is the user's.
+            value, called = option(module, name) if is_layer else 0, name
         else:
             value, called = bool(getattr(module, name, NOT_NORMALISED)), "layer_norm"
         if value:

@@ -718,13 +718,16 @@ LIBRARY.impl("frozen_kernel", _fake_run_frozen, "Meta")
 
 def _run_one_by_one(info: Any, in_dims: Any, *operands: Any) -> tuple[list[Tensor], list[int]]:
     """`torch.func.vmap` over a frozen module."""
+    pairs = list(zip(operands, in_dims, strict=True))
     made = [
-        torch.ops.rnnkern.frozen_kernel(
-            *(z if d is None else z.select(d, i) for z, d in zip(operands, in_dims, strict=True))
-        )
+        torch.ops.rnnkern.frozen_kernel(*(z if d is None else z.select(d, i) for z, d in pairs))
         for i in range(info.batch_size)
     ]
-    outputs = [torch.stack(parts) for parts in zip(*made, strict=True)]
+    if made:
+        return [torch.stack(parts) for parts in zip(*made, strict=True)], [0] * len(made[0])
+    # Of no sample: the shapes are those of one that has not been drawn.
+    one = (z if d is None else z.new_zeros(z.movedim(d, 0).shape[1:]) for z, d in pairs)
+    outputs = [part.new_empty(0, *part.shape) for part in torch.ops.rnnkern.frozen_kernel(*one)]
     return outputs, [0] * len(outputs)
 
 

@@ -519,6 +519,13 @@ def test_vmap(weights: torch.dtype | None) -> None:
         assert_bitwise({k: z[b] for k, z in made.items()}, run(x[:, b], c[b]))
 
 
+@pytest.mark.cpu_only
+def test_vmap_of_no_sample() -> None:
+    frozen = rnnkern.freeze(rnnkern.GRU(2, 3))
+    made = torch.func.vmap(lambda x: frozen(x)[0])(torch.randn(0, 4, 5, 2))
+    assert made.shape == (0, 4, 5, 3)
+
+
 def test_wrong_calls_name_what_is_wrong() -> None:
     layer, cell = rnnkern.freeze(build("LSTM", 3, 4)), rnnkern.freeze(build("GRUCell", 3, 4))
     x, state = torch.randn(2, 5, 3), (torch.zeros(1, 5, 4), torch.zeros(1, 5, 4))

@@ -250,3 +250,28 @@ def test_a_compiled_packed_sequence_with_options() -> None:
     torch._dynamo.reset()
     made = torch.compile(module, backend="eager")(packed)[0]
     assert torch.equal(made.data, module(packed)[0].data)
+
+
+class _SeesAll(torch.overrides.TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.cpu_only
+@pytest.mark.filterwarnings("ignore::rnnkern.FallbackWarning")
+def test_cells_have_no_such_options() -> None:
+    """A number of such a name is the user's."""
+    cell, x = rnnkern.LSTMCell(I, H), torch.randn(N, I)
+    wanted = cell(x)[0]
+    cell.zoneout = 2
+    with _SeesAll():
+        assert torch.equal(cell(x)[0], nn.LSTMCell.forward(cell, x)[0])
+    assert torch.equal(rnnkern.freeze(cell)(x)[0], wanted)
+    assert type(rnnkern.revert(copy.deepcopy(cell))) is nn.LSTMCell
+
+
+def test_a_flag_of_such_a_name_is_the_users() -> None:
+    module, x = build("GRU", I, H), torch.randn(T, N, I)
+    wanted = module(x)[0]
+    module.zoneout = True
+    assert torch.equal(module(x)[0], wanted)

@@ -170,3 +170,19 @@ def test_operations_are_counted_where_the_program_is_installed(module: str) -> N
     program = pytest.importorskip(module)
     entries = getattr(program, by_type._TABLES[module])
     assert entries[rnnkern.LSTM] is entries[nn.LSTM]
+
+
+class _DictOfItsOwn(dict[str, Any]):
+    def __init__(self) -> None:
+        super().__init__()
+
+
+def test_example_inputs_stay_as_they_are() -> None:
+    """They may be of any class, whose constructor nobody knows."""
+    from torch.ao.quantization.qconfig_mapping import QConfigMapping
+    from torch.ao.quantization.quantize_fx import prepare_fx
+
+    given = _DictOfItsOwn()
+    given["x"] = torch.randn(1, 2)
+    model = nn.Sequential(nn.Linear(2, 2)).eval()
+    assert isinstance(prepare_fx(model, QConfigMapping(), (given,)), torch.fx.GraphModule)

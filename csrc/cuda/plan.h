@@ -28,7 +28,7 @@ constexpr int kResidentThreads = kBlockThreads, kResidentWarps = kResidentThread
 // How a block of the resident tier learns that what the others give it is there. By flags: a block
 // writes its values, waits until they are in the L2, and sets a flag, which the others look at
 // before they load. By value: a place holds a NaN that no block writes until its value is there, so
-// whoever needs it loads until it is another one. That takes one trip through the L2 in place of
+// whoever needs it loads until it is another one. That takes two trips through the L2 in place of
 // four, and twice the buffers.
 #ifdef RNNKERN_CUDA_BY_VALUE
 constexpr bool kExchangesByValue = true;

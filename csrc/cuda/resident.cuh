@@ -244,16 +244,15 @@ class ResidentBlock {
   // Waits until all threads of the block have read the sums of this turn. After the last group,
   // publishes for the team what they have written to the exchange buffer.
   RNNKERN_DEVICE void finish(const Turn& turn, int64_t epoch) const {
-    if constexpr (!kByValue) return publish(turn, epoch);
-    sync_block();
-    if (turn.is_last(r_)) order_memory();
+    publish(turn, epoch, !kByValue);
+    if (kByValue && turn.is_last(r_)) order_memory();
   }
   // The same with a flag, also in builds whose steps have none.
-  RNNKERN_DEVICE void publish(const Turn& turn, int64_t epoch) const {
+  RNNKERN_DEVICE void publish(const Turn& turn, int64_t epoch, bool by_flag = true) const {
     sync_block();
     // The last thread is the most likely to have no cells of its own. With several passes its warp
     // does not multiply either (plan.cpp), because the fence would hold up the next pass.
-    if (turn.is_last_group(r_) && thread_index() == kResidentThreads - 1) {
+    if (by_flag && turn.is_last_group(r_) && thread_index() == kResidentThreads - 1) {
       set_flag(flags(turn.pass) + member_, int(epoch));
     }
   }

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
+from collections import OrderedDict
 from types import ModuleType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -60,10 +62,10 @@ def _be_leaves_of_graphs() -> None:
 def _runs_rnnkerns_forward(module: nn.Module) -> bool:
     """Whether a call of the module is a call of rnnkern's forward, not of a subclass's.
 
-    That of layers of cells of one's own, and of frozen modules, as well.
+    Layers of cells of one's own and frozen modules have one, too.
     """
     forward = getattr(type(module), "forward", None)
-    return getattr(forward, "__module__", "").startswith("rnnkern.")
+    return (getattr(forward, "__module__", None) or "").startswith("rnnkern.")
 
 
 def _quantize_by_type(module: Any) -> None:
@@ -116,14 +118,18 @@ def _quantize_graphs_by_type(module: Any) -> None:
     prepare = getattr(module, "_prepare_fx", None)
     if prepare is None:
         return
+    signature = inspect.signature(prepare)
 
     @functools.wraps(prepare)
     def prepare_fx(model: nn.Module, *args: Any, **kw: Any) -> Any:
         if any(isinstance(each, tuple(COUNTERPARTS)) for each in model.modules()):
             tensors = (*model.parameters(), *model.buffers())
             model = revert(copy.deepcopy(model, {id(each): each for each in tensors}))
-        named = {name: _types_of_torch(value) for name, value in kw.items()}
-        return prepare(model, *map(_types_of_torch, args), **named)
+        given = signature.bind(model, *args, **kw)
+        for name, value in given.arguments.items():
+            if name not in ("model", "example_inputs"):
+                given.arguments[name] = _types_of_torch(value)
+        return prepare(*given.args, **given.kwargs)
 
     module._prepare_fx = prepare_fx
 
@@ -153,7 +159,7 @@ def _types_of_torch(given: Any) -> Any:
     """
     if isinstance(given, type):
         return COUNTERPARTS.get(given, given)
-    if isinstance(given, dict):
+    if type(given) in (dict, OrderedDict):
         pairs = ((_types_of_torch(key), _types_of_torch(value)) for key, value in given.items())
         return type(given)(pairs)
     if type(given) in (list, tuple, set):

@@ -191,6 +191,21 @@ def test_tf32_rounds_as_the_stand_in_does(
     record_property(CASE, scans.name)
 
 
+@all_scans()
+def test_a_state_whose_bits_are_all_ones(scans: Scans, record_property: Record) -> None:
+    """It is a NaN, and what an exchange by value takes for a number that is not there yet."""
+    T, N, I, H = LAYOUTS["several blocks"][1]
+    module = scans.module(I, H)
+    h0 = torch.full((1, N, H), -1, dtype=BITS[scans.dtype.itemsize]).view(scans.dtype)
+    states = (h0, torch.zeros_like(h0)) if module.mode == "LSTM" else h0
+    for libraries in (STAND_IN, scans.libraries):
+        with stand_in(libraries, **on("several blocks")), torch.no_grad():
+            y, _ = module(torch.zeros(T, N, I, dtype=scans.dtype), states)
+        assert y.isnan().all()
+    record_property(CASE, scans.name)
+
+
+BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of a number
 # Capability, multiprocessors and KiB of shared memory.
 GPUS = {
     "A100": ((8, 0), 108, 163),

@@ -173,8 +173,7 @@ class Thread {
   }
   Thread(const Thread&) = delete;
   ~Thread() {
-    while (arrives()) {
-    }
+    if (is_weak && memory().arrive_all()) launch_.progress_later();
   }
 
  private:
@@ -217,7 +216,8 @@ class Thread {
   // What others may be about to store.
   template <typename V>
   V load_relaxed(u64 address) {
-    if (fiber_.waits_at(address)) arrives() ? launch_.yield() : launch_.park();
+    if (is_weak && memory().look()) launch_.progress_later();
+    if (fiber_.waits_at(address)) launch_.park();
     return load_l2<V>(address);
   }
   template <typename V>
@@ -248,7 +248,11 @@ class Thread {
   template <typename V>
   void store_release(u64 address, V value) {
     fence_release();
-    store_relaxed(address, value);
+    if (is_in_weak_memory(address)) {
+      memory().store_to_l2(pointer<V>(address), &value, sizeof value);
+    } else {
+      write(address, value);
+    }
     launch_.progress();
   }
 
@@ -328,12 +332,6 @@ class Thread {
  private:
   WeakMemory& memory() const { return *static_cast<WeakMemory*>(block_.memory.get()); }
 
-  // Whether relaxed stores of the block were on their way, of which some are there now.
-  bool arrives() {
-    if (!is_weak || !memory().arrive()) return false;
-    launch_.progress_later();
-    return true;
-  }
   bool is_in_weak_memory(u64 address) const {
     return is_weak && shared(address) >= block_.shared.size();
   }

@@ -1,6 +1,6 @@
 // Global memory as a block may see it at the worst. What the block stores is seen by others only
-// after it has released it, or when its kernel has ended. Relaxed stores are on their way until
-// then, and arrive in any order when the block waits for others. What it loads comes from sectors
+// after it has released it, or when its kernel has ended. Relaxed stores arrive before that, but in
+// any order, and late: while the block looks at what others store. What it loads comes from sectors
 // of its first-level cache, which stay as they were when they came, until it acquires.
 //
 // This is weaker than any GPU and weaker in one respect than the memory model of PTX: no plain
@@ -8,7 +8,6 @@
 // Within the block all threads see the same, at once.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <random>
@@ -46,30 +45,34 @@ class WeakMemory {
     stored.mask |= mask(at, bytes);
     update_cached(at, from, bytes);
   }
+  // At once, for all.
+  void store_to_l2(void* at, const void* from, size_t bytes) {
+    const auto found = stored_.find(sector(at));
+    if (found != stored_.end()) found->second.mask &= ~mask(at, bytes);
+    std::memcpy(at, from, bytes);
+    update_cached(at, from, bytes);
+  }
   void store_relaxed(void* at, const void* from, size_t bytes) {
     store(at, from, bytes);
     on_their_way_.emplace_back(at, bytes);
   }
-  // About half of the relaxed stores arrive, at least one. Returns whether there were any.
-  bool arrive() {
-    if (on_their_way_.empty()) return false;
-    std::shuffle(on_their_way_.begin(), on_their_way_.end(), random_);
-    for (size_t left = on_their_way_.size() / 2; on_their_way_.size() > left;) {
-      const auto [at, bytes] = on_their_way_.back();
-      on_their_way_.pop_back();
-      Stored& stored = stored_[sector(at)];
-      Stored arrived = stored;
-      arrived.mask &= mask(at, bytes);
-      copy_stored(place(sector(at)), arrived);
-      stored.mask &= ~mask(at, bytes);
-    }
+  // The block looks at what others may store. Returns whether one of its relaxed stores arrives
+  // then.
+  bool look() {
+    if (on_their_way_.empty() || random_() % 16 > 0) return false;
+    arrive();
     return true;
+  }
+  bool arrive_all() {
+    const bool any = !on_their_way_.empty();
+    while (!on_their_way_.empty()) arrive();
+    return any;
   }
 
   void release() {
     for (const auto& [sector, stored] : stored_) copy_stored(place(sector), stored);
     stored_.clear();
-    on_their_way_.clear();
+    on_their_way_ = {};
   }
   void acquire() { cached_.clear(); }
 
@@ -81,6 +84,19 @@ class WeakMemory {
   struct Stored : Sector {
     uint32_t mask = 0;  // a bit for each byte that has been stored
   };
+
+  // Most often the last relaxed store arrives first, so that some stay behind for several steps.
+  void arrive() {
+    if (random_() % 4 == 0)
+      std::swap(on_their_way_[random_() % on_their_way_.size()], on_their_way_.back());
+    const auto [at, bytes] = on_their_way_.back();
+    on_their_way_.pop_back();
+    Stored& stored = stored_[sector(at)];
+    Stored arrived = stored;
+    arrived.mask &= mask(at, bytes);
+    copy_stored(place(sector(at)), arrived);
+    stored.mask &= ~mask(at, bytes);
+  }
 
   static uintptr_t sector(const void* at) { return reinterpret_cast<uintptr_t>(at) / kSector; }
   static size_t offset(const void* at) { return reinterpret_cast<uintptr_t>(at) % kSector; }
