@@ -59,7 +59,7 @@ class WeakMemory {
   // The block looks at what others may store. Returns whether one of its relaxed stores arrives
   // then.
   bool look() {
-    if (on_their_way_.empty() || random_() % 16 > 0) return false;
+    if (on_their_way_.empty() || random_() % 256 > 0) return false;
     arrive();
     return true;
   }
