@@ -25,6 +25,9 @@ DEFAULTS = {
 Only other values are attributes. Users have submodules and parameters of such names.
 """
 
+OF_LAYERS = ("recurrent_dropout", "zoneout")
+"""The options that cells do not have. Of a cell such a name is always the user's."""
+
 NOT_NORMALISED: list[list[str]] = []
 """The attribute ``_gain_names`` of a module without layer normalisation. With it, it has the names
 of the parameters of each direction of each layer. There is no public attribute, because models call
@@ -67,7 +70,7 @@ def settle(module: Any, **given: Any) -> None:
         ValueError: a probability is outside ``[0, 1)``, ``forget_bias`` is not finite, or is given
             without ``bias``.
     """
-    for name in ("recurrent_dropout", "zoneout"):
+    for name in OF_LAYERS:
         if name in given:
             given[name] = probability(name, given[name])
     for name in ("orthogonal", "layer_norm"):
@@ -119,6 +122,8 @@ def option(module: Any, name: str) -> Any:
     Anything else of such a name is the user's: a submodule, a parameter, a method.
     """
     default = DEFAULTS[name]
+    if name in OF_LAYERS and not isinstance(module, nn.RNNBase):
+        return default
     # A missing attribute takes torch a microsecond. Dynamo guards only what is read.
     if not is_compiling() and name not in vars(module) and not hasattr(type(module), name):
         return default
@@ -130,11 +135,9 @@ def option(module: Any, name: str) -> Any:
 
 def options_besides_torchs(module: Any) -> Iterator[tuple[str, Any]]:
     """The options that change what a module computes, as the constructor calls them."""
-    is_layer = isinstance(module, nn.RNNBase)
     for name in OPTIONS:
         if name != "_gain_names":
-            # Cells have no such option, so the name is the user's.
-            value, called = option(module, name) if is_layer else 0, name
+            value, called = option(module, name), name
         else:
             value, called = bool(getattr(module, name, NOT_NORMALISED)), "layer_norm"
         if value:

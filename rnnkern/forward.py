@@ -86,9 +86,7 @@ def _refusal_of_mode(module: Any) -> Refusal | None:
     mode = ops.function_mode()
     if mode is None or without_kernels(module) != "torch.nn":
         return None
-    is_layer = isinstance(module, nn.RNNBase)
-    own = own_options.asked_of(module, None, None, False) if is_layer else module._gain_names
-    if own:
+    if own_options.asked_of(module, None, None, False) is not None:
         return None
     return Refusal(Why.MODE, "the mode {}", (mode,))
 

@@ -53,7 +53,7 @@ class Options(NamedTuple):
 
 
 def asked_of(module: Any, reset: Any, reset_to: Any, return_cells: Any) -> Options | None:
-    """What a call of a layer asks for, without the states of ``reset_to``; None if nothing.
+    """What a call asks for, without the states of ``reset_to``; None if nothing.
 
     Raises:
         ValueError: the cell has no cell state to return, there is a ``reset_to`` without ``reset``,

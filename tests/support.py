@@ -379,6 +379,13 @@ def loss_of(module: nn.Module, **options: Any) -> Callable[..., Tensor]:
     return loss
 
 
+class PassingMode(torch.overrides.TorchFunctionMode):
+    """A user's mode, which sees torch's functions and leaves them as they are."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
 class Halved(nn.Module):
     """A parametrization."""
 

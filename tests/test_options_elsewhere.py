@@ -14,7 +14,7 @@ import pytest
 import torch
 from noisy_oracle import Noise
 from options_cases import ON_A_GPU, RESET, Case, H, I, N, T, change_gains
-from support import Leaves, build, evaluate, leaves_for, states_of
+from support import Leaves, PassingMode, build, evaluate, leaves_for, states_of
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
@@ -252,11 +252,6 @@ def test_a_compiled_packed_sequence_with_options() -> None:
     assert torch.equal(made.data, module(packed)[0].data)
 
 
-class _SeesAll(torch.overrides.TorchFunctionMode):
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.cpu_only
 @pytest.mark.filterwarnings("ignore::rnnkern.FallbackWarning")
 def test_cells_have_no_such_options() -> None:
@@ -264,7 +259,7 @@ def test_cells_have_no_such_options() -> None:
     cell, x = rnnkern.LSTMCell(I, H), torch.randn(N, I)
     wanted = cell(x)[0]
     cell.zoneout = 2
-    with _SeesAll():
+    with PassingMode():
         assert torch.equal(cell(x)[0], nn.LSTMCell.forward(cell, x)[0])
     assert torch.equal(rnnkern.freeze(cell)(x)[0], wanted)
     assert type(rnnkern.revert(copy.deepcopy(cell))) is nn.LSTMCell

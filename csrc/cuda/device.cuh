@@ -31,6 +31,11 @@ struct alignas(16) Quad {
   uint32_t words[4];
 };
 
+// An unsigned number of so many bytes.
+template <size_t kBytes>
+using Unsigned =
+    std::conditional_t<kBytes == 8, uint64_t, std::conditional_t<kBytes == 4, uint32_t, uint16_t>>;
+
 // float32 that is multiplied as TF32: its last 13 bits are zero.
 struct Tf32 {
   float number;
@@ -307,12 +312,10 @@ RNNKERN_DEVICE void store_relaxed(uint32_t* to, uint32_t value) {
 RNNKERN_DEVICE void store_relaxed(uint64_t* to, uint64_t value) {
   asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(to), "l"(value) : "memory");
 }
-// In pieces of its alignment, at most 8 bytes.
+// Stores a value in pieces of its alignment, at most 8 bytes each.
 template <typename V>
 RNNKERN_DEVICE void store_relaxed(V* to, const V& value) {
-  constexpr size_t kBytes = alignof(V) < 8 ? alignof(V) : 8;
-  using Piece = std::conditional_t<kBytes == 8, uint64_t,
-                                   std::conditional_t<kBytes == 4, uint32_t, uint16_t> >;
+  using Piece = Unsigned<alignof(V) < 8 ? alignof(V) : 8>;
   struct Pieces {
     Piece of[sizeof(V) / sizeof(Piece)];
   };

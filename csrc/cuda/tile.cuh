@@ -54,8 +54,7 @@ RNNKERN_DEVICE E absent() {
 }
 template <typename E>
 RNNKERN_DEVICE E present(E x) {
-  using Bits = std::conditional_t<sizeof(E) == 8, uint64_t,
-                                  std::conditional_t<sizeof(E) == 4, uint32_t, uint16_t>>;
+  using Bits = Unsigned<sizeof(E)>;
   const Bits bits = bit_cast<Bits>(x);
   return bit_cast<E>(bits == Bits(~Bits(0)) ? Bits(bits >> 1) : bits);
 }

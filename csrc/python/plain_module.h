@@ -85,8 +85,8 @@ constexpr const char* kCalledByForward[] = {
     "_update_flat_weights",   "check_forward_args", "check_input",   "get_expected_hidden_size",
     "get_expected_cell_size", "check_hidden_size",  "permute_hidden"};
 
-// Options of rnnkern's layers (rnnkern/constructor.py). A module has one in its namespace only if
-// it is in use, and its class has the default.
+// Options of rnnkern's layers (rnnkern/constructor.py). A module or its class has one only if it is
+// in use.
 constexpr const char* kOptions[] = {"recurrent_dropout", "zoneout", "_gain_names"};
 
 inline bool has_options_by_default(py::handle type) {

@@ -299,8 +299,8 @@ def _reference(
 def decomposed(x: Tensor, weights: Sequence[Tensor], *rest: Any) -> Any:
     """``rnnkern::scan_with_options`` in torch's operators, without what backward needs.
 
-    Not with lengths or any number of steps, because then only a run of the program knows how many
-    rows are active in a step, or how many steps there are.
+    An operator with lengths, or with a dynamic number of steps, stays. Then only a run of the
+    program knows how many rows are active in a step, or how many steps there are.
     """
     others, gains, values = rest[:_OTHERS], rest[_OTHERS], rest[_OTHERS + 1 :]
     steps: Any = x.shape[1 if Layer.of_code(values[0]).batch_first else 0]

@@ -315,7 +315,7 @@ def clear() -> int:
 
 
 def libraries() -> list[Path]:
-    """Those of the cache."""
+    """The libraries that are in the cache."""
     return sorted(path for path in cache_folder().glob("*.so") if not path.is_dir())
 
 

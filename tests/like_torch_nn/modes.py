@@ -6,7 +6,7 @@ import contextlib
 from typing import Any
 
 import torch
-from support import flatten
+from support import PassingMode, flatten
 from torch import Tensor, nn
 
 from like_torch_nn import (
@@ -40,7 +40,7 @@ MODES: dict[str, Any] = {
     # Without acc_events torch up to 2.12 warns, once in a process.
     "profiler": lambda: torch.profiler.profile(acc_events=True),
     "record-function": lambda: torch.profiler.record_function("mine"),
-    "function-mode": lambda: _PassingMode(),
+    "function-mode": PassingMode,
     "function-mode-that-doubles": lambda: _DoublingMode(),
     "function-mode-and-device": lambda: _nested(_DoublingMode(), torch.device("cpu")),
     "dispatch-mode": lambda: _passing_dispatch(),
@@ -60,11 +60,6 @@ def _nested(*contexts: Any) -> Any:
         for context in contexts:
             stack.enter_context(context)
         yield
-
-
-class _PassingMode(torch.overrides.TorchFunctionMode):
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return func(*args, **(kwargs or {}))
 
 
 class _DoublingMode(torch.overrides.TorchFunctionMode):

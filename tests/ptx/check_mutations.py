@@ -57,7 +57,7 @@ def with_plain_loads() -> Mutation:
 
 
 def with_plain_looks() -> Mutation:
-    """At values that say themselves that they are there."""
+    """Of the exchange by value: each look may then find what the cache has kept."""
 
     def change(i: Instruction) -> Instruction:
         opcode = i.opcode.replace("ld.relaxed.gpu.global.v", "ld.global.v")

@@ -133,8 +133,9 @@ class Launch {
     fegetenv(&rounding);
     size_t done = 0;
     while (done < fibers_.size() && !error_) {
-      // Some times although nothing was set: lanes that wait together may have looked at different
-      // times, and who looks at one flag often may not be waiting for it (waits_at).
+      // All are woken a few times although nothing was set. Lanes that wait together may have
+      // looked at different times, and a fiber that looks at one flag often may not wait for it
+      // (waits_at).
       if (ready_.empty() && (something_is_set_ || futile_++ < 30)) wake();
       if (ready_.empty()) {
         error_ = std::make_exception_ptr(
@@ -172,12 +173,6 @@ class Launch {
   void park() {
     fiber().seen.clear();
     parked_.push_back(fiber_);
-    switch_to_scheduler();
-  }
-  // Others may go on first.
-  void yield() {
-    fiber().seen.clear();
-    ready_.push_back(fiber_);
     switch_to_scheduler();
   }
   // A flag was set.
