@@ -153,8 +153,8 @@ class ResidentBackward {
       ends.set(p, rank < before.active_end && rank >= before.leaving && b_.dh0.data);
       active.set(p, rank < v.active_end);
       direct[p] = kShape.reads_h && rank < before.active_end ? carried_dh(turn, p) : A(0);
-      to[p] = exchanged(i + 1, rank, unit);
       if constexpr (kByValue) {
+        to[p] = exchanged(i + 1, rank, unit);
         gives.set(p, rank >= v.active_end && v.active_end > rows.begin);
       }
       if (rank >= v.active_end) return;
@@ -164,6 +164,7 @@ class ResidentBackward {
       if constexpr (kShape.cell_state) {
         s.dc = enters ? element_of(s_, b_.dcn, d_, rank, unit) : carried_dc(turn, p);
       }
+      to[p] = exchanged(i + 1, rank, unit);
     });
     if (before.active_end > rows.begin) block_.multiply(turn, i);
 #pragma unroll

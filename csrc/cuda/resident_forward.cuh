@@ -200,8 +200,8 @@ class ResidentForward {
     Bits<kPairs> active, gives;  // by value: the state is given although the row is not active
     pairs_.for_each(rows, units, [&](int p, int64_t rank, int64_t unit) {
       active.set(p, rank < v.active_end);
-      to[p] = block_.exchanged(i + 2, rank, unit);
       if constexpr (kByValue) {
+        to[p] = block_.exchanged(i + 2, rank, unit);
         gives.set(p, rank >= v.active_end &&
                          (takes_part(v, turn) || takes_part(visits_.next(rows), turn)));
       }
@@ -212,6 +212,7 @@ class ResidentForward {
           [&](int gate) { return ahead_[p][gate]; });
       s.h_prev = carried_h(turn, p);
       if constexpr (kShape.cell_state) s.c_prev = carried_c(turn, p);
+      to[p] = block_.exchanged(i + 2, rank, unit);
     });
     if (takes_part(v, turn)) block_.multiply(turn, i + 1);
 #pragma unroll
