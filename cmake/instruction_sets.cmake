@@ -1,6 +1,6 @@
-# Sets rnnkern_instruction_sets: the namespaces of the CPU kernels to compile. With
-# RNNKERN_INSTRUCTION_SETS=native these are the ones that this CPU uses, which takes a third of the
-# time of all.
+# Sets rnnkern_instruction_sets: those among which the package chooses when it is loaded. With
+# RNNKERN_INSTRUCTION_SETS=native it is the best one of this CPU, which takes a third of the time
+# of all.
 if(NOT RNNKERN_INSTRUCTION_SETS MATCHES "^(all|native)$")
   message(FATAL_ERROR
     "rnnkern: RNNKERN_INSTRUCTION_SETS is '${RNNKERN_INSTRUCTION_SETS}', wanted all or native")
@@ -32,17 +32,16 @@ rnnkern_has(has_v4 AVX512F AVX512BW AVX512CD AVX512DQ AVX512VL)
 rnnkern_has(has_vnni AVX512VNNI)
 rnnkern_has(has_bf16 AVX512VNNI AVX512BF16)
 rnnkern_has(has_amx AMX_TILE AMX_BF16)
-if(has_v3 AND has_v4)
-  set(rnnkern_instruction_sets x86_64_v4)
-  if(has_vnni)
-    list(APPEND rnnkern_instruction_sets x86_64_v4_vnni)
-  endif()
-  if(has_bf16 AND has_amx)
+if(has_v3 AND has_v4 AND has_bf16)
+  set(rnnkern_instruction_sets x86_64_v4_bf16)
+  if(has_amx)
     # The system may refuse the tiles to a process, and then it is the one without them.
-    list(APPEND rnnkern_instruction_sets x86_64_v4_bf16 x86_64_v4_amx)
-  elseif(has_bf16)
-    list(APPEND rnnkern_instruction_sets x86_64_v4_bf16)
+    list(APPEND rnnkern_instruction_sets x86_64_v4_amx)
   endif()
+elseif(has_v3 AND has_v4 AND has_vnni)
+  set(rnnkern_instruction_sets x86_64_v4_vnni)
+elseif(has_v3 AND has_v4)
+  set(rnnkern_instruction_sets x86_64_v4)
 elseif(has_v3)
   set(rnnkern_instruction_sets x86_64_v3)
 endif()

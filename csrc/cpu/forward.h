@@ -387,7 +387,8 @@ class ForwardScan : public Pass<ForwardScan<T, Cell>, T> {
   // has to contract the sums of both in the same way. With kWithoutOutput the slots are stored in
   // acc, and h is not computed.
   template <bool kWithoutOutput = false>
-  void cells(const Weights<T>& w, int64_t p, const RowPointers* rows, int64_t count, A* acc) const {
+  RNNKERN_MIXED void cells(const Weights<T>& w, int64_t p, const RowPointers* rows, int64_t count,
+                           A* acc) const {
     const int64_t width = panels_.width(p);
     for (int64_t v = 0; v < width; v += kLanes<T>) {
       const int64_t u = panels_.first_unit(p) + v, n = sizes_.H - u;

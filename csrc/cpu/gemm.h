@@ -32,6 +32,8 @@ namespace RNNKERN_NAMESPACE {
 
 constexpr int kPanelVectors = 4;
 constexpr int64_t kDepth = 256;
+constexpr int kAhead = 8;  // groups that are prefetched
+constexpr int kVectorsOfLine = 64 / kVectorBytes;
 static_assert(kDepth * kPanelVectors * kVectorBytes <= 64 * 1024,
               "a panel block fits a quarter of a small L2 cache");
 
@@ -197,6 +199,10 @@ template <typename E, typename P, int kVectors, int kRows, bool kAdds>
 void tile(int64_t k_begin, int64_t k_count, const E* const* a, const P* panel, int64_t panel_row,
           Compute<E>* acc, int64_t acc_row) {
   using V = Vec<E>;
+  // The processors do not find the next lines of a panel in time by themselves. A tile of few rows
+  // has no time for more loads: two of them take as long as two multiply-adds.
+  constexpr int kLines = (kVectors + kVectorsOfLine - 1) / kVectorsOfLine;
+  constexpr bool kPrefetches = kRows * kVectors >= kVectors + kRows + kLines;
   V c[kRows][kVectors];
   const E* row[kRows];
 #pragma GCC unroll 8
@@ -208,7 +214,12 @@ void tile(int64_t k_begin, int64_t k_count, const E* const* a, const P* panel, i
   const auto add = [&](auto group) __attribute__((always_inline)) {
     V b[kVectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) b[v] = load(panel + v * kLanes<E>);
+    for (int v = 0; v < kVectors; ++v) {
+      b[v] = load(panel + v * kLanes<E>);
+      if (kPrefetches && v % kVectorsOfLine == 0) {
+        __builtin_prefetch(panel + kAhead * panel_row + v * kLanes<E>);
+      }
+    }
     panel += panel_row;
 #pragma GCC unroll 8
     for (int m = 0; m < kRows; ++m) {
@@ -218,6 +229,7 @@ void tile(int64_t k_begin, int64_t k_count, const E* const* a, const P* panel, i
     }
   };
   int64_t k = 0;
+#pragma GCC unroll 4
   for (; k + kGroup<E> <= k_count; k += kGroup<E>) {
     add([k](const E* r) { return group_at(r + k); });
   }

@@ -15,8 +15,8 @@
 // calls. Blocks of kBlockRows rows are packed: the right operand into panels, the left one
 // transposed. The sums of each block, of at most kDepth rows, are added to the result, so that
 // rounding grows with R / kDepth and kDepth, and not with R. Threads own rows of the weight
-// gradients and blocks of dx. Gradients of 16-bit weights are summed in float, in memory of their
-// own if there are several blocks, and rounded once.
+// gradients, and rows or columns of dx. Gradients of 16-bit weights are summed in float, in memory
+// of their own if there are several blocks, and rounded once.
 #pragma once
 
 #include "cpu/noisy_rows.h"
@@ -452,21 +452,33 @@ class Gradients {
     const Sizes& z = sizes_;
     T* out[kRowsAtOnce];
     ActiveRows rows(steps_);
+    const bool by_columns = splits_columns_of_dx(threads);
+    const Range columns = by_columns ? split(z.I, threads, thread, kWidth) : Range{0, z.I};
     int64_t count;
     for (int64_t block = 0; (count = rows.next(s.t, s.rank, kRowsAtOnce)) > 0; ++block) {
-      if (block % threads != thread) continue;
+      if (!by_columns && block % threads != thread) continue;
       for (int64_t r = 0; r < count; ++r) out[r] = row_at(steps_, to_.dx, s.t[r], s.rank[r]);
       for (int i = 0; i < terms_ * z.D; ++i) {
         const int k = i / z.D, d = i % z.D;
         if (!of_right(k).weights[d].w_ih) continue;
         const Rows<const T> dslots = left(k, d, kInput);
         input_[k][d].multiply_rows(
-            {0, z.I}, count, s.dslots,
+            columns, count, s.dslots,
             [&](int64_t r) { return row_at(steps_, dslots, s.t[r], s.rank[r]); },
             [&](int64_t r) { return out[r]; }, i > 0);
       }
     }
     zero_idle_rows(thread, threads);
+  }
+
+  // Whether threads own columns of dx in place of blocks of rows, because columns can be shared out
+  // more evenly than one block or a few.
+  bool splits_columns_of_dx(int threads) const {
+    const auto largest_share = [&](int64_t parts) {
+      return parts ? double(ceil_div(parts, threads)) / double(parts) : 0;
+    };
+    return largest_share(ceil_div(sizes_.I, kWidth)) <
+           0.9 * largest_share(ceil_div(steps_.total, kRowsAtOnce));
   }
 
   void zero_idle_rows(int thread, int threads) const {

@@ -20,8 +20,8 @@
 
 namespace rnnkern {
 
-// The kernels of each instruction set. RNNKERN_HAS_... says which sets this build has. A set has
-// only the element types for which it differs from the set below it.
+// The kernels of each instruction set. RNNKERN_HAS_... says which sets this build has. A namespace
+// has only the element types for which it differs from the one below it.
 namespace baseline {
 template <typename T>
 Kernels<T> kernels();
