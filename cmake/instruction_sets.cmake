@@ -1,6 +1,6 @@
 # Sets rnnkern_instruction_sets: those among which the package chooses when it is loaded. With
-# RNNKERN_INSTRUCTION_SETS=native it is the best one of this CPU, which takes a third of the time
-# of all.
+# RNNKERN_INSTRUCTION_SETS=native it is only the one that this CPU and this system would choose,
+# which takes a third of the time of all, or less.
 if(NOT RNNKERN_INSTRUCTION_SETS MATCHES "^(all|native)$")
   message(FATAL_ERROR
     "rnnkern: RNNKERN_INSTRUCTION_SETS is '${RNNKERN_INSTRUCTION_SETS}', wanted all or native")
@@ -32,8 +32,10 @@ rnnkern_has(has_v4 AVX512F AVX512BW AVX512CD AVX512DQ AVX512VL)
 rnnkern_has(has_vnni AVX512VNNI)
 rnnkern_has(has_bf16 AVX512VNNI AVX512BF16)
 rnnkern_has(has_amx AMX_TILE AMX_BF16 AMX_INT8)
-if(has_bf16 AND has_amx)
-  # A system may refuse the tiles to a process, or not know them.
+if(has_bf16 AND has_amx AND NOT RNNKERN_AMX_STAND_IN)
+  # A system may refuse the tiles to a process, or not know them. It is asked each time.
+  unset(tiles_compiled CACHE)
+  unset(tiles_refused CACHE)
   try_run(tiles_refused tiles_compiled ${CMAKE_BINARY_DIR}/tiles ${CMAKE_CURRENT_LIST_DIR}/tiles.cpp)
   if(NOT tiles_compiled OR tiles_refused)
     set(has_amx OFF)

@@ -151,8 +151,8 @@ py::tuple outputs_of(Outputs&& made) {
   return py::make_tuple(std::move(made.y), std::move(made.hn), std::move(made.cn));
 }
 
-// record((layer, None, number of states), outputs, kept y, saved, x, *weights, *states). The first
-// operands, up to x, have no gradients.
+// record((layer, None, number of states), outputs, kept y, saved, x, *weights, *states). The four
+// operands before x have no gradients.
 constexpr size_t kRecordedBefore = 4;
 py::tuple recorded(py::handle record, const Layer& layer, py::handle x, const PlainWeights& weights,
                    const PlainStates& states, Outputs&& made) {
@@ -588,7 +588,7 @@ PYBIND11_MODULE(_C, m) {
                                  deterministic,      frozen, from_zeros};
         const Plan plan =
             backward ? plan_backward(problem, machine) : plan_forward(problem, machine);
-        return py::make_tuple(plan, describe(plan, problem, machine));
+        return py::make_tuple(plan, describe(plan, problem, machine, backward));
       },
       py::arg("kernel"), py::arg("machine"), py::kw_only(), py::arg("T"), py::arg("N"),
       py::arg("I"), py::arg("total"), py::arg("deterministic"), py::arg("backward"),

@@ -155,7 +155,8 @@ Plan plan_backward(const Problem& problem, const Machine& machine, double work) 
   return plan;
 }
 
-std::string describe(const Plan& plan, const Problem& problem, const Machine& machine) {
+std::string describe(const Plan& plan, const Problem& problem, const Machine& machine,
+                     bool backward) {
   char line[512];
   const bool rows = plan.row_blocks > 1, units = plan.unit_blocks > 1;
   const char* split =
@@ -186,12 +187,14 @@ std::string describe(const Plan& plan, const Problem& problem, const Machine& ma
       plan.recurrent != Reading::kNone ? std::string("W_hh ") + read(plan.recurrent)
       : problem.from_zeros             ? "W_hh not read, because one step starts from zeros"
                                        : "no W_hh";
+  const std::string steps = std::to_string(plan.block_steps);
+  const std::string block =
+      backward ? ""
+               : "; input product of " + steps + (steps == "1" ? " step" : " steps") + " at once";
   std::snprintf(
-      line, sizeof(line),
-      "threads %d of %d (%s); W_ih %s; %s; input product of %lld step%s at once; %.3g MFLOP",
-      plan.threads, machine.threads, split, read(plan.input), recurrent.c_str(),
-      static_cast<long long>(plan.block_steps), plan.block_steps == 1 ? "" : "s",
-      flops_per_row(problem.sizes) * double(problem.total) * 1e-6);
+      line, sizeof(line), "threads %d of %d (%s); W_ih %s; %s%s; %.3g MFLOP", plan.threads,
+      machine.threads, split, read(plan.input), recurrent.c_str(), block.c_str(),
+      (backward ? kBackwardWork : 1) * flops_per_row(problem.sizes) * double(problem.total) * 1e-6);
   return line;
 }
 

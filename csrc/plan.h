@@ -59,10 +59,12 @@ bool worth_bfloat16(int64_t total, bool deterministic);
 bool worth_split(int64_t total, int64_t N, bool deterministic);
 
 Plan plan_forward(const Problem& problem, const Machine& machine, bool may_broadcast = true);
-// `work`: the operations of the pass, in units of those of the forward pass.
-Plan plan_backward(const Problem& problem, const Machine& machine, double work = 2.0);
+// The operations of a pass, in units of those of the forward pass.
+constexpr double kBackwardWork = 2;
+Plan plan_backward(const Problem& problem, const Machine& machine, double work = kBackwardWork);
 
 // The choice and its reason, for people to read.
-std::string describe(const Plan& plan, const Problem& problem, const Machine& machine);
+std::string describe(const Plan& plan, const Problem& problem, const Machine& machine,
+                     bool backward);
 
 }  // namespace rnnkern

@@ -17,8 +17,9 @@ enum class CellId : int {};  // the place in the list of cells/list.h
 constexpr int kMaxDirections = 2;
 constexpr int kMaxParameters = 4;  // of a cell's own, one number for each unit
 
-// Which rows are active at which step, and their order. A row's place in this order, 0..N-1, is its
-// rank: rows that are active longest come first, so the active ones are always the first active[t].
+// Which rows are active at which step, and their order: what `lengths`, `reset` or a packed
+// sequence becomes (rnnkern/sequence.py). A row's place in this order, 0..N-1, is its rank: rows
+// that are active longest come first, so the active ones are always the first active[t].
 struct Steps {
   int64_t T = 0, N = 0;
   int64_t total = 0;  // rows over all steps that have storage: T*N, or the packed length

@@ -69,6 +69,8 @@ RNNKERN_INLINE int64_t active_rows(const Steps& s, int64_t t) {
 
 // Step number `index` of a scan over the rows [begin, end). The rows [begin, active_end) take part.
 // Those from `entering` on take part for the first time, those from `leaving` on for the last time.
+// In backward, `entering` is for their last step and `leaving` for their first. `enters` below is
+// always in the order of forward.
 struct Visit {
   int64_t t;
   int64_t active_end, entering, leaving;

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rnnkern import autocast, modules
 from rnnkern.call import Call, expect_layer, read
+from rnnkern.forward import expect_no_own_method
 from rnnkern.kernels import Refusal
 from rnnkern.known_cells import is_own
 from rnnkern.layer import Operands
@@ -63,6 +64,7 @@ def checkpointed(
         raise ValueError(f"checkpoint_every must be at least 1, got {checkpoint_every}")
     expect_layer(module)
     expect_none(module, "checkpointed")
+    expect_no_own_method(module)
     asked = asked_of(module, reset, reset_to, False)
     if isinstance(input, PackedSequence):
         if lengths is not None or reset is not None:

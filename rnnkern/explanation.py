@@ -29,8 +29,8 @@ def explain(module: Any, input: Any, hx: Any = None) -> Explanation:
 
     Args:
         module: `rnnkern.RNN`, `rnnkern.LSTM`, `rnnkern.GRU` or a cell.
-        input, hx: as for the call. Nothing is computed. ``lengths`` and ``reset`` would not change
-            the answer, and on the CPU neither would ``reset_to`` and ``return_cells``.
+        input, hx: as for the call. Nothing is computed. A kernel takes the same call with ``lengths``
+            and ``reset``, too. On the CPU it also takes ``reset_to`` and ``return_cells``.
 
     Raises:
         TypeError: ``module`` is none of these.
@@ -56,6 +56,8 @@ def explain(module: Any, input: Any, hx: Any = None) -> Explanation:
         call = read_cell(module, input, hx) if is_cell else read(module, input, hx)
     if isinstance(call, Refusal):
         refuses = call.why is Why.INVALID
+        if call.why is Why.MODULE and asked_of(module, None, None, False) is not None:
+            instead, refuses = "rnnkern", True
         return Explanation(f"{instead} {'refuses' if refuses else 'runs'} this: {call.text}")
     operands = autocast.computed(call)
     if is_cell:

@@ -22,7 +22,15 @@ from torch.nn.utils.rnn import PackedSequence
 from rnnkern import kernels, ops, run, traced
 from rnnkern import options as own_options
 from rnnkern.autograd import record, record_cell, record_cell_in_loop
-from rnnkern.call import Call, has_cell_state, is_compiling, read, read_cell, refusal_of
+from rnnkern.call import (
+    Call,
+    has_cell_state,
+    is_compiling,
+    own_method,
+    read,
+    read_cell,
+    refusal_of,
+)
 from rnnkern.interop.exporting import to_torch
 from rnnkern.kernels import Refusal, Why
 from rnnkern.known_cells import is_own
@@ -101,8 +109,10 @@ def _checked(module: Any, given: _Given) -> Any:
     if is_plain and (jit or (compiling and isinstance(input, PackedSequence))):
         return module._torch_forward(input, hx)
     refusal = refusal_of(module)
-    if refusal is not None and (is_plain or refusal.why is Why.INVALID):
-        return _by_torch(module, input, hx, refusal)
+    if refusal is not None:
+        if is_plain or refusal.why is Why.INVALID:
+            return _by_torch(module, input, hx, refusal)
+        expect_no_own_method(module)
     call = read(module, input, hx, lengths, reset)
     if isinstance(call, Refusal):
         if isinstance(input, PackedSequence):
@@ -222,6 +232,19 @@ def _by_reference(call: Call, options: Options | None = None) -> Any:
 def without_kernels(module: Any) -> str:
     """What runs a call of a module that no kernel covers."""
     return "plain PyTorch" if type(module)._torch_forward is without_torch else "torch.nn"
+
+
+def expect_no_own_method(module: Any) -> None:
+    """Raises a ValueError if the class overrides what only torch.nn's ``forward`` calls.
+
+    For calls that torch.nn cannot run in place of the kernels.
+    """
+    own = own_method(type(module))
+    if own is not None and without_kernels(module) == "torch.nn":
+        raise ValueError(
+            f"{type(module).__name__} has a method {own} of its own, which only torch.nn's forward "
+            f"calls, and that knows no lengths, reset and options"
+        )
 
 
 def _warn(refusal: Refusal, instead: str) -> None:

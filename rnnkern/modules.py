@@ -45,7 +45,7 @@ EXTRA = """
     Args:
         lengths: int64 ``(N,)``, any order, any device, ``0 <= lengths[n] <= T``: row n ends after
             that many steps. Outputs past the end are zero, and final states are those after the
-            row's last step. The data is neither packed nor sorted. Lengths on a GPU stay there, and
+            row's last step, or the initial ones if its length is 0. The data is neither packed nor sorted. Lengths on a GPU stay there, and
             a length out of range is an assertion of the device, as an index out of range is for
             torch.
         reset: bool ``(T, N)``, ``(N, T)`` with ``batch_first``: an episode begins at that step, and

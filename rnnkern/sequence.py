@@ -11,10 +11,11 @@ from rnnkern.interop.exporting import to_torch
 
 
 class Steps(NamedTuple):
-    """Which rows of a batch are active at which step. The kernels read it as it is.
+    """Which rows of a batch are active at which step.
 
-    In the order ``order``, the rows that are active at a step always come first. All tensors are on
-    the device of the kernels, except the batch sizes of a packed sequence.
+    In the order ``order``, the rows that are active at a step always come first. C++ reads the
+    first five fields by their place (``read_steps``). Their tensors are on the device of the
+    kernels, except the batch sizes of a packed sequence.
 
     Attributes:
         active: int64 ``[T]``, the number of rows active at each step, never increasing. None means
@@ -104,7 +105,10 @@ def padded_steps(
 
 
 def ranked(lengths: Tensor, T: int) -> tuple[Tensor, Tensor]:
-    """``active`` and ``order`` of `Steps`."""
+    """``active`` and ``order`` of `Steps`.
+
+    ``active[t]`` counts the lengths above t, and ``order`` lists the rows, the longest first.
+    """
     descending, order = lengths.sort(descending=True, stable=True)
     steps = torch.arange(T, device=lengths.device)
     return lengths.numel() - torch.searchsorted(descending.flip(0), steps, right=True), order

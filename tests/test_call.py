@@ -88,6 +88,48 @@ def test_a_module_with_a_method_of_its_own() -> None:
     assert "check_forward_args" in refusal.text
 
 
+OWN_METHOD_CALLS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "lengths": ({}, {"lengths": torch.tensor([5, 2, 1])}),
+    "reset": ({}, {"reset": torch.zeros(5, 3, dtype=torch.bool)}),
+    "reset_to": ({}, {"reset_to": (torch.ones(1, 3, 6), torch.ones(1, 3, 6))}),
+    "return_cells": ({}, {"return_cells": True}),
+    "layer_norm": ({"layer_norm": True}, {}),
+    "zoneout": ({"zoneout": 0.5}, {}),
+}
+
+
+class _Checked(rnnkern.LSTM):
+    def check_input(self, *args: Any) -> None:
+        raise AssertionError("called")
+
+
+@pytest.mark.parametrize("given", OWN_METHOD_CALLS)
+def test_a_method_of_the_class_is_not_passed_over(given: str) -> None:
+    """Only torch.nn's forward calls it, and that takes none of these."""
+    options, arguments = OWN_METHOD_CALLS[given]
+    module, x = _Checked(4, 6, **options), torch.randn(5, 3, 4)
+    if given == "reset_to":
+        arguments = {**arguments, "reset": torch.zeros(5, 3, dtype=torch.bool)}
+    with pytest.raises(ValueError, match="_Checked has a method check_input of its own"):
+        module(x, **arguments)
+    if options:
+        assert "rnnkern refuses this" in str(rnnkern.explain(module, x))
+
+
+def test_checkpointed_does_not_pass_over_a_method_of_the_class() -> None:
+    with pytest.raises(ValueError, match="_Checked has a method check_input of its own"):
+        rnnkern.checkpointed(_Checked(4, 6), torch.randn(5, 3, 4), checkpoint_every=2)
+
+
+def test_an_own_cell_with_a_method_of_its_own_takes_lengths() -> None:
+    class Checked(rnnkern.Recurrent):
+        def check_input(self, input: Any, batch_sizes: Any) -> None:
+            super().check_input(input, batch_sizes)
+
+    module = Checked(rnnkern.cells.mgu, 4, 6)
+    assert module(torch.randn(5, 3, 4), lengths=torch.tensor([5, 2, 1]))[0].shape == (5, 3, 6)
+
+
 def test_a_cell_that_is_added_changes_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch keeps compiled programs with these numbers on disk."""
     layers = [

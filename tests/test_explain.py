@@ -27,6 +27,17 @@ def test_explain_counts_the_steps_that_are_taken() -> None:
 
 
 @pytest.mark.cpu_only
+def test_explain_tells_backward_from_forward() -> None:
+    """Backward has no input product, and twice as much to compute."""
+    text = str(rnnkern.explain(build("LSTM", 8, 16), torch.randn(40, 2, 8)))
+    forward, backward = text.splitlines()[1:]
+    work = [float(line.split("; ")[-1].removesuffix(" MFLOP")) for line in (forward, backward)]
+    assert "input product of" in forward
+    assert "input product of" not in backward
+    assert work[1] == pytest.approx(2 * work[0], rel=0.01)
+
+
+@pytest.mark.cpu_only
 def test_explain_names_the_instruction_set_that_runs() -> None:
     isa = rnnkern.build_info()["isa"]
     for H in (3, 64):

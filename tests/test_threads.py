@@ -68,6 +68,27 @@ def test_weights_lie_where_the_table_says_so(cpu: dict[str, int], l2_bytes: int)
 
 @pytest.mark.cpu_only
 @pytest.mark.kernel
+@pytest.mark.usefixtures("deterministic")
+@pytest.mark.parametrize(("steps", "batch"), [(3, 8), (1, 64), (2, 70)])
+@pytest.mark.parametrize("form", FORMS)
+def test_dx_does_not_depend_on_threads(form: str, steps: int, batch: int) -> None:
+    """Threads own rows of dx, or columns, and no sum is shared."""
+    module = build_form(form, 300, 150, bidirectional=True)
+    x = torch.randn(steps, batch, 300, requires_grad=True)
+    lengths = torch.randint(0, steps + 1, (batch,))
+    found = []
+    for threads in (1, 2, 3, 5):
+        torch.set_num_threads(threads)
+        y = module(x, lengths=lengths)[0]
+        found.append(torch.autograd.grad(y, x, torch.ones_like(y))[0])
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=0, atol=0)
+    past_the_end = torch.arange(steps)[:, None] >= lengths
+    assert not found[0][past_the_end].any()
+
+
+@pytest.mark.cpu_only
+@pytest.mark.kernel
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("form", FORMS)
 def test_lengths_and_reset_do_not_depend_on_threads(form: str, dtype: torch.dtype) -> None:

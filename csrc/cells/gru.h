@@ -6,7 +6,7 @@
 //
 // There are four slots m, r, z, n. The recurrent product owns the first three and the input product
 // the last three. So each product has one contiguous range, in the accumulators and in the saved
-// buffer. All four are saved for backward.
+// buffer. m belongs to the rows of n in W_hh and b_hh. All four are saved for backward.
 #pragma once
 
 #include <array>

@@ -33,7 +33,6 @@ namespace RNNKERN_NAMESPACE {
 constexpr int kPanelVectors = 4;
 constexpr int64_t kDepth = 256;
 constexpr int kAhead = 8;  // groups that are prefetched
-constexpr int kVectorsOfLine = 64 / kVectorBytes;
 static_assert(kDepth * kPanelVectors * kVectorBytes <= 64 * 1024,
               "a panel block fits a quarter of a small L2 cache");
 
@@ -199,10 +198,11 @@ template <typename E, typename P, int kVectors, int kRows, bool kAdds>
 void tile(int64_t k_begin, int64_t k_count, const E* const* a, const P* panel, int64_t panel_row,
           Compute<E>* acc, int64_t acc_row) {
   using V = Vec<E>;
-  // The processors do not find the next lines of a panel in time by themselves. A tile of few rows
-  // has no time for more loads: two of them take as long as two multiply-adds.
-  constexpr int kLines = (kVectors + kVectorsOfLine - 1) / kVectorsOfLine;
-  constexpr bool kPrefetches = kRows * kVectors >= kVectors + kRows + kLines;
+  // A core loads as often as it multiplies. So a tile prefetches if it has no more loads than
+  // multiply-adds. On a shared Intel Xeon the next lines of a panel come too late without it.
+  constexpr int kBytes = kLanes<E> * int(sizeof(P));  // of a vector of the panel
+  constexpr int kPerLine = kBytes < 64 ? 64 / kBytes : 1;
+  constexpr bool kPrefetches = kRows * kVectors >= kVectors + kRows + ceil_div(kVectors, kPerLine);
   V c[kRows][kVectors];
   const E* row[kRows];
 #pragma GCC unroll 8
@@ -216,8 +216,10 @@ void tile(int64_t k_begin, int64_t k_count, const E* const* a, const P* panel, i
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
       b[v] = load(panel + v * kLanes<E>);
-      if (kPrefetches && v % kVectorsOfLine == 0) {
-        __builtin_prefetch(panel + kAhead * panel_row + v * kLanes<E>);
+      if (kPrefetches && v % kPerLine == 0) {
+        // At the end this is no address of the panel any more, which a prefetch may have.
+        __builtin_prefetch(reinterpret_cast<const char*>(panel) +
+                           int64_t(sizeof(P)) * (kAhead * panel_row + v * kLanes<E>));
       }
     }
     panel += panel_row;

@@ -13,10 +13,10 @@
 // The operands are read through row pointers as everywhere else. So packed, ragged, reset and
 // batch-first sequences need no copy, and a call of a few microseconds needs no further library
 // calls. Blocks of kBlockRows rows are packed: the right operand into panels, the left one
-// transposed. The sums of each block, of at most kDepth rows, are added to the result, so that
-// rounding grows with R / kDepth and kDepth, and not with R. Threads own rows of the weight
-// gradients, and rows or columns of dx. Gradients of 16-bit weights are summed in float, in memory
-// of their own if there are several blocks, and rounded once.
+// transposed. Sums of at most kDepth rows are added to the result, so that rounding grows with
+// R / kDepth and kDepth, and not with R. Those of biases and gains are sums of sums of 16 rows.
+// Threads own rows of the weight gradients, and rows or columns of dx. Gradients of 16-bit weights
+// are summed in float, in memory of their own if there are several blocks, and rounded once.
 #pragma once
 
 #include "cpu/noisy_rows.h"
@@ -152,11 +152,11 @@ class Gradients {
     Out* weight;
     Out* bias;
     Out* gain;
-    int64_t H;     // rows of one gate
-    bool rotated;  // the order of the recurrent slots is not that of the gates
+    int64_t H;      // rows of one gate
+    bool by_slots;  // left has the order of the recurrent slots, the result that of the gates
 
     int64_t row_of(int64_t j) const {
-      return rotated ? kShape.recurrent_gate(int(j / H)) * H + j % H : j;
+      return by_slots ? kShape.recurrent_gate(int(j / H)) * H + j % H : j;
     }
     explicit operator bool() const { return weight || bias || gain; }
   };
@@ -197,7 +197,7 @@ class Gradients {
             .bias = bias,
             .gain = gain,
             .H = sizes_.H,
-            .rotated = matrix == kRecurrent || matrix == kNormed + int(Normed::kRecurrent)};
+            .by_slots = matrix == kRecurrent || matrix == kNormed + int(Normed::kRecurrent)};
   }
   Target<A> sums(int d, int matrix) const {
     const Sums& s = sums_[d][matrix];
@@ -324,15 +324,17 @@ class Gradients {
       // Rows of one gate are neighbours in the result as well.
       rows = min_of(min_of(kRowsAtOnce, own.end - j), target.H - j % target.H);
       if (target.bias) {
-        add_rows(target.bias + target.row_of(j), count, j, rows, add,
-                 [&](int64_t r, int64_t at, int64_t n)
-                     __attribute__((always_inline)) { return load_up_to(s.left_rows[r] + at, n); });
+        sum_of_rows(target.bias + target.row_of(j), count, j, rows, add,
+                    [&](int64_t r, int64_t at, int64_t n) __attribute__((always_inline)) {
+                      return load_up_to(s.left_rows[r] + at, n);
+                    });
       }
       if (target.gain) {
-        add_rows(target.gain + target.row_of(j), count, j, rows, add,
-                 [&](int64_t r, int64_t at, int64_t n) __attribute__((always_inline)) {
-                   return load_up_to(s.left_rows[r] + at, n) * load_up_to(s.right_rows[r] + at, n);
-                 });
+        sum_of_rows(target.gain + target.row_of(j), count, j, rows, add,
+                    [&](int64_t r, int64_t at, int64_t n) __attribute__((always_inline)) {
+                      return load_up_to(s.left_rows[r] + at, n) *
+                             load_up_to(s.right_rows[r] + at, n);
+                    });
       }
       if (!target.weight) continue;
       Out* const to = target.weight + target.row_of(j) * target.width;
@@ -392,22 +394,23 @@ class Gradients {
     }
   }
 
-  // Sums term(r, column, columns left) over `count` rows r, for the columns from j to j + rows,
-  // which are those of one gate.
+  // to[i] = or += the sum of term(r, j + i, columns left) over `count` rows r, for `columns`
+  // columns of one gate.
   template <typename Out, typename Term>
-  static void add_rows(Out* to, int64_t count, int64_t j, int64_t rows, bool add, Term term) {
+  static void sum_of_rows(Out* to, int64_t count, int64_t j, int64_t columns, bool add, Term term) {
     constexpr int kVectors = 3;
     constexpr int64_t kWhole = kVectors * kLanes<T>;
     int64_t i = 0;
     // Several vectors at once, because each row is elsewhere in memory.
-    for (; i + kWhole <= rows; i += kWhole) {
-      add_rows<kVectors>(to + i, count, j + i, kLanes<T>, add, term);
+    for (; i + kWhole <= columns; i += kWhole) {
+      sum_of_rows<kVectors>(to + i, count, j + i, kLanes<T>, add, term);
     }
-    for (; i < rows; i += kLanes<T>) add_rows<1>(to + i, count, j + i, rows - i, add, term);
+    for (; i < columns; i += kLanes<T>)
+      sum_of_rows<1>(to + i, count, j + i, columns - i, add, term);
   }
   template <int kVectors, typename Out, typename Term>
-  static RNNKERN_INLINE void add_rows(Out* to, int64_t count, int64_t column, int64_t n, bool add,
-                                      Term term) {
+  static RNNKERN_INLINE void sum_of_rows(Out* to, int64_t count, int64_t column, int64_t n,
+                                         bool add, Term term) {
     constexpr int64_t kPart = 16;  // rows of one sum, so that rounding grows slowly
     Vec<T> sums[kVectors] = {};
     for (int64_t r = 0; r < count; r += kPart) {
@@ -456,7 +459,7 @@ class Gradients {
     const Range columns = by_columns ? split(z.I, threads, thread, kWidth) : Range{0, z.I};
     int64_t count;
     for (int64_t block = 0; (count = rows.next(s.t, s.rank, kRowsAtOnce)) > 0; ++block) {
-      if (!by_columns && block % threads != thread) continue;
+      if (by_columns ? columns.begin == columns.end : block % threads != thread) continue;
       for (int64_t r = 0; r < count; ++r) out[r] = row_at(steps_, to_.dx, s.t[r], s.rank[r]);
       for (int i = 0; i < terms_ * z.D; ++i) {
         const int k = i / z.D, d = i % z.D;
@@ -468,20 +471,21 @@ class Gradients {
             [&](int64_t r) { return out[r]; }, i > 0);
       }
     }
-    zero_idle_rows(thread, threads);
+    zero_padding_of_dx(thread, threads);
   }
 
-  // Whether threads own columns of dx in place of blocks of rows, because columns can be shared out
-  // more evenly than one block or a few.
+  // Whether threads own columns of dx in place of blocks of rows: if that shares them out so much
+  // more evenly that it pays to have each thread read every row of dslots.
   bool splits_columns_of_dx(int threads) const {
-    const auto largest_share = [&](int64_t parts) {
-      return parts ? double(ceil_div(parts, threads)) / double(parts) : 0;
+    constexpr double kWorth = 0.9;
+    const auto largest_share = [&](int64_t count, int64_t unit) {
+      const int64_t units = ceil_div(ceil_div(count, unit), threads);
+      return count ? double(min_of(count, units * unit)) / double(count) : 0;
     };
-    return largest_share(ceil_div(sizes_.I, kWidth)) <
-           0.9 * largest_share(ceil_div(steps_.total, kRowsAtOnce));
+    return largest_share(sizes_.I, kWidth) < kWorth * largest_share(steps_.total, kRowsAtOnce);
   }
 
-  void zero_idle_rows(int thread, int threads) const {
+  void zero_padding_of_dx(int thread, int threads) const {
     if (!steps_.active || steps_.start) return;
     for (int64_t t = thread; t < steps_.T; t += threads) {
       for (int64_t rank = active_rows(steps_, t); rank < steps_.N; ++rank) {
@@ -490,7 +494,7 @@ class Gradients {
     }
   }
 
-  // The layer that has the left or the right factors of term k.
+  // The operands that are the left or the right factors of term k: values, or tangents.
   const Backward<T>& of_left(int k) const { return k == terms_ - 1 ? value_ : *tangent_; }
   const Backward<T>& of_right(int k) const { return k == 0 ? value_ : *tangent_; }
 

@@ -97,9 +97,10 @@ const InstructionSet& choose() {
     if (set.supported()) known += std::string(known.empty() ? "" : ", ") + set.name;
   }
   if (!named) {
-    throw std::runtime_error("this build has kernels for " + compiled +
-                             " alone, which this CPU lacks; RNNKERN_INSTRUCTION_SETS=all builds "
-                             "those for every CPU");
+    throw std::runtime_error(
+        "this build has kernels for " + compiled +
+        " alone, which this CPU lacks or the system refuses; RNNKERN_INSTRUCTION_SETS=all builds "
+        "those for every CPU");
   }
   throw std::runtime_error("RNNKERN_ISA is '" + std::string(wanted) +
                            "'; this CPU and this build have: " + known);

@@ -14,14 +14,6 @@
 namespace rnnkern {
 namespace RNNKERN_NAMESPACE {
 
-// For a function with two chains of dependent operations: GCC mixes them, which it does not do by
-// itself on x86.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define RNNKERN_MIXED __attribute__((optimize("schedule-insns", "sched-pressure")))
-#else
-#define RNNKERN_MIXED
-#endif
-
 #if defined(__AVX512F__)
 constexpr int kVectorBytes = 64;
 constexpr int kTileRows = 6;  // 6 x 4 accumulators + 4 of the panel + 1 broadcast of 32 registers

@@ -421,8 +421,7 @@ class Operands {
     return v;
   }
 
-  // steps: None, or (active, order, reset, packed, placed), each tensor or None; as in
-  // sequence.Steps.
+  // steps: None, or (active, order, reset, packed, placed), the first fields of sequence.Steps.
   void read_steps(py::handle object) {
     if (of_a_cell_) {
       steps.T = 1;

@@ -65,7 +65,10 @@ def saves(code: int) -> bool:
 
 
 def ended_rows(steps: Steps | None) -> Maybe:
-    """``[rows, 1]``: the rows whose sequence has ended, which the kernels do not write."""
+    """``[rows, 1]``: the rows past the end of their sequence.
+
+    The kernels write zeros there to y and dx, but nothing to what is saved.
+    """
     if steps is None or steps.active is None or steps.packed:
         return None
     return ~active_rows(steps).reshape(-1, 1)

@@ -74,6 +74,7 @@ constexpr Case kCases[] = {
     {"rows on threads", 4, 13, 5, 8, 1, {.form = kRagged, .plan = split_in(2, 2, 1, 2)}},
     {"units on threads", 4, 3, 6, 150, 1, {.plan = split_in(2, 1, 2), .rounds_cells = true}},
     {"all on threads", 3, 7, 4, 150, 2, {.form = kPacked, .plan = split_in(4, 2, 2, 2)}},
+    {"columns of dx on threads", 3, 7, 150, 20, 2, {.form = kRagged, .plan = split_in(2, 1, 2)}},
     {"weights as they lie",
      2,
      7,
