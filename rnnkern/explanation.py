@@ -29,8 +29,9 @@ def explain(module: Any, input: Any, hx: Any = None) -> Explanation:
 
     Args:
         module: `rnnkern.RNN`, `rnnkern.LSTM`, `rnnkern.GRU` or a cell.
-        input, hx: as for the call. Nothing is computed. A kernel takes the same call with ``lengths``
-            and ``reset``, too. On the CPU it also takes ``reset_to`` and ``return_cells``.
+        input, hx: as for the call. Nothing is computed. A kernel takes the same call with
+            ``lengths`` and ``reset``, too. On the CPU it also takes ``reset_to`` and
+            ``return_cells``.
 
     Raises:
         TypeError: ``module`` is none of these.

@@ -299,9 +299,9 @@ if `are_worth_sums` (`rnnkern.autograd.record_cell`, `record_cell_in_loop`).
 plain_backward = _C.plain_backward
 """``plain_backward(ctx, dy, dhn, dcn)``: the gradients of all that ``record`` was given.
 
-It also takes calls with ``lengths`` and ``reset``. None if the backward pass is not a plain one: it must be differentiable, a mode of torch or a
-profiler has to see it, a hook has what was saved, a loop sums its gradients, or an operand is
-refused.
+It also takes calls with ``lengths`` and ``reset``. None if the backward pass is not a plain one: it
+must be differentiable, a mode of torch or a profiler has to see it, a hook has what was saved, a
+loop sums its gradients, or an operand is refused.
 """
 
 are_worth_sums = _C.are_worth_sums

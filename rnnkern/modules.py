@@ -45,9 +45,9 @@ EXTRA = """
     Args:
         lengths: int64 ``(N,)``, any order, any device, ``0 <= lengths[n] <= T``: row n ends after
             that many steps. Outputs past the end are zero, and final states are those after the
-            row's last step, or the initial ones if its length is 0. The data is neither packed nor sorted. Lengths on a GPU stay there, and
-            a length out of range is an assertion of the device, as an index out of range is for
-            torch.
+            row's last step, or the initial ones if its length is 0. The data is neither packed nor
+            sorted. Lengths on a GPU stay there, and a length out of range is an assertion of the
+            device, as an index out of range is for torch.
         reset: bool ``(T, N)``, ``(N, T)`` with ``batch_first``: an episode begins at that step, and
             the state is zeroed before it. In the reverse direction nothing passes from the
             episode's first step to the step before it.
