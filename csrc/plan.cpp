@@ -25,9 +25,16 @@ constexpr double kFlopsPerThreadStep = 40e3;
 // rows, and more if they come from beyond the second-level cache.
 constexpr int64_t kInputRows = 48, kInputRowsOfLarge = 256;
 // The costs of the forward pass, in products of one row by packed weights. Packing reads and writes
-// all weights once, which costs more if they come from beyond the second-level cache.
-constexpr double kPacking = 8, kPackingOfLarge = 16;
-// Dot products along the rows of weights end with sums of lanes. Their cost is in vectors of k.
+// all weights once, which costs more if they come from beyond the second-level cache. A row that is
+// alone in its step waits for the weights however they are read. So it takes longer, and packing
+// costs fewer of them.
+struct Costs {
+  double packing, packing_of_large, dots;
+};
+constexpr Costs kOfOneRow = {8, 16, 1}, kOfSeveralRows = {16, 24, 1.2};
+// A row by weights that are broadcast.
+constexpr double kBroadcast = 1.08;
+// Dot products end with sums of lanes. Their cost is in vectors of k.
 constexpr double kSumOfLanes = 3;
 // If weights are broadcast, the batch is transposed, and so are the sums. The cost is in vectors of
 // k. Weights that the products take in another type are converted for each product.
@@ -69,14 +76,15 @@ Reading cheapest_reading(const Problem& problem, const Machine& machine, int64_t
   const Sizes& z = problem.sizes;
   const double vectors = double(columns) / (machine.lanes * machine.group);
   const auto total = double(problem.total);
+  const Costs& costs = problem.N == 1 ? kOfOneRow : kOfSeveralRows;
   const double filled = double((problem.N + machine.lanes - 1) / machine.lanes * machine.lanes);
   const double tiles = double(problem.T) * std::ceil(filled / kRowsOfTile);
   const double packed = (machine.by_tiles ? tiles * kTile : total) +
-                        (large(z, z.I + z.O, machine) ? kPackingOfLarge : kPacking);
-  const double dots = total * (1 + kSumOfLanes / vectors);
+                        (large(z, z.I + z.O, machine) ? costs.packing_of_large : costs.packing);
+  const double dots = total * (costs.dots + kSumOfLanes / vectors);
   const bool converts = !machine.multiplies_in_place && machine.group == 1;
   const double broadcast =
-      (machine.by_tiles ? tiles * kTileAsItLies : double(problem.T) * filled) +
+      (machine.by_tiles ? tiles * kTileAsItLies : double(problem.T) * filled * kBroadcast) +
       double(problem.T) * (filled * kTransposition / vectors + (converts ? kConversion : 0));
   const bool may_dot = !problem.deterministic && columns >= 2 * machine.lanes;
   if (may_dot && dots <= packed && (!may_broadcast || dots <= broadcast)) return Reading::kDots;

@@ -170,6 +170,19 @@ def test_weights_are_packed_where_it_pays(cpu: dict[str, int], lanes: int) -> No
 
 
 @pytest.mark.parametrize(("cpu", "lanes"), CPUS)
+def test_weights_are_packed_earlier_for_several_rows(cpu: dict[str, int], lanes: int) -> None:
+    """Dot products of several rows are slower than packed weights."""
+    for l2_bytes, packing in ((2**27, 16), (2**18, 24)):
+        machine = cpu | {"l2_bytes": l2_bytes}
+        for columns in (256, 512, 1024):
+            longest = packing / (0.2 + 3 * lanes * cpu["group"] / columns)
+            sizes = (3, columns, columns)
+            below, above = int(longest / 3), int(longest / 3) + 1
+            assert plan("GRU", (below, *sizes), 1, machine)[0]["reads"] == (DOTS, DOTS)
+            assert plan("GRU", (above, *sizes), 1, machine)[0]["reads"] == (PACKED, PACKED)
+
+
+@pytest.mark.parametrize(("cpu", "lanes"), CPUS)
 def test_weights_are_broadcast_where_rows_fill_vectors(cpu: dict[str, int], lanes: int) -> None:
     for rows, wanted in (
         (1, DOTS),
