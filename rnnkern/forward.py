@@ -231,7 +231,8 @@ def _by_reference(call: Call, options: Options | None = None) -> Any:
 
 def without_kernels(module: Any) -> str:
     """What runs a call of a module that no kernel covers."""
-    return "plain PyTorch" if type(module)._torch_forward is without_torch else "torch.nn"
+    own = getattr(type(module), "_torch_forward", None)  # None: a module of torch.nn
+    return "plain PyTorch" if own is without_torch else "torch.nn"
 
 
 def expect_no_own_method(module: Any) -> None:

@@ -116,9 +116,16 @@ def test_a_method_of_the_class_is_not_passed_over(given: str) -> None:
         assert "rnnkern refuses this" in str(rnnkern.explain(module, x))
 
 
-def test_checkpointed_does_not_pass_over_a_method_of_the_class() -> None:
-    with pytest.raises(ValueError, match="_Checked has a method check_input of its own"):
-        rnnkern.checkpointed(_Checked(4, 6), torch.randn(5, 3, 4), checkpoint_every=2)
+class _CheckedByTorch(nn.LSTM):
+    def check_input(self, *args: Any) -> None:
+        raise AssertionError("called")
+
+
+@pytest.mark.parametrize("kind", [_Checked, _CheckedByTorch])
+def test_checkpointed_does_not_pass_over_a_method_of_the_class(kind: type[nn.LSTM]) -> None:
+    """It takes layers of torch.nn, too."""
+    with pytest.raises(ValueError, match=f"{kind.__name__} has a method check_input of its own"):
+        rnnkern.checkpointed(kind(4, 6), torch.randn(5, 3, 4), checkpoint_every=2)
 
 
 def test_an_own_cell_with_a_method_of_its_own_takes_lengths() -> None:
