@@ -36,7 +36,8 @@ if(has_bf16 AND has_amx AND NOT RNNKERN_AMX_STAND_IN)
   # A system may refuse the tiles to a process, or not know them. It is asked each time.
   unset(tiles_compiled CACHE)
   unset(tiles_refused CACHE)
-  try_run(tiles_refused tiles_compiled ${CMAKE_BINARY_DIR}/tiles ${CMAKE_CURRENT_LIST_DIR}/tiles.cpp)
+  try_run(tiles_refused tiles_compiled ${CMAKE_BINARY_DIR}/tiles ${CMAKE_CURRENT_LIST_DIR}/tiles.cpp
+    CMAKE_FLAGS -DINCLUDE_DIRECTORIES=${CMAKE_CURRENT_SOURCE_DIR}/csrc)
   if(NOT tiles_compiled OR tiles_refused)
     set(has_amx OFF)
   endif()

@@ -1,9 +1,6 @@
 // Picks the instruction set once, and runs passes on it.
 #include <omp.h>
 #include <pthread.h>
-#ifdef __linux__
-#include <sys/syscall.h>
-#endif
 #include <unistd.h>
 
 #include <atomic>
@@ -14,6 +11,9 @@
 #include <utility>
 
 #include "cpu/kernels.h"
+#if defined(RNNKERN_HAS_X86_64_V4_AMX) && defined(__linux__)
+#include "cpu/tile_permission.h"
+#endif
 #include "huge_pages.h"
 #include "known_cells.h"
 #include "library_file.h"
@@ -68,16 +68,13 @@ namespace {
 #endif
 
 #ifdef RNNKERN_HAS_X86_64_V4_AMX
-// The process has to ask the system for the tile registers.
 bool has_v4_amx() {
 #if defined(RNNKERN_AMX_STAND_IN)
   return has_v4_bf16() && x86_64_v4_amx::tiles_multiply<Bf16>();
 #elif defined(__linux__)
-  constexpr long kRequestPermission = 0x1023, kTileData = 18;
   return has_v4_bf16() && __builtin_cpu_supports("amx-tile") &&
          __builtin_cpu_supports("amx-bf16") && __builtin_cpu_supports("amx-int8") &&
-         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0 &&
-         x86_64_v4_amx::tiles_multiply<Bf16>();
+         system_gives_tiles() && x86_64_v4_amx::tiles_multiply<Bf16>();
 #else
   return false;
 #endif
