@@ -10,9 +10,21 @@ import torch
 from torch import Tensor
 
 from rnnkern.layer import Maybe, Operands
+from rnnkern.sequence import is_packed
 
 if TYPE_CHECKING:
     from rnnkern.call import Call
+
+
+_DEVICES = tuple(
+    device
+    for device in ("cpu", "cuda", "hpu", "ipu", "maia", "mps", "mtia", "xla", "xpu",
+                   torch._C._get_privateuse1_backend_name())
+    if torch.amp.is_autocast_available(device)
+)  # fmt: skip
+"""The types of devices that autocast knows, because Dynamo of torch 2.10 can neither
+trace the question, nor a set.
+"""
 
 
 def asked(x: Tensor) -> torch.dtype | None:
@@ -25,7 +37,7 @@ def asked(x: Tensor) -> torch.dtype | None:
 
 def switched_off(device: str) -> AbstractContextManager[Any]:
     """Autocast of a type of devices switched off, if it is on."""
-    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+    if device not in _DEVICES or not torch.is_autocast_enabled(device):
         return nullcontext()
     return torch.autocast(device, enabled=False)
 
@@ -44,7 +56,7 @@ def dtype_of_results(call: Call) -> torch.dtype | None:
     at every step would change it.
     """
     (x, h0, c0, *_), mode, dtype = call.given, call.layer.mode, call.asked
-    packed = call.steps is not None and call.steps.packed
+    packed = is_packed(call.steps)
     if dtype is None or x.device.type != "cpu":  # on a GPU one operator computes the whole layer
         return dtype
     if call.layer.is_cell:

@@ -13,7 +13,7 @@ from rnnkern import kernels, ops
 from rnnkern.kernels import Kernel
 from rnnkern.layer import Gradients, Layer, Operands, Recorded, dense, one_step
 from rnnkern.loops import loop_of
-from rnnkern.sequence import Steps
+from rnnkern.sequence import Steps, is_packed
 
 Scanned = tuple[Any, ...]
 """A kernel, its steps, and the number of initial states given: 0, or as many as the cell has.
@@ -211,7 +211,7 @@ def _apart(saved: Tensor, x: Tensor, kernel: Kernel, steps: Steps | None) -> tup
     features = kernel.directions * kernel.out
     count = features * math.prod(rows)
     y = saved[saved.numel() - count :]
-    if kernel.batch_first and not (steps is not None and steps.packed):
+    if kernel.batch_first and not is_packed(steps):
         y = y.view(rows[1], rows[0], features).transpose(0, 1)
     else:
         y = y.view(*rows, features)

@@ -16,13 +16,15 @@ from rnnkern import autocast, kernels
 from rnnkern.kernels import Refusal, Why
 from rnnkern.known_cells import CELLS
 from rnnkern.layer import Layer, Maybe, Operands
-from rnnkern.sequence import Steps, device_of, packed_steps, padded_steps
+from rnnkern.sequence import Steps, device_of, is_packed, packed_steps, padded_steps
 
 is_compiling = torch.compiler.is_compiling
 
 
 class Call(NamedTuple):
     """What a module has to compute.
+
+    It has no properties, because Dynamo of torch 2.10 cannot read one of a tuple.
 
     Attributes:
         module: an RNN, LSTM, GRU or cell, of rnnkern or of torch.nn.
@@ -44,18 +46,13 @@ class Call(NamedTuple):
     N: int
     asked: torch.dtype | None
 
-    @property
-    def is_packed(self) -> bool:
-        return self.steps is not None and self.steps.packed
-
     def results(self, y: Tensor, hn: Tensor, cn: Maybe, cells: Maybe = None) -> tuple[Any, ...]:
         """Output, state and, if there are any, cell states of all steps in the form in which the
         module returns them.
         """
         if cells is not None:
             return (*self.results(y, hn, cn), self.results(cells, hn, cn)[0])
-        # Dynamo of torch 2.10 cannot read a property of a tuple, here and in what else it traces.
-        if self.steps is not None and self.steps.packed:
+        if is_packed(self.steps):
             _, batch_sizes, order, inverse = self.input
             state = state_of(self.layer.mode, hn, cn)
             return PackedSequence(y, batch_sizes, order, inverse), state
@@ -288,7 +285,9 @@ def current_weights(module: Any) -> list[Tensor]:
     tensors since the last call, as under `torch.func.functional_call` or a parametrization.
     """
     own, parameters, flat = module.__dict__, module._parameters, module._flat_weights
-    for i, name in enumerate(module._flat_weights_names):
+    names = module._flat_weights_names
+    for i in range(len(names)):  # a compiled program would check enumerate at each call
+        name = names[i]
         # By `in` and by index, because a subclass of dict may make what is looked up.
         space = own if name in own else parameters
         found = space[name] if name in space else None  # noqa: SIM401
@@ -297,8 +296,8 @@ def current_weights(module: Any) -> list[Tensor]:
     else:
         return flat  # type: ignore[no-any-return]
     if is_compiling():  # the same without a change of the module, which a compiler would record
-        names, refs = module._flat_weights_names, module._flat_weight_refs
         weights = [getattr(module, name) for name in names]
+        refs = module._flat_weight_refs
         kept = all(r is None or r() is w for r, w in zip(refs, weights, strict=False))
         return list(flat) if kept and len(flat) == len(names) else weights
     module._update_flat_weights()

@@ -173,10 +173,14 @@ def reset_parameters(self: Any) -> None:
 
 
 def extra_repr(self: Any) -> str:
-    own = ["layer_norm=True"] if self._gain_names else []
-    values = {name: option(self, name) for name in DEFAULTS if name in vars(self)}
-    own += [f"{name}={value}" for name, value in values.items() if value != DEFAULTS[name]]
-    return ", ".join([_torch_base(self).extra_repr(self), *own])
+    text = str(_torch_base(self).extra_repr(self))
+    if self._gain_names:
+        text += ", layer_norm=True"
+    for name, default in DEFAULTS.items():
+        value = option(self, name) if name in vars(self) else default
+        if value != default:
+            text += f", {name}={value}"
+    return text
 
 
 def _torch_base(module: Any) -> Any:

@@ -35,6 +35,7 @@ from rnnkern.interop.exporting import to_torch
 from rnnkern.kernels import Refusal, Why
 from rnnkern.known_cells import is_own
 from rnnkern.options import Options
+from rnnkern.sequence import is_packed
 
 
 class FallbackWarning(UserWarning):
@@ -222,7 +223,7 @@ def without_torch(self: Any, input: Any, hx: Any = None) -> Any:
 
 def _by_reference(call: Call, options: Options | None = None) -> Any:
     operands, options = call.given, options or Options()
-    call.module.check_input(operands.x, call.input.batch_sizes if call.is_packed else None)
+    call.module.check_input(operands.x, call.input.batch_sizes if is_packed(call.steps) else None)
     if not is_own(call.layer.mode):
         return call.results(*run.by_reference(call, operands, options))
     # The results of a cell that cannot be compiled have the dtypes that its kernels give.

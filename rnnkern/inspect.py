@@ -19,6 +19,7 @@ from rnnkern.known_cells import CELLS, is_own
 from rnnkern.layer import Gradients, Recorded, pieces, unflatten
 from rnnkern.options import expect_none
 from rnnkern.run import dropout
+from rnnkern.sequence import is_packed
 
 
 class DirectionTrace(NamedTuple):
@@ -175,7 +176,7 @@ class _Run:
 
     def as_rows(self, z: Tensor) -> Tensor:
         """A saved ``[rows, ...]`` laid out as the output is."""
-        if self.call.is_packed:
+        if is_packed(self.call.steps):
             return z
         if self.layer.batch_first:
             return unflatten(z, 0, (self.call.T, self.call.N)).transpose(0, 1)
@@ -183,7 +184,7 @@ class _Run:
 
     def padded(self, z: Tensor) -> Tensor:
         """Rows as ``[T, N, ...]``."""
-        if self.call.is_packed:
+        if is_packed(self.call.steps):
             return nn.utils.rnn.pad_packed_sequence(self.call.input._replace(data=z))[0]
         return z.transpose(0, 1) if self.layer.batch_first else z
 

@@ -16,6 +16,8 @@ from rnnkern.layer import Maybe
 class Options(NamedTuple):
     """The options of a call, of one layer or of a stack.
 
+    It has no properties, because Dynamo of torch 2.10 cannot read one of a tuple.
+
     Attributes:
         reset_h, reset_c: the states with which an episode begins, shaped as the initial states;
             None for zeros.
@@ -40,7 +42,6 @@ class Options(NamedTuple):
     number: int = 0
     gains: tuple[tuple[Tensor, ...], ...] = ()
 
-    @property
     def all_gains(self) -> list[Tensor]:
         """Those of all directions."""
         return [gain for own in self.gains for gain in own]

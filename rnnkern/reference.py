@@ -17,7 +17,7 @@ from rnnkern.known_cells import CELLS, State
 from rnnkern.layer import Layer, Maybe, Operands
 from rnnkern.noise import Purpose, happens
 from rnnkern.options import Options
-from rnnkern.sequence import Steps
+from rnnkern.sequence import Steps, is_packed
 
 _NOTHING = Options()
 
@@ -48,7 +48,7 @@ def layer(
 
 def _time_slices(x: Tensor, batch_first: bool, steps: Steps | None) -> list[Tensor]:
     """The rows of each step, the active ones first."""
-    if steps is not None and steps.packed:
+    if is_packed(steps):
         assert steps.active is not None
         return list(x.split(steps.active.tolist()))  # type: ignore[no-untyped-call]
     slices = x.unbind(1 if batch_first else 0)
@@ -226,7 +226,7 @@ def _joined(
 ) -> Tensor:
     """What each direction has made at each step, laid out as x."""
     outputs = [torch.cat(parts, -1) for parts in zip(*of_directions, strict=True)]
-    if steps is not None and steps.packed:
+    if is_packed(steps):
         return torch.cat(outputs)
     stacked = torch.stack(outputs)
     if steps is not None and steps.order is not None:

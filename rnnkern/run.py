@@ -88,7 +88,7 @@ def refusal_of_options(operands: Operands, options: Options) -> Refusal | None:
     if x.device.type not in ("cpu", "meta") or kernels.IS_STAND_IN:
         options_of_calls = "reset_to, return_cells, layer_norm, recurrent_dropout or zoneout"
         return Refusal(Why.OPERAND, f"{options_of_calls} on a GPU")
-    gains = options.all_gains
+    gains = options.all_gains()
     states = [z for z in (options.reset_h, options.reset_c) if z is not None]
     if have_operators(Operands(x, h0, c0, (*weights, *states, *gains))):
         return None
@@ -100,7 +100,7 @@ def _on_kernels(call: Call, operands: Operands, options: Options) -> OutputsWith
     def one_layer(i: int, own: Operands) -> OutputsWithCells:
         its = _options_of(call, options, i)
         states = (own.h0, own.c0, its.reset_h, its.reset_c)
-        tensors = (own.x, *states, *own.weights, *its.all_gains)
+        tensors = (own.x, *states, *own.weights, *its.all_gains())
         training = torch.is_grad_enabled() and any(
             z is not None and z.requires_grad for z in tensors
         )

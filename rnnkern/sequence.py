@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
@@ -36,6 +36,11 @@ class Steps(NamedTuple):
     packed: bool
     placed: Tensor | None = None
     lengths: Tensor | None = None
+
+
+def is_packed(steps: Steps | None) -> TypeGuard[Steps]:
+    """Whether they are those of a packed sequence."""
+    return steps is not None and steps.packed
 
 
 def device_of(x: Tensor) -> torch.device:

@@ -56,8 +56,8 @@ def layer(module: Any, x: Any, hx: Any) -> Any:
     spec = (mode, directions, bias, batch_first, proj > 0, False, False)
     own, finals = len(weights) // layers, []
     for i in range(layers):
-        part = slice(i * directions, (i + 1) * directions)
-        h0, c0 = (None if s is None else s if layers == 1 else s[part] for s in states)
+        begin, end = i * directions, (i + 1) * directions
+        h0, c0 = (None if s is None else s if layers == 1 else s[begin:end] for s in states)
         x, *final = _scan(x, h0, c0, weights[i * own : (i + 1) * own], spec)
         finals.append(final)
     made = finals[0]

@@ -17,6 +17,8 @@ from rnnkern.call import Call
 from rnnkern.kernels import Refusal, Why
 from rnnkern.known_cells import CELLS, MODES
 from rnnkern.layer import PACKED, Layer, Operands
+from rnnkern.options import Options
+from rnnkern.sequence import Steps, is_packed
 
 pytestmark = pytest.mark.cpu_only
 
@@ -40,7 +42,7 @@ def test_what_is_read(given: Any, sizes: tuple[int, int]) -> None:
     assert found.T == T
     assert found.N == N
     assert found.layer == LAYER == Layer.of_code(LAYER.code)
-    assert found.is_packed == isinstance(given, nn.utils.rnn.PackedSequence)
+    assert is_packed(found.steps) == isinstance(given, nn.utils.rnn.PackedSequence)
     assert len(found.given.weights) == 2 * found.layer.tensors
     kernel = kernels.kernel_of(found.layer, module.hidden_size, module.proj_size)
     assert Layer.of(kernel) == found.layer
@@ -157,3 +159,10 @@ def test_a_cell_that_is_added_changes_no_number(monkeypatch: pytest.MonkeyPatch)
     later = [each._replace(mode=f"LATER_{i}") for i in range(9) for each in layers]
     assert [Layer.of_code(each.code) for each in later] == later
     assert not {each.code for each in later} & set(codes)
+
+
+@pytest.mark.parametrize("kind", [Call, Options, Operands, Steps], ids=lambda kind: kind.__name__)
+def test_tuples_have_no_properties(kind: type) -> None:
+    """Dynamo of torch 2.10 cannot read them."""
+    assert issubclass(kind, tuple)
+    assert not [name for name, value in vars(kind).items() if isinstance(value, property)]

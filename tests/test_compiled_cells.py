@@ -178,6 +178,18 @@ def test_two_processes_at_once(cell_cache: Path, compiler: Callable[[], int]) ->
     assert len(list(cell_cache.glob("*.so"))) == 1
 
 
+def test_different_libraries_are_made_side_by_side(
+    cell_cache: Path, compiler: Callable[[], int]
+) -> None:
+    other = CpuTarget("double", TARGET.place)
+    path = cell_cache / build._name(MODE, build.SOURCES[MODE](), other)
+    with build._only_process(path):
+        command = [sys.executable, "-c", TAKES]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "taken\n"
+    assert compiler() == 1
+
+
 def of_its_own(name: str) -> rnnkern.own_cells.OwnCell:
     """A cell that no other test has compiled."""
     number = float(sum(map(ord, name)))

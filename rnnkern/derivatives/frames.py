@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rnnkern.layer import Gradients, Layer, Maybe, Operands
-from rnnkern.sequence import Steps, active_rows
+from rnnkern.sequence import Steps, active_rows, is_packed
 
 if TYPE_CHECKING:
     from rnnkern.derivatives.direction import Moved
@@ -24,7 +24,7 @@ class Frames:
         self.layer, self.steps = layer, steps
         self.dtype = x.dtype
         self.computed = torch.promote_types(x.dtype, torch.float32)
-        self.packed = steps is not None and steps.packed
+        self.packed = is_packed(steps)
         if self.packed:
             active = steps.active.to(x.device)  # type: ignore[union-attr]
             self.T, self.N = active.shape[0], int(active[0])

@@ -29,7 +29,7 @@ from rnnkern.ops.kernel_ops import (
 )
 from rnnkern.ops.modes import apply, are_batches, has_modes, in_batches, transformed
 from rnnkern.options import Options
-from rnnkern.sequence import Steps
+from rnnkern.sequence import Steps, is_packed
 
 Results = tuple[Tensor, Tensor, Maybe, Maybe]
 """``y, h_n, c_n, cells``"""
@@ -48,7 +48,7 @@ def scan(
     x, h0, c0, weights, _ = operands
     *own, packed = arguments(steps)
     code = layer.code + PACKED * packed
-    gains = options.all_gains
+    gains = options.all_gains()
     given = (x, weights, h0, c0, options.reset_h, options.reset_c, *own, options.seed)
     values = (code, training, *_values(options))
     if _is_seen(x):
@@ -116,7 +116,7 @@ def _cells_of(
     ended = ended_rows(steps)
     if ended is not None:
         cells = cells.masked_fill(ended[:, None], 0)
-    made = rows_like(layer, x, D * hidden, steps is not None and steps.packed)
+    made = rows_like(layer, x, D * hidden, is_packed(steps))
     time_first = made.transpose(0, 1) if made.dim() == 3 and layer.batch_first else made
     time_first.view(count, D, hidden).copy_(cells)
     return made

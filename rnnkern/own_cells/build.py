@@ -4,7 +4,8 @@ A library has the kernels of one cell for one element type, and one instruction 
 (`csrc/cpu/library.h`) or one architecture of GPUs (`csrc/cuda/cell_library.h`). Its name says what
 it was compiled from: the generated source, the headers, the flags, and the version of nvcc if that
 compiles it. Its last bytes in the cache are a checksum of the rest. A library is written under
-another name and then renamed, so that nobody sees a part of it, and one process at a time compiles.
+another name and then renamed, so that nobody sees a part of it, and one process compiles it while
+others wait.
 """
 
 from __future__ import annotations
@@ -161,7 +162,7 @@ def library(mode: str, target: Target) -> bytes:
         return found
     made = None
     try:
-        with _only_process(path.parent):
+        with _only_process(path):
             found = whole(path)  # another process may have made it meanwhile
             if found is None:
                 found = made = _compile(mode, source, target, path.parent)
@@ -295,14 +296,19 @@ def cache_folder() -> Path:
 
 
 @contextlib.contextmanager
-def _only_process(folder: Path) -> Iterator[None]:
-    """While this process alone compiles into the folder, which is made if it is missing."""
+def _only_process(path: Path) -> Iterator[None]:
+    """While this process alone makes this library in its folder, which is made if it is missing.
+
+    The locks of all libraries are bytes of one file, so that different ones are made side by side.
+    """
+    folder = path.parent
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     _expect_private(folder, folder.stat())
     with tempfile.TemporaryFile(dir=folder):
         pass  # the folder can be written to
     with (folder / "lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        digest = hashlib.sha256(path.name.encode()).digest()
+        fcntl.lockf(file, fcntl.LOCK_EX, 1, int.from_bytes(digest[:7], "big"))
         yield
 
 
@@ -345,7 +351,7 @@ def precompile(
             source, target = SOURCES[mode](), make(element)
             path = folder / _name(mode, source, target)
             if whole(path) is None:
-                with _only_process(folder):
+                with _only_process(path):
                     _keep(path, _compile(mode, source, target, folder))
             made.append(path)
     return made

@@ -26,8 +26,10 @@ class Symbols:
     """One argument of a cell: its attributes are leaves of the graph, or tensors."""
 
     def __init__(self, name: str, what: str, own: dict[str, Any]) -> None:
-        self.__dict__.update(own)
-        self.__dict__["_about"] = (name, what, tuple(own))
+        # Written so that Dynamo of torch 2.10 can trace it.
+        for attribute, value in own.items():
+            object.__setattr__(self, attribute, value)
+        object.__setattr__(self, "_about", (name, what, tuple(own)))
 
     def __getattr__(self, attribute: str) -> Any:
         if attribute.startswith("__"):
