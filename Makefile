@@ -29,7 +29,7 @@ WITH_TORCH := $(VENV)/.torch
 NATIVE     := $(VENV)/.built-native
 BUILT      := $(VENV)/.built-all
 group       = $(VENV)/.group-$(1)
-TESTS      := $(BUILT) $(call group,test)
+TESTS      := $(NATIVE) $(call group,test)
 
 define build_wheels
 $(BIN)/python tools/build_wheels.py --cuda $(1) $(ARGS)
@@ -51,7 +51,7 @@ help:  ## show this list
 	@echo
 	@echo '  ARGS="..." is handed on to the program; PYTHON=... is the interpreter that makes .venv.'
 
-install: $(BUILT)  ## set up .venv and build the package in it, nothing more
+install: $(BUILT)  ## set up .venv and build the package in it, for every CPU, nothing more
 
 compare: $(NATIVE) $(call group,progress)  ## check and time against torch.nn (ARGS=--quick: under 20 s)
 compare: $(if $(findstring --plot,$(ARGS)),$(call group,plot))
@@ -63,16 +63,16 @@ test: $(TESTS)  ## run the tests (ARGS="-k lstm": some of them)
 test-ecosystem: $(TESTS) $(call group,ecosystem)  ## run the tests in the models of other packages
 	$(PYTEST) tests -m ecosystem $(ARGS)
 
-test-machines: $(TESTS)  ## run the tests as on machines of other caches, threads, instructions
+test-machines: $(BUILT) $(TESTS)  ## run the tests as on machines of other caches, threads, instructions
 	$(BIN)/python tools/test_machines.py $(SPREAD) $(ARGS)
 
 test-torch: $(TESTS)  ## run the tests with another torch (TORCH=2.12.1), in an environment of its own
 	sh tools/test_torch.sh $(BIN)/python $(or $(TORCH),$(error want TORCH=VERSION)) $(SPREAD) $(ARGS)
 
-bench: $(BUILT) $(call group,test)  ## run the benchmarks (ARGS="-k notebook": some of them)
+bench: $(TESTS)  ## run the benchmarks (ARGS="-k notebook": some of them)
 	$(PYTEST) benchmarks --benchmark-only $(ARGS)
 
-report: $(BUILT) $(call group,peers)  ## measure beside ONNX Runtime and OpenVINO, write docs/benchmarks.md
+report: $(NATIVE) $(call group,peers)  ## measure beside ONNX Runtime and OpenVINO, write docs/benchmarks.md
 	$(BIN)/python -m benchmarks.report $(ARGS)
 
 bench-smoke: $(TESTS)  ## run every benchmark once, untimed: its check and its code
@@ -158,8 +158,8 @@ $(VENV)/.group-%: $(READY) pyproject.toml
 	@$(PIP) install --quiet --group $*
 	@touch $@
 
-# The kernels for the CPU at hand take a third of the time of all, and they are all that timing
-# needs.
+# The kernels for the CPU at hand take a third of the time of all, and they are all that timing and
+# the tests need. The tests take more sets of instructions if those are built.
 $(NATIVE): $(WITH_TORCH) $(NATIVE_SOURCES)
 	$(call build,this CPU,native)
 	@touch $@
