@@ -3,7 +3,9 @@
     python -m benchmarks.versions ../other [--cell LSTM,GRUCell] [--workload notebook,step_h20]
         [--pass forward,forward-backward] [--threads 1,2] [--seconds 1]
 
-Each version runs in a process of its own, and they are timed in turn. The speed-up is the median of
+Each version runs in a process of its own, and they are timed in turn. With several threads, untimed
+calls come before each sample until the threads of the other process, which spin for a while, are
+asleep. The speed-up is the median of
 other / this over neighbouring samples, with the quartiles in brackets. Modules, inputs and passes
 are those of ``rnnkern compare``.
 """
@@ -21,7 +23,8 @@ from time import perf_counter
 from typing import Any
 
 HERE = Path(__file__).resolve().parents[1]
-SAMPLE_S = 2e-3
+# Seconds of untimed calls before a sample, and of a sample.
+ONE, SEVERAL = (0.0, 2e-3), (25e-3, 25e-3)
 
 
 def serve() -> None:
@@ -55,12 +58,13 @@ def serve() -> None:
     gc.disable()
     cpus = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     call: Any = None
-    count = 1
+    count, warm_s = 1, 0.0
     for line in sys.stdin:
         asked = json.loads(line)
         if "kind" in asked:
             threads = asked.pop("threads")
             torch.set_num_threads(threads)
+            warm_s, sample_s = SEVERAL if threads > 1 else ONE
             if hasattr(os, "sched_setaffinity"):  # both on the same CPUs, which differ in speed
                 os.sched_setaffinity(0, cpus[:threads])
             torch.set_grad_enabled(asked.pop("grad"))
@@ -68,7 +72,10 @@ def serve() -> None:
             call()
             start = perf_counter()
             call()
-            count = max(1, round(SAMPLE_S / (perf_counter() - start)))
+            count = max(1, round(sample_s / (perf_counter() - start)))
+        warm_until = perf_counter() + warm_s
+        while perf_counter() < warm_until:
+            call()
         start = perf_counter()
         for _ in range(count):
             call()
