@@ -107,7 +107,8 @@ def test_outputs_do_not_depend_on_threads(numbers: dict[str, Results], name: str
 
 
 @pytest.mark.skipif(
-    not set(WITH_FMA) <= set(supported()), reason="both instruction sets with fma are not built, or not of this CPU"
+    not set(WITH_FMA) <= set(supported()),
+    reason="both instruction sets with fma are not built, or not of this CPU",
 )
 def test_bitwise_equal_with_fma(numbers: dict[str, Results]) -> None:
     """Under deterministic algorithms, forward, all dtypes."""

@@ -314,7 +314,9 @@ void product(int vectors, int64_t rows, int64_t first, int64_t K, const E* const
     }
   }
 #endif
-  const int64_t whole = rows / kTileRows * kTileRows, rest = max_of(1, rows - whole);
+  // Tiles are as equally high as can be: a low one reads the panel as often for fewer products.
+  const int64_t tiles = max_of(1, ceil_div(rows, kTileRows)), height = rows / tiles,
+                higher = rows % tiles;  // so many tiles have one row more
   if constexpr (std::is_same_v<E, I8>) {
     // Their tile takes the distance of vectors in place of the first k, which is zero.
     const PanelLayout<E> layout(K, panel_row);
@@ -326,15 +328,16 @@ void product(int vectors, int64_t rows, int64_t first, int64_t K, const E* const
   // A sum of nothing is written too.
   for (int64_t k = 0; k < K || (k == 0 && !kAdds); k += most) {
     const bool adds = kAdds || k > 0;
-    const TileFunction<E, P> full = tile_of<E, P>(vectors, kTileRows, adds),
-                             last = tile_of<E, P>(vectors, rest, adds);
+    const TileFunction<E, P> high = tile_of<E, P>(vectors, min_of(height + 1, kTileRows), adds),
+                             low = tile_of<E, P>(vectors, max_of(1, height), adds);
     const int64_t depth = min_of(most, K - k);
     const P* block = panel + groups<E>(k) * panel_row;
-    for (int64_t m = 0; m < whole; m += kTileRows) {
-      full(first + k, depth, a + m, block, panel_row, acc + m * acc_row, acc_row);
+    int64_t m = 0;
+    for (int64_t i = 0; i < higher; ++i, m += height + 1) {
+      high(first + k, depth, a + m, block, panel_row, acc + m * acc_row, acc_row);
     }
-    if (whole < rows) {
-      last(first + k, depth, a + whole, block, panel_row, acc + whole * acc_row, acc_row);
+    for (; m < rows; m += height) {
+      low(first + k, depth, a + m, block, panel_row, acc + m * acc_row, acc_row);
     }
   }
 }
