@@ -159,10 +159,14 @@ $(VENV)/.group-%: $(READY) pyproject.toml
 	@touch $@
 
 # The kernels for the CPU at hand take a third of the time of all, and they are all that timing and
-# the tests need. The tests take more sets of instructions if those are built.
+# the tests need. Once all have been built, all are built again.
+ifeq ($(wildcard $(BUILT)),)
 $(NATIVE): $(WITH_TORCH) $(NATIVE_SOURCES)
 	$(call build,this CPU,native)
 	@touch $@
+else
+$(NATIVE): $(BUILT)
+endif
 
 $(BUILT): $(WITH_TORCH) $(NATIVE_SOURCES)
 	$(call build,every CPU,all)

@@ -55,8 +55,10 @@ constexpr int64_t kRowsWorthBfloat16 = 16;
 // three products pay only if many rows share them.
 constexpr int64_t kRowsWorthSplit = 64, kRowsOfStepWorthSplit = 4;
 
-// So many small matrices of weights fit the second-level cache.
-constexpr double kSmallPerCache = 4;
+// Few batch rows are split among threads if each has so many, if W_ih and W_hh each take at most
+// this share of the second-level cache, and if a step has so much work. Measured on two threads.
+constexpr int64_t kFewRows = 4;
+constexpr double kShareOfCache = 0.25, kFlopsOfStepOfFewRows = 320e3;
 
 double weight_bytes(const Sizes& z, int64_t columns, const Machine& machine) {
   return double(known_shape(z.cell).gates) * double(z.H) * double(columns) * machine.element_bytes;
@@ -65,13 +67,6 @@ double weight_bytes(const Sizes& z, int64_t columns, const Machine& machine) {
 // Whether a matrix of weights comes from beyond the second-level cache each time it is read.
 bool large(const Sizes& z, int64_t columns, const Machine& machine) {
   return weight_bytes(z, columns, machine) > double(machine.l2_bytes);
-}
-
-// Whether the recurrent weights stay near while other data passes through the second-level cache.
-// Those of a single panel do not count, because a step has little work then.
-bool small(const Sizes& z, const Machine& machine) {
-  return weight_bytes(z, z.O, machine) * kSmallPerCache <= double(machine.l2_bytes) &&
-         known_shape(z.cell).gates * z.H > 4 * machine.lanes;
 }
 
 bool reads_recurrent(const Problem& problem) {
@@ -101,12 +96,21 @@ Reading cheapest_reading(const Problem& problem, const Machine& machine, int64_t
   return may_broadcast && broadcast < packed ? Reading::kBroadcast : Reading::kPacked;
 }
 
-// Rows are split if every part still fills its register tiles, because then no barrier is needed.
-// Two thirds of a tile are enough if the recurrent weights are small: each thread reads all of them
-// in each step, and that costs less than a barrier. Units are split if there are too few rows.
-// Units come first if the recurrent weights are large, because each thread then reads only its part
-// of them in a step, and if they are broadcast, because the rows that fill vectors then stay
-// together.
+// Whether rows are split although the parts do not fill their tiles. Every thread then reads all
+// weights in each step, and if they are small, that costs less than the barrier of split units.
+// Weights that are broadcast want all rows in one vector, and tiles of AMX want 16.
+bool splits_few_rows(const Problem& problem, const Machine& machine, const Plan& plan,
+                     int64_t parts) {
+  const Sizes& z = problem.sizes;
+  return plan.recurrent == Reading::kPacked && !machine.by_tiles && problem.N >= kFewRows * parts &&
+         flops_per_row(z) * double(problem.N) >= kFlopsOfStepOfFewRows &&
+         weight_bytes(z, std::max(z.I, z.O), machine) <= kShareOfCache * double(machine.l2_bytes);
+}
+
+// Rows are split if every part still fills its register tiles, because then no barrier is needed,
+// or if few rows are worth it. Units are split if there are too few rows. Units come first if the
+// recurrent weights are large, because each thread then reads only its part of them in a step, and
+// if they are broadcast, because the rows that fill vectors then stay together.
 void split_work(const Problem& problem, const Machine& machine, double work, Plan* plan) {
   const int64_t tasks = problem.sizes.D;
   const int64_t wanted =
@@ -114,8 +118,8 @@ void split_work(const Problem& problem, const Machine& machine, double work, Pla
   if (wanted <= 1) return;
   const int64_t parts = std::max<int64_t>(1, wanted / tasks);  // of each direction
   const int64_t tiles = (problem.N + machine.tile_rows - 1) / machine.tile_rows;
-  const int64_t most_rows = std::max<int64_t>(
-      1, small(problem.sizes, machine) ? problem.N * 3 / (2 * machine.tile_rows) : tiles / 2);
+  const int64_t most_rows =
+      std::max(splits_few_rows(problem, machine, *plan, parts) ? parts : 1, tiles / 2);
   const int64_t panels = (problem.sizes.H + 4 * machine.lanes - 1) / (4 * machine.lanes);
   const auto step = int64_t(work * double(problem.N) / kFlopsPerThreadStep);
   const int64_t most_units = std::max<int64_t>(1, std::min(panels, step));

@@ -16,15 +16,9 @@ if TYPE_CHECKING:
     from rnnkern.call import Call
 
 
-_DEVICES = tuple(
-    device
-    for device in ("cpu", "cuda", "hpu", "ipu", "maia", "mps", "mtia", "xla", "xpu",
-                   torch._C._get_privateuse1_backend_name())
-    if torch.amp.is_autocast_available(device)
-)  # fmt: skip
-"""The types of devices that autocast knows, because Dynamo of torch 2.10 can neither
-trace the question, nor a set.
-"""
+def knows(device: str) -> bool:
+    """Whether there is autocast for a type of devices. Dynamo takes the answer for constant."""
+    return torch.amp.is_autocast_available(device)
 
 
 def asked(x: Tensor) -> torch.dtype | None:
@@ -37,7 +31,7 @@ def asked(x: Tensor) -> torch.dtype | None:
 
 def switched_off(device: str) -> AbstractContextManager[Any]:
     """Autocast of a type of devices switched off, if it is on."""
-    if device not in _DEVICES or not torch.is_autocast_enabled(device):
+    if not knows(device) or not torch.is_autocast_enabled(device):
         return nullcontext()
     return torch.autocast(device, enabled=False)
 

@@ -24,7 +24,8 @@ is_compiling = torch.compiler.is_compiling
 class Call(NamedTuple):
     """What a module has to compute.
 
-    It has no properties, because Dynamo of torch 2.10 cannot read one of a tuple.
+    It has no properties, because Dynamo of torch 2.10 cannot read one of a tuple that has
+    tensors.
 
     Attributes:
         module: an RNN, LSTM, GRU or cell, of rnnkern or of torch.nn.

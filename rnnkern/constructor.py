@@ -174,6 +174,7 @@ def reset_parameters(self: Any) -> None:
 
 def extra_repr(self: Any) -> str:
     text = str(_torch_base(self).extra_repr(self))
+    # No join, which Dynamo of torch 2.10 cannot trace in torch.func.vmap.
     if self._gain_names:
         text += ", layer_norm=True"
     for name, default in DEFAULTS.items():

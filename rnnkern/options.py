@@ -16,7 +16,8 @@ from rnnkern.layer import Maybe
 class Options(NamedTuple):
     """The options of a call, of one layer or of a stack.
 
-    It has no properties, because Dynamo of torch 2.10 cannot read one of a tuple.
+    It has no properties, because Dynamo of torch 2.10 cannot read one of a tuple that has
+    tensors.
 
     Attributes:
         reset_h, reset_c: the states with which an episode begins, shaped as the initial states;

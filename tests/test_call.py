@@ -163,6 +163,6 @@ def test_a_cell_that_is_added_changes_no_number(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("kind", [Call, Options, Operands, Steps], ids=lambda kind: kind.__name__)
 def test_tuples_have_no_properties(kind: type) -> None:
-    """Dynamo of torch 2.10 cannot read them."""
+    """Dynamo of torch 2.10 cannot read one of a tuple that has tensors."""
     assert issubclass(kind, tuple)
     assert not [name for name, value in vars(kind).items() if isinstance(value, property)]

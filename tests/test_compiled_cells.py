@@ -250,7 +250,7 @@ def test_without_kernels_the_reference_runs(
         reset = torch.zeros(5, 2, dtype=torch.bool)
         torch.testing.assert_close(module(x, reset=reset, reset_to=torch.ones(1, 2, 4))[0], y)
         torch._dynamo.reset()
-        compiled = torch.compile(module, backend="eager")
+        compiled = torch.compile(module, backend="eager", fullgraph=True)
         torch.testing.assert_close(compiled(x)[0], y)
 
 

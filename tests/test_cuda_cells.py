@@ -316,7 +316,7 @@ def test_nvcc_compiles_a_cell(dtype: torch.dtype, cell_cache: Path) -> None:
     GPU and a driver, and says what it is.
     """
     if kernels.cuda is None and dtype != torch.float32:
-        pytest.skip("a build without CUDA compiles for one type; make cuda-check for all of them")
+        pytest.skip("without CUDA one type is enough; make cuda-check compiles for all")
     (path,) = rnnkern.precompile(of_functions, dtypes=[dtype], cuda_capability=(9, 0))
     loadable = path.with_suffix(".loaded")
     content = build.whole(path)

@@ -314,9 +314,11 @@ void product(int vectors, int64_t rows, int64_t first, int64_t K, const E* const
     }
   }
 #endif
-  // Tiles are as equally high as can be: a low one reads the panel as often for fewer products.
-  const int64_t tiles = max_of(1, ceil_div(rows, kTileRows)), height = rows / tiles,
-                higher = rows % tiles;  // so many tiles have one row more
+  // Tiles are as equally high as can be, because a low one reads the panel for fewer products. The
+  // first `higher` tiles have one row more. A single tile, of a small call, needs no division.
+  const int64_t tiles = max_of(1, ceil_div(rows, kTileRows));
+  const int64_t height = tiles == 1 ? rows : rows / tiles;
+  const int64_t higher = rows - tiles * height;
   if constexpr (std::is_same_v<E, I8>) {
     // Their tile takes the distance of vectors in place of the first k, which is zero.
     const PanelLayout<E> layout(K, panel_row);

@@ -61,11 +61,11 @@ def _allow(config: ModuleType) -> None:
 
 def _leave(dynamo: Any) -> None:
     """Marks what Dynamo must not trace."""
-    from rnnkern import call, run, traced
+    from rnnkern import autocast, call, run, traced
     from rnnkern.interop import aten
 
     dynamo.allow_in_graph(aten.exported)
-    for function in (call.own_method, run.is_covered, *traced.CONSTANT):
+    for function in (autocast.knows, call.own_method, run.is_covered, *traced.CONSTANT):
         dynamo.assume_constant_result(function)
 
 

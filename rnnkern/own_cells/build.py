@@ -54,6 +54,7 @@ _ready: set[tuple[str, str, int]] = set()
 
 _CHECKSUM = 32
 _lock = threading.Lock()
+_making = threading.Lock()
 _loaded = itertools.count(1)
 
 
@@ -300,13 +301,14 @@ def _only_process(path: Path) -> Iterator[None]:
     """While this process alone makes this library in its folder, which is made if it is missing.
 
     The locks of all libraries are bytes of one file, so that different ones are made side by side.
+    They belong to the process, so only one of its threads holds any.
     """
     folder = path.parent
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     _expect_private(folder, folder.stat())
     with tempfile.TemporaryFile(dir=folder):
         pass  # the folder can be written to
-    with (folder / "lock").open("w") as file:
+    with _making, (folder / "lock").open("w") as file:
         digest = hashlib.sha256(path.name.encode()).digest()
         fcntl.lockf(file, fcntl.LOCK_EX, 1, int.from_bytes(digest[:7], "big"))
         yield
@@ -352,7 +354,8 @@ def precompile(
             path = folder / _name(mode, source, target)
             if whole(path) is None:
                 with _only_process(path):
-                    _keep(path, _compile(mode, source, target, folder))
+                    if whole(path) is None:  # another process may have made it meanwhile
+                        _keep(path, _compile(mode, source, target, folder))
             made.append(path)
     return made
 

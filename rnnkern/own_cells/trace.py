@@ -26,7 +26,7 @@ class Symbols:
     """One argument of a cell: its attributes are leaves of the graph, or tensors."""
 
     def __init__(self, name: str, what: str, own: dict[str, Any]) -> None:
-        # Written so that Dynamo of torch 2.10 can trace it.
+        # Not by __dict__.update, which Dynamo of torch 2.10 cannot trace.
         for attribute, value in own.items():
             object.__setattr__(self, attribute, value)
         object.__setattr__(self, "_about", (name, what, tuple(own)))
