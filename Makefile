@@ -75,8 +75,9 @@ bench: $(TESTS)  ## run the benchmarks (ARGS="-k notebook": some of them)
 report: $(NATIVE) $(call group,peers)  ## measure beside ONNX Runtime and OpenVINO, write docs/benchmarks.md
 	$(BIN)/python -m benchmarks.report $(ARGS)
 
+# One thread each, because processes that all have a thread for every CPU wait for one another.
 bench-smoke: $(TESTS)  ## run every benchmark once, untimed: its check and its code
-	$(PYTEST) benchmarks $(SPREAD) --benchmark-disable $(ARGS)
+	OMP_NUM_THREADS=1 $(PYTEST) benchmarks $(SPREAD) --benchmark-disable $(ARGS)
 
 docs: $(NATIVE) $(call group,docs)  ## build README.md and docs/ as a site in build/site; a broken link is an error
 	$(BIN)/python tools/build_docs.py $(ARGS)
