@@ -168,9 +168,17 @@ print("taken")
 """
 
 
-def test_two_processes_at_once(cell_cache: Path, compiler: Callable[[], int]) -> None:
+PRECOMPILES = """
+import rnnkern
+rnnkern.precompile(rnnkern.cells.rnn_tanh, instruction_set="x86-64-v3")
+print("taken")
+"""
+
+
+@pytest.mark.parametrize("code", [TAKES, PRECOMPILES], ids=["takes", "precompiles"])
+def test_two_processes_at_once(code: str, cell_cache: Path, compiler: Callable[[], int]) -> None:
     processes = [
-        subprocess.Popen([sys.executable, "-c", TAKES], stdout=subprocess.PIPE, text=True)
+        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
         for _ in range(2)
     ]
     assert [process.communicate()[0] for process in processes] == 2 * ["taken\n"]

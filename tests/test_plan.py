@@ -119,6 +119,12 @@ def test_each_case_of_the_table_has_its_plan(name: str) -> None:
     assert f"threads {wanted['threads']} of {threads}" in text
 
 
+@pytest.mark.parametrize(("cpu", "row_blocks"), [(V3, 2), (V4, 2), (V4_BF16, 2), (AMX, 1)])
+def test_tiles_of_amx_keep_few_rows_together(cpu: dict[str, int], row_blocks: int) -> None:
+    found, text = plan("LSTM", (32, 12, 64, 64), 2, cpu)
+    assert found["row_blocks"] == row_blocks, text
+
+
 @pytest.mark.parametrize("mode", ["RNN_TANH", "LSTM", "GRU"])
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize(
