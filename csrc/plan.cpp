@@ -55,8 +55,9 @@ constexpr int64_t kRowsWorthBfloat16 = 16;
 // three products pay only if many rows share them.
 constexpr int64_t kRowsWorthSplit = 64, kRowsOfStepWorthSplit = 4;
 
-// Few batch rows are split among threads if each has so many, if W_ih and W_hh each take at most
-// this share of the second-level cache, and if a step has so much work. Measured on two threads.
+// Few batch rows are split among threads if each thread gets so many, if W_ih and W_hh each take at
+// most this share of the second-level cache, and if a step has so many operations. Measured on two
+// threads.
 constexpr int64_t kFewRows = 4;
 constexpr double kShareOfCache = 0.25, kFlopsOfStepOfFewRows = 320e3;
 

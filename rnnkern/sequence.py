@@ -39,7 +39,7 @@ class Steps(NamedTuple):
 
 
 def is_packed(steps: Steps | None) -> TypeGuard[Steps]:
-    """Whether they are those of a packed sequence."""
+    """Whether the steps are those of a packed sequence."""
     return steps is not None and steps.packed
 
 
