@@ -532,9 +532,6 @@ PYBIND11_MODULE(_C, m) {
   py::list called;
   for (const char* name : kCalledByForward) called.append(name);
   m.attr("CALLED_BY_FORWARD") = py::tuple(called);
-  py::list options;
-  for (const char* name : kOptions) options.append(name);
-  m.attr("OPTIONS") = py::tuple(options);
   m.def("refusal", &refusal);
   m.def("mode_refusal", &mode_refusal);
   m.def("plain_call", &plain_call);

@@ -6,7 +6,6 @@ from torch import Tensor
 CELLS: dict[str, dict[str, Any]]
 GAPS: str
 CALLED_BY_FORWARD: tuple[str, ...]
-OPTIONS: tuple[str, ...]
 IS_STAND_IN: bool
 HEADERS: str
 compiler: str

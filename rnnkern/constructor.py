@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rnnkern.call import is_compiling, mode_of
-from rnnkern.kernels import OPTIONS
+from rnnkern.call import mode_of
 from rnnkern.known_cells import CELLS
 
 DEFAULTS = {
@@ -20,13 +19,14 @@ DEFAULTS = {
     "orthogonal": False,
     "forget_bias": None,
 }
-"""What such an option is of a module that was not given another value.
+"""What such an option is of a module whose constructor was not given it.
 
-Only other values are attributes. Users have submodules and parameters of such names.
+Only what it was given is an attribute. Users have attributes of such names, too: numbers,
+submodules, parameters. So the attribute ``_rnnkern_options`` has the names that were given.
 """
 
 OF_LAYERS = ("recurrent_dropout", "zoneout")
-"""The options that cells do not have. Of a cell such a name is always the user's."""
+"""The options that cells do not have, and that may be changed after construction."""
 
 NOT_NORMALISED: list[list[str]] = []
 """The attribute ``_gain_names`` of a module without layer normalisation. With it, it has the names
@@ -39,8 +39,8 @@ def layer(
     self: Any,
     *args: Any,
     layer_norm: bool = False,
-    recurrent_dropout: float = 0.0,
-    zoneout: float = 0.0,
+    recurrent_dropout: float | None = None,
+    zoneout: float | None = None,
     orthogonal: bool = False,
     **kwargs: Any,
 ) -> None:
@@ -63,7 +63,7 @@ def ours(kind: type) -> Any:
 def settle(module: Any, **given: Any) -> None:
     """Checks the options of a module that torch.nn has made, and carries them out.
 
-    A default is not stored. So a module without options is as torch.nn makes it.
+    What was not given is not stored. So a module without options is as torch.nn makes it.
 
     Raises:
         TypeError: a value is not a number, or ``orthogonal`` or ``layer_norm`` not a bool.
@@ -71,7 +71,7 @@ def settle(module: Any, **given: Any) -> None:
             without ``bias``.
     """
     for name in OF_LAYERS:
-        if name in given:
+        if given.get(name) is not None:
             given[name] = probability(name, given[name])
     for name in ("orthogonal", "layer_norm"):
         if not isinstance(given[name], bool):
@@ -84,9 +84,11 @@ def settle(module: Any, **given: Any) -> None:
         if not module.bias:
             raise ValueError(f"forget_bias={forget_bias} needs bias=True, got bias=False")
     is_normalised = given.pop("layer_norm")
-    for name, value in given.items():
-        if value != DEFAULTS[name]:
-            setattr(module, name, value)
+    stored = {n: v for n, v in given.items() if v is not None and v is not False}
+    for name, value in stored.items():
+        setattr(module, name, value)
+    if stored:
+        module._rnnkern_options = tuple(stored)
     if is_normalised:
         _add_gains(module)
     _initialise(module)
@@ -117,31 +119,24 @@ def _add_gains(module: Any) -> None:
 
 
 def option(module: Any, name: str) -> Any:
-    """An option of a module: a number of that name, its own or its class's, or else the default.
+    """An option of a module, as its constructor was given it or as it was changed later.
 
-    Anything else of such a name is the user's: a submodule, a parameter, a method.
+    If the constructor was not given it, an attribute of such a name is the user's.
     """
-    default = DEFAULTS[name]
-    if name in OF_LAYERS and not isinstance(module, nn.RNNBase):
+    default, space = DEFAULTS[name], module.__dict__
+    if "_rnnkern_options" not in space or name not in space["_rnnkern_options"]:
         return default
-    # A missing attribute takes torch a microsecond. Dynamo guards only what is read.
-    if not is_compiling() and name not in vars(module) and not hasattr(type(module), name):
-        return default
-    value = getattr(module, name, default)
-    if type(value) is bool and type(default) is not bool:  # a flag of the user's
-        return default
-    return value if isinstance(value, Real) else default
+    return getattr(module, name, default)
 
 
 def options_besides_torchs(module: Any) -> Iterator[tuple[str, Any]]:
     """The options that change what a module computes, as the constructor calls them."""
-    for name in OPTIONS:
-        if name != "_gain_names":
-            value, called = option(module, name), name
-        else:
-            value, called = bool(getattr(module, name, NOT_NORMALISED)), "layer_norm"
+    for name in OF_LAYERS:
+        value = option(module, name)
         if value:
-            yield called, value
+            yield name, value
+    if getattr(module, "_gain_names", NOT_NORMALISED):
+        yield "layer_norm", True
 
 
 def gains_of(module: Any) -> tuple[tuple[Tensor, ...], ...]:
@@ -178,7 +173,7 @@ def extra_repr(self: Any) -> str:
     if self._gain_names:
         text += ", layer_norm=True"
     for name, default in DEFAULTS.items():
-        value = option(self, name) if name in vars(self) else default
+        value = option(self, name)
         if value != default:
             text += f", {name}={value}"
     return text

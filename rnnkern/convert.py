@@ -72,11 +72,6 @@ def convert(model: _M) -> _M:
             if overridden is not None:
                 _tell("rnnkern.convert", name, kind, f"its class overrides {overridden}")
                 continue
-            own = next(options_besides_torchs(module), None)
-            if own is not None:
-                why = f"it has an attribute {own[0]}, an option of rnnkern's"
-                _tell("rnnkern.convert", name, kind, why)
-                continue
             try:
                 converted.append((module, _converted(kind)))
             except Exception as error:  # the class's own, from __init_subclass__ for example

@@ -238,7 +238,6 @@ def mode_refusal() -> Refusal | None:
 CALLED_BY_FORWARD: tuple[str, ...] = _C.CALLED_BY_FORWARD
 """The methods that ``forward`` of torch.nn's layers calls, and that a class may override."""
 
-OPTIONS: tuple[str, ...] = _C.OPTIONS
 """Attributes of a layer that is no plain call's, unless they are 0 or missing."""
 
 Machine = _C.Machine

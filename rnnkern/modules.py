@@ -31,9 +31,11 @@ NOISE = """\
         recurrent_dropout: probability of a unit of h(t-1) to be hidden from the recurrent product
             while the module trains. One mask for all steps of a row, the same for all gates, scaled
             by ``1 / (1 - recurrent_dropout)`` (Gal and Ghahramani, 2016). What reaches h(t) without
-            that product, as in a GRU, is not masked. Default: 0.
+            that product, as in a GRU, is not masked. Default: None, no such dropout.
         zoneout: probability of a unit to keep its state, h and c apart, in a step (Krueger et al.,
-            2017). In eval mode each state is the expectation of that. Default: 0.
+            2017). In eval mode each state is the expectation of that. Default: None, no zoneout.
+            A layer that was given one of the two has it as an attribute, which may be changed. Of
+            another layer, an attribute of such a name has no effect.
 
     Random numbers are those of a counter and a seed, which each call draws from torch's default
     generator of the CPU. They are the same for any number of threads.
@@ -114,8 +116,8 @@ class LSTM(nn.LSTM):
         self,
         *args: Any,
         layer_norm: bool = False,
-        recurrent_dropout: float = 0.0,
-        zoneout: float = 0.0,
+        recurrent_dropout: float | None = None,
+        zoneout: float | None = None,
         orthogonal: bool = False,
         forget_bias: float | None = None,
         **kwargs: Any,

@@ -23,6 +23,7 @@ from rnnkern.call import (
     mode_of_class,
     own_method,
 )
+from rnnkern.constructor import option
 from rnnkern.interop.exporting import to_torch
 from rnnkern.known_cells import CELLS, is_own
 from rnnkern.run import TENSORS, is_covered
@@ -39,8 +40,7 @@ def layer(module: Any, x: Any, hx: Any) -> Any:
     for name in called_by_forward().split():
         if name in module.__dict__:
             return None
-    # Asked like this because Dynamo guards it.
-    if hasattr(module, "recurrent_dropout") or hasattr(module, "zoneout") or module._gain_names:
+    if option(module, "recurrent_dropout") or option(module, "zoneout") or module._gain_names:
         return None
     batch_first, bias, proj = module.batch_first, module.bias, module.proj_size
     directions, layers = 2 if module.bidirectional else 1, module.num_layers

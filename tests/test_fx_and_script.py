@@ -48,6 +48,19 @@ def test_a_layer_is_one_node_of_fx(kind: str) -> None:
     assert torch.equal(traced(x), model(x))
 
 
+def test_a_tracer_that_knows_torchs_package_alone() -> None:
+    """As many users write it."""
+
+    class OfTorch(fx.Tracer):
+        def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+            return m.__module__.startswith("torch.nn") and not isinstance(m, nn.Sequential)
+
+    model, x = Tagger(build("LSTM", 4, 6), 6), torch.randn(5, 3, 4)
+    graph = OfTorch().trace(model)
+    assert str(graph) == str(OfTorch().trace(reverted(model)))
+    assert torch.equal(fx.GraphModule(model, graph)(x), model(x))
+
+
 def test_a_call_with_states_and_lengths_is_one_node_of_fx() -> None:
     class Model(nn.Module):
         def __init__(self) -> None:

@@ -24,7 +24,8 @@ pytestmark = pytest.mark.filterwarnings(ON_A_GPU)
 
 
 def test_a_probability_may_be_changed_later() -> None:
-    module = build("LSTM", I, H)
+    """If the constructor was given one, 0 as well."""
+    module = build("LSTM", I, H, recurrent_dropout=0.0, zoneout=0.0)
     x = torch.randn(T, N, I)
     plain = module(x)[0]
     module.recurrent_dropout = 0.5
@@ -36,15 +37,55 @@ def test_a_probability_may_be_changed_later() -> None:
         module(x)
 
 
-def test_a_class_may_have_another_default() -> None:
+def test_an_option_of_a_class() -> None:
     class Zoned(rnnkern.GRU):
-        zoneout = 0.5
+        def __init__(self, *sizes: int) -> None:
+            super().__init__(*sizes, zoneout=0.5)
 
     x = torch.randn(T, N, I)
     module = Zoned(I, H).eval()
     torch.testing.assert_close(
         module(x)[0], noisy_oracle.run(module, x, noise=Noise(zoneout=0.5, draws=False))[0]
     )
+
+
+def with_own_noise(base: type) -> Any:
+    """A layer as users write it, whose ``zoneout`` and the like are numbers of its own."""
+
+    class WithOwnNoise(base):
+        recurrent_dropout = 0.5
+
+        def __init__(self, *sizes: int, zoneout: float) -> None:
+            super().__init__(*sizes)
+            self.zoneout = zoneout
+            self.orthogonal = True
+            self.forget_bias = 3.0
+
+    return WithOwnNoise
+
+
+@pytest.mark.parametrize("is_converted", [False, True])
+def test_an_attribute_with_the_name_of_an_option_is_the_users(is_converted: bool) -> None:
+    theirs, x = with_own_noise(nn.LSTM)(I, H, zoneout=1.5), torch.randn(T, N, I)
+    if is_converted:
+        ours = rnnkern.convert(copy.deepcopy(theirs))
+        assert isinstance(ours, rnnkern.LSTM)
+    else:
+        ours = with_own_noise(rnnkern.LSTM)(I, H, zoneout=1.5)
+    torch.manual_seed(3)
+    theirs.reset_parameters()
+    torch.manual_seed(3)
+    ours.reset_parameters()
+    assert str(ours).split("(", 1)[1] == str(theirs).split("(", 1)[1]
+    for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(one, other)
+    torch._dynamo.reset()
+    compiled = torch.compile(ours, backend="eager")
+    theirs.requires_grad_(False)
+    ours.requires_grad_(False)
+    for call in (ours, compiled, rnnkern.freeze(ours)):
+        torch.testing.assert_close(call(x)[0], theirs(x)[0])
+    assert type(rnnkern.revert(ours)) is (type(theirs) if is_converted else type(ours))
 
 
 def test_copies_and_pickles_have_the_options() -> None:
@@ -102,10 +143,6 @@ def test_explain_names_the_options() -> None:
 
 
 def test_convert_and_revert_lose_no_option() -> None:
-    theirs = nn.LSTM(I, H)
-    theirs.zoneout = 0.5
-    with pytest.warns(UserWarning, match="attribute zoneout"):
-        assert type(rnnkern.convert(theirs)) is nn.LSTM
     model = nn.Sequential(rnnkern.GRU(I, H), rnnkern.GRU(H, H, zoneout=0.5))
     with pytest.raises(ValueError, match=r"torch\.nn has no zoneout, got zoneout=0\.5 of 1"):
         rnnkern.revert(model)
@@ -232,7 +269,7 @@ def test_a_dtype_without_kernels_runs_the_reference() -> None:
 
 
 def test_an_option_that_is_set_after_compilation() -> None:
-    module = rnnkern.LSTM(3, 4).eval()
+    module = rnnkern.LSTM(3, 4, zoneout=0.0).eval()
     torch._dynamo.reset()
     compiled = torch.compile(module, backend="eager")
     x = torch.randn(4, 2, 3)

@@ -85,28 +85,21 @@ constexpr const char* kCalledByForward[] = {
     "_update_flat_weights",   "check_forward_args", "check_input",   "get_expected_hidden_size",
     "get_expected_cell_size", "check_hidden_size",  "permute_hidden"};
 
-// Options of rnnkern's layers (rnnkern/constructor.py). A module or its class has one only if it is
-// in use.
-constexpr const char* kOptions[] = {"recurrent_dropout", "zoneout", "_gain_names"};
-
-inline bool has_options_by_default(py::handle type) {
-  for (const char* name : kOptions) {
-    if (py::bool_(py::getattr(type, name, py::none()))) return true;
-  }
-  return false;
-}
-
 inline bool is_normalised(PyObject* space) {
-  static PyObject* const name = PyUnicode_InternFromString(kOptions[2]);
+  static PyObject* const name = PyUnicode_InternFromString("_gain_names");
   PyObject* const found = find_in(space, name);
   return found && PyObject_IsTrue(found) == 1;
 }
 
-// Whether a module has such an option. Recurrent dropout counts only while it trains.
-inline bool has_options(PyObject* space) {
-  static PyObject* const dropout_name = PyUnicode_InternFromString(kOptions[0]);
-  static PyObject* const zoneout_name = PyUnicode_InternFromString(kOptions[1]);
+// Whether a layer may have one of rnnkern's own options (rnnkern/constructor.py) in use. Recurrent
+// dropout is in use only while the layer trains.
+inline bool may_use_options(PyObject* space) {
+  static PyObject* const given_name = PyUnicode_InternFromString("_rnnkern_options");
+  static PyObject* const dropout_name = PyUnicode_InternFromString("recurrent_dropout");
+  static PyObject* const zoneout_name = PyUnicode_InternFromString("zoneout");
   static PyObject* const training_name = PyUnicode_InternFromString("training");
+  if (is_normalised(space)) return true;
+  if (!find_in(space, given_name)) return false;
   // Such a name may be the user's, of a tensor for example, which is neither true nor false.
   const auto is_set = [](PyObject* value) {
     const int truth = value ? PyObject_IsTrue(value) : 0;
@@ -114,8 +107,7 @@ inline bool has_options(PyObject* space) {
     return truth != 0;
   };
   PyObject *const dropout = find_in(space, dropout_name), *zoneout = find_in(space, zoneout_name);
-  return is_normalised(space) || is_set(zoneout) ||
-         (is_set(dropout) && find_in(space, training_name) != Py_False);
+  return is_set(zoneout) || (is_set(dropout) && find_in(space, training_name) != Py_False);
 }
 
 // The class of torch.nn that a class of modules derives from, or null.
@@ -158,7 +150,7 @@ ModuleClass look_at_class(py::handle type) {
   if (name.ends_with(kSuffix))
     found.cell = cell_named(name.substr(0, name.size() - kSuffix.size()));
   found.plain = type.attr("__getattribute__").is(base.attr("__getattribute__")) &&
-                has_methods_of(theirs, type) && !has_options_by_default(type);
+                has_methods_of(theirs, type);
   for (int i = 0; i < Attributes::kCount; ++i) {
     found.plain = found.plain && !py::hasattr(type, name_of<Attributes>(i));
   }
@@ -234,7 +226,7 @@ inline std::optional<PlainModule> plain_module(py::handle module, int64_t featur
     found[i] = find_in(space.ptr(), name_of<A>(i));
     if (!found[i]) return std::nullopt;
   }
-  if (has_options(space.ptr())) return std::nullopt;
+  if (may_use_options(space.ptr())) return std::nullopt;
   for (int i : {A::kBidirectional, A::kBias, A::kBatchFirst}) {
     if (!PyBool_Check(found[i])) return std::nullopt;
   }

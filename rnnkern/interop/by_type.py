@@ -16,6 +16,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import fx, nn
+from torch.utils._pytree import tree_leaves
 
 from rnnkern.convert import COUNTERPARTS, give_again, revert, take_back
 from rnnkern.interop.on_import import on_import
@@ -49,14 +50,28 @@ def _add_entries(module: ModuleType, table: str) -> None:
 
 
 def _be_leaves_of_graphs() -> None:
-    """`torch.fx` makes one node of a module of the package ``torch.nn``, and of rnnkern's."""
-    is_leaf = fx.Tracer.is_leaf_module
+    """`torch.fx` makes one node of a module of the package ``torch.nn``, and of rnnkern's.
+
+    A tracer of the user's may decide by the package, and know torch's alone. Then the node is made
+    in place of a call of ``forward`` with proxies, which would fail.
+    """
+    is_leaf, call = fx.Tracer.is_leaf_module, fx.Tracer.call_module
 
     @functools.wraps(is_leaf)
     def is_leaf_module(self: fx.Tracer, m: nn.Module, module_qualified_name: str) -> bool:
         return _runs_rnnkerns_forward(m) or is_leaf(self, m, module_qualified_name)
 
+    @functools.wraps(call)
+    def call_module(self: fx.Tracer, m: nn.Module, forward: Any, *rest: Any, **kw: Any) -> Any:
+        def node(*args: Any, **kwargs: Any) -> Any:
+            if not any(isinstance(x, fx.Proxy) for x in tree_leaves((args, kwargs))):
+                return forward(*args, **kwargs)
+            return self.create_proxy("call_module", self.path_of_module(m), args, kwargs)
+
+        return call(self, m, node if _runs_rnnkerns_forward(m) else forward, *rest, **kw)
+
     fx.Tracer.is_leaf_module = is_leaf_module  # type: ignore[method-assign]
+    fx.Tracer.call_module = call_module  # type: ignore[method-assign]
 
 
 def _runs_rnnkerns_forward(module: nn.Module) -> bool:

@@ -56,8 +56,8 @@ class Recurrent(OwnRNN):
         dtype: Any = None,
         *,
         layer_norm: bool = False,
-        recurrent_dropout: float = 0.0,
-        zoneout: float = 0.0,
+        recurrent_dropout: float | None = None,
+        zoneout: float | None = None,
         orthogonal: bool = False,
     ) -> None:
         if not isinstance(cell, OwnCell):
