@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from rnnkern.sequence import Steps, is_packed
 Scanned = tuple[Any, ...]
 """A kernel, its steps, and the number of initial states given: 0, or as many as the cell has.
 
-For a cell in a loop also its `Loop`, and the `Sums` of the graph or None.
+For a step of a loop also the `Sums` of the graph.
 """
 
 
@@ -88,15 +89,12 @@ def _backward(
     if torch.is_grad_enabled() or ops.transformed() or ops.has_modes():
         return _by_operators(ctx, dy, dhn, dcn)
     y, saved, overwrite, x, tensors = _saved(ctx)
-    kernel, steps, states, *of_loop = ctx.scanned
+    kernel, steps, states, *sums = ctx.scanned
     h0, c0, weights = _initial_states(tensors, states)
     wanted = ctx.needs_input_grad[4:]
     run = kernels.profiled(kernel.backward, kernel.mode, " backward")
-    if of_loop:
-        loop, sums = of_loop
-        loop.is_recorded = False
-        if sums is not None:
-            run = sums.adding(run, kernel.tensors)
+    if sums:
+        run = sums[0].adding(run, kernel.tensors)
     try:
         gradients, _ = run(x, h0, c0, weights, steps, y, saved, dy, dhn, dcn, wanted, overwrite)
     except kernels.RefusedError:
@@ -136,17 +134,15 @@ def record_cell_in_loop(
     *tensors: Tensor,
 ) -> tuple[Tensor, ...]:
     """`record_cell` for a call that may be one of many in a graph (`rnnkern.loops`)."""
-    kernel, _, states = scanned
     weight = tensors[0]
-    if not weight.requires_grad:
-        return record_cell(scanned, outputs, y, saved, x, *tensors)
-    loop = loop_of(weight)
-    sums = None
-    if loop.is_recorded:  # the first call may be the only one, and records no sums
-        sums, views = loop.sums_of(tensors[: kernel.tensors])
-        tensors = (*views, *tensors[kernel.tensors :])
-    loop.is_recorded = True
-    return record_cell((kernel, None, states, loop, sums), outputs, y, saved, x, *tensors)
+    if weight.requires_grad and saved is not None:
+        loop = loop_of(weight)
+        if loop.goes_on():  # the first call may be the only one, and records no sums
+            count = scanned[0].tensors
+            sums, views = loop.sums_of(tensors[:count])
+            scanned, tensors = (*scanned, sums), (*views, *tensors[count:])
+        loop.last = ref(saved)
+    return record_cell(scanned, outputs, y, saved, x, *tensors)
 
 
 def _saved(ctx: Any) -> tuple[Any, Any, bool, Tensor, list[Tensor]]:

@@ -91,9 +91,13 @@ class Loop:
     def __init__(self, weight: Tensor) -> None:
         key = id(weight)
         self.weight = ref(weight, lambda _: _loops.pop(key, None))
-        self.is_recorded = False
-        """There has been a call since the last backward pass."""
+        self.last: ref[Tensor] | None = None
+        """What the last call saved for its backward pass, which frees it."""
         self._sums: Sums | None = None
+
+    def goes_on(self) -> bool:
+        """Whether the last call is part of a graph whose backward pass has not run yet."""
+        return self.last is not None and self.last() is not None
 
     def sums_of(self, weights: Sequence[Tensor]) -> tuple[Sums, Sequence[Tensor]]:
         """What another call of a loop records, and the views of the weights for it.

@@ -128,6 +128,18 @@ def test_a_single_call_has_none(kind: str, sums: list[bool]) -> None:
     assert sums == []
 
 
+@pytest.mark.parametrize("kind", CELLS)
+def test_a_call_after_a_graph_that_is_gone_has_none(kind: str, sums: list[bool]) -> None:
+    """It was dropped without a backward pass, or its output outlives it."""
+    cell, _, x = pair(kind)
+    outputs = []
+    for _ in range(3):
+        run(cell, x)
+        outputs.append(run(cell, x[:1]))
+        outputs[-1].sum().backward()
+    assert sums == []
+
+
 def twice(loss: Callable[[nn.Module], Tensor]) -> Callable[[nn.Module], None]:
     def backward(module: nn.Module) -> None:
         made = loss(module)
