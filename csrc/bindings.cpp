@@ -180,7 +180,7 @@ bool are_worth_sums(const Layer& layer, dlpack::Device device) {
 }
 
 // The outputs of a plain call, with initial states or without. Returns nothing if the call is not a
-// plain one, or if a mode of torch or a profiler has to see it. `record` makes the outputs
+// plain one, or if autocast or a profiler has to see it. `record` makes the outputs
 // differentiable; `record_in_loop` does it if sums pay, unless it is null.
 std::optional<py::tuple> plain_outputs(const std::optional<PlainModule>& plain, py::handle x,
                                        py::handle hx, dlpack::Device device, py::handle record,
@@ -188,7 +188,7 @@ std::optional<py::tuple> plain_outputs(const std::optional<PlainModule>& plain, 
   if (!plain) return std::nullopt;
   const auto& [layer, weights] = *plain;
   const std::optional<PlainStates> states = plain_states(layer, hx);
-  if (!states || mode_refusal() || is_autocast(device) || is_profiled()) return std::nullopt;
+  if (!states || is_autocast(device) || is_profiled()) return std::nullopt;
   const bool training = wants_gradient(weights, std::array<py::handle, 1>{x}, *states);
   Outputs made =
       forward_any(layer, x, (*states)[0], (*states)[1], weights, py::none(), {training, training});
@@ -200,7 +200,8 @@ std::optional<py::tuple> plain_outputs(const std::optional<PlainModule>& plain, 
 // The plain call of a module of one layer on a batch. Returns the results of the module, or None if
 // the call is not a plain one.
 py::object plain_call(py::handle module, py::handle x, py::handle hx, py::handle record) {
-  if (!is_tensor(x)) return py::none();
+  // The mode comes first: if a transform has wrapped x, torch takes a millisecond to refuse a view.
+  if (!is_tensor(x) || mode_refusal()) return py::none();
   const dlpack::Tensor input = view_of(x, "input").tensor;
   if (input.ndim != 3) return py::none();
   const auto outputs =
@@ -213,7 +214,8 @@ py::object plain_call(py::handle module, py::handle x, py::handle hx, py::handle
 // The same for a cell, on a row or a batch of them.
 py::object plain_cell(py::handle module, py::handle x, py::handle hx, py::handle record,
                       py::handle record_in_loop) {
-  if (!is_tensor(x)) return py::none();
+  // The mode comes first: if a transform has wrapped x, torch takes a millisecond to refuse a view.
+  if (!is_tensor(x) || mode_refusal()) return py::none();
   const dlpack::Tensor input = view_of(x, "input").tensor;
   if (input.ndim != 1 && input.ndim != 2) return py::none();
   const auto outputs = plain_outputs(plain_cell_module(module, input.shape[input.ndim - 1]), x, hx,

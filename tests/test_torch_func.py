@@ -37,6 +37,8 @@ from torch.func import (
 )
 from torch.utils._pytree import tree_map
 
+from rnnkern import kernels
+
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
@@ -230,3 +232,21 @@ def test_forward_mode_over_a_backward(kind: str) -> None:
             (dx,) = torch.autograd.grad(y, x, forward_ad.make_dual(v, w))
             tangents.append(forward_ad.unpack_dual(dx).tangent)
     torch.testing.assert_close(*tangents)
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRUCell"])
+def test_no_view_of_an_input_that_a_transform_has_wrapped_is_asked_for(kind: str) -> None:
+    """torch takes a millisecond to refuse one."""
+    module, shape = build(kind, 2, 3), (2,) if kind.endswith("Cell") else (4, 1, 2)
+    record: Any = None  # not asked for
+    seen = []
+
+    def loss(x: Tensor) -> Tensor:
+        if kind.endswith("Cell"):
+            seen.append(kernels.plain_cell(module, x, None, record, record))
+        else:
+            seen.append(kernels.plain_call(module, x, None, record))
+        return module(x)[0].sum()
+
+    grad(loss)(torch.randn(shape))
+    assert seen == [None]
