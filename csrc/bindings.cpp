@@ -82,6 +82,7 @@ struct Wanted {
   bool training = false;
   bool keeps_y = false;  // the caller hands y on, and whoever gets it may change it
   bool cells = false;    // save the cell states of all steps in any case
+  const Frozen* packed = nullptr;  // the layer's weights, packed before
 };
 
 // A readout, and the inputs that it computes. All are None if there is no closed loop.
@@ -126,6 +127,7 @@ Outputs forward_of(const Layer& layer, py::handle x, py::handle h0, py::handle c
   f.sizes = z;
   f.steps = o.steps;
   f.rounds_cells = o.deterministic;
+  if (wanted.packed) f.packed = wanted.packed->only_layer<T>(layer, z.I);
   run_on_device(o, f);
   if (wanted.training && is_copied) {
     std::memcpy(copy_of_y, f.y.data, size_t(parts.output) * sizeof(T));
@@ -430,18 +432,19 @@ PYBIND11_MODULE(_C, m) {
           "forward",
           [](const Layer& layer, py::handle x, py::handle h0, py::handle c0,
              const py::sequence& weights, py::handle steps, std::optional<bool> asked, bool keeps_y,
-             bool cells, py::handle options) {
+             bool cells, py::handle options, const Frozen* packed) {
             const bool training =
                 asked ? *asked : wants_gradient(weights, std::array<py::handle, 3>{x, h0, c0});
-            Outputs made = forward_any(layer, x, h0, c0, weights, steps, {training, keeps_y, cells},
-                                       CallOptions::of(options));
+            Outputs made =
+                forward_any(layer, x, h0, c0, weights, steps, {training, keeps_y, cells, packed},
+                            CallOptions::of(options));
             py::object kept_y = std::move(made.kept_y), saved = std::move(made.saved);
             return py::make_tuple(outputs_of(std::move(made)), training, std::move(kept_y),
                                   std::move(saved));
           },
           py::arg("x"), py::arg("h0"), py::arg("c0"), py::arg("weights"), py::arg("steps"),
           py::arg("training") = py::none(), py::arg("keeps_y") = false, py::arg("cells") = false,
-          py::arg("options") = py::none())
+          py::arg("options") = py::none(), py::arg("packed") = py::none())
       .def("closed_loop", &closed_loop)
       .def(
           "backward",
@@ -539,6 +542,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("plain_call", &plain_call);
   m.def("plain_cell", &plain_cell);
   m.def("plain_backward", &plain_backward);
+  m.def("multiplies_as_bfloat16", [](const Layer& layer, py::handle x) {
+    return with_element_of(layer, x,
+                           [](auto element) { return std::is_same_v<decltype(element), F32ByBf16>; });
+  });
   m.def("are_worth_sums", [](const Layer& layer, py::handle x) {
     return are_worth_sums(layer, view_of(x, "input").tensor.device);
   });

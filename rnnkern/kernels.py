@@ -59,8 +59,8 @@ def profiled(kernel: _F, mode: str, part: str = "") -> _F:
 Kernel = _C.Kernel
 """The kernels of one `rnnkern.layer.Layer` with its sizes H and P.
 
-``forward(x, h0, c0, weights, steps, training=None, keeps_y=False, cells=False, options=None)``
-returns
+``forward(x, h0, c0, weights, steps, training=None, keeps_y=False, cells=False, options=None,
+packed=None)`` returns
 
 - the outputs: ``(y, h_n)`` or ``(y, h_n, c_n)``; for a cell whose tensors have no time axis,
   ``(h,)`` or ``(h, c)``;
@@ -76,6 +76,7 @@ returns
 
 ``options`` are None or ``reset_h, reset_c, seed, number, recurrent_dropout, zoneout, draws, gains``
 of `rnnkern.options.Options`, the gains as one list, on the CPU and not if ``IS_STAND_IN``.
+``packed`` is a `Frozen` of this layer alone with the same weights, which are then not packed again.
 
 ``backward(x, h0, c0, weights, steps, y, saved, dy, dhn, dcn, wanted, overwrite, sums=(),
 options=None, dcells=None)`` returns
@@ -302,6 +303,9 @@ It also takes calls with ``lengths`` and ``reset``. None if the backward pass is
 must be differentiable, a mode of torch or a profiler has to see it, a hook has what was saved, a
 loop sums its gradients, or an operand is refused.
 """
+
+multiplies_as_bfloat16 = _C.multiplies_as_bfloat16
+"""``multiplies_as_bfloat16(kernel, x)``: whether the kernels multiply float32 as bfloat16."""
 
 are_worth_sums = _C.are_worth_sums
 """``are_worth_sums(kernel, x)``: whether `rnnkern.loops` should sum the gradients of a cell."""

@@ -278,8 +278,13 @@ def _cell(call: Call, operands: Operands, kernel: Kernel | None) -> tuple[Tensor
         _, hn, cn = _one_layer(call.layer, None, own, None)
         shape = (*x.shape[:-1], call.module.hidden_size)
         return tuple(_without_time(z, shape) for z in (hn, cn) if z is not None)
+    packed = None
+    if call.asked is torch.bfloat16:
+        from rnnkern.kept_weights import packed_in_region
+
+        packed = packed_in_region(kernel, operands)
     run = kernels.profiled(kernel.forward, kernel.mode)
-    outputs, training, kept_h, saved = run(x, h0, c0, weights, None, keeps_y=True)
+    outputs, training, kept_h, saved = run(x, h0, c0, weights, None, keeps_y=True, packed=packed)
     if not training:
         return outputs
     states = [s for s in (h0, c0) if s is not None]

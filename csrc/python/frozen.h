@@ -52,6 +52,17 @@ class Frozen {
 
   const int64_t number;  // no other one of this process has it
 
+  // The weights of a module of this layer alone, for a pass of kernels of T.
+  template <typename T>
+  const char* only_layer(const Layer& layer, int64_t input) const {
+    const bool same_numbers =
+        with_numbers([](auto element) { return std::is_same_v<decltype(element), T>; });
+    if (!same_numbers || layers_ != 1 || layer != layer_ || input != input_) {
+      throw Refused("the packed weights are of another layer, or of other numbers");
+    }
+    return packed_[0]->data;
+  }
+
   const Layer& layer() const { return layer_; }
   int layers() const { return layers_; }
   int64_t bytes() const {

@@ -1,0 +1,249 @@
+"""The packed weights of cells, which are kept for a region of autocast."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import pytest
+import torch
+from support import CELLS, build
+from torch import Tensor, nn
+
+from rnnkern import kept_weights, kernels
+from rnnkern.call import read_cell
+
+pytestmark = pytest.mark.cpu_only
+
+N, I, H = 16, 256, 256
+
+
+def region(**options: Any) -> torch.autocast:
+    return torch.autocast("cpu", torch.bfloat16, **options)
+
+
+def kernel_of(cell: nn.Module, x: Tensor) -> kernels.Kernel:
+    with region():
+        call = read_cell(cell, x)
+    return kernels.kernel_of(call.layer, H, 0)
+
+
+@pytest.fixture
+def packings(monkeypatch: pytest.MonkeyPatch) -> list[kernels.Frozen]:
+    """What has been packed for a region."""
+    made: list[kernels.Frozen] = []
+
+    def watched(*operands: Any) -> kernels.Frozen:
+        made.append(kernels._C.Frozen(*operands))
+        return made[-1]
+
+    monkeypatch.setattr(kernels, "Frozen", watched)
+    return made
+
+
+def wanted(cell: nn.Module) -> int:
+    """1 if the kernels of this CPU multiply such a cell as bfloat16, else 0."""
+    x = torch.zeros(N, I)
+    return int(kernels.multiplies_as_bfloat16(kernel_of(cell, x), x))
+
+
+def hidden(state: Any) -> Tensor:
+    return state[0] if isinstance(state, tuple) else state
+
+
+def steps(cell: nn.Module, xs: Tensor, **options: Any) -> list[Tensor]:
+    """The hidden states of all steps, in one region."""
+    state, made = None, []
+    with region(**options):
+        for x in xs:
+            state = cell(x, state)
+            made.append(hidden(state))
+    return made
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("kind", CELLS)
+def test_the_second_call_packs_for_the_others(kind: str, packings: list[Any]) -> None:
+    cell, xs = build(kind, I, H), torch.randn(5, N, I)
+    with torch.no_grad():
+        made = steps(cell, xs)
+        state, alone = None, []
+        for x in xs:
+            with region():  # one call in each region
+                state = cell(x, state)
+            alone.append(hidden(state))
+    assert len(packings) == wanted(cell)
+    assert all(torch.equal(a, b) for a, b in zip(made, alone, strict=True))
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("kind", CELLS)
+@pytest.mark.usefixtures("deterministic")
+def test_few_rows_under_deterministic_algorithms(kind: str, packings: list[Any]) -> None:
+    """They are multiplied as many are."""
+    cell, xs = build(kind, I, H), torch.randn(5, 3, I)
+    with torch.no_grad():
+        packed = steps(cell, xs)
+        assert len(packings) == wanted(cell)
+        plain = steps(cell, xs, cache_enabled=False)
+    assert len(packings) == wanted(cell)
+    assert all(torch.equal(a, b) for a, b in zip(packed, plain, strict=True))
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("kind", CELLS)
+def test_gradients_are_the_same(kind: str, packings: list[Any]) -> None:
+    cell, xs = build(kind, I, H), torch.randn(5, N, I)
+
+    def gradients(**options: Any) -> list[Tensor]:
+        torch.stack(steps(cell, xs, **options)).float().square().sum().backward()
+        found = [p.grad for p in cell.parameters()]
+        cell.zero_grad()
+        return found
+
+    packed = gradients()
+    assert len(packings) == wanted(cell)
+    plain = gradients(cache_enabled=False)
+    assert len(packings) == wanted(cell)
+    for a, b in zip(packed, plain, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "in place": lambda cell: cell.weight_hh.mul_(2),
+    "data": lambda cell: setattr(cell.weight_ih, "data", cell.weight_ih * 2),
+    "bias": lambda cell: cell.bias_hh.add_(1),
+    "replaced": lambda cell: setattr(cell, "weight_hh", nn.Parameter(cell.weight_hh * 2)),
+    "loaded": lambda cell: cell.load_state_dict({k: v * 2 for k, v in cell.state_dict().items()}),
+    "without biases": lambda cell: (setattr(cell, "bias_ih", None), setattr(cell, "bias_hh", None)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_changed_weights_count(change: str) -> None:
+    cell, x, h = build("GRUCell", I, H), torch.randn(N, I), torch.randn(N, H)
+    with torch.no_grad():
+        with region():
+            before = [cell(x, h) for _ in range(3)]
+            CHANGES[change](cell)
+            after = [cell(x, h) for _ in range(3)]
+        with region():
+            again = cell(x, h)
+    assert not torch.equal(before[0], again)
+    assert all(torch.equal(z, before[0]) for z in before)
+    assert all(torch.equal(z, again) for z in after)
+
+
+def test_weights_that_change_between_regions() -> None:
+    """By a way that leaves no trace on the tensor."""
+    cell, x = build("GRUCell", I, H), torch.randn(N, I)
+    made = []
+    with torch.no_grad():
+        for _ in range(2):
+            with region():
+                made += [cell(x, x) for _ in range(3)]
+            cell.weight_hh.data.mul_(0).add_(0.1)
+            cell.weight_ih.data.mul_(0).add_(0.1)
+    assert not torch.equal(made[0], made[3])
+    assert torch.equal(made[3], made[5])
+
+
+def test_nothing_is_kept_after_a_region() -> None:
+    cell, x = build("LSTMCell", I, H), torch.randn(N, I)
+    with torch.no_grad():
+        with region():
+            with region():
+                cell(x), cell(x)
+            kept = list(kept_weights._kept.values())
+            assert [k.frozen is not None for k in kept] == [True] * wanted(cell)
+        assert not kept_weights._kept
+        with suppress(ZeroDivisionError), region():
+            cell(x), cell(x)
+            raise ZeroDivisionError
+        assert not kept_weights._kept
+
+
+def test_weights_that_are_gone_are_forgotten(packings: list[Any]) -> None:
+    """As those that a parametrization makes for each call."""
+    x = torch.randn(N, I)
+    with torch.no_grad(), region():
+        for _ in range(4):
+            build("GRUCell", I, H)(x)
+        assert not kept_weights._kept
+    assert packings == []
+
+
+@pytest.mark.parametrize("case", ["cache_enabled", "few numbers", "inference tensors", "float64"])
+def test_calls_that_keep_nothing(case: str, packings: list[Any]) -> None:
+    with torch.inference_mode(case == "inference tensors"):
+        cell = build("GRUCell", I, 32 if case == "few numbers" else H)
+    x = torch.randn(N, I)
+    if case == "float64":
+        cell, x = cell.double(), x.double()
+    with torch.inference_mode(), region(cache_enabled=case != "cache_enabled"):
+        made = [cell(x) for _ in range(3)]
+    assert torch.equal(made[0], made[2])
+    assert packings == []
+
+
+def test_hooks_of_saved_tensors_see_those_of_the_cell_alone(packings: list[Any]) -> None:
+    cell, x = build("GRUCell", I, H), torch.randn(N, I)
+    seen: list[int] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        seen[-1] += 1
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), region():
+        for _ in range(3):
+            seen.append(0)
+            cell(x)
+    assert len(set(seen)) == 1
+    assert packings == []
+
+
+def test_inference_mode_keeps_weights_too(packings: list[Any]) -> None:
+    cell, x = build("GRUCell", I, H), torch.randn(N, I)
+    with torch.inference_mode(), region():
+        made = [cell(x) for _ in range(4)]
+    assert len(packings) == wanted(cell)
+    assert torch.equal(made[0], made[3])
+
+
+def test_threads_with_regions_of_their_own() -> None:
+    """Each end of a region frees torch's casts, those of other threads as well."""
+    cells = [build("GRUCell", I, H) for _ in range(3)]
+    x = torch.randn(N, I)
+    with torch.no_grad(), region():
+        wanted = [cell(x) for cell in cells]
+    wrong: list[Any] = []
+
+    def serve(cell: nn.Module, result: Tensor) -> None:
+        with torch.no_grad():
+            for _ in range(30):
+                with region():
+                    wrong.extend(1 for _ in range(4) if not torch.equal(cell(x), result))
+
+    workers = [threading.Thread(target=serve, args=(cells[i % 3], wanted[i % 3])) for i in range(6)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert wrong == []
+    assert not kept_weights._kept
+
+
+def test_packed_weights_of_another_layer_are_refused() -> None:
+    cell, x = build("GRUCell", I, H), torch.randn(N, I)
+    weights = list(cell.parameters())
+    wide = [torch.randn(3 * H, I + 1), *weights[1:]]
+    kernel = kernel_of(cell, x)
+    used, other = ("bfloat16", "own") if wanted(cell) else ("own", "bfloat16")
+    for packed in (
+        kernels.Frozen(kernel, I, 1, other, weights, ()),
+        kernels.Frozen(kernel, I + 1, 1, used, wide, ()),
+    ):
+        with pytest.raises(kernels.RefusedError, match="the packed weights are of another layer"):
+            kernel.forward(x, None, None, weights, None, packed=packed)
