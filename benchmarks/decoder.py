@@ -1,7 +1,8 @@
 """A decoder: 100 steps of a cell with attention between them, and one backward pass.
 
 What a step costs in a loop, where autograd sums the gradients that every step has for the same
-weights. ``python -m benchmarks.decoder`` prints both libraries, timed in turn.
+weights, and under ``--autocast``, where all steps of a pass are in one region.
+``python -m benchmarks.decoder`` prints both libraries, timed in turn.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from rnnkern.bench import timing
 from rnnkern.bench.workloads import STEP_CELLS
 
 STEPS, SOURCE, EMBEDDING = 100, 50, 128
-SIZES = ((1, 128), (16, 256), (64, 512))
-"""Rows of the batch, and hidden units."""
+SIZES = ((1, 128), (16, 256), (64, 512), (16, 1024))
+"""Rows of the batch, and hidden units. The last are those of Tacotron 2."""
 
 
 class Decoder(nn.Module):
@@ -38,7 +39,8 @@ class Decoder(nn.Module):
         state = (h, h) if self.is_lstm else h
         made = []
         for step in embedded:
-            weights = torch.softmax((source @ h.unsqueeze(2)).squeeze(2), 1)
+            scores = (source @ h.unsqueeze(2)).squeeze(2) / h.shape[1] ** 0.5
+            weights = torch.softmax(scores, 1)
             seen = (weights.unsqueeze(1) @ source).squeeze(1)
             state = self.cell(torch.cat((step, seen), 1), state)
             h = state[0] if self.is_lstm else state
@@ -46,16 +48,22 @@ class Decoder(nn.Module):
         return torch.stack(made)
 
 
-def calls(model: Decoder, embedded: Tensor, source: Tensor) -> tuple[Callable[[], object], ...]:
+def calls(
+    model: Decoder, embedded: Tensor, source: Tensor, autocast: bool
+) -> tuple[Callable[[], object], ...]:
     """The calls for inference and for forward+backward."""
+
+    def run() -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return model(embedded, source).float()
 
     def inference() -> None:
         with torch.no_grad():
-            model(embedded, source)
+            run()
 
     def training() -> None:
         model.zero_grad()
-        model(embedded, source).square().mean().backward()
+        run().square().mean().backward()
 
     return inference, training
 
@@ -83,10 +91,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--autocast", action="store_true", help="to bfloat16")
     parser.add_argument("--budget", type=float, default=2.0, help="seconds a row")
     arguments = parser.parse_args()
     print(f"{timing.cpu_name()}, torch {torch.__version__}, threads: {arguments.threads}")
-    print(f"{STEPS} steps, source of {SOURCE}\n")
+    kind_of_call = "autocast to bfloat16" if arguments.autocast else "float32"
+    print(f"{STEPS} steps, source of {SOURCE}, {kind_of_call}\n")
     print(
         f"{'cell':10}{'N':>4}{'H':>5}  {'pass':17}{'torch.nn':>10}{'rnnkern':>10}{'speed-up':>10}"
     )
@@ -101,8 +111,8 @@ def main() -> None:
                 check(ours, theirs, embedded, source)
                 pairs = zip(
                     ("inference", "forward+backward"),
-                    calls(ours, embedded, source),
-                    calls(theirs, embedded, source),
+                    calls(ours, embedded, source, arguments.autocast),
+                    calls(theirs, embedded, source, arguments.autocast),
                     strict=True,
                 )
                 for name, own, other in pairs:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from rnnkern.layer import Maybe, Operands
 from rnnkern.sequence import is_packed
@@ -39,7 +40,10 @@ def switched_off(device: str) -> AbstractContextManager[Any]:
 def cast(dtype: torch.dtype, *tensors: Maybe) -> Iterator[Any]:
     """The tensors cast as autocast would cast them: float64 stays float64."""
     eligible = (torch.float32, torch.bfloat16, torch.float16)
-    return (t if t is None or t.dtype not in eligible else t.to(dtype) for t in tensors)
+    return (
+        t if t is None or t.dtype == dtype or t.dtype not in eligible else t.to(dtype)
+        for t in tensors
+    )
 
 
 def dtype_of_results(call: Call) -> torch.dtype | None:
@@ -74,8 +78,12 @@ def computed(call: Call) -> Operands:
     is_wide = call.layer.is_cell and weights[0].dtype == torch.float32
     dtype = torch.float32 if is_wide else dtype_of_results(call)
     assert dtype is not None
-    x, h0, c0, *weights = cast(dtype, x, h0, c0, *weights)
-    return Operands(x, h0, c0, weights)
+    x, h0, c0 = cast(dtype, x, h0, c0)
+    if is_compiling() or dtype == torch.float32 or any(w.dtype != torch.float32 for w in weights):
+        return Operands(x, h0, c0, list(cast(dtype, *weights)))
+    from rnnkern.kept_weights import cast_in_region
+
+    return Operands(x, h0, c0, cast_in_region(weights, dtype))
 
 
 def results(call: Call, y: Tensor, hn: Tensor, cn: Maybe) -> tuple[Tensor, Tensor, Maybe]:

@@ -252,14 +252,26 @@ def _one_layer(
             t is not None and t.requires_grad for t in (x, h0, c0, *weights)
         )
         return ops.scan(layer, steps, operands, training)
+    packed = _packed_before(layer, kernel, operands)
     run = kernels.profiled(kernel.forward, layer.mode)
-    outputs, training, kept_y, saved = run(x, h0, c0, weights, steps, keeps_y=is_last)
+    outputs, training, kept_y, saved = run(
+        x, h0, c0, weights, steps, keeps_y=is_last, packed=packed
+    )
     if training:
         states = [s for s in (h0, c0) if s is not None]
         scanned = kernel, steps, len(states)
         outputs = record(scanned, outputs, kept_y, saved, x, *weights, *states)
     y, hn, *cn = outputs
     return y, hn, cn[0] if cn else None
+
+
+def _packed_before(layer: Layer, kernel: Kernel, operands: Operands) -> kernels.Frozen | None:
+    """The weights, if they have been packed in this region of autocast."""
+    if not layer.by_bfloat16 or operands.x.dtype != torch.float32:
+        return None
+    from rnnkern.kept_weights import packed_in_region
+
+    return packed_in_region(kernel, operands)
 
 
 def dropout(module: Any, x: Tensor) -> Tensor:
@@ -278,11 +290,7 @@ def _cell(call: Call, operands: Operands, kernel: Kernel | None) -> tuple[Tensor
         _, hn, cn = _one_layer(call.layer, None, own, None)
         shape = (*x.shape[:-1], call.module.hidden_size)
         return tuple(_without_time(z, shape) for z in (hn, cn) if z is not None)
-    packed = None
-    if call.asked is torch.bfloat16:
-        from rnnkern.kept_weights import packed_in_region
-
-        packed = packed_in_region(kernel, operands)
+    packed = _packed_before(call.layer, kernel, operands)
     run = kernels.profiled(kernel.forward, kernel.mode)
     outputs, training, kept_h, saved = run(x, h0, c0, weights, None, keeps_y=True, packed=packed)
     if not training:

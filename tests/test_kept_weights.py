@@ -1,4 +1,4 @@
-"""The packed weights of cells, which are kept for a region of autocast."""
+"""Packed weights and casts of weights, which are kept for a region of autocast."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import CELLS, build
+from support import CELLS, LAYERS, build
 from torch import Tensor, nn
 
 from rnnkern import kept_weights, kernels
@@ -47,6 +47,10 @@ def wanted(cell: nn.Module) -> int:
     """1 if the kernels of this CPU multiply such a cell as bfloat16, else 0."""
     x = torch.zeros(N, I)
     return int(kernels.multiplies_as_bfloat16(kernel_of(cell, x), x))
+
+
+def is_anything_kept() -> bool:
+    return bool(kept_weights._packed or kept_weights._casts)
 
 
 def hidden(state: Any) -> Tensor:
@@ -111,6 +115,58 @@ def test_gradients_are_the_same(kind: str, packings: list[Any]) -> None:
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.kernel
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("own", [{}, {"bidirectional": True, "num_layers": 2}], ids=str)
+@pytest.mark.parametrize("trains", [False, True])
+def test_layers_that_are_called_many_times(kind: str, own: dict[str, Any], trains: bool) -> None:
+    """The same numbers as in regions of their own; of gradients, sums in the casts' type."""
+    layer, xs = build(kind, I, H, **own), torch.randn(3, 2, N, I)
+
+    def results(**options: Any) -> list[Tensor]:
+        with torch.set_grad_enabled(trains), region(**options):
+            outputs = [layer(x)[0] for x in xs]
+        if not trains:
+            return outputs
+        torch.stack(outputs).float().square().sum().backward()
+        gradients = [p.grad for p in layer.parameters()]
+        layer.zero_grad()
+        return [*outputs, *gradients]
+
+    kept, plain = results(), results(cache_enabled=False)
+    for a, b in zip(kept[:3], plain[:3], strict=True):
+        assert torch.equal(a, b)
+    for a, b in zip(kept[3:], plain[3:], strict=True):
+        torch.testing.assert_close(a, b, rtol=0.02, atol=0.02 * float(b.abs().max()))
+
+
+def test_each_mode_has_casts_of_its_own() -> None:
+    """Those that were made without a graph are of no use to a call that records one."""
+    layer, x = build("LSTM", I, H), torch.randn(1, N, I)
+    with region():
+        with torch.inference_mode():
+            layer(x)
+        with torch.no_grad():
+            layer(x)
+        layer(x)[0].float().sum().backward()
+        layer.requires_grad_(False)
+        assert not layer(x)[0].requires_grad
+        layer.requires_grad_(True)
+        layer(x)[0].float().sum().backward()
+    assert all(p.grad is not None for p in layer.parameters())
+
+
+def test_a_step_of_an_optimizer_inside_a_region() -> None:
+    layer, x = build("LSTM", I, H), torch.randn(1, N, I)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
+    with region():
+        layer(x)[0].float().sum().backward()
+        optimizer.step()
+        inside = layer(x)[0]
+    with region():
+        assert torch.equal(layer(x)[0], inside)
+
+
 CHANGES: dict[str, Callable[[Any], Any]] = {
     "in place": lambda cell: cell.weight_hh.mul_(2),
     "data": lambda cell: setattr(cell.weight_ih, "data", cell.weight_ih * 2),
@@ -152,17 +208,20 @@ def test_weights_that_change_between_regions() -> None:
 
 def test_nothing_is_kept_after_a_region() -> None:
     cell, x = build("LSTMCell", I, H), torch.randn(N, I)
+    lstm, xs = build("LSTM", I, H), torch.randn(1, N, I)
     with torch.no_grad():
         with region():
             with region():
                 cell(x), cell(x)
-            kept = list(kept_weights._kept.values())
-            assert [k.frozen is not None for k in kept] == [True] * wanted(cell)
-        assert not kept_weights._kept
+            kept = list(kept_weights._packed.values())
+            assert [k.made is not None for k in kept] == [True] * wanted(cell)
+            lstm(xs)
+            assert len(kept_weights._casts) == 1
+        assert not is_anything_kept()
         with suppress(ZeroDivisionError), region():
             cell(x), cell(x)
             raise ZeroDivisionError
-        assert not kept_weights._kept
+        assert not is_anything_kept()
 
 
 def test_weights_that_are_gone_are_forgotten(packings: list[Any]) -> None:
@@ -171,7 +230,7 @@ def test_weights_that_are_gone_are_forgotten(packings: list[Any]) -> None:
     with torch.no_grad(), region():
         for _ in range(4):
             build("GRUCell", I, H)(x)
-        assert not kept_weights._kept
+        assert not is_anything_kept()
     assert packings == []
 
 
@@ -232,7 +291,7 @@ def test_threads_with_regions_of_their_own() -> None:
     for worker in workers:
         worker.join()
     assert wrong == []
-    assert not kept_weights._kept
+    assert not is_anything_kept()
 
 
 def test_packed_weights_of_another_layer_are_refused() -> None:
