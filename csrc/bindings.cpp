@@ -494,18 +494,19 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "add_cell",
       [](const std::string& mode, const std::vector<std::string>& gates, int slots, bool cell_state,
-         bool saves_slots, bool reads_h, int parameters, bool recurrent, int more_states) {
+         bool saves_slots, bool reads_h, const std::vector<std::string>& parameters, bool recurrent,
+         int more_states) {
         const CellShape shape = {.gates = int(gates.size()),
                                  .slots = slots,
                                  .cell_state = cell_state,
                                  .saves_slots = saves_slots,
                                  .reads_h = reads_h,
-                                 .parameters = parameters,
+                                 .parameters = int(parameters.size()),
                                  .more_states = more_states,
                                  .recurrent = recurrent};
         if (!shape.is_valid()) throw py::value_error("no cell has such a shape");
         if (known_id(mode)) throw py::value_error("there is a cell '" + mode + "' already");
-        added_cells().add(mode, gates, shape);
+        added_cells().add(mode, gates, parameters, shape);
         return fields_of(shape, shape.saves_slots ? gates : std::vector<std::string>{});
       },
       py::kw_only(), py::arg("mode"), py::arg("gates"), py::arg("slots"), py::arg("cell_state"),

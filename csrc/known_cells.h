@@ -22,7 +22,7 @@ constexpr int kMostDevices = 64;  // with libraries of cells
 // A cell that is not in the list. It is never removed.
 struct AddedCell {
   std::string mode;
-  std::vector<std::string> gates;
+  std::vector<std::string> gates, parameters;
   std::vector<const char*> gate_names;
   CellInfo info;
   std::array<std::atomic<const void*>, kElementTypes> kernels{};  // Kernels<T>, or null
@@ -46,7 +46,8 @@ class AddedCells {
     }
     return nullptr;
   }
-  void add(std::string mode, std::vector<std::string> gates, CellShape shape) {
+  void add(std::string mode, std::vector<std::string> gates, std::vector<std::string> parameters,
+           CellShape shape) {
     const int i = count_.load(std::memory_order_relaxed);
     if (size_t(i) == cells_.size()) {
       throw std::runtime_error("a process has at most " + std::to_string(cells_.size()) +
@@ -55,6 +56,7 @@ class AddedCells {
     auto made = std::make_unique<AddedCell>();
     made->mode = std::move(mode);
     made->gates = std::move(gates);
+    made->parameters = std::move(parameters);
     for (const std::string& name : made->gates) made->gate_names.push_back(name.c_str());
     made->info = {made->mode.c_str(), made->gate_names, shape};
     cells_[size_t(i)] = std::move(made);

@@ -126,7 +126,7 @@ def add_cell(
     cell_state: bool,
     saves_slots: bool,
     reads_h: bool,
-    parameters: int,
+    parameters: list[str],
     recurrent: bool,
     more_states: int,
 ) -> dict[str, Any]: ...

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rnnkern.call import mode_of
-from rnnkern.known_cells import CELLS
+from rnnkern.known_cells import CELLS, name_of
 
 DEFAULTS = {
     "recurrent_dropout": 0.0,
@@ -111,8 +111,8 @@ def _add_gains(module: Any) -> None:
         for kind, size in sizes.items():
             if hasattr(module, kind + suffix):
                 raise ValueError(
-                    f"layer_norm adds a parameter {kind + suffix}, which the cell {module.mode} "
-                    "has already"
+                    f"layer_norm adds a parameter {kind + suffix}, which the cell "
+                    f"{name_of(module.mode)} has already"
                 )
             setattr(module, kind + suffix, nn.Parameter(like.new_empty(size)))
     module._gain_names = [[kind + suffix for kind in sizes] for suffix in suffixes]

@@ -11,6 +11,7 @@ from rnnkern import autocast, kernels
 from rnnkern.call import Call, read, read_cell, refusal_of
 from rnnkern.forward import without_kernels
 from rnnkern.kernels import Refusal, Why
+from rnnkern.known_cells import name_of
 from rnnkern.options import Options, asked_of, asked_of_cell, computed
 from rnnkern.run import have_operators, refusal_of_options
 
@@ -101,8 +102,9 @@ def _lines(call: Call, x: Tensor, has_gaps: bool) -> list[str]:
     multiplied = kernels.multiplied_as(kernel, x)
     dtype = str(x.dtype).removeprefix("torch.")
     device = "GPU" if x.device.type == "cuda" else "CPU"
+    cell, how = name_of(layer.mode), multiplied and f" multiplied as {multiplied}"
     lines = [
-        f"{layer.mode} on the {device}, {dtype}{multiplied and f' multiplied as {multiplied}'}: "
+        f"{cell} on the {device}, {dtype}{how}: "
         f"T={T} N={N} I={module.input_size} H={module.hidden_size} layers={layers} directions={D}"
     ]
     if has_gaps:

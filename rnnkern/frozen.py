@@ -20,7 +20,7 @@ from rnnkern.convert import expect_module, recurrent_modules
 from rnnkern.interop import scripting
 from rnnkern.interop.exporting import to_torch
 from rnnkern.kernels import Refusal, Why
-from rnnkern.known_cells import CELLS
+from rnnkern.known_cells import CELLS, name_of
 from rnnkern.layer import Maybe, Operands, dense
 from rnnkern.ops.kernel_ops import LIBRARY, TAGS, arguments, batch_of, rows_like, steps_of
 from rnnkern.run import DTYPES
@@ -257,7 +257,7 @@ class _Frozen(nn.Module):
         """Nothing, because there are no parameters. Models call it in their forward."""
 
     def extra_repr(self) -> str:
-        options = [f"{self.mode}, {self.input_size}, {self.hidden_size}"]
+        options = [f"{name_of(self.mode)}, {self.input_size}, {self.hidden_size}"]
         for name, default in (
             ("num_layers", 1),
             ("bidirectional", False),

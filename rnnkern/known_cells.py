@@ -149,14 +149,22 @@ MODES: dict[int, str] = _Known((cell.number, mode) for mode, cell in CELLS.items
 """Modes by the number of the cell."""
 
 
-def add_cell(mode: str, gates: Sequence[str], *, number: int, step: Step, **shape: Any) -> None:
+def add_cell(
+    mode: str,
+    gates: Sequence[str],
+    parameters: Sequence[str],
+    *,
+    number: int,
+    step: Step,
+    **shape: Any,
+) -> None:
     """Makes a cell known. Its kernels are loaded when they are needed.
 
     ``number`` must follow from what the cell computes, because torch keeps programs with such
     numbers on disk. ``shape`` are the other fields of a ``CellShape`` (`csrc/cells/cell.h`).
     """
     number += FIRST_OF_OWN
-    own = _C.add_cell(mode=mode, gates=list(gates), **shape)
+    own = _C.add_cell(mode=mode, gates=list(gates), parameters=list(parameters), **shape)
     CELLS[mode] = Cell(step=step, number=number, **own)
     MODES[number] = mode
 
@@ -164,3 +172,8 @@ def add_cell(mode: str, gates: Sequence[str], *, number: int, step: Step, **shap
 def is_own(mode: str) -> bool:
     """Whether a user has written the cell."""
     return CELLS[mode].number >= FIRST_OF_OWN
+
+
+def name_of(mode: str) -> str:
+    """The name of a cell for people. The mode of a user's cell has a digest behind its name."""
+    return mode.rpartition("-")[0] if is_own(mode) else mode

@@ -9,7 +9,7 @@ from torch import nn
 from rnnkern import constructor
 from rnnkern.forward import cell, forward, method, without_torch
 from rnnkern.interop import scripting
-from rnnkern.known_cells import CELLS
+from rnnkern.known_cells import CELLS, name_of
 
 INITIALISED = """
     The constructor has these arguments besides torch.nn's, by keyword.
@@ -183,8 +183,8 @@ class OwnRNN(nn.RNNBase):
         self.mode = mode
         if self.proj_size and not CELLS[mode].may_be_projected:
             raise ValueError(
-                f"proj_size needs a cell that saves its slots and does not read h, got {mode} and "
-                f"proj_size={self.proj_size}"
+                f"proj_size needs a cell that saves its slots and does not read h, got "
+                f"{name_of(mode)} and proj_size={self.proj_size}"
             )
         for name, weight in self.named_parameters():
             if not name.startswith("weight_hr"):

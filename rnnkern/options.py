@@ -9,7 +9,7 @@ from torch import Tensor
 from rnnkern import autocast
 from rnnkern.call import Call, has_cell_state, mode_of, state_shapes
 from rnnkern.constructor import gains_of, option, options_besides_torchs, probability
-from rnnkern.known_cells import CELLS, State
+from rnnkern.known_cells import CELLS, State, name_of
 from rnnkern.layer import Maybe
 
 
@@ -62,9 +62,11 @@ def asked_of(module: Any, reset: Any, reset_to: Any, return_cells: Any) -> Optio
             the module has a probability outside ``[0, 1)``, or `gains_of` raises it.
     """
     if return_cells and not has_cell_state(module):
-        raise ValueError(f"return_cells needs a cell state, which {module.mode} does not have")
+        cell = name_of(module.mode)
+        raise ValueError(f"return_cells needs a cell state, which {cell} does not have")
     if return_cells and CELLS[mode_of(module)].more_states:
-        raise ValueError(f"return_cells is for cells with h and c, {module.mode} has more states")
+        cell = name_of(module.mode)
+        raise ValueError(f"return_cells is for cells with h and c, {cell} has more states")
     if reset_to is not None and reset is None:
         raise ValueError("reset_to says where a reset goes to: it needs reset, got reset=None")
     dropout = option(module, "recurrent_dropout") if module.training else 0

@@ -345,6 +345,35 @@ def test_what_cannot_be_precompiled(
     assert not cell_cache.exists()
 
 
+@pytest.mark.parametrize("who", ["nobody", "this process", "another process"])
+def test_clear_leaves_what_is_being_written(who: str, cell_cache: Path) -> None:
+    """And removes what a process has left that was killed."""
+    cell_cache.mkdir(mode=0o700)
+    (cell_cache / "lock").touch()
+    written = cell_cache / ".tmp1"
+    written.touch()
+    if who == "nobody":
+        assert build.clear() == 0
+    elif who == "this process":
+        with build._only_process(cell_cache / "some.so"):
+            assert build.clear() == 0
+    else:
+        with build._only_process(cell_cache / "some.so"):
+            code = "from rnnkern.own_cells import build; print(build.clear())"
+            run = subprocess.run(
+                [sys.executable, "-c", code], capture_output=True, text=True, check=True
+            )
+        assert run.stdout == "0\n"
+    assert written.exists() == (who != "nobody")
+
+
+def test_precompile_knows_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "_compile", lambda *_: b"library")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (path, *_) = rnnkern.precompile(cells.rnn_tanh, folder="~/cells")
+    assert path.parent == tmp_path / "cells"
+
+
 def test_the_command_clears_the_cache(
     cell_cache: Path, compiler: Callable[[], int], capsys: pytest.CaptureFixture[str]
 ) -> None:

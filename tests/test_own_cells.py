@@ -399,6 +399,25 @@ def test_a_long_name() -> None:
     assert not kernels.WITHOUT_KERNELS
 
 
+@pytest.mark.parametrize(
+    ("parameters", "called"), [((), r"\(x, h, prev\)"), (("p",), r"\(x, h, prev, own\)")]
+)
+def test_a_function_of_other_arguments(parameters: tuple[str, ...], called: str) -> None:
+    message = rf"test_own_cells.py:\d+: the cell 'odd' is called with {called}, and takes \(x, p\)"
+    with pytest.raises(rnnkern.CellError, match=message):
+
+        @rnnkern.cell(gates=("a",), parameters=parameters)
+        def odd(x, p):  # type: ignore[no-untyped-def]
+            return rnnkern.tanh(x.a) * p
+
+
+def test_a_wrong_parameter_is_named() -> None:
+    layer = rnnkern.Recurrent(rnnkern.cells.ind_rnn, 3, 4)
+    layer.u_l0 = torch.nn.Parameter(torch.zeros(5))
+    with pytest.raises(RuntimeError, match=r"u has shape \[5\], expected \[4\]"):
+        layer(torch.randn(2, 1, 3))
+
+
 def test_the_error_names_the_line() -> None:
     with pytest.raises(rnnkern.CellError) as caught:
         rnnkern.cell(gates=("f",))(_branch)

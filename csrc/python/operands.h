@@ -126,6 +126,7 @@ void read_weights(const Layer& layer, int64_t I, dlpack::Device device, const Li
   };
   const CellShape shape = known_shape(layer.cell);
   const int64_t rows = shape.gates * layer.hidden;
+  const AddedCell* const added = added_cells().at(layer.cell);
   for (int d = 0; d < layer.directions; ++d) {
     Weights<T>& w = out[d];
     next("weight_ih", {rows, I}, &w.w_ih, &w.w_ih_row);
@@ -136,7 +137,8 @@ void read_weights(const Layer& layer, int64_t I, dlpack::Device device, const Li
     }
     if (layer.projected) next("weight_hr", {layer.out, layer.hidden}, &w.w_hr, &w.w_hr_row);
     for (int k = 0; k < shape.parameters; ++k) {
-      next("parameter of the cell", {layer.hidden}, &w.parameters[k], nullptr);
+      const char* name = added ? added->parameters[size_t(k)].c_str() : "parameter of the cell";
+      next(name, {layer.hidden}, &w.parameters[k], nullptr);
     }
   }
 }

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from rnnkern import onnx, reference
-from rnnkern.known_cells import CELLS, is_own
+from rnnkern.known_cells import CELLS, is_own, name_of
 from rnnkern.layer import PACKED, Layer, Maybe, Operands, unflatten
 from rnnkern.sequence import Steps, active_rows, ranked
 
@@ -109,7 +109,8 @@ def _node(
     x, h0, c0, weights, _ = given
     operator = _OPERATORS.get(layer.mode)
     if operator is None:
-        raise NotImplementedError(f"torch has no operator for {layer.mode}: it cannot be exported")
+        cell = name_of(layer.mode)
+        raise NotImplementedError(f"torch has no operator for {cell}: it cannot be exported")
     operands = [
         x,
         [h0, c0] if layer.has_cell_state else h0,

@@ -29,6 +29,7 @@ import torch
 
 from rnnkern import kernels
 from rnnkern.kernels import CPU
+from rnnkern.known_cells import name_of
 from rnnkern.own_cells import headers
 from rnnkern.own_cells.targets import (
     DTYPES,
@@ -147,11 +148,6 @@ def look_ahead(mode: str) -> None:
         for dtype, element in ELEMENTS.items():
             if not any(name.startswith(f"{mode}-{element}-") for name in names):
                 kernels.WITHOUT_KERNELS.setdefault((mode, dtype, CPU), str(error))
-
-
-def name_of(mode: str) -> str:
-    """The name of the function that is the cell."""
-    return mode.rpartition("-")[0]
 
 
 def library(mode: str, target: Target) -> bytes:
@@ -315,10 +311,21 @@ def _only_process(path: Path) -> Iterator[None]:
 
 
 def clear() -> int:
-    """Removes the cache's libraries, and returns their number."""
-    found = libraries()
-    for path in (*found, *cache_folder().glob(".tmp*")):
+    """Removes the cache's libraries, and returns their number.
+
+    What processes have left behind that were killed is removed, too, unless one compiles just now.
+    """
+    found, folder = libraries(), cache_folder()
+    for path in found:
         path.unlink(missing_ok=True)
+    if _making.acquire(blocking=False):
+        try:
+            with contextlib.suppress(OSError), (folder / "lock").open("r+") as file:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of all libraries
+                for path in folder.glob(".tmp*"):
+                    path.unlink(missing_ok=True)
+        finally:
+            _making.release()
     return len(found)
 
 

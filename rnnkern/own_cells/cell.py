@@ -140,7 +140,8 @@ class OwnCell:
                 known_cells.add_cell(
                     mode,
                     self.gates,
-                    **shape_of(self._derived, self.parameters),
+                    self.parameters,
+                    **shape_of(self._derived),
                     number=int(digest[:10], 16),
                     step=self.step,
                 )
@@ -201,7 +202,7 @@ def precompile(
         dtypes: of the layers, one or several. If the instruction set multiplies bfloat16, float32
             has a second library, for ``torch.autocast`` and
             ``torch.set_float32_matmul_precision("medium")``, and with AMX a third one for "high".
-        folder: where to write; the cache if it is None.
+        folder: where to write; the cache if it is None. ``~`` is the home folder.
         instruction_set: one of `rnnkern.build_info`'s ``isa_compiled``, the one in use if None.
             On the machines it must be the one that ``isa`` names.
         cuda_capability: of GPUs, such as ``(9, 0)``, as ``torch.cuda.get_device_capability`` gives
@@ -214,7 +215,7 @@ def precompile(
         TypeError: there is something else than a cell among ``cells``, or no dtypes in
             ``dtypes``.
         ValueError: a dtype, the instruction set or the compute capability is not known.
-        RuntimeError: there is no compiler, or it fails.
+        RuntimeError: there is no compiler, or it fails; or there is no home folder for ``~``.
         OSError: the folder cannot be made or written to, or others may write to it.
     """
     for each in cells:
@@ -223,6 +224,6 @@ def precompile(
     wanted = [dtypes] if isinstance(dtypes, torch.dtype) else dtypes
     if not isinstance(wanted, (list, tuple)):
         raise TypeError(f"dtypes must be a torch.dtype or a list of them, got {dtypes!r}")
-    where = build.cache_folder() if folder is None else Path(folder)
+    where = build.cache_folder() if folder is None else Path(folder).expanduser()
     modes = [each.mode for each in cells]
     return build.precompile(modes, wanted, where, instruction_set, cuda_capability)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import linecache
 import traceback
 from collections.abc import Callable, Sequence
@@ -76,6 +77,7 @@ def trace(
     """
     graph = Graph()
     symbols = arguments(gates, states, parameters, lambda kind, _, own: graph.leaf(f"{kind}.{own}"))
+    _expect_arguments(function, name, "(x, h, prev, own)" if parameters else "(x, h, prev)")
     try:
         made = function(*symbols)
     except Exception as error:
@@ -98,6 +100,20 @@ def trace(
                 f"its arguments ({wanted}), got {got} for {state}"
             )
     return Traced(graph, dict(zip(states, made, strict=True)))
+
+
+def _expect_arguments(function: Callable[..., Any], name: str, wanted: str) -> None:
+    """Raises a CellError if the function cannot be called with so many arguments."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # of a callable that does not tell
+        return
+    try:
+        signature.bind(*wanted.split(","))
+    except TypeError:
+        raise CellError(
+            f"{_start(function)}: the cell {name!r} is called with {wanted}, and takes {signature}"
+        ) from None
 
 
 def _text(error: Exception) -> str:
