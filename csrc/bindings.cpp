@@ -80,8 +80,8 @@ struct Outputs {
 // What the caller of a forward pass wants of it.
 struct Wanted {
   bool training = false;
-  bool keeps_y = false;  // the caller hands y on, and whoever gets it may change it
-  bool cells = false;    // save the cell states of all steps in any case
+  bool keeps_y = false;            // the caller hands y on, and whoever gets it may change it
+  bool cells = false;              // save the cell states of all steps in any case
   const Frozen* packed = nullptr;  // the layer's weights, packed before
 };
 
@@ -544,8 +544,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("plain_cell", &plain_cell);
   m.def("plain_backward", &plain_backward);
   m.def("multiplies_as_bfloat16", [](const Layer& layer, py::handle x) {
-    return with_element_of(layer, x,
-                           [](auto element) { return std::is_same_v<decltype(element), F32ByBf16>; });
+    return with_element_of(
+        layer, x, [](auto element) { return std::is_same_v<decltype(element), F32ByBf16>; });
   });
   m.def("are_worth_sums", [](const Layer& layer, py::handle x) {
     return are_worth_sums(layer, view_of(x, "input").tensor.device);

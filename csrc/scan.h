@@ -24,12 +24,13 @@ struct Steps {
   int64_t T = 0, N = 0;
   int64_t total = 0;  // rows over all steps that have storage: T*N, or the packed length
   const int64_t* active = nullptr;  // [T] rows active at step t, not increasing; null: all N
-  const int64_t* start =
-      nullptr;  // [T] packed layout: storage row of the first row of step t; null: padded layout
+  const int64_t* start = nullptr;   // [T] storage row of the first row of step t; null: not packed
   const int64_t* host_start = nullptr;  // the same where the host can read it
   const int64_t* order = nullptr;       // [N] the batch row of rank k; null: k itself
   const bool* reset = nullptr;          // [T, N] an episode begins at step t of row n; null: never
   int64_t reset_step = 0, reset_row = 0;
+
+  constexpr bool is_packed() const { return start; }  // else padded
 };
 
 // A [T, N, F] tensor: row n of step t begins at data + t*step + n*row; in packed layout the row of

@@ -26,7 +26,7 @@ RNNKERN_INLINE int64_t batch_row(const Steps& s, int64_t rank) {
 
 template <typename T>
 RNNKERN_INLINE T* row_at(const Steps& s, const Rows<T>& rows, int64_t t, int64_t rank) {
-  if (s.start) return rows.data + (s.start[t] + rank) * rows.row;
+  if (s.is_packed()) return rows.data + (s.start[t] + rank) * rows.row;
   return rows.data + t * rows.step + batch_row(s, rank) * rows.row;
 }
 // Null if the tensor is.

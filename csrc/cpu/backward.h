@@ -151,7 +151,7 @@ class BackwardLoop {
 
   // A row that takes part in no step.
   template <typename Part>
-  void pass_idle_row(const Part& part, int64_t rank) const {
+  void pass_empty_row(const Part& part, int64_t rank) const {
     enter(part, rank);
     leave(part, rank);
   }
@@ -595,7 +595,7 @@ class BackwardScan : public Pass<BackwardScan<T, Cell>, T> {
       loop_.end_step(part, v);
     });
     loop_.end(part);
-    Base::for_idle_rows(part, [&](int64_t rank) { loop_.pass_idle_row(part, rank); });
+    Base::for_empty_rows(part, [&](int64_t rank) { loop_.pass_empty_row(part, rank); });
   }
 
   void finish(int thread, int threads) const { gradients_.run(thread, threads); }

@@ -167,7 +167,7 @@ class ForwardScan : public Pass<ForwardScan<T, Cell>, T> {
           }
         },
         [&](const Visit& v, int64_t first) { step(part, v, x, first); });
-    Base::finish_idle_rows(part, f_.hn, f_.h0, f_.cn, f_.c0);
+    Base::finish_empty_rows(part, f_.hn, f_.h0, f_.cn, f_.c0);
   }
 
   // A block of one step is finished panel by panel: its accumulators never leave the first-level

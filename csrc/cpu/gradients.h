@@ -486,7 +486,7 @@ class Gradients {
   }
 
   void zero_padding_of_dx(int thread, int threads) const {
-    if (!steps_.active || steps_.start) return;
+    if (!steps_.active || steps_.is_packed()) return;
     for (int64_t t = thread; t < steps_.T; t += threads) {
       for (int64_t rank = active_rows(steps_, t); rank < steps_.N; ++rank) {
         zero_row(row_at(steps_, to_.dx, t, rank), 0, sizes_.I);

@@ -122,18 +122,18 @@ class Pass {
     }
   }
 
-  // Calls f(rank) for the rows that take part in no step.
+  // Calls f(rank) for the empty rows, which take part in no step.
   template <typename Part, typename F>
-  void for_idle_rows(const Part& part, F f) const {
+  void for_empty_rows(const Part& part, F f) const {
     const int64_t first =
         steps_.T ? max_of(part.rows.begin, active_rows(steps_, 0)) : part.rows.begin;
     for (int64_t rank = first; rank < part.rows.end; ++rank) f(rank);
   }
   // Their final states are the initial ones. Null cn: there is no cell state.
   template <typename Part>
-  void finish_idle_rows(const Part& part, const State<T>& hn, const State<const T>& h0,
-                        const State<T>& cn, const State<const T>& c0) const {
-    for_idle_rows(part, [&](int64_t rank) {
+  void finish_empty_rows(const Part& part, const State<T>& hn, const State<const T>& h0,
+                         const State<T>& cn, const State<const T>& c0) const {
+    for_empty_rows(part, [&](int64_t rank) {
       const auto finish = [&](const State<T>& to, const State<const T>& from, Range own) {
         copy_or_zero_row(state_at(steps_, to, part.direction, rank),
                          state_or_null(steps_, from, part.direction, rank), own);
@@ -148,7 +148,7 @@ class Pass {
   // The thread's columns of a step in the rows that have ended.
   template <typename Part>
   void zero_padding(const Part& part, const Visit& v, const Rows<T>& rows) const {
-    if (!steps_.active || steps_.start) return;
+    if (!steps_.active || steps_.is_packed()) return;
     for (int64_t rank = v.active_end; rank < part.rows.end; ++rank) {
       zero_row(row_at(steps_, rows, v.t, rank), part.columns);
     }

@@ -177,10 +177,10 @@ class SecondOrderScan : public Pass<SecondOrderScan<T, Cell>, T> {
         },
         [&](int64_t count) { add_known_products(part, count); },
         [&](const Visit& v, int64_t first) { ascend(part, v, first); });
-    Base::finish_idle_rows(part, s_.tangent_hn, tangent_.h0, s_.tangent_cn, tangent_.c0);
+    Base::finish_empty_rows(part, s_.tangent_hn, tangent_.h0, s_.tangent_cn, tangent_.c0);
     cross(part);
     Base::for_steps_back(part, [&](const Visit& v) { descend(part, v); });
-    Base::for_idle_rows(part, [&](int64_t rank) { loop_.pass_idle_row(part, rank); });
+    Base::for_empty_rows(part, [&](int64_t rank) { loop_.pass_empty_row(part, rank); });
   }
 
   RowPointers pointers(int d, int64_t t, int64_t rank) const {

@@ -40,7 +40,7 @@ class GatherRows {
          i += int64_t(blocks_in_grid()) * warps) {
       const int64_t t = i / s.N, rank = i % s.N;
       const bool active = rank < active_rows(s, t);
-      if (!active && s.start) continue;
+      if (!active && s.is_packed()) continue;
       const T* const from =
           !active      ? a.zeros
           : a.is_state ? previous_state(s, a.direction, t, rank, a.rows, a.initial, a.zeros)

@@ -31,9 +31,9 @@ T* take_zeros(const Sizes& z, Queue& queue) {
 template <typename T>
 cuda::Matrix input_matrix(const Rows<const T>& x, const Sizes& z, const Steps& s,
                           bool zero_inactive) {
-  const bool whole = s.start || !s.active || !zero_inactive;
-  const bool dense = s.start || s.T == 1 || s.N == 1 || x.step == s.N * x.row;
-  const int64_t row = s.total == 1 ? z.I : !s.start && s.N == 1 ? x.step : x.row;
+  const bool whole = s.is_packed() || !s.active || !zero_inactive;
+  const bool dense = s.is_packed() || s.T == 1 || s.N == 1 || x.step == s.N * x.row;
+  const int64_t row = s.total == 1 ? z.I : !s.is_packed() && s.N == 1 ? x.step : x.row;
   return {dense && whole && row >= z.I ? x.data : nullptr, row};
 }
 
@@ -69,7 +69,7 @@ Range times_of(const Steps& s, int direction, const Range& visits) {
 // The rows of storage that belong to some steps.
 Range rows_of(const Steps& s, const Range& times) {
   const auto row = [&](int64_t t) {
-    return !s.start ? t * s.N : t == s.T ? s.total : s.host_start[t];
+    return !s.is_packed() ? t * s.N : t == s.T ? s.total : s.host_start[t];
   };
   return {row(times.begin), row(times.end)};
 }

@@ -127,8 +127,9 @@ struct StepwiseForward : ElementKernel {
     // The place for h of this step; before a projection, that in the saved buffer.
     const Rows<T> made = z.projected ? saved_rows(s, a.f.unprojected, e.direction, H)
                                      : columns(a.f.y, e.direction * H);
-    T* const h_to =
-        made.data && (is_active || !s.start) ? row_at(s, made, v.t, e.rank) + e.column : nullptr;
+    T* const h_to = made.data && (is_active || !s.is_packed())
+                        ? row_at(s, made, v.t, e.rank) + e.column
+                        : nullptr;
     if (!is_active) {
       if (h_to) *h_to = T{};  // a padded row past its end
       return;
@@ -179,7 +180,7 @@ struct StepwiseForward : ElementKernel {
         const Visit v = visit_of(s, e.direction == 0, a.i);
         const Rows<T> y = columns(a.f.y, e.direction * z.O);
         if (e.rank >= v.active_end) {
-          if (!s.start) row_at(s, y, v.t, e.rank)[e.column] = T{};
+          if (!s.is_packed()) row_at(s, y, v.t, e.rank)[e.column] = T{};
           return;
         }
         const A made = a.y[e.place];
@@ -229,7 +230,7 @@ struct StepwiseTangent : ElementKernel {
     const bool is_active = e.rank < v.active_end;
     const Rows<T> made = z.projected ? saved_rows(s, of.f.unprojected, e.direction, H)
                                      : columns(of.f.y, e.direction * H);
-    T* const h_to = is_active || !s.start ? row_at(s, made, v.t, e.rank) + e.column : nullptr;
+    T* const h_to = is_active || !s.is_packed() ? row_at(s, made, v.t, e.rank) + e.column : nullptr;
     if (!is_active) {
       if (h_to) *h_to = T{};  // a padded row past its end
       return;
@@ -385,7 +386,7 @@ struct StepwiseBackward : ElementKernel {
         if (a.i == s.T) return;
         const Visit v = visit_of(s, e.direction == 1, a.i);
         const bool is_active = e.rank < v.active_end;
-        if (!is_active && s.start) return;
+        if (!is_active && s.is_packed()) return;
 #pragma unroll
         for (int k = 0; k < kOrders; ++k) {
           const A dy = is_active ? dy_of(a, e, v, k, of_order(dh, k)) : A(0);
@@ -415,7 +416,7 @@ struct StepwiseBackward : ElementKernel {
     if (a.i == s.T) return;
     const Visit v = visit_of(s, e.direction == 1, a.i);
     const bool is_active = e.rank < v.active_end;
-    if (!is_active && s.start) return;
+    if (!is_active && s.is_packed()) return;
     T* const dslots =
         row_at(s, saved_rows(s, last.dslots, e.direction, kShape.stored() * H), v.t, e.rank) +
         e.column;

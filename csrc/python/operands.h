@@ -270,7 +270,7 @@ class Operands {
   }
   py::object make_rows(int64_t features, Rows<T>* out) const {
     out->row = features;
-    out->step = steps.start ? 0 : steps.N * features;
+    out->step = steps.is_packed() ? 0 : steps.N * features;
     return make(rows_shape(features), &out->data);
   }
   // The rows as they are now, whatever becomes of `made`: torch copies it when one of the two is
@@ -286,7 +286,7 @@ class Operands {
   }
   // Rows with the memory layout of those of make_rows.
   Rows<const T> rows_at(const T* data, int64_t features) const {
-    return {data, steps.start ? 0 : steps.N * features, features};
+    return {data, steps.is_packed() ? 0 : steps.N * features, features};
   }
   py::object make_state(int64_t features, State<T>* out) const {
     out->row = features;
@@ -397,7 +397,7 @@ class Operands {
 
   Shape rows_shape(int64_t features) const {
     if (of_a_cell_ && x_.tensor.ndim == 1) return dense({features});
-    if (of_a_cell_ || steps.start) return dense({steps.total, features});
+    if (of_a_cell_ || steps.is_packed()) return dense({steps.total, features});
     Shape shape = dense({steps.T, steps.N, features});
     // Time is the first axis in memory even if the batch is the first axis of the shape. torch.nn's
     // outputs have this layout, and so views of them work here too.
@@ -536,7 +536,7 @@ class Operands {
       v.expect_shape({steps.N, features});
       return {v.data<U>(), 0, v.stride(0)};
     }
-    if (steps.start) {
+    if (steps.is_packed()) {
       v.expect_shape({steps.total, features});
       return {v.data<U>(), 0, v.stride(0)};
     }
