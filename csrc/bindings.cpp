@@ -80,9 +80,9 @@ struct Outputs {
 // What the caller of a forward pass wants of it.
 struct Wanted {
   bool training = false;
-  bool keeps_y = false;            // the caller hands y on, and whoever gets it may change it
-  bool cells = false;              // save the cell states of all steps in any case
-  const Frozen* packed = nullptr;  // the layer's weights, packed before
+  bool keeps_y = false;  // the caller hands y on, and whoever gets it may change it
+  bool cells = false;    // save the cell states of all steps in any case
+  const Frozen* packed_weights = nullptr;  // of this layer alone
 };
 
 // A readout, and the inputs that it computes. All are None if there is no closed loop.
@@ -127,7 +127,7 @@ Outputs forward_of(const Layer& layer, py::handle x, py::handle h0, py::handle c
   f.sizes = z;
   f.steps = o.steps;
   f.rounds_cells = o.deterministic;
-  if (wanted.packed) f.packed = wanted.packed->only_layer<T>(layer, z.I);
+  if (wanted.packed_weights) f.packed = wanted.packed_weights->only_layer<T>(layer, z.I);
   run_on_device(o, f);
   if (wanted.training && is_copied) {
     std::memcpy(copy_of_y, f.y.data, size_t(parts.output) * sizeof(T));
@@ -432,19 +432,19 @@ PYBIND11_MODULE(_C, m) {
           "forward",
           [](const Layer& layer, py::handle x, py::handle h0, py::handle c0,
              const py::sequence& weights, py::handle steps, std::optional<bool> asked, bool keeps_y,
-             bool cells, py::handle options, const Frozen* packed) {
+             bool cells, py::handle options, const Frozen* packed_weights) {
             const bool training =
                 asked ? *asked : wants_gradient(weights, std::array<py::handle, 3>{x, h0, c0});
             Outputs made =
-                forward_any(layer, x, h0, c0, weights, steps, {training, keeps_y, cells, packed},
-                            CallOptions::of(options));
+                forward_any(layer, x, h0, c0, weights, steps,
+                            {training, keeps_y, cells, packed_weights}, CallOptions::of(options));
             py::object kept_y = std::move(made.kept_y), saved = std::move(made.saved);
             return py::make_tuple(outputs_of(std::move(made)), training, std::move(kept_y),
                                   std::move(saved));
           },
           py::arg("x"), py::arg("h0"), py::arg("c0"), py::arg("weights"), py::arg("steps"),
           py::arg("training") = py::none(), py::arg("keeps_y") = false, py::arg("cells") = false,
-          py::arg("options") = py::none(), py::arg("packed") = py::none())
+          py::arg("options") = py::none(), py::arg("packed_weights") = py::none())
       .def("closed_loop", &closed_loop)
       .def(
           "backward",

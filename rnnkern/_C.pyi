@@ -44,7 +44,7 @@ class Kernel:
         keeps_y: bool = False,
         cells: bool = False,
         options: tuple[Any, ...] | None = None,
-        packed: Frozen | None = None,
+        packed_weights: Frozen | None = None,
     ) -> tuple[tuple[Tensor, ...], bool, Tensor | None, Tensor | None]: ...
     def closed_loop(
         self,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
-from weakref import ref
 
 import torch
 from torch import Tensor
@@ -13,7 +12,7 @@ from torch import Tensor
 from rnnkern import kernels, ops
 from rnnkern.kernels import Kernel
 from rnnkern.layer import Gradients, Layer, Operands, Recorded, dense, one_step
-from rnnkern.loops import loop_of
+from rnnkern.loops import go_on, loop_of
 from rnnkern.sequence import Steps, is_packed
 
 Scanned = tuple[Any, ...]
@@ -135,13 +134,15 @@ def record_cell_in_loop(
 ) -> tuple[Tensor, ...]:
     """`record_cell` for a call that may be one of many in a graph (`rnnkern.loops`)."""
     weight = tensors[0]
-    if weight.requires_grad and saved is not None:
+    if weight.requires_grad:
         loop = loop_of(weight)
-        if loop.goes_on():  # the first call may be the only one, and records no sums
+        if loop is not None:  # the first call may be the only one, and records no sums
             count = scanned[0].tensors
             sums, views = loop.sums_of(tensors[:count])
             scanned, tensors = (*scanned, sums), (*views, *tensors[count:])
-        loop.last = ref(saved)
+        kept = y if saved is None else saved
+        assert kept is not None  # one of the two is the graph's alone
+        go_on(loop, weight, kept)
     return record_cell(scanned, outputs, y, saved, x, *tensors)
 
 

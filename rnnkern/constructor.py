@@ -126,7 +126,8 @@ def option(module: Any, name: str) -> Any:
     default, space = DEFAULTS[name], module.__dict__
     if "_rnnkern_options" not in space or name not in space["_rnnkern_options"]:
         return default
-    return getattr(module, name, default)
+    value = getattr(module, name, default)
+    return default if value is None else value
 
 
 def options_besides_torchs(module: Any) -> Iterator[tuple[str, Any]]:
@@ -137,6 +138,13 @@ def options_besides_torchs(module: Any) -> Iterator[tuple[str, Any]]:
             yield name, value
     if getattr(module, "_gain_names", NOT_NORMALISED):
         yield "layer_norm", True
+
+
+def forget_options(module: Any) -> None:
+    """Removes the options of a module that are its attributes, for torch.nn has none."""
+    space = vars(module)
+    for name in space.pop("_rnnkern_options", ()):
+        space.pop(name, None)
 
 
 def gains_of(module: Any) -> tuple[tuple[Tensor, ...], ...]:

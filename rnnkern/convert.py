@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from rnnkern import modules
-from rnnkern.constructor import options_besides_torchs
+from rnnkern.constructor import forget_options, options_besides_torchs
 from rnnkern.forward import level_of_the_caller
 from rnnkern.interop.scripting import own_class, torch_class
 from rnnkern.kernels import CALLED_BY_FORWARD
@@ -110,6 +110,7 @@ def revert(model: _M) -> _M:
     for module in model.modules():
         theirs = _reverted(_own_class(module))
         if theirs is not None:
+            forget_options(module)
             _change_class(module, theirs)
     return model
 

@@ -104,7 +104,8 @@ def thaw(model: _M) -> _M:
 
     Its recurrent modules are of the classes that were frozen, with new parameters: the same numbers
     if ``weights`` was None, otherwise those that bfloat16 or int8 has left of them. A weight that
-    was parametrized is a plain parameter.
+    was parametrized is a plain parameter. Weights that several modules shared are separate, with
+    the same numbers.
 
     Args:
         model: any module.

@@ -60,7 +60,7 @@ Kernel = _C.Kernel
 """The kernels of one `rnnkern.layer.Layer` with its sizes H and P.
 
 ``forward(x, h0, c0, weights, steps, training=None, keeps_y=False, cells=False, options=None,
-packed=None)`` returns
+packed_weights=None)`` returns
 
 - the outputs: ``(y, h_n)`` or ``(y, h_n, c_n)``; for a cell whose tensors have no time axis,
   ``(h,)`` or ``(h, c)``;
@@ -76,7 +76,8 @@ packed=None)`` returns
 
 ``options`` are None or ``reset_h, reset_c, seed, number, recurrent_dropout, zoneout, draws, gains``
 of `rnnkern.options.Options`, the gains as one list, on the CPU and not if ``IS_STAND_IN``.
-``packed`` is a `Frozen` of this layer alone with the same weights, which are then not packed again.
+``packed_weights`` is a `Frozen` of this layer alone with the same weights, which are then not
+packed again.
 
 ``backward(x, h0, c0, weights, steps, y, saved, dy, dhn, dcn, wanted, overwrite, sums=(),
 options=None, dcells=None)`` returns
@@ -238,8 +239,6 @@ def mode_refusal() -> Refusal | None:
 
 CALLED_BY_FORWARD: tuple[str, ...] = _C.CALLED_BY_FORWARD
 """The methods that ``forward`` of torch.nn's layers calls, and that a class may override."""
-
-"""Attributes of a layer that is no plain call's, unless they are 0 or missing."""
 
 Machine = _C.Machine
 machine = _C.machine

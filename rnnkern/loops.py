@@ -30,7 +30,7 @@ class Sums:
     """The sums of the gradients of some weights, in each backward pass that is running."""
 
     def __init__(self, weights: Sequence[Tensor], views: Sequence[Tensor]) -> None:
-        self._weights = [ref(weight) for weight in weights]
+        self._weights = [id(weight) for weight in weights]
         self._views = [ref(view) for view in views]
         self._sums: dict[int, list[ref[Tensor] | None]] = {}
 
@@ -40,7 +40,7 @@ class Sums:
         for view, own, weight in zip(views, self._weights, weights, strict=True):
             if (
                 view is None
-                or own() is not weight
+                or own != id(weight)
                 or view.requires_grad != weight.requires_grad
                 or view.data_ptr() != weight.data_ptr()
                 or view.shape != weight.shape
@@ -86,18 +86,14 @@ class Sums:
 
 
 class Loop:
-    """The calls of a cell with one and the same ``weight_ih``."""
+    """The calls of a cell with one and the same ``weight_ih``, as long as the graph of the last one
+    waits for its backward pass.
+    """
 
-    def __init__(self, weight: Tensor) -> None:
-        key = id(weight)
-        self.weight = ref(weight, lambda _: _loops.pop(key, None))
+    def __init__(self) -> None:
         self.last: ref[Tensor] | None = None
-        """What the last call saved for its backward pass, which frees it."""
+        """What the last call has kept for its backward pass, which frees it."""
         self._sums: Sums | None = None
-
-    def goes_on(self) -> bool:
-        """Whether the last call is part of a graph whose backward pass has not run yet."""
-        return self.last is not None and self.last() is not None
 
     def sums_of(self, weights: Sequence[Tensor]) -> tuple[Sums, Sequence[Tensor]]:
         """What another call of a loop records, and the views of the weights for it.
@@ -114,14 +110,32 @@ class Loop:
 
 
 _loops: dict[int, Loop] = {}
+"""By the id of ``weight_ih``, which the graph of the last call holds.
+
+There are no weak references to weights, because `torch.utils.swap_tensors` refuses tensors that
+have some.
+"""
 
 
-def loop_of(weight: Tensor) -> Loop:
-    """The loop of the cells with this ``weight_ih``."""
-    loop = _loops.get(id(weight))
-    if loop is None or loop.weight() is not weight:
-        loop = _loops[id(weight)] = Loop(weight)
-    return loop
+def loop_of(weight: Tensor) -> Loop | None:
+    """The loop of the cells with this ``weight_ih``, if a graph of it waits."""
+    return _loops.get(id(weight))
+
+
+def go_on(loop: Loop | None, weight: Tensor, kept: Tensor) -> None:
+    """Makes the call that has kept this for its backward pass the last one of the loop, or of a new
+    one.
+    """
+    key = id(weight)
+
+    def forget(last: ref[Tensor]) -> None:
+        found = _loops.get(key)
+        if found is not None and found.last is last:
+            del _loops[key]
+
+    loop = loop or Loop()
+    loop.last = ref(kept, forget)
+    _loops[key] = loop
 
 
 def _holders(tensor: ref[Tensor]) -> tuple[int, int] | None:

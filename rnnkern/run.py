@@ -15,6 +15,7 @@ from rnnkern import options as own_options
 from rnnkern.autograd import record, record_cell, record_cell_in_loop
 from rnnkern.call import Call, is_compiling
 from rnnkern.interop.exporting import to_torch
+from rnnkern.kept_weights import packed_in_region
 from rnnkern.kernels import Kernel, Refusal, Why
 from rnnkern.known_cells import CELLS
 from rnnkern.layer import Layer, Maybe, Operands, one_step
@@ -252,10 +253,10 @@ def _one_layer(
             t is not None and t.requires_grad for t in (x, h0, c0, *weights)
         )
         return ops.scan(layer, steps, operands, training)
-    packed = _packed_before(layer, kernel, operands)
+    packed = _packed_weights(layer, kernel, operands)
     run = kernels.profiled(kernel.forward, layer.mode)
     outputs, training, kept_y, saved = run(
-        x, h0, c0, weights, steps, keeps_y=is_last, packed=packed
+        x, h0, c0, weights, steps, keeps_y=is_last, packed_weights=packed
     )
     if training:
         states = [s for s in (h0, c0) if s is not None]
@@ -265,13 +266,10 @@ def _one_layer(
     return y, hn, cn[0] if cn else None
 
 
-def _packed_before(layer: Layer, kernel: Kernel, operands: Operands) -> kernels.Frozen | None:
+def _packed_weights(layer: Layer, kernel: Kernel, operands: Operands) -> kernels.Frozen | None:
     """The weights, if they have been packed in this region of autocast."""
-    if not layer.by_bfloat16 or operands.x.dtype != torch.float32:
-        return None
-    from rnnkern.kept_weights import packed_in_region
-
-    return packed_in_region(kernel, operands)
+    is_wide = operands.x.dtype == torch.float32
+    return packed_in_region(kernel, operands) if layer.by_bfloat16 and is_wide else None
 
 
 def dropout(module: Any, x: Tensor) -> Tensor:
@@ -290,9 +288,11 @@ def _cell(call: Call, operands: Operands, kernel: Kernel | None) -> tuple[Tensor
         _, hn, cn = _one_layer(call.layer, None, own, None)
         shape = (*x.shape[:-1], call.module.hidden_size)
         return tuple(_without_time(z, shape) for z in (hn, cn) if z is not None)
-    packed = _packed_before(call.layer, kernel, operands)
+    packed = _packed_weights(call.layer, kernel, operands)
     run = kernels.profiled(kernel.forward, kernel.mode)
-    outputs, training, kept_h, saved = run(x, h0, c0, weights, None, keeps_y=True, packed=packed)
+    outputs, training, kept_h, saved = run(
+        x, h0, c0, weights, None, keeps_y=True, packed_weights=packed
+    )
     if not training:
         return outputs
     states = [s for s in (h0, c0) if s is not None]

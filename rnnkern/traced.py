@@ -40,7 +40,12 @@ def layer(module: Any, x: Any, hx: Any) -> Any:
     for name in called_by_forward().split():
         if name in module.__dict__:
             return None
-    if option(module, "recurrent_dropout") or option(module, "zoneout") or module._gain_names:
+    if module._gain_names:
+        return None
+    # Dynamo guards each question, so most modules are asked one.
+    if "_rnnkern_options" in module.__dict__ and (
+        option(module, "recurrent_dropout") or option(module, "zoneout")
+    ):
         return None
     batch_first, bias, proj = module.batch_first, module.bias, module.proj_size
     directions, layers = 2 if module.bidirectional else 1, module.num_layers

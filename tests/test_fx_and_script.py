@@ -60,6 +60,17 @@ def test_a_tracer_that_knows_torchs_package_alone() -> None:
     assert str(graph) == str(OfTorch().trace(reverted(model)))
     assert torch.equal(fx.GraphModule(model, graph)(x), model(x))
 
+    class OfConstants(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn = build("LSTM", 4, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.rnn(torch.ones(1, 3, 4))[0]
+
+    nodes = OfTorch().trace(OfConstants()).nodes
+    assert [n.target for n in nodes if n.op == "call_module"] == ["rnn"]
+
 
 def test_a_call_with_states_and_lengths_is_one_node_of_fx() -> None:
     class Model(nn.Module):

@@ -140,6 +140,28 @@ def test_a_call_after_a_graph_that_is_gone_has_none(kind: str, sums: list[bool])
     assert sums == []
 
 
+@pytest.mark.parametrize("kind", CELLS)
+def test_a_loop_of_many_rows_has_sums(kind: str, sums: list[bool]) -> None:
+    """Where backward reads the output itself, and no copy of it."""
+    cell, theirs = pair(kind)[:2]
+    x = torch.randn(4, 600, 5, dtype=torch.float64)
+    for module in (cell, theirs):
+        run(module, x).square().sum().backward()
+    assert sums == [False, True, True]
+    assert_same(gradients(cell), gradients(theirs))
+    assert loops.loop_of(cell.weight_ih) is None
+
+
+@pytest.mark.parametrize("kind", CELLS)
+def test_parameters_can_be_swapped_after_a_loop(kind: str) -> None:
+    """torch refuses to swap tensors to which there are weak references."""
+    cell, _, x = pair(kind)
+    run(cell, x).sum().backward()
+    other = torch.nn.Parameter(torch.zeros_like(cell.weight_ih))
+    torch.utils.swap_tensors(cell.weight_ih, other)
+    assert not cell.weight_ih.any()
+
+
 def twice(loss: Callable[[nn.Module], Tensor]) -> Callable[[nn.Module], None]:
     def backward(module: nn.Module) -> None:
         made = loss(module)
@@ -429,7 +451,10 @@ def test_nothing_is_kept() -> None:
     made = run(cell, x)
     pickle.loads(pickle.dumps(copy.deepcopy(cell)))
     weight, count = weakref.ref(cell.weight_ih), len(loops._loops)
-    sums = loops.loop_of(cell.weight_ih)._sums
+    loop = loops.loop_of(cell.weight_ih)
+    assert loop is not None
+    sums = loop._sums
+    del loop
     views = [view() for view in sums._views]
     assert all(view is not None for view in views)
     del views

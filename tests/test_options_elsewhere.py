@@ -88,6 +88,25 @@ def test_an_attribute_with_the_name_of_an_option_is_the_users(is_converted: bool
     assert type(rnnkern.revert(ours)) is (type(theirs) if is_converted else type(ours))
 
 
+def test_one_option_does_not_open_another() -> None:
+    module, x = build("LSTM", I, H, orthogonal=True), torch.randn(T, N, I)
+    wanted = module(x)[0]
+    module.zoneout = 0.5
+    assert torch.equal(module(x)[0], wanted)
+    assert str(module) == "LSTM(2, 7, orthogonal=True)"
+
+
+def test_revert_leaves_no_option_behind() -> None:
+    module, x = build("GRU", I, H, zoneout=0.0, orthogonal=True), torch.randn(T, N, I)
+    module.zoneout = None
+    assert str(module) == "GRU(2, 7, orthogonal=True)"
+    rnnkern.revert(module)
+    assert vars(module).keys() == vars(nn.GRU(I, H)).keys()
+    module.zoneout = 0.5
+    wanted = module(x)[0]
+    torch.testing.assert_close(rnnkern.convert(module)(x)[0], wanted)
+
+
 def test_copies_and_pickles_have_the_options() -> None:
     module = build("LSTM", I, H, recurrent_dropout=0.25, zoneout=0.5)
     assert str(module) == "LSTM(2, 7, recurrent_dropout=0.25, zoneout=0.5)"

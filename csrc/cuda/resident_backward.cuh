@@ -82,7 +82,7 @@ class ResidentBackward {
           return recurrent_gate<Cell>(int(k % kGates)) * gate_apart + k / kGates * unit_apart;
         });
     block_.for_each_turn([&](const Turn& turn) {
-      pass_idle_rows(turn);
+      pass_empty_rows(turn);
       if constexpr (kByValue) {
         make_all_absent(turn);
         block_.publish(turn, 1);
@@ -104,7 +104,7 @@ class ResidentBackward {
     return kept_.second(turn, pairs_, i);
   }
 
-  RNNKERN_DEVICE void pass_idle_rows(const Turn& turn) const {
+  RNNKERN_DEVICE void pass_empty_rows(const Turn& turn) const {
     pairs_.for_each(block_.rows(turn.pass), block_.units(turn.group),
                     [&](int, int64_t rank, int64_t unit) {
                       if (rank < active_rows(s_, 0)) return;

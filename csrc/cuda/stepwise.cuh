@@ -97,18 +97,18 @@ struct StepwiseForward : ElementKernel {
       const Steps& s = a.f.steps;
       for_own_element(z, s, z.H, [&](const Element& e) {  // O is at most H
         const bool is_cut = e.direction == 0 && cut(s, 0, 0, e.rank);
-        const bool is_idle = e.rank >= active_rows(s, 0);
+        const bool is_empty = e.rank >= active_rows(s, 0);
         if (e.column < z.O) {
           T* const h = a.h + (e.direction * s.N + e.rank) * z.O + e.column;
           put(h, is_cut ? A(0) : element_of(s, a.f.h0, e.direction, e.rank, e.column));
-          if (is_idle) pass_element(s, a.f.h0, a.f.hn, e.direction, e.rank, e.column);
+          if (is_empty) pass_element(s, a.f.h0, a.f.hn, e.direction, e.rank, e.column);
         }
 #pragma unroll
         for (int j = 0; j < kPlanes; ++j) {
           const int64_t column = j * z.H + e.column;
           a.c[place_of_plane(e, z, j, kPlanes)] =
               is_cut ? A(0) : element_of(s, a.f.c0, e.direction, e.rank, column);
-          if (is_idle) pass_element(s, a.f.c0, a.f.cn, e.direction, e.rank, column);
+          if (is_empty) pass_element(s, a.f.c0, a.f.cn, e.direction, e.rank, column);
         }
       });
     }
@@ -366,8 +366,8 @@ struct StepwiseBackward : ElementKernel {
 
   // Rows that never take part pass on the gradients of their final states.
   template <typename State, typename Gradient>
-  RNNKERN_DEVICE static void pass_if_idle(const Arguments& a, const Element& e, const State& from,
-                                          const Gradient& to, int plane = 0) {
+  RNNKERN_DEVICE static void pass_if_empty(const Arguments& a, const Element& e, const State& from,
+                                           const Gradient& to, int plane = 0) {
     const Steps& s = a.by[0].steps;
     if (a.i > 0 || e.rank < active_rows(s, 0)) return;
     pass_element(s, from, to, e.direction, e.rank, plane * a.by[0].sizes.H + e.column);
@@ -381,7 +381,7 @@ struct StepwiseBackward : ElementKernel {
       const Sizes& z = a.by[0].sizes;
       const Steps& s = a.by[0].steps;
       for_own_element(z, s, z.O, [&](const Element& e) {
-        pass_if_idle(a, e, a.by[kLast].dhn, a.by[kLast].dh0);
+        pass_if_empty(a, e, a.by[kLast].dhn, a.by[kLast].dh0);
         const V dh = by_order([&](int k) { return dh_before(a, e, k); });
         if (a.i == s.T) return;
         const Visit v = visit_of(s, e.direction == 1, a.i);
@@ -408,9 +408,9 @@ struct StepwiseBackward : ElementKernel {
     const Sizes& z = last.sizes;
     const Steps& s = last.steps;
     const int64_t H = z.H;
-    if (!z.projected) pass_if_idle(a, e, last.dhn, last.dh0);
+    if (!z.projected) pass_if_empty(a, e, last.dhn, last.dh0);
 #pragma unroll
-    for (int j = 0; j < kPlanes; ++j) pass_if_idle(a, e, last.dcn, last.dc0, j);
+    for (int j = 0; j < kPlanes; ++j) pass_if_empty(a, e, last.dcn, last.dc0, j);
     V dh = {};
     if (!z.projected) dh = by_order([&](int k) { return dh_before(a, e, k); });
     if (a.i == s.T) return;

@@ -81,7 +81,7 @@ class Frozen {
   // What the module returns for an input and its state; or None if the call is not a plain one of
   // one batch, if a mode of torch or a profiler has to see it, or if a gradient is wanted.
   py::object plain_call(py::handle x, py::handle hx) const {
-    if (!is_tensor(x)) return py::none();
+    if (!is_tensor(x) || mode_refusal()) return py::none();  // as the plain call of a layer
     const dlpack::Tensor input = view_of(x, "input").tensor;
     const bool fits = layer_.is_cell ? input.ndim == 1 || input.ndim == 2 : input.ndim == 3;
     const auto states = plain_states(layer_, hx);

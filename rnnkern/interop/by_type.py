@@ -10,13 +10,13 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import sys
 from collections import OrderedDict
 from types import ModuleType
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import fx, nn
-from torch.utils._pytree import tree_leaves
 
 from rnnkern.convert import COUNTERPARTS, give_again, revert, take_back
 from rnnkern.interop.on_import import on_import
@@ -53,7 +53,8 @@ def _be_leaves_of_graphs() -> None:
     """`torch.fx` makes one node of a module of the package ``torch.nn``, and of rnnkern's.
 
     A tracer of the user's may decide by the package, and know torch's alone. Then the node is made
-    in place of a call of ``forward`` with proxies, which would fail.
+    in place of a call of ``forward``. Tracers of `make_fx` are left alone, because they record what
+    runs inside.
     """
     is_leaf, call = fx.Tracer.is_leaf_module, fx.Tracer.call_module
 
@@ -64,14 +65,18 @@ def _be_leaves_of_graphs() -> None:
     @functools.wraps(call)
     def call_module(self: fx.Tracer, m: nn.Module, forward: Any, *rest: Any, **kw: Any) -> Any:
         def node(*args: Any, **kwargs: Any) -> Any:
-            if not any(isinstance(x, fx.Proxy) for x in tree_leaves((args, kwargs))):
-                return forward(*args, **kwargs)
             return self.create_proxy("call_module", self.path_of_module(m), args, kwargs)
 
-        return call(self, m, node if _runs_rnnkerns_forward(m) else forward, *rest, **kw)
+        is_node = _runs_rnnkerns_forward(m) and not _records_operators(self)
+        return call(self, m, node if is_node else forward, *rest, **kw)
 
     fx.Tracer.is_leaf_module = is_leaf_module  # type: ignore[method-assign]
     fx.Tracer.call_module = call_module  # type: ignore[method-assign]
+
+
+def _records_operators(tracer: fx.Tracer) -> bool:
+    module = sys.modules.get("torch.fx.experimental.proxy_tensor")
+    return module is not None and isinstance(tracer, module.PythonKeyTracer)
 
 
 def _runs_rnnkerns_forward(module: nn.Module) -> bool:
