@@ -134,7 +134,7 @@ def record_cell_in_loop(
 ) -> tuple[Tensor, ...]:
     """`record_cell` for a call that may be one of many in a graph (`rnnkern.loops`)."""
     weight = tensors[0]
-    if weight.requires_grad:
+    if weight.requires_grad and not any(t._is_view() for t in tensors[: scanned[0].tensors]):
         loop = loop_of(weight)
         if loop is not None:  # the first call may be the only one, and records no sums
             count = scanned[0].tensors

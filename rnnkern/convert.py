@@ -99,6 +99,16 @@ def revert(model: _M) -> _M:
         ValueError: a module has ``layer_norm``, ``recurrent_dropout`` or ``zoneout``, which
             torch.nn does not have.
     """
+    for module in take_back(model):
+        forget_options(module)
+    return model
+
+
+def take_back(model: nn.Module) -> dict[nn.Module, _Class]:
+    """Reverts ``model``, and returns the classes that its modules of rnnkern had.
+
+    The modules keep their options, for `give_again`.
+    """
     expect_module(model)
     for name, module in model.named_modules():
         if _reverted(_own_class(module)) is None:
@@ -107,12 +117,14 @@ def revert(model: _M) -> _M:
             where = f" of {name}" if name else ""
             hint = "" if option == "layer_norm" else ": set it to 0 first"
             raise ValueError(f"torch.nn has no {option}, got {option}={value}{where}{hint}")
+    classes: dict[nn.Module, _Class] = {}
     for module in model.modules():
-        theirs = _reverted(_own_class(module))
+        kind = _own_class(module)
+        theirs = _reverted(kind)
         if theirs is not None:
-            forget_options(module)
+            classes[module] = kind
             _change_class(module, theirs)
-    return model
+    return classes
 
 
 def recurrent_modules(model: nn.Module, caller: str) -> Iterator[tuple[str, nn.Module]]:
@@ -136,13 +148,6 @@ def recurrent_modules(model: nn.Module, caller: str) -> Iterator[tuple[str, nn.M
             )
         else:
             yield name, module
-
-
-def take_back(model: nn.Module) -> dict[nn.Module, _Class]:
-    """Reverts ``model``, and returns the classes that its modules of rnnkern had."""
-    classes = {module: _own_class(module) for module in model.modules()}
-    revert(model)
-    return {module: kind for module, kind in classes.items() if _own_class(module) is not kind}
 
 
 def give_again(model: nn.Module, classes: Mapping[str, _Class]) -> None:

@@ -37,13 +37,14 @@ class _Kept(NamedTuple):
     """Casts; or packed weights, None after the first call."""
 
 
-_kept: dict[tuple[int, Any], _Kept] = {}
-"""By the id of the first weight, and by what else this is good for."""
+_Region = dict[tuple[int, Any], _Kept]
+"""What is kept in a region, by the id of the first weight, and by what else it is good for."""
 
+_regions: dict[ref[Tensor], _Region] = {}
+"""By a weak reference to torch's cast of our tensor, with which the region ends."""
+
+_now: ref[Tensor] | None = None
 _ours: Tensor | None = None
-
-_token: ref[Tensor] | None = None
-"""torch's cast of our tensor, as long as this region lasts."""
 
 _saved_tensor_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 
@@ -85,10 +86,15 @@ def _may_keep(weights: Sequence[Tensor]) -> bool:
         return False
     if not torch.is_autocast_cache_enabled() or torch.is_inference_mode_enabled():
         return False
-    for w in weights:
-        if not (type(w) in (nn.Parameter, Tensor) and w.requires_grad and w.is_leaf and w.is_cpu):
-            return False
+    if not all(map(_is_cast_once, weights)):
+        return False
     return _saved_tensor_hooks(True) is None  # a hook would be given our tensor
+
+
+def _is_cast_once(w: Tensor) -> bool:
+    if type(w) not in (nn.Parameter, Tensor) or not w.is_cpu or w.is_inference():
+        return False
+    return w.requires_grad and w.is_leaf and not w._is_view()
 
 
 def _states(weights: Sequence[Tensor]) -> list[tuple[int, int]]:
@@ -97,8 +103,9 @@ def _states(weights: Sequence[Tensor]) -> list[tuple[int, int]]:
 
 
 def _found(weights: Sequence[Tensor], mode: Any) -> _Kept | None:
-    found = _kept.get((id(weights[0]), mode))
-    if found is None or not _goes_on() or len(found.weights) != len(weights):
+    region = _region()
+    found = None if region is None else region.get((id(weights[0]), mode))
+    if found is None or len(found.weights) != len(weights):
         return None
     for each, weight in zip(found.weights, weights, strict=True):
         if each() is not weight:
@@ -107,37 +114,39 @@ def _found(weights: Sequence[Tensor], mode: Any) -> _Kept | None:
 
 
 def _keep(weights: Sequence[Tensor], mode: Any, made: Any) -> None:
-    if not _goes_on():
-        _begin()
+    region = _region()
+    if region is None:
+        region = _begin()
     key = id(weights[0]), mode
-    refs = [ref(weights[0], lambda _: _kept.pop(key, None)), *map(ref, weights[1:])]
-    _kept[key] = _Kept(refs, _states(weights), made)
-    if not _goes_on():  # another thread has ended its region
-        _forget()
+
+    def forget(_: ref[Tensor]) -> None:
+        region = _region()
+        if region is not None:
+            region.pop(key, None)
+
+    region[key] = _Kept([ref(weights[0], forget), *map(ref, weights[1:])], _states(weights), made)
 
 
-def _goes_on() -> bool:
-    return _token is not None and _token() is not None
+def _region() -> _Region | None:
+    return None if _now is None else _regions.get(_now)
 
 
-def _begin() -> None:
-    global _ours, _token
-    _forget()
+def _begin() -> _Region:
+    global _now, _ours
     if _ours is None:
         _ours = torch.zeros(1, 1, dtype=torch.float32, device="cpu", requires_grad=True)
+    region: _Region = {}
     enabled, dtype = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
     # Not by torch.autocast, which would end a region of its own, and with it all casts.
-    torch.set_autocast_enabled("cpu", True)
-    torch.set_autocast_dtype("cpu", torch.bfloat16)
     try:
+        torch.set_autocast_enabled("cpu", True)
+        torch.set_autocast_dtype("cpu", torch.bfloat16)
         with torch.enable_grad():
             product = torch.mm(_ours, _ours)  # autocast casts its operand, and keeps the cast
-            _token = ref(product.grad_fn._saved_self, _forget)  # type: ignore[union-attr]
+            # No Python runs when torch frees the cast, because it holds the lock of its cache.
+            _now = ref(product.grad_fn._saved_self, _regions.pop)  # type: ignore[union-attr]
+        _regions[_now] = region
     finally:
         torch.set_autocast_enabled("cpu", enabled)
         torch.set_autocast_dtype("cpu", dtype)
-
-
-def _forget(_: Any = None) -> None:
-    """Called when torch frees its casts, under the lock of its cache: nothing else may run here."""
-    _kept.clear()
+    return region

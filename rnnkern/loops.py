@@ -31,12 +31,16 @@ class Sums:
 
     def __init__(self, weights: Sequence[Tensor], views: Sequence[Tensor]) -> None:
         self._weights = [id(weight) for weight in weights]
-        self._views = [ref(view) for view in views]
+        # A weight without gradient is its own view, and needs no reference.
+        self._views = [ref(view) if view.requires_grad else None for view in views]
         self._sums: dict[int, list[ref[Tensor] | None]] = {}
 
     def views_of(self, weights: Sequence[Tensor]) -> list[Tensor] | None:
         """The views, if they are views of these weights as they are now; else None."""
-        views = [view() for view in self._views]
+        if len(weights) != len(self._weights):
+            return None
+        pairs = zip(self._views, weights, strict=True)
+        views = [weight if each is None else each() for each, weight in pairs]
         for view, own, weight in zip(views, self._weights, weights, strict=True):
             if (
                 view is None
@@ -104,13 +108,13 @@ class Loop:
         if views is None:
             views = [w.view_as(w) if w.requires_grad else w for w in weights]
             self._sums = Sums(weights, views)
-            _alone()  # asked outside of any backward pass
+            _alone()
         assert self._sums is not None
         return self._sums, views
 
 
 _loops: dict[int, Loop] = {}
-"""By the id of ``weight_ih``, which the graph of the last call holds.
+"""By the id of ``weight_ih``, which the graph of the last call holds, because it is no view.
 
 There are no weak references to weights, because `torch.utils.swap_tensors` refuses tensors that
 have some.

@@ -50,7 +50,7 @@ def wanted(cell: nn.Module) -> int:
 
 
 def is_anything_kept() -> bool:
-    return bool(kept_weights._kept)
+    return any(kept_weights._regions.values())
 
 
 def hidden(state: Any) -> Tensor:
@@ -213,10 +213,10 @@ def test_nothing_is_kept_after_a_region() -> None:
         with region():
             with region():
                 cell(x), cell(x)
-            kept = list(kept_weights._kept.values())
+            kept = [k for each in kept_weights._regions.values() for k in each.values()]
             assert [k.made is not None for k in kept] == [True] * wanted(cell)
             lstm(xs)
-            assert len(kept_weights._kept) == wanted(cell) + 1
+            assert [len(each) for each in kept_weights._regions.values()] == [wanted(cell) + 1]
         assert not is_anything_kept()
         with suppress(ZeroDivisionError), region():
             cell(x), cell(x)
@@ -244,7 +244,7 @@ def test_calls_that_keep_nothing(kind: str, case: str) -> None:
     x = torch.randn(1, N, I) if kind == "LSTM" else torch.randn(N, I)
     if case == "float64":
         module, x = module.double(), x.double()
-    mode = torch.inference_mode() if "inference" in case else torch.no_grad()
+    mode = torch.inference_mode() if case == "inference mode" else torch.no_grad()
     with mode, region(cache_enabled=case != "cache_enabled"):
         made = [module(x)[0] for _ in range(3)]
         assert not is_anything_kept()
@@ -266,6 +266,21 @@ def test_weights_of_which_torch_keeps_no_casts(kind: str) -> None:
     assert not torch.equal(before[2], after)
 
 
+def test_weights_that_are_views() -> None:
+    """torch casts them in each call."""
+    cell, x = build("GRUCell", I, H), torch.randn(N, I)
+    weights = {
+        name: parameter.detach().flatten().view(parameter.shape).requires_grad_()
+        for name, parameter in cell.named_parameters()
+    }
+    with torch.no_grad(), region():
+        before = [torch.func.functional_call(cell, weights, (x,)) for _ in range(3)]
+        assert not is_anything_kept()
+        for weight in weights.values():
+            weight.data.mul_(2)
+        assert not torch.equal(torch.func.functional_call(cell, weights, (x,)), before[2])
+
+
 def test_modules_that_share_their_weights(packings: list[Any]) -> None:
     gru, cell = build("GRU", I, H), build("GRUCell", I, H)
     other = build("GRU", I, H, batch_first=True)
@@ -281,14 +296,15 @@ def test_modules_that_share_their_weights(packings: list[Any]) -> None:
     assert len(packings) == 3 * wanted(cell)
 
 
-def test_cells_of_two_activations_that_share_their_weights() -> None:
-    tanh, relu = build("RNNCell", 512, H), build("RNNCell", 512, H, nonlinearity="relu")
+def test_cells_of_two_activations_that_share_their_weights(packings: list[Any]) -> None:
+    tanh, relu = build("RNNCell", I, H), build("RNNCell", I, H, nonlinearity="relu")
     for name, weight in tanh.named_parameters():
         setattr(relu, name, weight)
-    x = torch.randn(N, 512)
+    x = torch.randn(N, I)
     with torch.no_grad(), region():
         for _ in range(3):
             torch.testing.assert_close(torch.tanh(relu(x)), tanh(x).relu(), rtol=0.02, atol=0.02)
+    assert len(packings) == 2 * wanted(tanh)
 
 
 @pytest.mark.parametrize("kind", ["RNN", "LSTM"])  # a GRU computes in float32, and casts nothing

@@ -31,7 +31,8 @@ def run(cell: nn.Module, x: Tensor, state: Any = None) -> Tensor:
 
 
 def twin(cell: nn.Module, kind: str) -> nn.Module:
-    theirs = getattr(nn, kind)(cell.input_size, cell.hidden_size).to(cell.weight_ih.dtype)
+    theirs = getattr(nn, kind)(cell.input_size, cell.hidden_size, bias=cell.bias)
+    theirs = theirs.to(cell.weight_ih.dtype)
     theirs.load_state_dict(cell.state_dict())
     return theirs
 
@@ -156,10 +157,44 @@ def test_a_loop_of_many_rows_has_sums(kind: str, sums: list[bool]) -> None:
 def test_parameters_can_be_swapped_after_a_loop(kind: str) -> None:
     """torch refuses to swap tensors to which there are weak references."""
     cell, _, x = pair(kind)
-    run(cell, x).sum().backward()
-    other = torch.nn.Parameter(torch.zeros_like(cell.weight_ih))
-    torch.utils.swap_tensors(cell.weight_ih, other)
-    assert not cell.weight_ih.any()
+    cell.weight_hh.requires_grad_(False)
+    made = run(cell, x)
+    made.sum().backward()
+    for weight in (cell.weight_ih, cell.weight_hh):
+        other = torch.nn.Parameter(torch.zeros_like(weight), requires_grad=weight.requires_grad)
+        torch.utils.swap_tensors(weight, other)
+        assert not weight.any()
+
+
+@pytest.mark.parametrize("kind", CELLS)
+@pytest.mark.parametrize("first", ["biased", "plain"])
+def test_cells_of_one_loop_with_biases_and_without(kind: str, first: str) -> None:
+    biased, theirs, x = pair(kind)
+    plain = build(kind, 5, hidden_of(kind), dtype=torch.float64, bias=False)
+    their_plain = twin(plain, kind)
+    for name in ("weight_ih", "weight_hh"):
+        setattr(plain, name, getattr(biased, name))
+        setattr(their_plain, name, getattr(theirs, name))
+    for own in ((biased, plain), (theirs, their_plain)):
+        one, other = own if first == "biased" else own[::-1]
+        sum(run(cell, x[:n]).sum() for cell, n in ((one, 4), (other, 2), (one, 3))).backward()
+    assert_same(gradients(biased), gradients(theirs))
+
+
+@pytest.mark.parametrize("kind", CELLS)
+def test_weights_that_are_views_have_no_sums(kind: str, sums: list[bool]) -> None:
+    """The graph would not hold them."""
+    cell, _, x = pair(kind)
+    weights = {
+        name: parameter.detach().flatten().view(parameter.shape).requires_grad_()
+        for name, parameter in cell.named_parameters()
+    }
+    state = None
+    for step in x:
+        state = torch.func.functional_call(cell, weights, (step, state))
+    (state[0] if isinstance(state, tuple) else state).sum().backward()
+    assert sums == []
+    assert all(weight.grad is not None for weight in weights.values())
 
 
 def twice(loss: Callable[[nn.Module], Tensor]) -> Callable[[nn.Module], None]:

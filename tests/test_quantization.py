@@ -58,6 +58,16 @@ def test_quantization_finds_a_cell(kind: str, quantize: Module) -> None:
 
 
 @pytest.mark.cpu_only
+def test_what_is_not_quantized_keeps_its_options(quantize: Module) -> None:
+    model = nn.Sequential(build("GRU", 4, 4, zoneout=0.0, orthogonal=True))
+    made = quantize(model, {nn.Linear})
+    for each in (model, made):
+        assert str(each[0]) == "GRU(4, 4, orthogonal=True)"
+        each[0].zoneout = 0.5
+        assert "zoneout=0.5" in str(each[0])
+
+
+@pytest.mark.cpu_only
 def test_what_is_not_quantized_stays_as_it_was(quantize: Module) -> None:
     model = nn.Sequential(build("RNN", 4, 6), nn.Linear(6, 2)).eval()
     small = quantize(model)
