@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from rnnkern.kept_weights import cast_in_region
 from rnnkern.layer import Maybe, Operands
 from rnnkern.sequence import is_packed
 
@@ -82,6 +81,8 @@ def computed(call: Call) -> Operands:
     x, h0, c0 = cast(dtype, x, h0, c0)
     if is_compiling() or dtype == torch.float32 or any(w.dtype != torch.float32 for w in weights):
         return Operands(x, h0, c0, list(cast(dtype, *weights)))
+    from rnnkern.kept_weights import cast_in_region  # most programs do not need it
+
     return Operands(x, h0, c0, cast_in_region(weights, dtype))
 
 

@@ -15,7 +15,6 @@ from rnnkern import options as own_options
 from rnnkern.autograd import record, record_cell, record_cell_in_loop
 from rnnkern.call import Call, is_compiling
 from rnnkern.interop.exporting import to_torch
-from rnnkern.kept_weights import packed_in_region
 from rnnkern.kernels import Kernel, Refusal, Why
 from rnnkern.known_cells import CELLS
 from rnnkern.layer import Layer, Maybe, Operands, one_step
@@ -268,8 +267,11 @@ def _one_layer(
 
 def _packed_weights(layer: Layer, kernel: Kernel, operands: Operands) -> kernels.Frozen | None:
     """The weights, if they have been packed in this region of autocast."""
-    is_wide = operands.x.dtype == torch.float32
-    return packed_in_region(kernel, operands) if layer.by_bfloat16 and is_wide else None
+    if not layer.by_bfloat16 or operands.x.dtype != torch.float32:
+        return None
+    from rnnkern.kept_weights import packed_in_region  # most programs do not need it
+
+    return packed_in_region(kernel, operands)
 
 
 def dropout(module: Any, x: Tensor) -> Tensor:
