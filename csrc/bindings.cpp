@@ -202,8 +202,7 @@ std::optional<py::tuple> plain_outputs(const std::optional<PlainModule>& plain, 
 // The plain call of a module of one layer on a batch. Returns the results of the module, or None if
 // the call is not a plain one.
 py::object plain_call(py::handle module, py::handle x, py::handle hx, py::handle record) {
-  // The mode comes first: if a transform has wrapped x, torch takes a millisecond to refuse a view.
-  if (!is_tensor(x) || mode_refusal()) return py::none();
+  if (!may_be_viewed(x)) return py::none();
   const dlpack::Tensor input = view_of(x, "input").tensor;
   if (input.ndim != 3) return py::none();
   const auto outputs =
@@ -216,8 +215,7 @@ py::object plain_call(py::handle module, py::handle x, py::handle hx, py::handle
 // The same for a cell, on a row or a batch of them.
 py::object plain_cell(py::handle module, py::handle x, py::handle hx, py::handle record,
                       py::handle record_in_loop) {
-  // The mode comes first: if a transform has wrapped x, torch takes a millisecond to refuse a view.
-  if (!is_tensor(x) || mode_refusal()) return py::none();
+  if (!may_be_viewed(x)) return py::none();
   const dlpack::Tensor input = view_of(x, "input").tensor;
   if (input.ndim != 1 && input.ndim != 2) return py::none();
   const auto outputs = plain_outputs(plain_cell_module(module, input.shape[input.ndim - 1]), x, hx,

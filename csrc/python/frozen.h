@@ -81,7 +81,7 @@ class Frozen {
   // What the module returns for an input and its state; or None if the call is not a plain one of
   // one batch, if a mode of torch or a profiler has to see it, or if a gradient is wanted.
   py::object plain_call(py::handle x, py::handle hx) const {
-    if (!is_tensor(x) || mode_refusal()) return py::none();  // as the plain call of a layer
+    if (!may_be_viewed(x)) return py::none();
     const dlpack::Tensor input = view_of(x, "input").tensor;
     const bool fits = layer_.is_cell ? input.ndim == 1 || input.ndim == 2 : input.ndim == 3;
     const auto states = plain_states(layer_, hx);
@@ -98,7 +98,7 @@ class Frozen {
   // One step: returns the output, and writes the new state into the tensors of `hx`. None as above.
   py::object step(py::handle x, py::handle hx) const {
     if (layer_.directions != 1) throw Refused("a step is of one direction");
-    if (!is_tensor(x)) return py::none();
+    if (!may_be_viewed(x)) return py::none();
     const auto states = plain_states(layer_, hx);
     if (!states || !states->size() || has_to_be_seen(x, *states)) return py::none();
     return with_numbers([&](auto element) { return step_of<decltype(element)>(x, *states); });
@@ -191,9 +191,9 @@ class Frozen {
     }
   }
 
-  // Whether a mode of torch, a profiler or autograd has to see the call.
+  // Whether a profiler or autograd has to see the call.
   static bool has_to_be_seen(py::handle x, const PlainStates& states) {
-    return mode_refusal() || is_profiled() || wants_gradient(std::array<py::handle, 1>{x}, states);
+    return is_profiled() || wants_gradient(std::array<py::handle, 1>{x}, states);
   }
 
   template <typename T>

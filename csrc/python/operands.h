@@ -37,6 +37,9 @@ inline bool is_tensor(py::handle object) {
   const PyTypeObject* type = Py_TYPE(object.ptr());
   return type == api.tensor || type == api.parameter;
 }
+// The mode of torch comes before the view: if a transform has wrapped x, torch takes a millisecond
+// to refuse one.
+inline bool may_be_viewed(py::handle x) { return is_tensor(x) && !mode_refusal(); }
 
 // Calls f(T{}) for elements T of this dtype. If no kernel knows them, returns a false value of the
 // type that f returns.
