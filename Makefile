@@ -29,7 +29,10 @@ WITH_TORCH := $(VENV)/.torch
 NATIVE     := $(VENV)/.built-native
 BUILT      := $(VENV)/.built-all
 group       = $(VENV)/.group-$(1)
+SETTINGS   := $(VENV)/.settings
 TESTS      := $(NATIVE) $(call group,test)
+# For what builds the extension a second time, in another way, and tests that.
+TESTS_ALONE := $(WITH_TORCH) $(call group,test)
 
 define build_wheels
 $(BIN)/python tools/build_wheels.py --cuda $(1) $(ARGS)
@@ -44,7 +47,7 @@ endef
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help install compare test test-ecosystem test-machines test-torch bench bench-smoke report docs lint format \
-  wheels wheels-cuda test-aarch64 sanitize cuda-check cuda-sanitize simt ptx toy-cell own-cells simt-coverage clean distclean
+  wheels wheels-cuda test-aarch64 sanitize cuda-check cuda-sanitize simt ptx toy-cell own-cells simt-coverage clean distclean FORCE
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -64,10 +67,13 @@ test-ecosystem: $(TESTS) $(call group,ecosystem)  ## run the tests in the models
 	$(PYTEST) tests -m ecosystem $(ARGS)
 
 test-machines: $(BUILT) $(TESTS)  ## run the tests as on machines of other caches, threads, instructions
-	$(BIN)/python tools/test_machines.py $(SPREAD) $(ARGS)
+	$(BIN)/python tools/test_machines.py $(if $(PART),--part $(PART)) $(SPREAD) $(ARGS)
 
+ifeq ($(filter test-torch,$(MAKECMDGOALS))$(TORCH),test-torch)
+$(error test-torch: want TORCH=VERSION, such as TORCH=2.12.1)
+endif
 test-torch: $(TESTS)  ## run the tests with another torch (TORCH=2.12.1), in an environment of its own
-	sh tools/test_torch.sh $(BIN)/python $(or $(TORCH),$(error want TORCH=VERSION)) $(SPREAD) $(ARGS)
+	sh tools/test_torch.sh $(BIN)/python $(TORCH) $(SPREAD) $(ARGS)
 
 bench: $(TESTS)  ## run the benchmarks (ARGS="-k notebook": some of them)
 	$(PYTEST) benchmarks --benchmark-only $(ARGS)
@@ -104,7 +110,7 @@ wheels-cuda: $(call group,wheels)  ## the same for CUDA, in an hour: needs no nv
 test-aarch64: $(call group,build)  ## check the CPU kernels on AArch64 under QEMU (ARGS=native: on this CPU)
 	sh tools/aarch64.sh $(ARGS)
 
-sanitize: $(TESTS)  ## run the kernel tests under the address and undefined-behaviour sanitizers
+sanitize: $(TESTS_ALONE)  ## run the kernel tests under the address and undefined-behaviour sanitizers
 	sh tools/sanitize.sh $(BIN)/python $(SPREAD) $(ARGS)
 
 cuda-check: $(TESTS) $(call group,cuda-check)  ## compile the CUDA kernels (CUDAARCHS=90a-real: for one target), read their machine code
@@ -113,10 +119,10 @@ cuda-check: $(TESTS) $(call group,cuda-check)  ## compile the CUDA kernels (CUDA
 cuda-sanitize: $(TESTS)  ## tests on a GPU under compute-sanitizer's memcheck and racecheck
 	sh tools/cuda_sanitize.sh $(BIN)/python $(ARGS)
 
-simt: $(TESTS)  ## run kernel tests on the CUDA kernels, on a stand-in for the GPU (ARGS: of pytest)
+simt: $(TESTS_ALONE)  ## run kernel tests on the CUDA kernels, on a stand-in for the GPU (ARGS: of pytest)
 	sh tools/simt.sh $(BIN)/python $(SPREAD) $(ARGS)
 
-ptx: $(TESTS)  ## test nvcc's PTX of the CUDA kernels on that stand-in; needs nvcc (PART=0 to 3: a quarter of it)
+ptx: $(TESTS_ALONE)  ## test nvcc's PTX of the CUDA kernels on that stand-in; needs nvcc (PART=0 to 3: a quarter of it)
 	sh tools/ptx.sh $(BIN)/python $(or $(PART),all) $(SPREAD) $(ARGS)
 
 toy-cell: $(WITH_TORCH) $(call group,test)  ## add a cell to a copy of the sources and test it there (ARGS: of pytest)
@@ -145,19 +151,28 @@ $(READY): constraints.txt
 	  { echo 'this Python has no venv; on Debian: apt-get install python3-venv' >&2; exit 1; }
 	@echo 'Setting up $(VENV)'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(PIP) install --quiet --upgrade pip
+	@$(PIP) install -qq --upgrade pip
 	@touch $@
 
 $(WITH_TORCH): $(call group,build)
-	@echo 'Installing torch'
-	@$(PIP) install --quiet torch numpy
-	@RNNKERN_WITHOUT_EXTENSION=1 PYTHONWARNINGS=ignore $(PIP) install --quiet --no-build-isolation --no-deps --editable .
+	@echo 'Installing torch: a download of up to some gigabytes'
+	@$(PIP) install -qq torch numpy
+	@RNNKERN_WITHOUT_EXTENSION=1 PYTHONWARNINGS=ignore $(PIP) install -qq --no-build-isolation --no-deps --editable .
 	@touch $@
 
 $(VENV)/.group-%: $(READY) pyproject.toml
 	@echo 'Installing the packages of the group $*'
-	@$(PIP) install --quiet --group $*
+	@$(PIP) install -qq --group $*
 	@touch $@
+
+# What the last build was told about CUDA. Another setting builds again; none keeps what there is.
+ifneq ($(RNNKERN_CUDA)$(CUDAARCHS),)
+NATIVE_SOURCES += $(SETTINGS)
+$(SETTINGS): FORCE | $(READY)
+	@echo 'RNNKERN_CUDA=$(RNNKERN_CUDA) CUDAARCHS=$(CUDAARCHS)' > $@.new
+	@if cmp -s $@.new $@; then rm $@.new; else mv $@.new $@; fi
+FORCE:
+endif
 
 # The kernels for the CPU at hand take a third of the time of all, and they are all that timing and
 # the tests need. Once all have been built, all are built again.

@@ -202,7 +202,7 @@ def test_without_a_compiler_that_works(
 def test_nvcc_is_found_where_a_build_finds_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The order is that of cmake/nvcc.cmake."""
+    """The order is that of cmake/choose_nvcc.cmake."""
     packages = tmp_path / "nvidia"
     places = {
         "CUDACXX": script(tmp_path / "own", VERSION, ""),

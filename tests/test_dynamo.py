@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import types
 from collections.abc import Callable
 from typing import Any
@@ -40,11 +41,12 @@ def asks(body: str, module: Any, place: str = "torch._dynamo.variables.builder")
     return space["breaks"](module)  # type: ignore[no-any-return]
 
 
+@pytest.mark.parametrize("place", ["variables.builder", "symbolic_convert"])
 @pytest.mark.parametrize("way", ASKING)
 @pytest.mark.parametrize("kind", LAYERS)
-def test_the_graph_breaks_at_torch_nns_modules_alone(kind: str, way: str) -> None:
-    assert asks(ASKING[way], getattr(nn, kind)(3, 4))
-    assert not asks(ASKING[way], build(kind, 3, 4))
+def test_the_graph_breaks_at_torch_nns_modules_alone(kind: str, way: str, place: str) -> None:
+    assert asks(ASKING[way], getattr(nn, kind)(3, 4), f"torch._dynamo.{place}")
+    assert not asks(ASKING[way], build(kind, 3, 4), f"torch._dynamo.{place}")
 
 
 def test_other_modules_do_not_matter() -> None:
@@ -59,6 +61,17 @@ def test_a_dynamo_that_does_not_tell_is_named() -> None:
 def test_who_copies_the_configuration_gets_a_false_number() -> None:
     assert asks("return not config.allow_rnn", None, "torch._dynamo.utils")
     assert _OfRnnkern() == 0
+    assert ast.literal_eval(repr(_OfRnnkern())) is False
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of flags that torch no longer has
+def test_the_configuration_can_be_written_and_stored() -> None:
+    import torch._dynamo
+
+    config = torch._dynamo.config
+    ast.parse(config.codegen_config())
+    config.load_config(config.save_config())
+    assert graphs_of(Between(build("LSTM", 4, 6)), fullgraph=True) == 1
 
 
 @pytest.mark.parametrize("flag", [True, "absent"])

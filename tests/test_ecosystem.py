@@ -23,8 +23,8 @@ from rnnkern import tolerance
 pytestmark = pytest.mark.cpu_only
 
 NAMES = ("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell")
-EXTRA = "pip install 'rnnkern[ecosystem]'"
-TEST_EXTRA = "pip install 'rnnkern[test]'"
+EXTRA = "pip install --group ecosystem"
+TEST_EXTRA = "pip install --group test"
 # Not in the extra: its wheel brings a package `benchmarks`, which hides this project's.
 OPACUS = "pip install opacus==1.6.0, into an environment of its own"
 

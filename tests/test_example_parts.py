@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import rnnkern
 
 for needed in ("matplotlib", "tqdm"):
-    pytest.importorskip(needed, reason="pip install 'rnnkern[examples]'")
+    pytest.importorskip(needed, reason="pip install --group examples")
 
 pytestmark = pytest.mark.cpu_only
 EXAMPLES = Path(__file__).parent.parent / "examples"

@@ -33,7 +33,7 @@ SCRIPTS: dict[str, Sequence[str]] = {
 @pytest.fixture(autouse=True)
 def needs_the_extra() -> None:
     for module in ("matplotlib", "tqdm", "sklearn"):
-        pytest.importorskip(module, reason="pip install 'rnnkern[examples]'")
+        pytest.importorskip(module, reason="pip install --group examples")
 
 
 @pytest.fixture

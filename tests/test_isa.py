@@ -35,9 +35,13 @@ KNOWN = {
     "baseline": "DEFAULT",
 }
 EXTENDED = {
-    "x86-64-v4-amx": torch.cpu._is_amx_tile_supported,
-    "x86-64-v4-bf16": torch.cpu._is_avx512_bf16_supported,
-    "x86-64-v4-vnni": torch.cpu._is_vnni_supported,
+    "x86-64-v4-vnni": [torch.cpu._is_vnni_supported],
+    "x86-64-v4-bf16": [torch.cpu._is_vnni_supported, torch.cpu._is_avx512_bf16_supported],
+    "x86-64-v4-amx": [
+        torch.cpu._is_vnni_supported,
+        torch.cpu._is_avx512_bf16_supported,
+        torch.cpu._is_amx_tile_supported,
+    ],
 }
 WITH_FMA = ("x86-64-v4", "x86-64-v3")
 
@@ -53,7 +57,7 @@ def supported() -> list[str]:
         for name, needs in KNOWN.items()
         if order.index(needs) >= rank
         and name in compiled
-        and (name not in EXTENDED or EXTENDED[name]())
+        and all(has() for has in EXTENDED.get(name, []))
     ]
 
 

@@ -35,8 +35,9 @@ PLATFORM = f"manylinux_{GLIBC.major}_{GLIBC.minor}_x86_64"
 MAX_BYTES = 40_000_000
 
 # Variables that the caller may have set and that a proof or a build must not see. pip's pins are
-# passed on by name, because paths in them are relative.
-HIDDEN = ("RNNKERN_", "PYTHON", "PIP_CONSTRAINT")
+# passed on by name, because paths in them are relative. A wheel has code for every architecture,
+# whatever CUDAARCHS says.
+HIDDEN = ("RNNKERN_", "PYTHON", "PIP_CONSTRAINT", "CUDAARCHS")
 HIDDEN_FROM_PROOFS = (*HIDDEN, "CUDA", "LD_", "CC", "CXX")
 
 CODE = re.compile(r"^(ELF|PTX) file .*\.sm_(\d+)(\w*)\.(?:cubin|ptx)$", re.MULTILINE)

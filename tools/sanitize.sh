@@ -1,8 +1,8 @@
 #!/bin/sh
 # Build the package a second time with g++'s address and undefined-behaviour sanitizers, into
 # build/sanitize, and run the program of tests/aarch64 on it, which checks every cell, pass and type
-# in seconds, with each instruction set; and the kernel tests, which go through Python, with the best
-# one. A third time with the CUDA kernels on their stand-in. AMX is the stand-in of csrc/cpu/amx.h,
+# in seconds, with each instruction set; and the kernel tests in float32 and bfloat16, which go
+# through Python, with the best one. A third time with the CUDA kernels on their stand-in. AMX is the stand-in of csrc/cpu/amx.h,
 # so that it runs on CPUs that have none.
 # Usage, from the repository: tools/sanitize.sh PYTHON [pytest arguments]
 set -eu
@@ -44,7 +44,7 @@ run_tests() {  # run_tests LIB [pytest arguments]
 }
 
 echo "sanitize: the best instruction set"
-run_tests "$lib" tests -k 'not float64 and not float16' "$@"
+run_tests "$lib" tests -k 'not float64 and (bfloat16 or not float16)' "$@"
 build=$(dirname "$(find "$base" -name CMakeCache.txt | head -n 1)")
 "$(dirname "$python")/cmake" --build "$build" --target driver
 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 "$build/driver"

@@ -4,12 +4,15 @@ Every instruction set that this CPU has is in one of them. What a plan chooses d
 machine, so a test that passes here alone is found. Files whose tests start processes and compilers,
 or look at tools and pictures, are left out: they take most of the time, and the machine is nothing
 to them. own_cells is not left out, because each instruction set has code of its own for a cell.
+With --part each of the other files runs on one of the machines only, on another one in each part,
+and caches and numbers of threads go together in other ways.
 
-Usage: python tools/test_machines.py [pytest arguments]
+Usage: python tools/test_machines.py [--part NUMBER] [pytest arguments]
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import subprocess
 import sys
@@ -44,28 +47,41 @@ LEFT_OUT = {
 }
 
 
-def machines(isas: list[str]) -> Iterator[tuple[dict[str, str], list[str]]]:
-    """The environment that describes each machine, and the tests that run there."""
+def environment(isa: str, l2_bytes: int, threads: int) -> dict[str, str]:
+    return {
+        "RNNKERN_ISA": isa,
+        "RNNKERN_L2_BYTES": str(l2_bytes),
+        "RNNKERN_TEST_THREADS": str(threads),
+        "RNNKERN_TEST_DEVICES": "cpu",
+        "OMP_WAIT_POLICY": "passive",  # there are more threads than CPUs
+    }
+
+
+def machines(isas: list[str], part: int) -> Iterator[tuple[list[dict[str, str]], list[str]]]:
+    """The environments that describe machines, in groups, and the tests that run on each group."""
     # The sets of AVX-512 differ from one another only in the kernels of bfloat16 and int8.
     alike = [isa for isa in isas[1:] if isa.startswith("x86-64-v4")]
     different = [isa for isa in isas if isa not in alike]
     caches, threads = (512 * KIB, 1024 * KIB, 2048 * KIB), (64, 2, 1)
-    count = max(3, len(different))
-    rows: list[tuple[str, int, list[str]]]
-    rows = [(different[i % len(different)], i % 3, []) for i in range(count)]
-    rows += [(isa, 1, ["-k", "bfloat16 or int8"]) for isa in alike]
-    for isa, i, selection in rows:
-        environment = {
-            "RNNKERN_ISA": isa,
-            "RNNKERN_L2_BYTES": str(caches[i]),
-            "RNNKERN_TEST_THREADS": str(threads[i]),
-            "RNNKERN_TEST_DEVICES": "cpu",
-            "OMP_WAIT_POLICY": "passive",  # there are more threads than CPUs
-        }
-        yield environment, selection
+    yield (
+        [
+            environment(
+                different[i % len(different)],
+                caches[(i + part) % len(caches)],
+                threads[(i + part // len(caches)) % len(threads)],
+            )
+            for i in range(max(3, len(different)))
+        ],
+        [],
+    )
+    yield [environment(isa, caches[1], threads[1]) for isa in alike], ["-k", "bfloat16 or int8"]
 
 
-def main(arguments: list[str]) -> int:
+def main(given: list[str]) -> int:
+    description = (__doc__ or "").partition("\n\n")[0]
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    parser.add_argument("--part", type=int, metavar="NUMBER")
+    options, arguments = parser.parse_known_args(given)
     status = 0
     paths = {path.stem.removeprefix("test_"): path for path in Path("tests").glob("test_*.py")}
     if unknown := LEFT_OUT - paths.keys():
@@ -73,10 +89,14 @@ def main(arguments: list[str]) -> int:
     files = sorted(str(path) for name, path in paths.items() if name not in LEFT_OUT)
     lower = lower_isas()
     best = rnnkern.build_info()["isa"]
-    for environment, selection in machines([best, *lower]):
-        command = [str(PYTEST), *files, *selection, *arguments]
-        print(*(f"{k}={v}" for k, v in environment.items()), *selection, flush=True)
-        status |= subprocess.run(command, env=os.environ | environment).returncode
+    for described, selection in machines([best, *lower], options.part or 0):
+        for place, machine in enumerate(described):
+            chosen = files
+            if options.part is not None:
+                chosen = files[(place + options.part) % len(described) :: len(described)]
+            print(*(f"{k}={v}" for k, v in machine.items()), *selection, flush=True)
+            command = [str(PYTEST), *chosen, *selection, *arguments]
+            status |= subprocess.run(command, env=os.environ | machine).returncode
     return status
 
 

@@ -29,14 +29,16 @@ class _OfRnnkern(int):
 
     def __bool__(self) -> bool:
         frame = sys._getframe(1)
-        if not frame.f_globals.get("__name__", "").startswith("torch._dynamo.variables"):
+        place = frame.f_globals.get("__name__", "")
+        if not place.startswith("torch._dynamo."):
             return False
         own = list(frame.f_locals.values())
         asked = [each for each in [*own, *map(_value, own)] if isinstance(each, nn.Module)]
-        if not asked and "value" not in frame.f_locals:
+        traces = place.startswith("torch._dynamo.variables")
+        if traces and not asked and "value" not in frame.f_locals:
             raise RuntimeError(
                 "rnnkern cannot tell which module Dynamo asks about in "
-                f"{frame.f_globals['__name__']}.{frame.f_code.co_name}, because this version of "
+                f"{place}.{frame.f_code.co_name}, because this version of "
                 "torch is not known to it. Set torch._dynamo.config.allow_rnn to True, and the "
                 "modules of rnnkern and of torch.nn are compiled, or to False, and neither are"
             )
@@ -46,7 +48,7 @@ class _OfRnnkern(int):
         )
 
     def __repr__(self) -> str:
-        return "<true for the modules of rnnkern>"
+        return "False"  # what torch writes as source code, for programs that reproduce a failure
 
 
 def _value(variable: Any) -> Any:

@@ -183,7 +183,7 @@ def find_compiler() -> list[str]:
 # ---- GPUs ----
 
 OLDEST_NVCC = 12
-"""The first release with C++20 and sm_90a, as in cmake/nvcc.cmake."""
+"""The first release with C++20 and sm_90a, as in cmake/choose_nvcc.cmake."""
 
 _CUDA_FLAGS = (
     *("-std=c++20", "-O3", "-DNDEBUG", "-shared", "-cudart=static", "-w"),
@@ -243,7 +243,7 @@ def architecture_of(capability: tuple[int, int]) -> str:
 
 def find_nvcc() -> str:
     """nvcc: that of ``CUDACXX``, that of ``CUDA_HOME``, that on the ``PATH``, or one that pip has
-    installed, as for a build of rnnkern (cmake/nvcc.cmake).
+    installed, as for a build of rnnkern (cmake/choose_nvcc.cmake).
 
     Raises:
         RuntimeError: there is none.

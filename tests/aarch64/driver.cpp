@@ -2,9 +2,11 @@
 // without torch, under an emulator of another processor. `make test-aarch64`.
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <cstdio>
 #include <iterator>
 #include <string>
+#include <type_traits>
 #include <utility>
 
 #include "functions.h"
@@ -28,6 +30,22 @@ struct Loop {
   static Number stored(Number x) {
     if constexpr (kNarrow<T>) return Number(round_to<T>(x));
     return x;
+  }
+  static std::vector<float> factor(const float* row, int64_t count)
+    requires kRoundsFactors<T>
+  {
+    std::vector<float> rounded(row, row + count);
+    float most = 0;
+    for (float x : rounded) most = std::max(most, std::abs(x));
+    const float scale = most / 127;
+    for (float& x : rounded) {
+      if constexpr (std::is_same_v<T, F32ByBf16>) {
+        x = float(round_to<Bf16>(x));
+      } else if (most > 0) {
+        x = std::nearbyint(x / scale) * scale;
+      }
+    }
+    return rounded;
   }
 };
 
@@ -263,7 +281,7 @@ class Tally {
     add(wrong.empty(), std::string(c.name) + ", " + kPassNames[pass] + ":" + wrong);
   }
   void print() const {
-    std::printf("%-16s %-9s", cell_, type_);
+    std::printf("%-16s %-28s", cell_, type_);
     for (int pass = 0; pass < kPasses; ++pass) {
       const Verdict& v = worst_[pass];
       if (v.limit > 0) std::printf("  %s %.1f of %.1f eps", kPassNames[pass], v.error, v.limit);
@@ -279,6 +297,20 @@ class Tally {
 bool has_second_order(const Case& c) {
   const Options& o = c.options;
   return !o.is_special && !o.is_closed_loop && !o.in_place;  // which overwrites what it reads
+}
+
+// Types for frozen weights alone: inference with weights that are packed before.
+template <typename T>
+  requires kRoundsFactors<T>
+void check(const Case& c, const Problem& p, const Operands& o, const Results& exact,
+           const Results& /*exact_tangents*/, Tally* tally) {
+  if (c.options.is_closed_loop) return;
+  // A NaN in a row of integers makes the whole result NaN.
+  if (std::is_same_v<T, F32ByI8> && c.options.is_special) return;
+  KernelRun<T> frozen(c, p, o.layer);
+  const Results plain = evaluate<Loop<T>>(p, o);
+  tally->check<T, T>(c, kForward, frozen.frozen(), plain.outputs, exact.outputs);
+  tally->add(frozen.is_guarded(), std::string(c.name) + ": wrote behind an output");
 }
 
 template <typename T>
@@ -328,7 +360,7 @@ void check_cell(const CellCase& cell, int bits, int* passed, int* failed) {
     std::tie(o.tangents, o.incoming_tangents) = direction_of(c, p, random);
     const Results exact = evaluate<reference::Plain<double>>(p, o);
     Results tangents;
-    if ((!kNarrow<T> || ...) && has_second_order(c)) {
+    if (((!kNarrow<T> && !kRoundsFactors<T>) || ...) && has_second_order(c)) {
       tangents = evaluate<reference::Plain<Dual<double>>>(p, o);
     }
     Tally* tally = tallies;
@@ -352,7 +384,7 @@ int main() {
   check_functions(&passed, &failed);
   for (const CellCase& cell : kCells) {
     check_cell<float, double>(cell, Format<float>::kDigits - 1, &passed, &failed);
-    check_cell<Bf16, F16>(cell, Format<Bf16>::kDigits - 1, &passed, &failed);
+    check_cell<Bf16, F16, F32ByBf16, F32ByI8>(cell, Format<Bf16>::kDigits - 1, &passed, &failed);
   }
   const std::chrono::duration<double> took = std::chrono::steady_clock::now() - start;
   std::printf("==== %d passed, %d failed in %.2fs ====\n", passed, failed, took.count());

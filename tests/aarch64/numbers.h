@@ -34,10 +34,24 @@ struct Format<F16> {
   static constexpr const char* kName = "float16";
   static constexpr int kDigits = 11, kSmallest = -24, kLargest = 16;
 };
+// Those of a tensor are float32. Products round them to so many digits.
+template <>
+struct Format<F32ByBf16> : Format<float> {
+  static constexpr const char* kName = "float32, weights in bfloat16";
+  static constexpr int kDigitsOfFactors = 8;
+};
+template <>
+struct Format<F32ByI8> : Format<float> {
+  static constexpr const char* kName = "float32, weights in int8";
+  static constexpr int kDigitsOfFactors = 8;
+};
+template <typename T>
+constexpr bool kRoundsFactors = requires { Format<T>::kDigitsOfFactors; };
 
 // The spacing of the numbers just above one.
 template <typename T>
 double eps() {
+  if constexpr (kRoundsFactors<T>) return std::ldexp(1.0, 1 - Format<T>::kDigitsOfFactors);
   return std::ldexp(1.0, 1 - Format<T>::kDigits);
 }
 
@@ -56,6 +70,8 @@ double round_to(double x) {
 
 inline double to_double(float x) { return x; }
 inline double to_double(double x) { return x; }
+inline double to_double(F32ByBf16 x) { return x.number; }
+inline double to_double(F32ByI8 x) { return x.number; }
 // The bits of a significand of kDigits, its first digit not stored, behind those of an exponent.
 template <typename T>
 double to_double(T x) {
@@ -80,6 +96,8 @@ T from_double(double x) {
   using F = Format<T>;
   if constexpr (std::is_floating_point_v<T>) {
     return T(x);
+  } else if constexpr (kRoundsFactors<T>) {
+    return {float(x)};
   } else {
     constexpr int kStored = F::kDigits - 1;
     constexpr unsigned kInfinity = 0x7fffu >> kStored << kStored;

@@ -69,7 +69,8 @@ Dual<N> relu_gradient(Dual<N> y, Dual<N> dy) {
   return {relu_gradient(y.value, dy.value), relu_gradient(y.value, dy.tangent)};
 }
 
-// What a layer computes with, and what becomes of a number that is stored.
+// What a layer computes with, and what becomes of a number that is stored. There may be a function
+// `factor`: what becomes of the numbers of a row when a product takes them.
 template <typename N>
 struct Plain {
   using Number = N;
@@ -172,8 +173,16 @@ class Reference {
 
   // to[rows] += w[rows, columns] v[columns]
   static void add_product(const Vector& w, const N* v, int64_t columns, N* to, int64_t rows) {
-    for (int64_t i = 0; i < rows; ++i) {
-      for (int64_t j = 0; j < columns; ++j) to[i] += w[i * columns + j] * v[j];
+    const auto add = [&](const N* of_row, const N* right, N* sum) {
+      for (int64_t j = 0; j < columns; ++j) *sum += of_row[j] * right[j];
+    };
+    if constexpr (requires { A::factor(v, columns); }) {
+      const Vector right = A::factor(v, columns);
+      for (int64_t i = 0; i < rows; ++i) {
+        add(A::factor(&w[i * columns], columns).data(), right.data(), to + i);
+      }
+    } else {
+      for (int64_t i = 0; i < rows; ++i) add(&w[i * columns], v, to + i);
     }
   }
   // to[columns] += v[rows] w[rows, columns]

@@ -16,9 +16,10 @@ namespace rnnkern {
 
 constexpr double kFactor = 2;
 
-// In eps. The 16-bit types are computed in float32 and rounded when they are stored.
+// In eps. The 16-bit types are computed in float32 and rounded when they are stored. Where products
+// round their factors, eps is theirs.
 template <typename T>
-constexpr double kFloor = kNarrow<T> ? 2 : 16;
+constexpr double kFloor = kNarrow<T> || kRoundsFactors<T> ? 2 : 16;
 
 // A limit above that is a failure as well, because such a check sees nothing: the operands of the
 // case are badly chosen, say where relu has its kink.
