@@ -142,6 +142,8 @@ def read_cell(module: Any, input: Any, hx: Any = None) -> Call | Refusal:
     """The call ``module(input, hx)`` of a cell: as `read`, for a layer of one step."""
     if isinstance(module, nn.RNNCell) and module.nonlinearity not in ("tanh", "relu"):
         return _invalid("the nonlinearity is neither tanh nor relu")
+    if module.hidden_size == 0:
+        return _invalid("a cell without units")
     if input.dim() not in (1, 2) or input.size(-1) != module.input_size:
         return _invalid("input of shape {}", tuple(input.shape))
     mode = mode_of(module)

@@ -211,6 +211,36 @@ def test_jacobians_and_hessians(form: str) -> None:
     )
 
 
+@pytest.mark.parametrize("form", [*FORMS, *CELLS])
+def test_vectorized_jacobians_of_torch_autograd(form: str) -> None:
+    """Their vmap is an older one, which has fewer rules."""
+    if form in CELLS:
+        module, x = build(form, 2, 3, dtype=torch.float64), torch.randn(2, 2, dtype=torch.float64)
+        theirs: nn.Module = oracle.twin(module, torch.float64)
+    else:
+        module, theirs = make(form)
+        x = torch.randn(3, 2, 2, dtype=torch.float64)
+
+    def outputs(m: nn.Module) -> Callable[[Tensor], tuple[Tensor, ...]]:
+        return lambda a: tuple(flatten(m(a)).values())
+
+    def loss(m: nn.Module) -> Callable[[Tensor], Tensor]:
+        return lambda a: outputs(m)(a)[0].pow(3).sum()
+
+    first = torch.autograd.functional.jacobian(outputs(theirs), x)
+    second = torch.autograd.functional.hessian(loss(theirs), x)
+    for way in ("reverse-mode", "forward-mode"):
+        found = torch.autograd.functional.jacobian(outputs(module), x, vectorize=True, strategy=way)
+        for ours, expected in zip(found, first, strict=True):
+            assert_near(ours, expected)
+        assert_near(
+            torch.autograd.functional.hessian(
+                loss(module), x, vectorize=True, outer_jacobian_strategy=way
+            ),
+            second,
+        )
+
+
 @pytest.mark.parametrize("kind", CELLS)
 def test_cells_under_transforms(kind: str) -> None:
     module = build(kind, 2, 3, dtype=torch.float64)

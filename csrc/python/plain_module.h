@@ -291,7 +291,7 @@ inline std::optional<PlainModule> plain_cell_module(py::handle module, int64_t f
     return std::nullopt;
   }
   const std::optional<int64_t> size = integer(hidden);
-  if (integer(input) != features || !size) return std::nullopt;
+  if (integer(input) != features || !size || !*size) return std::nullopt;
   PlainWeights weights;
   int missing = 0;
   for (A::Name name : {A::kWeightIh, A::kWeightHh, A::kBiasIh, A::kBiasHh}) {

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import linear, pad
 
 from rnnkern.derivatives.cells import DERIVATIVES, OfStep
-from rnnkern.derivatives.frames import Frames, as_dtype
+from rnnkern.derivatives.frames import Frames, as_dtype, columns, rows_of
 from rnnkern.known_cells import CELLS
 from rnnkern.layer import Layer, Maybe, Operands
 
@@ -84,7 +84,7 @@ class Direction:
         self.O = y.shape[-1] // layer.directions
         if not self.has_rec:
             self.w = self.w._replace(rec=self.x.new_zeros(self.recurrent, self.O))
-        self.h: Tensor = frames.of(y[..., d * self.O : (d + 1) * self.O], d)
+        self.h: Tensor = frames.of(columns(y, d * self.O, (d + 1) * self.O), d)
         self.active, self.kept = frames.active(d), frames.kept(d)
         self.actives = [None] * frames.T if self.active is None else self.active.unbind(0)
         self.h_before = self.before(self.h, frames.state(at.h0, d, self.x, self.O))
@@ -201,6 +201,14 @@ class Direction:
             found.append(now)
         return torch.stack(found[::-1])
 
+    def recurrent_of(self, slots: Tensor) -> Tensor:
+        """The slots to which h W_hh is added."""
+        return columns(slots, 0, self.recurrent)
+
+    def free_of(self, slots: Tensor) -> Tensor:
+        """The slots to which x W_ih is added."""
+        return columns(slots, self.free, self.end)
+
     def taken(self, z: Tensor) -> Tensor:
         """z, with zeros at steps at which a row is not active."""
         return z if self.active is None else torch.where(self.active, z, 0)
@@ -213,7 +221,7 @@ class Direction:
 
     def tangent(self, v_w: Weights, v: Change, fixed: Tensor) -> Moved:
         """All changes, in the order of the steps."""
-        own = fixed[..., : self.recurrent].unbind(0)
+        own = self.recurrent_of(fixed).unbind(0)
         alone = fixed[..., self.recurrent :]
         others = (self.cell.gain[..., self.recurrent :] * alone).unbind(0)
         w_rec, w_hr = self.w.rec.t(), None if self.w.hr is None else self.w.hr.t()  # type: ignore[union-attr]
@@ -223,7 +231,7 @@ class Direction:
         for t, active in enumerate(self.actives):
             h_in, c_in = self.entering(t, h), self.entering(t, c)
             total = torch.addmm(own[t], h_in, w_rec)
-            moved = total * self.gains[t][:, : self.recurrent]
+            moved = total * self.recurrent_of(self.gains[t])
             unprojected, c_new = self.cell.step(t, moved, others[t], h_in, c_in)
             h_new = unprojected
             if w_hr is not None:
@@ -243,7 +251,7 @@ class Direction:
         """Gradients of each step's h and c, through everything that uses them."""
         assert self.w.rec is not None
         d_y, d_hn, d_cn = incoming
-        own = self.after(slots[..., : self.recurrent] @ self.w.rec, d_hn)
+        own = self.after(self.recurrent_of(slots) @ self.w.rec, d_hn)
         own = own if d_y is None else own + d_y
         return self.cell.of_states(own, self.w.hr, d_cn)  # type: ignore[no-any-return]
 
@@ -264,7 +272,7 @@ class Direction:
         changes: tuple[Maybe, Maybe, Maybe],
     ) -> Adjoint:
         """Changes of the gradients, in the order of backward."""
-        rec, w_rec, w_hr = slots[..., : self.recurrent], self.w.rec, self.w.hr
+        rec, w_rec, w_hr = self.recurrent_of(slots), self.w.rec, self.w.hr
         assert w_rec is not None
         d_h, d_c = self.of_states(slots, incoming)
         d_projected, crossing = None, None
@@ -289,7 +297,7 @@ class Direction:
             spread, direct, c_before = self.cell.back(t, now, c)
             d_slots = torch.addcmul(curves[t], self.gains[t], spread)
             found.append(d_slots)
-            before = d_slots[:, : self.recurrent] @ w_rec
+            before = self.recurrent_of(d_slots) @ w_rec
             for part in (None if hands is None else hands[t], direct):
                 before = before if part is None else before + part
             before, c_before = self.entering(t, before), self.entering(t, c_before)
@@ -310,8 +318,8 @@ class Direction:
     ) -> tuple[Tensor, list[Tensor]]:
         """Changes of the gradients of the input and of the weights."""
         assert self.w.ih is not None
-        inputs, v_inputs = (z[..., self.free : self.end] for z in (slots, found.slots))
-        rec, v_rec = slots[..., : self.recurrent], found.slots[..., : self.recurrent]
+        inputs, v_inputs = (self.free_of(z) for z in (slots, found.slots))
+        rec, v_rec = self.recurrent_of(slots), self.recurrent_of(found.slots)
         x = v_inputs @ self.w.ih
         if v_w.ih is not None:
             x = x + inputs @ v_w.ih
@@ -344,8 +352,8 @@ class Direction:
             own = z.reshape(z.shape[0], -1, groups, z.shape[-1])
             return own.permute(2, 0, 1, 3).flatten(1, 2)
 
-        inputs = grouped(slots[..., self.free : self.end])
-        rec = grouped(slots[..., : self.recurrent])
+        inputs = grouped(self.free_of(slots))
+        rec = grouped(self.recurrent_of(slots))
         of_rec = self._in_slots(rec.mT @ grouped(self.h_before), -1, 1)
         of_biases = inputs.sum(1), self._in_slots(rec.sum(1), -1, 1)
         own = self._of_layer(inputs.mT @ grouped(self.x), of_rec, *of_biases)
@@ -358,5 +366,5 @@ def _cat(parts: Sequence[Tensor]) -> Tensor:
 
 
 def _product(left: Tensor, right: Tensor, more: Maybe = None) -> Tensor:
-    left, right = left.flatten(0, 1).t(), right.flatten(0, 1)
+    left, right = rows_of(left).t(), rows_of(right)
     return left @ right if more is None else torch.addmm(more, left, right)

@@ -15,6 +15,18 @@ if TYPE_CHECKING:
     from rnnkern.derivatives.direction import Moved
 
 
+# A slice of everything is an alias. The vmap of torch.autograd.functional has no rule for that, nor
+# for flatten.
+def columns(z: Tensor, begin: int, end: int) -> Tensor:
+    """``z[..., begin:end]``"""
+    return z.narrow(-1, begin, end - begin)
+
+
+def rows_of(z: Tensor) -> Tensor:
+    """``[T, N, features]`` as ``[T * N, features]``."""
+    return z.reshape(z.shape[0] * z.shape[1], z.shape[2])
+
+
 class Frames:
     """Operands as ``[T, N, ...]`` in the order in which a direction takes its steps, and back."""
 
@@ -78,7 +90,7 @@ class Frames:
 
     def to_saved(self, z: Tensor, d: int) -> Tensor:
         z = self.directed(z, d)
-        return as_dtype(self.dtype, z[self.row_of] if self.packed else z.flatten(0, 1))
+        return as_dtype(self.dtype, z[self.row_of] if self.packed else rows_of(z))
 
     def _masked(self, z: Tensor) -> Tensor:
         """z, with zeros past the end of a row, because padding may be NaN."""
@@ -122,7 +134,7 @@ class Frames:
         y = gradients.y
         if y is not None:
             width = y.shape[-1] // self.layer.directions
-            y = y[..., d * width : (d + 1) * width]
+            y = columns(y, d * width, (d + 1) * width)
         hn, cn = (
             None if z is None else self.state(z, d, z, z.shape[-1])
             for z in (gradients.hn, gradients.cn)

@@ -1,8 +1,11 @@
 // The kernels on the operands of a case, through the structs that csrc/python fills.
 #pragma once
 
+#include <algorithm>
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <memory>
 #include <new>
 #include <tuple>
@@ -55,6 +58,14 @@ class KernelRun {
 
   // The same with weights that are packed before.
   Outputs frozen() {
+    for (Weights<T>& w : f_.weights) {
+      if constexpr (std::is_same_v<T, F32ByI8>) {
+        const int64_t rows = p_.gates() * p_.H;
+        w.scale_ih = quantize(w.w_ih, w.w_ih_row, rows, p_.I);
+        w.scale_hh = quantize(w.w_hh, w.w_hh_row, rows, p_.O);
+        w.scale_hr = quantize(w.w_hr, w.w_hr_row, p_.O, p_.H);
+      }
+    }
     const auto& kernels = std::get<Kernels<T>>(kernels_in_use());
     packed_ = std::make_unique<Block>(kernels.pack(f_.sizes, f_.weights, nullptr));
     kernels.pack(f_.sizes, f_.weights, packed_->data);
@@ -168,6 +179,22 @@ class KernelRun {
       }
     }
     return to;
+  }
+
+  // Makes the rows of a matrix integers from -127 to 127. Returns the factor of each row.
+  const float* quantize(const T* matrix, int64_t row, int64_t rows, int64_t columns) {
+    if (!matrix) return nullptr;
+    std::vector<float>& scales = scales_.emplace_back();
+    for (int64_t i = 0; i < rows; ++i) {
+      T* const begin = const_cast<T*>(matrix) + i * row;
+      double most = 0;
+      for (int64_t j = 0; j < columns; ++j) most = std::max(most, std::abs(to_double(begin[j])));
+      scales.push_back(float(most / 127));
+      for (int64_t j = 0; most > 0 && j < columns; ++j) {
+        begin[j] = from_double<T>(std::nearbyint(to_double(begin[j]) / most * 127));
+      }
+    }
+    return scales.data();
   }
 
   // Rows that do not take part are NaN: nothing reads them.
@@ -296,6 +323,7 @@ class KernelRun {
   Layout layout_;
   Memory<T> memory_;
   std::unique_ptr<Block> packed_;
+  std::deque<std::vector<float>> scales_;
   Forward<T> f_;
   T* dslots_ = nullptr;
 };

@@ -152,6 +152,24 @@ def the_state_given_on(side: Side) -> Any:
     return outputs, gradients(module, flatten(outputs))
 
 
+@ROWS.row(*CELLS)
+def a_cell_without_units(side: Side) -> Any:
+    module, x = side.make(I, 0), side.x().requires_grad_()
+    loss = loss_of(module(x))
+    loss.backward()
+    return loss, x.grad, [p.grad for p in module.parameters()]
+
+
+@ROWS.row("LSTMCell")
+def both_states_of_a_row_in_one_tensor(side: Side) -> Any:
+    """torch.nn takes its two rows apart. Of a batch it is no state."""
+    module = side.make()
+    return (
+        module(side.x(I), side.x(2, H)),
+        isinstance(attempt(lambda: module(side.x(), side.x(2, N, H))), Exception),
+    )
+
+
 @ROWS.row(*LAYERS)
 def packed_sequences(side: Side) -> Any:
     module, x = side.make(bidirectional=True), side.x()

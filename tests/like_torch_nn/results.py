@@ -83,6 +83,18 @@ def a_weight_changed_that_backward_does_not_need(side: Side) -> Any:
     return type(attempt(loss.backward)).__name__
 
 
+@ROWS.row()
+def an_input_changed_that_backward_does_not_need(side: Side) -> Any:
+    """W_ih has no gradient."""
+    module = side.make()
+    for name, weight in module.named_parameters():
+        weight.requires_grad_("_ih" not in name)
+    x = side.x()
+    loss = loss_of(module(x))
+    x.add_(1)
+    return type(attempt(loss.backward)).__name__
+
+
 @ROWS.row("RNN", "GRU", "LSTMCell", "GRUCell")
 def outputs_changed_before_backward(side: Side) -> Any:
     """Those of LSTM and RNNCell may not be with torch.nn either."""
