@@ -29,7 +29,7 @@ WITH_TORCH := $(VENV)/.torch
 NATIVE     := $(VENV)/.built-native
 BUILT      := $(VENV)/.built-all
 group       = $(VENV)/.group-$(1)
-SETTINGS   := $(VENV)/.settings
+TOLD       := $(VENV)/.told
 TESTS      := $(NATIVE) $(call group,test)
 # For what builds the extension a second time, in another way, and tests that.
 TESTS_ALONE := $(WITH_TORCH) $(call group,test)
@@ -38,16 +38,21 @@ define build_wheels
 $(BIN)/python tools/build_wheels.py --cuda $(1) $(ARGS)
 endef
 
+SETTINGS := RNNKERN_CUDA=$(RNNKERN_CUDA) CUDAARCHS=$(CUDAARCHS) EXCHANGE=$(RNNKERN_CUDA_EXCHANGE).
+
 # The extension, with the lines of ninja as they come.
 define build
 @echo 'Compiling the kernels for $(1): some minutes the first time'
+@rm -f $(TOLD)
 @RNNKERN_INSTRUCTION_SETS=$(2) $(BIN)/python setup.py --quiet build_ext --inplace
+@echo '$(SETTINGS)' > $(TOLD)
 endef
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install compare test test-ecosystem test-machines test-torch bench bench-smoke report docs lint format \
-  wheels wheels-cuda test-aarch64 sanitize cuda-check cuda-sanitize simt ptx toy-cell own-cells simt-coverage clean distclean FORCE
+.PHONY: help install compare test test-ecosystem test-machines test-torch bench bench-smoke report \
+  docs lint format wheels wheels-cuda test-aarch64 sanitize cuda-check cuda-sanitize simt ptx \
+  toy-cell own-cells simt-coverage clean distclean FORCE
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -66,7 +71,7 @@ test: $(TESTS)  ## run the tests (ARGS="-k lstm": some of them)
 test-ecosystem: $(TESTS) $(call group,ecosystem)  ## run the tests in the models of other packages
 	$(PYTEST) tests -m ecosystem $(ARGS)
 
-test-machines: $(BUILT) $(TESTS)  ## run the tests as on machines of other caches, threads, instructions
+test-machines: $(BUILT) $(TESTS)  ## run the tests as on other machines (PART=0, 1, 2...: each file on one)
 	$(BIN)/python tools/test_machines.py $(if $(PART),--part $(PART)) $(SPREAD) $(ARGS)
 
 ifeq ($(filter test-torch,$(MAKECMDGOALS))$(TORCH),test-torch)
@@ -113,7 +118,7 @@ test-aarch64: $(call group,build)  ## check the CPU kernels on AArch64 under QEM
 sanitize: $(TESTS_ALONE)  ## run the kernel tests under the address and undefined-behaviour sanitizers
 	sh tools/sanitize.sh $(BIN)/python $(SPREAD) $(ARGS)
 
-cuda-check: $(TESTS) $(call group,cuda-check)  ## compile the CUDA kernels (CUDAARCHS=90a-real: for one target), read their machine code
+cuda-check: $(TESTS_ALONE) $(call group,cuda-check)  ## compile the CUDA kernels (CUDAARCHS=90a-real: for one target), read their machine code
 	sh tools/cuda_check.sh $(BIN)/python
 
 cuda-sanitize: $(TESTS)  ## tests on a GPU under compute-sanitizer's memcheck and racecheck
@@ -137,7 +142,7 @@ simt-coverage: $(TESTS) $(call group,coverage)  ## which lines of the CUDA kerne
 	sh tools/simt_coverage.sh $(BIN)/python
 
 clean:  ## remove what was built, keep .venv
-	rm -rf build dist *.egg-info rnnkern/_C*.so $(NATIVE) $(BUILT)
+	rm -rf build dist *.egg-info rnnkern/_C*.so $(NATIVE) $(BUILT) $(TOLD)
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find $(wildcard rnnkern tests benchmarks tools) -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -155,7 +160,7 @@ $(READY): constraints.txt
 	@touch $@
 
 $(WITH_TORCH): $(call group,build)
-	@echo 'Installing torch: a download of up to some gigabytes'
+	@echo 'Installing torch: a download of some gigabytes'
 	@$(PIP) install -qq torch numpy
 	@RNNKERN_WITHOUT_EXTENSION=1 PYTHONWARNINGS=ignore $(PIP) install -qq --no-build-isolation --no-deps --editable .
 	@touch $@
@@ -165,13 +170,11 @@ $(VENV)/.group-%: $(READY) pyproject.toml
 	@$(PIP) install -qq --group $*
 	@touch $@
 
-# What the last build was told about CUDA. Another setting builds again; none keeps what there is.
-ifneq ($(RNNKERN_CUDA)$(CUDAARCHS),)
-NATIVE_SOURCES += $(SETTINGS)
-$(SETTINGS): FORCE | $(READY)
-	@echo 'RNNKERN_CUDA=$(RNNKERN_CUDA) CUDAARCHS=$(CUDAARCHS)' > $@.new
-	@if cmp -s $@.new $@; then rm $@.new; else mv $@.new $@; fi
-FORCE:
+# If something is said about CUDA, and the last build was told something else, it is built again.
+ifneq ($(RNNKERN_CUDA)$(CUDAARCHS)$(RNNKERN_CUDA_EXCHANGE),)
+ifneq ($(SETTINGS),$(shell cat $(TOLD) 2>/dev/null))
+NATIVE_SOURCES += FORCE
+endif
 endif
 
 # The kernels for the CPU at hand take a third of the time of all, and they are all that timing and

@@ -1,8 +1,8 @@
 # Chooses the nvcc: the one that CUDACXX names, that of CUDA_HOME, the one on the PATH, or one that
 # pip installed (cuda-toolkit[nvcc,cudart,cccl]); and the architectures that it compiles for. Sets
-# rnnkern_nvcc_version if there is one. If there is none, that is an error; with RNNKERN_CUDA=AUTO it
-# is a message, and so is a machine without a GPU, because the kernels take minutes to compile and
-# nothing would run them. tests/test_cuda_setting.py runs this file alone.
+# rnnkern_nvcc_version if there is one. If there is none, that is an error; with RNNKERN_CUDA=AUTO
+# it is a message, and so is a machine without a GPU, because the kernels take minutes to compile
+# and nothing would run them. tests/test_cuda_setting.py runs this file alone.
 set(rnnkern_nvcc_version)
 set(rnnkern_oldest_nvcc 12.0)  # the first with C++20 and sm_90a
 
@@ -21,7 +21,9 @@ else()
     COMMAND ${Python_EXECUTABLE} -c "import sysconfig; print(sysconfig.get_path('purelib'))"
     OUTPUT_VARIABLE packages OUTPUT_STRIP_TRAILING_WHITESPACE COMMAND_ERROR_IS_FATAL ANY)
   file(GLOB from_pip ${packages}/nvidia/cu*/bin)
-  find_program(rnnkern_nvcc nvcc PATHS $ENV{CUDA_HOME}/bin NO_DEFAULT_PATH NO_CACHE)
+  if(DEFINED ENV{CUDA_HOME})
+    find_program(rnnkern_nvcc nvcc PATHS $ENV{CUDA_HOME}/bin NO_DEFAULT_PATH NO_CACHE)
+  endif()
   find_program(rnnkern_nvcc nvcc NO_CACHE)
   find_program(rnnkern_nvcc nvcc PATHS ${from_pip} NO_DEFAULT_PATH NO_CACHE)
   if(NOT rnnkern_nvcc)
@@ -62,8 +64,8 @@ function(rnnkern_architectures_here result)
   set(${result} ${found} PARENT_SCOPE)
 endfunction()
 
-# AUTO takes the architectures of the GPUs here; ON takes every generation from Ampere on, and PTX for
-# what comes later. CUDAARCHS names others.
+# AUTO takes the architectures of the GPUs here; ON takes every generation from Ampere on, and PTX
+# for what comes later. CUDAARCHS names others.
 if(RNNKERN_CUDA STREQUAL "AUTO")
   rnnkern_architectures_here(architectures)
   if(NOT architectures)
@@ -77,7 +79,9 @@ else()
     list(APPEND architectures 100-real 120-real)
   endif()
 endif()
-if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES AND NOT DEFINED ENV{CUDAARCHS})
-  set(CMAKE_CUDA_ARCHITECTURES ${architectures})
+if(NOT "$ENV{CUDAARCHS}" STREQUAL "")
+  set(architectures $ENV{CUDAARCHS})
 endif()
+# Not only if it is undefined: CMake may have kept the value of the last build.
+set(CMAKE_CUDA_ARCHITECTURES ${architectures})
 set(rnnkern_nvcc_version ${version})

@@ -1,5 +1,5 @@
-# Enables the language CUDA with the compiler that choose_nvcc.cmake chooses. Sets rnnkern_has_cuda if
-# it works.
+# Enables the language CUDA with the compiler that choose_nvcc.cmake chooses. Sets rnnkern_has_cuda
+# if it works.
 set(rnnkern_has_cuda OFF)
 include(${CMAKE_CURRENT_LIST_DIR}/choose_nvcc.cmake)
 if(NOT rnnkern_nvcc_version)

@@ -289,7 +289,7 @@ def _refuse_what_torch_does_not(module: Any, input: Any, hx: Any) -> None:
     if not isinstance(input, Tensor) or input.dim() not in (1, 2) or hx is None:
         return
     if isinstance(module, nn.LSTMCell) and isinstance(hx, Tensor):
-        if input.dim() == 1 and hx.dim() == 2:  # torch.nn takes hx[0] and hx[1]
+        if input.dim() == 1 and hx.dim() == 2 and len(hx) == 2:  # h_0 and c_0 of one row
             return
         raise TypeError(
             f"LSTMCell: Expected hx to be a tuple of two tensors (h_0, c_0), "

@@ -13,7 +13,8 @@ import pytest
 pytestmark = pytest.mark.cpu_only
 
 CHOICE = Path(__file__).parents[1] / "cmake" / "choose_nvcc.cmake"
-CMAKE = shutil.which("cmake", path=os.pathsep.join([str(Path(sys.executable).parent), os.defpath]))
+BESIDE_PYTHON = str(Path(sys.executable).parent)
+CMAKE = shutil.which("cmake", path=os.pathsep.join([BESIDE_PYTHON, os.environ["PATH"]]))
 EVERY = "80;90a-real;100-real;120-real"
 NO_GPU = "no NVIDIA GPU of compute capability 8.0 or later"
 
@@ -23,14 +24,21 @@ def program(path: Path, prints: str) -> None:
     path.chmod(0o755)
 
 
+def nvcc(path: Path, release: str) -> None:
+    program(path, f"Cuda compilation tools, release {release}, V{release}.1")
+
+
 class Machine:
     """A folder with these programs, the only one on the PATH."""
 
-    def __init__(self, folder: Path, nvcc: str | None, gpus: str | None) -> None:
+    python = Path(sys.executable)
+    kept = ""  # what CMake has kept of the last build as CMAKE_CUDA_ARCHITECTURES
+
+    def __init__(self, folder: Path, release: str | None, gpus: str | None) -> None:
         folder.mkdir()
         self._folder = folder
-        if nvcc is not None:
-            program(folder / "nvcc", f"Cuda compilation tools, release {nvcc}, V{nvcc}.1")
+        if release is not None:
+            nvcc(folder / "nvcc", release)
         if gpus is not None:
             program(folder / "nvidia-smi", gpus.replace(" ", "\n"))
 
@@ -43,7 +51,8 @@ class Machine:
         )
         return subprocess.run(
             [
-                *(CMAKE, f"-DRNNKERN_CUDA={setting}", f"-DPython_EXECUTABLE={sys.executable}"),
+                *(CMAKE, f"-DRNNKERN_CUDA={setting}", f"-DPython_EXECUTABLE={self.python}"),
+                *([f"-DCMAKE_CUDA_ARCHITECTURES={self.kept}"] if self.kept else []),
                 *("-P", script),
             ],
             capture_output=True,
@@ -84,33 +93,71 @@ def test_auto_builds_for_the_cpu_alone_where_no_gpu_runs_the_kernels(
     assert done.stderr.endswith("version= for=\n")
 
 
-@pytest.mark.parametrize(("nvcc", "wanted"), [("13.0", EVERY), ("12.4", "80;90a-real")])
+@pytest.mark.parametrize(("release", "wanted"), [("13.0", EVERY), ("12.4", "80;90a-real")])
 @pytest.mark.parametrize("gpus", [None, "8.0"])
 def test_on_builds_for_every_generation(
-    tmp_path: Path, nvcc: str, wanted: str, gpus: str | None
+    tmp_path: Path, release: str, wanted: str, gpus: str | None
 ) -> None:
-    here = Machine(tmp_path / "bin", nvcc, gpus)
-    assert here.chosen("ON") == f"version={nvcc} for={wanted}"
+    here = Machine(tmp_path / "bin", release, gpus)
+    assert here.chosen("ON") == f"version={release} for={wanted}"
 
 
 @pytest.mark.parametrize("setting", ["AUTO", "ON"])
 def test_cudaarchs_names_the_architectures(tmp_path: Path, setting: str) -> None:
-    """CMake itself reads that variable."""
     here = Machine(tmp_path / "bin", "13.0", "8.0")
-    assert here.chosen(setting, CUDAARCHS="90a-real") == "version=13.0 for="
+    assert here.chosen(setting, CUDAARCHS="89;90a-real") == "version=13.0 for=89;90a-real"
+    of_default = {"AUTO": "80-real", "ON": EVERY}[setting]
+    assert here.chosen(setting, CUDAARCHS="") == f"version=13.0 for={of_default}"
+
+
+def test_the_last_builds_architectures_do_not_matter(tmp_path: Path) -> None:
+    here = Machine(tmp_path / "bin", "13.0", "9.0")
+    here.kept = "75"
+    assert here.chosen("AUTO") == "version=13.0 for=90a-real"
+
+
+def test_where_nvcc_is_looked_for(tmp_path: Path) -> None:
+    """CUDACXX, CUDA_HOME, the PATH, and the packages of pip, in this order."""
+    pip = tmp_path / "packages" / "nvidia" / "cu13" / "bin"
+    home = tmp_path / "home" / "bin"
+    for folder, release in ((pip, "13.1"), (home, "13.2")):
+        folder.mkdir(parents=True)
+        nvcc(folder / "nvcc", release)
+    nvcc(tmp_path / "named", "13.3")
+    bare = Machine(tmp_path / "bare", None, "9.0")
+    full = Machine(tmp_path / "full", "13.0", "9.0")
+    program(tmp_path / "python", str(tmp_path / "packages"))
+    for machine in (bare, full):
+        machine.python = tmp_path / "python"
+    environment = {"CUDA_HOME": str(home.parent)}
+    assert bare.chosen("ON").startswith("version=13.1 ")
+    assert full.chosen("ON").startswith("version=13.0 ")
+    assert full.chosen("ON", **environment).startswith("version=13.2 ")
+    environment["CUDACXX"] = str(tmp_path / "named")
+    assert full.chosen("ON", **environment).startswith("version=13.3 ")
+
+
+def test_without_nvcc(tmp_path: Path) -> None:
+    bare = Machine(tmp_path / "bin", None, "9.0")
+    program(tmp_path / "python", str(tmp_path / "no packages"))
+    bare.python = tmp_path / "python"
+    auto, on = bare.configure("AUTO"), bare.configure("ON")
+    assert auto.returncode == 0
+    assert "no nvcc was found (CUDACXX, CUDA_HOME, PATH, pip): building for" in auto.stderr
+    assert on.returncode
 
 
 @pytest.mark.parametrize(
-    ("nvcc", "environment", "reason"),
+    ("release", "environment", "reason"),
     [
         ("11.8", {}, "is 11.8, wanted 12.0 or later"),
         ("13.0", {"CUDACXX": "/nonexistent/nvcc"}, "/nonexistent/nvcc does not run"),
     ],
 )
 def test_on_is_an_error_where_auto_says_why(
-    tmp_path: Path, nvcc: str, environment: dict[str, str], reason: str
+    tmp_path: Path, release: str, environment: dict[str, str], reason: str
 ) -> None:
-    here = Machine(tmp_path / "bin", nvcc, "9.0")
+    here = Machine(tmp_path / "bin", release, "9.0")
     auto = here.configure("AUTO", **environment)
     assert auto.returncode == 0
     assert f"{reason}: building for the CPU alone" in auto.stderr

@@ -1,6 +1,6 @@
 """Code of other packages, with rnnkern's modules in place of torch.nn's.
 
-What is marked `ecosystem` needs the extra of that name; what is not installed is skipped.
+What is marked `ecosystem` needs the group of that name; what is not installed is skipped.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from rnnkern import tolerance
 pytestmark = pytest.mark.cpu_only
 
 NAMES = ("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell")
-EXTRA = "pip install --group ecosystem"
-TEST_EXTRA = "pip install --group test"
-# Not in the extra: its wheel brings a package `benchmarks`, which hides this project's.
+ECOSYSTEM_GROUP = "pip install --group ecosystem"
+TEST_GROUP = "pip install --group test"
+# Not in the group: its wheel brings a package `benchmarks`, which hides this project's.
 OPACUS = "pip install opacus==1.6.0, into an environment of its own"
 
 
@@ -36,7 +36,7 @@ def test_inputs_of_torch_testing(
     name: str, dtype: torch.dtype, training: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What torch tests its own modules with: outputs, and gradients of all inputs and weights."""
-    pytest.importorskip("expecttest", reason=TEST_EXTRA)
+    pytest.importorskip("expecttest", reason=TEST_GROUP)
     # Its import forbids to set any flag of torch.backends from then on.
     monkeypatch.setattr(torch.backends, "disable_global_flags", lambda: None)
     from torch.testing._internal.common_modules import module_db
@@ -76,7 +76,7 @@ def _leaf(dtype: torch.dtype, tensor: Tensor) -> Tensor:
 @pytest.mark.ecosystem
 def test_recurrent_ppo() -> None:
     """stable-baselines3's recurrent PPO on CartPole: the same run as with torch.nn."""
-    sb3 = pytest.importorskip("sb3_contrib", reason=EXTRA)
+    sb3 = pytest.importorskip("sb3_contrib", reason=ECOSYSTEM_GROUP)
     runs = []
     for change in (rnnkern.convert, lambda model: model):
         with warnings.catch_warnings():
@@ -104,9 +104,9 @@ def test_forecasts_of_darts(kind: str, tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        darts = pytest.importorskip("darts", reason=EXTRA)
-        models = pytest.importorskip("darts.models", reason=EXTRA)
-        pytest.importorskip("pytorch_lightning", reason=EXTRA)
+        darts = pytest.importorskip("darts", reason=ECOSYSTEM_GROUP)
+        models = pytest.importorskip("darts.models", reason=ECOSYSTEM_GROUP)
+        pytest.importorskip("pytorch_lightning", reason=ECOSYSTEM_GROUP)
         series = darts.TimeSeries.from_values(torch.linspace(0, 30, 100).sin().numpy())
         forecasts = []
         for layer in (getattr(rnnkern, kind), getattr(nn, kind)):

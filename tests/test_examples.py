@@ -31,7 +31,7 @@ SCRIPTS: dict[str, Sequence[str]] = {
 
 
 @pytest.fixture(autouse=True)
-def needs_the_extra() -> None:
+def needs_the_group() -> None:
     for module in ("matplotlib", "tqdm", "sklearn"):
         pytest.importorskip(module, reason="pip install --group examples")
 

@@ -683,3 +683,15 @@ def test_numbers_on_tensors() -> None:
     torch.testing.assert_close(ours, evaluate(module, leaves, by_reference))
     made = rnnkern.where(torch.tensor([True, False]), torch.tensor([7.0, 8.0]), 5.0)
     assert made.tolist() == [7.0, 5.0]
+
+
+def test_vectorized_jacobians() -> None:
+    """Of torch.autograd.functional, whose vmap has few rules."""
+    module = rnnkern.Recurrent(rnnkern.cells.mgu, 2, 3, dtype=torch.float64)
+    x = torch.randn(4, 2, 2, dtype=torch.float64)
+    expected = torch.autograd.functional.jacobian(lambda a: module(a)[0], x)
+    for way in ("reverse-mode", "forward-mode"):
+        found = torch.autograd.functional.jacobian(
+            lambda a: module(a)[0], x, vectorize=True, strategy=way
+        )
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10)

@@ -219,6 +219,7 @@ def test_a_cell_may_have_an_attribute_called_mode(kind: str) -> None:
 
 MALFORMED: dict[str, tuple[Tensor, Any, str]] = {
     "states of three rows for one": (torch.zeros(5), (torch.zeros(3, 3),) * 2, "(3, 3)"),
+    "one tensor of three rows": (torch.zeros(5), torch.zeros(3, 3), "tuple of two tensors"),
     "one tensor for the pair": (torch.zeros(3, 5), torch.zeros(2, 3, 3), "tuple of two tensors"),
 }
 

@@ -227,9 +227,20 @@ def test_vectorized_jacobians_of_torch_autograd(form: str) -> None:
     def loss(m: nn.Module) -> Callable[[Tensor], Tensor]:
         return lambda a: outputs(m)(a)[0].pow(3).sum()
 
+    weight = next(iter(weights_of(module)))
+
+    def by_weight(m: nn.Module) -> Callable[[Tensor], Tensor]:
+        return lambda w: next(iter(flatten(functional_call(m, {weight: w}, (x,))).values()))
+
+    at = weights_of(module)[weight]
     first = torch.autograd.functional.jacobian(outputs(theirs), x)
+    of_weight = torch.autograd.functional.jacobian(by_weight(theirs), at)
     second = torch.autograd.functional.hessian(loss(theirs), x)
     for way in ("reverse-mode", "forward-mode"):
+        assert_near(
+            torch.autograd.functional.jacobian(by_weight(module), at, vectorize=True, strategy=way),
+            of_weight,
+        )
         found = torch.autograd.functional.jacobian(outputs(module), x, vectorize=True, strategy=way)
         for ours, expected in zip(found, first, strict=True):
             assert_near(ours, expected)

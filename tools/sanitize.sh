@@ -2,8 +2,8 @@
 # Build the package a second time with g++'s address and undefined-behaviour sanitizers, into
 # build/sanitize, and run the program of tests/aarch64 on it, which checks every cell, pass and type
 # in seconds, with each instruction set; and the kernel tests in float32 and bfloat16, which go
-# through Python, with the best one. A third time with the CUDA kernels on their stand-in. AMX is the stand-in of csrc/cpu/amx.h,
-# so that it runs on CPUs that have none.
+# through Python, with the best one. A third time with the CUDA kernels on their stand-in. AMX is
+# the stand-in of csrc/cpu/amx.h, so that it runs on CPUs that have none.
 # Usage, from the repository: tools/sanitize.sh PYTHON [pytest arguments]
 set -eu
 
@@ -40,7 +40,8 @@ run_tests() {  # run_tests LIB [pytest arguments]
   tested=$1
   shift
   sanitized PYTHONPATH="$tested:$PWD/tools:$PWD/tests" RNNKERN_LOADED_FROM="$tested" \
-    RNNKERN_TEST_DEVICES=cpu "$(dirname "$python")/pytest" -m kernel -p loaded_from --capture=sys "$@"
+    RNNKERN_TEST_DEVICES=cpu \
+    "$(dirname "$python")/pytest" -m kernel -p loaded_from --capture=sys "$@"
 }
 
 echo "sanitize: the best instruction set"

@@ -4,8 +4,8 @@ Every instruction set that this CPU has is in one of them. What a plan chooses d
 machine, so a test that passes here alone is found. Files whose tests start processes and compilers,
 or look at tools and pictures, are left out: they take most of the time, and the machine is nothing
 to them. own_cells is not left out, because each instruction set has code of its own for a cell.
-With --part each of the other files runs on one of the machines only, on another one in each part,
-and caches and numbers of threads go together in other ways.
+With --part a file runs on one machine of each group only, on another one in each part; in 27 parts
+it meets all three caches and numbers of threads with each of three instruction sets.
 
 Usage: python tools/test_machines.py [--part NUMBER] [pytest arguments]
 """
@@ -32,6 +32,7 @@ LEFT_OUT = {
     "compiled_cells",
     "cuda",
     "cuda_sass",
+    "cuda_setting",
     "derived_cells",
     "distributed",
     "docs",
@@ -67,14 +68,19 @@ def machines(isas: list[str], part: int) -> Iterator[tuple[list[dict[str, str]],
         [
             environment(
                 different[i % len(different)],
-                caches[(i + part) % len(caches)],
-                threads[(i + part // len(caches)) % len(threads)],
+                caches[(i + part // 3) % len(caches)],
+                threads[(i + part // 9) % len(threads)],
             )
             for i in range(max(3, len(different)))
         ],
         [],
     )
     yield [environment(isa, caches[1], threads[1]) for isa in alike], ["-k", "bfloat16 or int8"]
+
+
+def share(files: list[str], place: int, places: int, part: int) -> list[str]:
+    """The files that one of several machines takes, all others being taken by the others."""
+    return files[(place + part) % places :: places]
 
 
 def main(given: list[str]) -> int:
@@ -93,7 +99,7 @@ def main(given: list[str]) -> int:
         for place, machine in enumerate(described):
             chosen = files
             if options.part is not None:
-                chosen = files[(place + options.part) % len(described) :: len(described)]
+                chosen = share(files, place, len(described), options.part)
             print(*(f"{k}={v}" for k, v in machine.items()), *selection, flush=True)
             command = [str(PYTEST), *chosen, *selection, *arguments]
             status |= subprocess.run(command, env=os.environ | machine).returncode

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from rnnkern.derivatives.frames import columns
 from rnnkern.known_cells import CELLS
-from rnnkern.layer import Maybe, unflatten
+from rnnkern.layer import Maybe
 
 if TYPE_CHECKING:
     from rnnkern.derivatives.direction import Direction, Moved
@@ -240,13 +241,14 @@ class OfStep(Elman):
     def made(self, sums: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, ...]:
         """The states that a step makes. A sum that both products enter counts as the input's."""
         free, end = self.scan.free, self.scan.end
-        b = pad(sums[..., :free], (self.scan.recurrent - free, 0))
+        b = pad(columns(sums, 0, free), (self.scan.recurrent - free, 0))
         own = torch.split(sums[..., end:], self.scan.H, -1) if self.shape.parameters else ()
-        return self.shape.step(sums[..., free:end], b, self.shape.apart(h, c), *own)
+        return self.shape.step(columns(sums, free, end), b, self.shape.apart(h, c), *own)
 
     def _summed_parts(self, z: Tensor) -> Tensor:
         """``[..., parts * H]``, added over the parts."""
-        return unflatten(z, -1, (-1, self.scan.H)).sum(-2)
+        H = self.scan.H
+        return z.reshape(*z.shape[:-1], z.shape[-1] // H, H).sum(-2)
 
     def step(
         self, t: int, moved: Tensor, others: Tensor, h: Tensor, c: Tensor

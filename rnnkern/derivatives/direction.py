@@ -350,7 +350,7 @@ class Direction:
     def weight_gradients(self, slots: Tensor, groups: int) -> list[Tensor]:
         def grouped(z: Tensor) -> Tensor:
             own = z.reshape(z.shape[0], -1, groups, z.shape[-1])
-            return own.permute(2, 0, 1, 3).flatten(1, 2)
+            return own.permute(2, 0, 1, 3).reshape(groups, -1, z.shape[-1])
 
         inputs = grouped(self.free_of(slots))
         rec = grouped(self.recurrent_of(slots))
