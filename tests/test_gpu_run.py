@@ -28,7 +28,7 @@ MOST_FILES, MOST_BYTES = 8, 16 << 20
 #: A step's time, and that of a part, in the rehearsal: two or three seconds for each that hangs.
 LIMITS = {
     "LIMIT_SMOKE": "2", "LIMIT_SPEED": "12", "LIMIT_PEERS": "12", "LIMIT_TESTS": "30",
-    "LIMIT_CONCURRENCY": "30", "LIMIT_SANITIZER": "1", "LIMIT_SINGLE_TEST": "1",
+    "LIMIT_CONCURRENCY": "30", "LIMIT_SANITIZER": "3", "LIMIT_SINGLE_TEST": "1",
     "LIMIT_ROW": "2", "LIMIT_ROW_OF_PEERS": "2", "LIMIT_GRACE": "0.2",
 }  # fmt: skip
 
