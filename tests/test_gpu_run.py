@@ -28,7 +28,7 @@ MOST_FILES, MOST_BYTES = 8, 16 << 20
 #: A step's time, and that of a part, in the rehearsal: two or three seconds for each that hangs.
 LIMITS = {
     "LIMIT_SMOKE": "2", "LIMIT_SPEED": "12", "LIMIT_PEERS": "12", "LIMIT_TESTS": "30",
-    "LIMIT_CONCURRENCY": "30", "LIMIT_SANITIZER": "3", "LIMIT_SINGLE_TEST": "1",
+    "LIMIT_CONCURRENCY": "30", "LIMIT_SANITIZER": "3", "LIMIT_SINGLE_TEST": "3",
     "LIMIT_ROW": "2", "LIMIT_ROW_OF_PEERS": "2", "LIMIT_GRACE": "0.2",
 }  # fmt: skip
 
@@ -209,7 +209,7 @@ def test_builds_that_fail(rehearsal: Rehearsal) -> None:
 
 def test_the_time_of_a_part(rehearsal: Rehearsal) -> None:
     """What is left of it limits each step, and what has no time left does not run."""
-    found = rehearsal.run("smoke", mode=HANGS, SECONDS_OF_PART="4", LIMIT_SMOKE="60")
+    found = rehearsal.run("smoke", mode=HANGS, SECONDS_OF_PART="10", LIMIT_SMOKE="60")
     statuses = found["statuses"]
     assert statuses["smoke h256"] == "out of time"
     assert statuses["smoke h256_float32"] == "not run: no time is left"
