@@ -84,7 +84,7 @@ def generate(
         if not isinstance(now, Tensor) or now.shape != input.shape:
             got = list(now.shape) if isinstance(now, Tensor) else now
             raise ValueError(f"feedback must give {list(input.shape)}, as input, got {got}")
-        made.append(now)
+        made.append(now.clone())  # feedback may write into the same tensor each time
     return torch.stack(made), hx
 
 

@@ -366,8 +366,10 @@ class _Frozen(nn.Module):
         return made
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        # All are copies, because no edit of them reaches the packed weights.
         for key, tensor in self._tensors().items():
-            destination[prefix + _KEY + key] = tensor
+            is_copy = key.startswith("weight")
+            destination[prefix + _KEY + key] = tensor if is_copy else tensor.clone()
 
     def _load_from_state_dict(
         self,

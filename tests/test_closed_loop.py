@@ -172,6 +172,14 @@ def test_a_module_of_torch_nn_gives_the_same() -> None:
     torch.testing.assert_close(ours, other)
 
 
+def test_feedback_may_write_into_the_same_tensor_each_time() -> None:
+    module, readout, x = setup("GRU")
+    same = torch.zeros_like(x)
+    made, _ = rnnkern.generate(module, lambda h: same.copy_(readout(h)), x, 4)
+    expected, _ = rnnkern.generate(module, lambda h: readout(h), x, 4)
+    assert torch.equal(made, expected)
+
+
 def test_nothing_is_recorded() -> None:
     module, readout, x = setup("LSTM")
     made, (h, c) = rnnkern.generate(module, readout, x.requires_grad_(), 2)

@@ -371,6 +371,10 @@ def test_state_dict(weights: torch.dtype | None) -> None:
     assert torch.equal(second["rnn"](x)[0], first["rnn"](x)[0])
     assert torch.equal(second["cell"](x[0]), first["cell"](x[0]))
     assert torch.equal(other["rnn"](x)[0], before)
+    for tensor in second.state_dict().values():  # copies, of which nobody sees an edit
+        tensor.zero_()
+    for name, tensor in second.state_dict().items():
+        assert torch.equal(tensor, state[name]), name
     with pytest.raises(RuntimeError, match=r"(?s)Missing key.*Unexpected key"):
         second.load_state_dict(make().state_dict())
     wrong = state | {"cell.frozen_weight_ih": torch.zeros(2, 2)}

@@ -201,6 +201,29 @@ def test_gradients_in_batches(kind: str) -> None:
     torch.testing.assert_close(hessian(loss, x, vectorize=True), hessian(loss, x))
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_derivatives_of_gradients_in_batches(form: str) -> None:
+    """Of each gradient, also where it depends on the input through the outputs before a step."""
+    module = build_form(form, 4, 6, dtype=torch.float64)
+    x = torch.randn(5, 3, 4, dtype=torch.float64, requires_grad=True)
+    inputs = [x, *module.parameters()]
+    outputs = list(flatten(module(x)).values())
+    weights = [torch.randn(2, *z.shape, dtype=torch.float64) for z in outputs]
+    for wanted in inputs:
+        slopes = [
+            torch.autograd.grad(outputs, wanted, each, create_graph=True)[0]
+            for each in zip(*weights, strict=True)
+        ]
+        (batched,) = torch.autograd.grad(
+            outputs, wanted, weights, create_graph=True, is_grads_batched=True
+        )
+        found, expected = (
+            torch.autograd.grad(z.pow(3).sum(), inputs, materialize_grads=True)
+            for z in (batched, torch.stack(slopes))
+        )
+        torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.filterwarnings("ignore::rnnkern.FallbackWarning")
 @pytest.mark.parametrize("grad", [True, False], ids=["grad", "no-grad"])
 @pytest.mark.parametrize("kind", LAYERS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import math
 import pickle
@@ -199,7 +200,8 @@ def of_functions(x: Any, h: Any, prev: Any) -> Any:
     """Each function of its own input, chosen by c."""
     made = rnnkern.where(prev.c == 0, rnnkern.exp(x.a + h.a), rnnkern.log(x.b + h.b))
     made = rnnkern.where(prev.c == 2, rnnkern.softplus(x.c + h.c), made)
-    return rnnkern.where(prev.c == 3, rnnkern.rsqrt(x.d + h.d), made), prev.c + 1
+    made = rnnkern.where(prev.c == 3, rnnkern.rsqrt(x.d + h.d), made)
+    return rnnkern.where(prev.c == 4, rnnkern.hard_sigmoid(x.a + h.a), made), prev.c + 1
 
 
 @pytest.mark.parametrize("dtype", WIDE_DTYPES, ids=str)
@@ -227,6 +229,24 @@ def test_functions_are_exact(dtype: torch.dtype) -> None:
             assert worst <= 3, (name, float(worst))
 
 
+def test_a_function_with_attributes_of_those_names() -> None:
+    def function(x: Any, h: Any, prev: Any) -> Any:
+        return rnnkern.tanh(x.a + h.a)
+
+    function.mode = function.step = function.source = "its own"  # type: ignore[attr-defined]
+    cell = rnnkern.cell(gates=("a",))(function)
+
+    @functools.wraps(cell)
+    def half(x: Any, h: Any, prev: Any) -> Any:
+        return 0.5 * cell(x, h, prev)
+
+    again = rnnkern.cell(gates=("a",))(half)
+    assert cell.mode != again.mode
+    assert {cell.mode, again.mode} <= known_cells.CELLS.keys()
+    assert "tanh" in cell.source
+    assert "0.5" in again.source
+
+
 @pytest.mark.parametrize("dtype", WIDE_DTYPES, ids=str)
 def test_functions_at_the_ends(dtype: torch.dtype) -> None:
     inf, nan = math.inf, math.nan
@@ -235,19 +255,22 @@ def test_functions_at_the_ends(dtype: torch.dtype) -> None:
         0: [inf, 0.0, nan, 1.0, math.exp(-1)],
         1: [inf, nan, nan, -inf, nan],
         2: [inf, 0.0, nan, math.log(2), math.log1p(math.exp(-1))],
+        4: [1.0, 0.0, nan, 0.5, 1 / 3],
     }
     module = rnnkern.Recurrent(of_functions, 4, 1, bias=False, dtype=dtype)
     with torch.no_grad():
         module.weight_hh_l0.zero_()
         for k, values in expected.items():
             module.weight_ih_l0.zero_()
-            module.weight_ih_l0[k, 0] = 1
+            module.weight_ih_l0[k % 4, 0] = 1
             x = torch.zeros(1, len(given), 4, dtype=dtype)
             x[0, :, 0] = torch.tensor(given, dtype=dtype)
             c0 = torch.full((1, len(given), 1), float(k), dtype=dtype)
             y, _ = module(x, (torch.zeros_like(c0), c0))
             wanted = torch.tensor(values, dtype=dtype)
             torch.testing.assert_close(y[0, :, 0], wanted, equal_nan=True)
+    on_tensors = rnnkern.hard_sigmoid(torch.tensor(given, dtype=dtype))
+    torch.testing.assert_close(on_tensors, torch.tensor(expected[4], dtype=dtype), equal_nan=True)
 
 
 # What cannot be a cell

@@ -8,12 +8,13 @@
 
 namespace rnnkern {
 
+// Instances of subclasses are not asked, because some refuse that. No kernel covers them.
 template <typename Operands>
 bool requires_gradient(const Operands& operands) {
   static PyObject* const name = PyUnicode_InternFromString("requires_grad");
   for (size_t i = 0; i < operands.size(); ++i) {
     const py::handle operand = operands[i];
-    if (operand.is_none()) continue;
+    if (!is_tensor(operand)) continue;
     PyObject* answer = PyObject_GetAttr(operand.ptr(), name);
     if (!answer) throw py::error_already_set();
     if (is_true(py::reinterpret_steal<py::object>(answer))) return true;

@@ -15,6 +15,7 @@ from rnnkern.ops.differentiable import (
     parts_of_scan,
     parts_of_scan_backward,
     wanted_of,
+    with_recorded_outputs,
 )
 from rnnkern.ops.kernel_ops import steps_of
 from rnnkern.ops.modes import apply
@@ -84,6 +85,7 @@ def scan_backward(function: Function, size: int, in_dims: Any, operands: Any) ->
     if any(of_weights):
         from rnnkern import derivatives
 
+        at = with_recorded_outputs(layer, recorded.steps, at)
         found = derivatives.weight_gradients(layer, recorded.steps, at, made[-1], size)
         for i, flag in enumerate(of_weights):
             if flag:

@@ -253,6 +253,15 @@ def _backward_of_scan(
     return [made[0], of_h0, of_c0], made[1:count]
 
 
+def with_recorded_outputs(layer: Layer, steps: Steps | None, at: Operands) -> Operands:
+    """The operands with outputs that depend on the others. Backward is given a copy of y, of which
+    autograd knows nothing.
+    """
+    if not torch.is_grad_enabled() or at.y.requires_grad:  # type: ignore[union-attr]
+        return at
+    return at._replace(y=scan(layer, steps, at, training=True)[0])
+
+
 def _derivative_of_backward(
     ctx: Any, change: Operands, changes: Gradients, wanted: Sequence[bool] | None = None
 ) -> tuple[Any, Any]:
@@ -261,9 +270,7 @@ def _derivative_of_backward(
 
     recorded, incoming = _kept(ctx)
     layer, steps, at, _ = recorded
-    if torch.is_grad_enabled() and not at.y.requires_grad:
-        # A copy that backward was given; what follows is to depend on the operands through it.
-        at = at._replace(y=scan(layer, steps, at, training=True)[0])
+    at = with_recorded_outputs(layer, steps, at)
     gradients = Gradients(*incoming)
     if second_order.has_kernel(at.x):
         return second_order.by_kernel(recorded, gradients, change, changes, wanted)

@@ -109,7 +109,8 @@ class OwnCell:
     ) -> None:
         if not callable(function):
             raise CellError(f"a cell is a function, got {type(function).__name__}")
-        functools.update_wrapper(self, function)
+        # Without its attributes, because one may have the name of one of a cell.
+        functools.update_wrapper(self, function, updated=())
         self.__qualname__: str = getattr(function, "__qualname__", "cell")
         self.function = function
         # It becomes a part of names of files, which may not be long.

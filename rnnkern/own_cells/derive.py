@@ -167,7 +167,7 @@ _OF_ONE: dict[str, _Numbers] = {
     "sigmoid": lambda g, x, y: g * y * (1.0 - y),
     "tanh": lambda g, x, y: g * (1.0 - y * y),
     "relu": lambda g, x, y: _where(y <= 0.0, 0.0, g),
-    "hard_sigmoid": lambda g, x, y: _where((x > -3.0) & (x < 3.0), g * (1 / 6), 0.0),
+    "hard_sigmoid": lambda g, x, y: _where((x <= -3.0) | (x >= 3.0), 0.0, g * (1 / 6)),
     "softplus": _of_softplus,
 }
 """What the gradient g of y = f(x) adds to that of x, as torch has it."""

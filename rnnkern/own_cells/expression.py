@@ -322,7 +322,7 @@ softplus = _function(
 hard_sigmoid = _function(
     "hard_sigmoid",
     "x",
-    lambda x: torch.where(x.abs() < 3, x / 6 + 0.5, (x > 0).to(x.dtype)),
+    lambda x: torch.where(x.abs() >= 3, (x > 0).to(x.dtype), x / 6 + 0.5),  # NaN stays NaN
     "x / 6 + 1 / 2, at least 0 and at most 1. Its derivative at -3 and 3 is 0.",
 )
 maximum = _function("max", "a b", torch.maximum, "The larger one. Equal ones share the gradient.")
