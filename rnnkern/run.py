@@ -309,9 +309,10 @@ TENSORS = (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
 def have_operators(operands: Operands) -> bool:
     """Whether the operators of `rnnkern.ops` take these operands."""
     x, h0, c0, weights, _ = operands
-    return all(
-        t is None or is_covered(type(t), t.dtype, t.device, t.layout, x.dtype, x.device)
-        for t in (x, h0, c0, *weights)
+    given = [t for t in (x, h0, c0, *weights) if t is not None]
+    # The types of all come first, because some subclasses refuse to be asked anything.
+    return all(type(t) in TENSORS for t in given) and all(
+        is_covered(type(t), t.dtype, t.device, t.layout, x.dtype, x.device) for t in given
     )
 
 

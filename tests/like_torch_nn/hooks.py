@@ -161,6 +161,16 @@ def hooks_of_outputs(side: Side) -> Any:
 
 
 @ROWS.row()
+def hooks_of_an_output_without_gradient(side: Side) -> Any:
+    module, seen = side.make(), []
+    *_, used = outputs = list(flatten(module(side.x())).values())
+    for i, y in enumerate(outputs):
+        y.register_hook(lambda grad, i=i: seen.append((i, grad)))
+    used.sum().backward()
+    return sorted(seen, key=lambda each: each[0])
+
+
+@ROWS.row()
 def multi_grad_hooks(side: Side) -> Any:
     module, seen = side.make(), []
     torch.autograd.graph.register_multi_grad_hook(

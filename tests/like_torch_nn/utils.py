@@ -200,6 +200,21 @@ def functional_call(side: Side) -> Any:
     return seen, torch.func.functional_call(module, one, side.x()), side.outcome(module)
 
 
+@ROWS.row()
+def per_sample_gradients_by_expanded_weights(side: Side) -> Any:
+    """Weights of a subclass that refuses to be asked anything by what is not torch's."""
+    from torch.nn.utils._per_sample_grad import call_for_per_sample_grads
+
+    module = side.make(batch_first=True) if side.is_layer else side.make()
+    x = side.x().transpose(0, 1) if side.is_layer else side.x()
+
+    def run() -> Any:
+        first(call_for_per_sample_grads(module, batch_size=len(x))(x)).square().sum().backward()
+        return [p.grad_sample for p in module.parameters()]
+
+    return attempt(run)
+
+
 def _old_functional_call(*given: Any) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
