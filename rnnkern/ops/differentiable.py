@@ -325,8 +325,13 @@ class _Scan(torch.autograd.Function):
         needs = ctx.needs_input_grad
         of_weights, of_h0, of_c0, _steps = parts_of_scan(ctx.code, needs[2:])
         wanted = [needs[1], bool(of_h0), bool(of_c0), *of_weights]
-        (dx, *states), made = _backward_of_scan(ctx, wanted, Gradients(dy, dhn, dcn))
-        return (None, dx, *made, *[*states, *[None] * 4][: ctx.others])
+
+        def run(*given: Maybe) -> list[Maybe]:
+            (x, *states), weights = _backward_of_scan(ctx, wanted, Gradients(*given))
+            return [x, *weights, *states]
+
+        dx, *made = in_batches(run, dy, dhn, dcn)
+        return (None, dx, *[*made, *[None] * 4][: len(of_weights) + ctx.others])
 
     @staticmethod
     def jvp(ctx: Any, *changes: Any) -> tuple[Maybe, ...]:
