@@ -16,7 +16,7 @@ import pytest
 import torch
 from support import WIDE_DTYPES, Leaves, assert_agree, evaluate, flatten
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
+from torch.func import functional_call, grad, jacrev, vmap
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import rnnkern
@@ -156,6 +156,24 @@ def test_derivatives(cell: OwnCell, monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.autograd.gradgradcheck(outputs, operands, fast_mode=True)
     monkeypatch.setattr(second_order, "has_kernel", lambda _: False)  # by torch's operators
     assert torch.autograd.gradgradcheck(outputs, operands, fast_mode=True)
+
+
+def test_derivatives_of_gradients_of_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a cell's own parameters too, whose gradients are then those of each row."""
+    module = rnnkern.Recurrent(cells.peephole_lstm, I, H, dtype=torch.float64)
+    x = torch.randn(T, N, I, dtype=torch.float64)
+
+    def loss(p: Tensor, x: Tensor) -> Tensor:
+        return functional_call(module, {"p_i_l0": p}, (x[:, None],))[0].sin().sum()
+
+    def derivatives() -> list[Tensor]:
+        p = module.p_i_l0.detach().requires_grad_()
+        bent = jacrev(lambda p: vmap(grad(loss), (None, 1))(p, x))(p).pow(3).sum()
+        return list(torch.autograd.grad(bent, p))
+
+    by_kernels = derivatives()
+    monkeypatch.setattr(second_order, "has_kernel", lambda x: False)
+    torch.testing.assert_close(by_kernels, derivatives())
 
 
 def test_a_gate_that_is_only_compared() -> None:

@@ -254,10 +254,12 @@ def _backward_of_scan(
 
 
 def with_recorded_outputs(layer: Layer, steps: Steps | None, at: Operands) -> Operands:
-    """The operands with outputs that depend on the others. Backward is given a copy of y, of which
-    autograd knows nothing.
+    """The operands with outputs that depend on the others. Backward may have been given a copy of
+    y, of which autograd knows nothing.
     """
-    if not torch.is_grad_enabled() or at.y.requires_grad:  # type: ignore[union-attr]
+    others = (at.x, at.h0, at.c0, *at.weights)
+    is_copy = not at.y.requires_grad and any(z is not None and z.requires_grad for z in others)
+    if not torch.is_grad_enabled() or not is_copy:
         return at
     return at._replace(y=scan(layer, steps, at, training=True)[0])
 
@@ -272,7 +274,9 @@ def _derivative_of_backward(
     layer, steps, at, _ = recorded
     at = with_recorded_outputs(layer, steps, at)
     gradients = Gradients(*incoming)
-    if second_order.has_kernel(at.x):
+    # The kernel takes changes of the sums, but none of the cell's own parameters row by row.
+    by_row = changes.slots is not None and CELLS[layer.mode].parameters
+    if second_order.has_kernel(at.x) and not by_row:
         return second_order.by_kernel(recorded, gradients, change, changes, wanted)
     return derivatives.of_backward(layer, steps, at, gradients, change, changes)
 
