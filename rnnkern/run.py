@@ -310,10 +310,10 @@ def have_operators(operands: Operands) -> bool:
     """Whether the operators of `rnnkern.ops` take these operands."""
     x, h0, c0, weights, _ = operands
     given = [t for t in (x, h0, c0, *weights) if t is not None]
-    # The types of all come first, because some subclasses refuse to be asked anything.
-    return all(type(t) in TENSORS for t in given) and all(
-        is_covered(type(t), t.dtype, t.device, t.layout, x.dtype, x.device) for t in given
-    )
+    # Some subclasses refuse to be asked anything. Dynamo would check the types once more.
+    if not is_compiling() and not all(type(t) in TENSORS for t in given):
+        return False
+    return all(is_covered(type(t), t.dtype, t.device, t.layout, x.dtype, x.device) for t in given)
 
 
 def is_covered(
