@@ -332,18 +332,20 @@ class _Frozen(nn.Module):
         _living[self._number] = self._packed
 
     def _unpacked(self) -> dict[str, Tensor]:
-        """Weights by name, the matrices as they are kept, in torch's order."""
+        """Copies of the weights by name, the matrices as they are kept, in torch's order."""
         wide = torch.float64 if self._computed == torch.float64 else torch.float32
         matrices = {name: torch.empty(self._shape(name), dtype=wide) for name in self._matrices()}
         self._packed.unpack(list(matrices.values()))
         return {
-            name: matrices[name].to(self.weights) if name in matrices else self._biases[name]
+            name: matrices[name].to(self.weights)
+            if name in matrices
+            else self._biases[name].clone()
             for name in self._names
         }
 
     def _tensors(self) -> dict[str, Tensor]:
-        """All that is kept, by the keys of `_kept`."""
-        scales = {f"scale_{name}": scale for name, scale in self._scales.items()}
+        """Copies of all that is kept, by the keys of `_kept`."""
+        scales = {f"scale_{name}": scale.clone() for name, scale in self._scales.items()}
         return self._unpacked() | scales
 
     # Copies and files
@@ -366,10 +368,8 @@ class _Frozen(nn.Module):
         return made
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        # All are copies, because no edit of them reaches the packed weights.
         for key, tensor in self._tensors().items():
-            is_copy = key.startswith("weight")
-            destination[prefix + _KEY + key] = tensor if is_copy else tensor.clone()
+            destination[prefix + _KEY + key] = tensor
 
     def _load_from_state_dict(
         self,
@@ -429,11 +429,7 @@ class _Frozen(nn.Module):
 
     def _refuse_gradient(self, *operands: Any) -> None:
         given = [t for t in operands if isinstance(t, Tensor)]
-        if torch.is_grad_enabled() and any(t.requires_grad for t in given):
-            raise RuntimeError(
-                f"{type(self).__name__} records no gradient, and an operand requires one: call it "
-                "under torch.no_grad() or torch.inference_mode(), or thaw the model (rnnkern.thaw)"
-            )
+        _refuse_recording(type(self).__name__, given)
         if not is_compiling() and any(map(_has_tangent, given)):
             raise RuntimeError(
                 f"{type(self).__name__} has no forward-mode derivative, and an operand has a "
@@ -710,6 +706,14 @@ def _fake_run_frozen(x: Tensor, number: int, h0: Maybe, c0: Maybe, *steps: Any) 
     return [y, *(x.new_empty(own.layers * D, N, width) for width in widths)]
 
 
+def _refuse_recording(name: str, given: Sequence[Tensor]) -> None:
+    if torch.is_grad_enabled() and any(t.requires_grad for t in given):
+        raise RuntimeError(
+            f"{name} records no gradient, and an operand requires one: call it under "
+            "torch.no_grad() or torch.inference_mode(), or thaw the model (rnnkern.thaw)"
+        )
+
+
 LIBRARY.define(
     "frozen_kernel(Tensor x, int frozen, Tensor? h0, Tensor? c0, Tensor? active, Tensor? order, "
     "Tensor? reset, Tensor? placed, bool packed) -> Tensor[]",
@@ -721,6 +725,8 @@ LIBRARY.impl("frozen_kernel", _fake_run_frozen, "Meta")
 
 def _run_one_by_one(info: Any, in_dims: Any, *operands: Any) -> tuple[list[Tensor], list[int]]:
     """`torch.func.vmap` over a frozen module."""
+    # Inside of vmap the module has not seen it.
+    _refuse_recording("a frozen module", [z for z in operands if isinstance(z, Tensor)])
     pairs = list(zip(operands, in_dims, strict=True))
     made = [
         torch.ops.rnnkern.frozen_kernel(*(z if d is None else z.select(d, i) for z, d in pairs))

@@ -523,6 +523,15 @@ def test_vmap(weights: torch.dtype | None) -> None:
         assert_bitwise({k: z[b] for k, z in made.items()}, run(x[:, b], c[b]))
 
 
+def test_vmap_of_an_input_that_requires_a_gradient() -> None:
+    frozen = rnnkern.freeze(build("GRU", 2, 3))
+    x = torch.randn(6, 4, 5, 2, requires_grad=True)
+    with pytest.raises(RuntimeError, match="a frozen module records no gradient"):
+        torch.func.vmap(lambda x: frozen(x)[0])(x)
+    with torch.no_grad():
+        torch.func.vmap(lambda x: frozen(x)[0])(x)
+
+
 @pytest.mark.cpu_only
 def test_vmap_of_no_sample() -> None:
     frozen = rnnkern.freeze(rnnkern.GRU(2, 3))

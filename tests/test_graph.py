@@ -13,6 +13,7 @@ import oracle
 import pytest
 import torch
 from support import (
+    CELL_FORMS,
     FORMS,
     LAYERS,
     WIDE_DTYPES,
@@ -27,6 +28,7 @@ from support import (
 )
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.checkpoint import checkpoint
 
 IN_PLACE = "modified by an inplace operation"
@@ -201,13 +203,28 @@ def test_gradients_in_batches(kind: str) -> None:
     torch.testing.assert_close(hessian(loss, x, vectorize=True), hessian(loss, x))
 
 
+@pytest.mark.parametrize("way", ["plain", "both-ways", "batch-first", "ends", "packed"])
 @pytest.mark.parametrize("form", FORMS)
-def test_derivatives_of_gradients_in_batches(form: str) -> None:
+def test_derivatives_of_gradients_in_batches(form: str, way: str) -> None:
     """Of each gradient, also where it depends on the input through the outputs before a step."""
-    module = build_form(form, 4, 6, dtype=torch.float64)
-    x = torch.randn(5, 3, 4, dtype=torch.float64, requires_grad=True)
-    inputs = [x, *module.parameters()]
-    outputs = list(flatten(module(x)).values())
+    options = {"both-ways": {"bidirectional": True}, "batch-first": {"batch_first": True}}
+    module = build_form(form, 2, 4, dtype=torch.float64, **options.get(way, {}))
+    x = torch.randn(3, 3, 2, dtype=torch.float64, requires_grad=True)
+    lengths = torch.tensor([2, 3, 1])
+    given = pack_padded_sequence(x, lengths, enforce_sorted=False) if way == "packed" else x
+    ends = {"lengths": lengths, "reset": torch.eye(3, dtype=torch.bool)} if way == "ends" else {}
+    check_gradients_in_batches([x, *module.parameters()], module(given, **ends))
+
+
+@pytest.mark.parametrize("form", CELL_FORMS)
+def test_those_of_cells(form: str) -> None:
+    module = build_form(form, 2, 4, dtype=torch.float64)
+    x = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
+    check_gradients_in_batches([x, *module.parameters()], module(x, module(2 * x)))
+
+
+def check_gradients_in_batches(inputs: list[Tensor], made: Any) -> None:
+    outputs = list(flatten(made).values())
     weights = [torch.randn(2, *z.shape, dtype=torch.float64) for z in outputs]
     for wanted in inputs:
         slopes = [
@@ -218,7 +235,7 @@ def test_derivatives_of_gradients_in_batches(form: str) -> None:
             outputs, wanted, weights, create_graph=True, is_grads_batched=True
         )
         found, expected = (
-            torch.autograd.grad(z.pow(3).sum(), inputs, materialize_grads=True)
+            torch.autograd.grad(z.pow(3).sum(), inputs, retain_graph=True, materialize_grads=True)
             for z in (batched, torch.stack(slopes))
         )
         torch.testing.assert_close(found, expected)

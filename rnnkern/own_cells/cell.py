@@ -109,8 +109,11 @@ class OwnCell:
     ) -> None:
         if not callable(function):
             raise CellError(f"a cell is a function, got {type(function).__name__}")
-        # Without its attributes, because one may have the name of one of a cell.
         functools.update_wrapper(self, function, updated=())
+        for attribute, value in getattr(function, "__dict__", {}).items():
+            if not hasattr(type(self), attribute):  # a cell has a `mode` of its own, for example
+                setattr(self, attribute, value)
+        self.__wrapped__ = function
         self.__qualname__: str = getattr(function, "__qualname__", "cell")
         self.function = function
         # It becomes a part of names of files, which may not be long.
@@ -159,7 +162,8 @@ class OwnCell:
 
     def _generated(self, mode: str) -> str:
         try:
-            about = inspect.getsource(self.function)
+            # Of its code, because of the function itself it may be that of another, wrapped one.
+            about = inspect.getsource(getattr(self.function, "__code__", self.function))
         except (OSError, TypeError):
             about = self.name
         if not mode:

@@ -10,7 +10,7 @@ from collections import OrderedDict
 from typing import Any
 
 import torch
-from support import CELLS, Halved, flatten
+from support import CELLS, LAYERS, Halved, flatten
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune, stateless
 
@@ -200,19 +200,14 @@ def functional_call(side: Side) -> Any:
     return seen, torch.func.functional_call(module, one, side.x()), side.outcome(module)
 
 
-@ROWS.row()
+@ROWS.row(*LAYERS)
 def per_sample_gradients_by_expanded_weights(side: Side) -> Any:
     """Weights of a subclass that refuses to be asked anything by what is not torch's."""
     from torch.nn.utils._per_sample_grad import call_for_per_sample_grads
 
-    module = side.make(batch_first=True) if side.is_layer else side.make()
-    x = side.x().transpose(0, 1) if side.is_layer else side.x()
-
-    def run() -> Any:
-        first(call_for_per_sample_grads(module, batch_size=len(x))(x)).square().sum().backward()
-        return [p.grad_sample for p in module.parameters()]
-
-    return attempt(run)
+    module, x = side.make(batch_first=True), side.x().transpose(0, 1).requires_grad_()
+    first(call_for_per_sample_grads(module, batch_size=len(x))(x)).square().sum().backward()
+    return [p.grad_sample for p in module.parameters()]
 
 
 def _old_functional_call(*given: Any) -> Any:
