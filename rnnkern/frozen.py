@@ -248,7 +248,7 @@ class _Frozen(nn.Module):
             before = getattr(module, name)
             if self.weights == torch.int8 and name in self._matrices():
                 weight = weight * self._scales[name][:, None]
-            made = nn.Parameter(weight.to(self.dtype).clone(), requires_grad=before.requires_grad)
+            made = nn.Parameter(weight.to(self.dtype), requires_grad=before.requires_grad)
             setattr(module, name, made)
         if isinstance(module, nn.RNNBase):
             module._init_flat_weights()
@@ -725,7 +725,7 @@ LIBRARY.impl("frozen_kernel", _fake_run_frozen, "Meta")
 
 def _run_one_by_one(info: Any, in_dims: Any, *operands: Any) -> tuple[list[Tensor], list[int]]:
     """`torch.func.vmap` over a frozen module."""
-    # Inside of vmap the module has not seen it.
+    # The module cannot see it, because a batch does not say that it requires a gradient.
     _refuse_recording("a frozen module", [z for z in operands if isinstance(z, Tensor)])
     pairs = list(zip(operands, in_dims, strict=True))
     made = [

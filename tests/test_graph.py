@@ -217,7 +217,7 @@ def test_derivatives_of_gradients_in_batches(form: str, way: str) -> None:
 
 
 @pytest.mark.parametrize("form", CELL_FORMS)
-def test_those_of_cells(form: str) -> None:
+def test_derivatives_of_gradients_of_cells_in_batches(form: str) -> None:
     module = build_form(form, 2, 4, dtype=torch.float64)
     x = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
     check_gradients_in_batches([x, *module.parameters()], module(x, module(2 * x)))

@@ -109,11 +109,10 @@ class OwnCell:
     ) -> None:
         if not callable(function):
             raise CellError(f"a cell is a function, got {type(function).__name__}")
-        functools.update_wrapper(self, function, updated=())
         for attribute, value in getattr(function, "__dict__", {}).items():
             if not hasattr(type(self), attribute):  # a cell has a `mode` of its own, for example
                 setattr(self, attribute, value)
-        self.__wrapped__ = function
+        functools.update_wrapper(self, function, updated=())
         self.__qualname__: str = getattr(function, "__qualname__", "cell")
         self.function = function
         # It becomes a part of names of files, which may not be long.
