@@ -115,8 +115,8 @@ wheels-cuda: $(call group,wheels)  ## the same for CUDA, in an hour: needs no nv
 test-aarch64: $(call group,build)  ## check the CPU kernels on AArch64 under QEMU (ARGS=native: on this CPU)
 	sh tools/aarch64.sh $(ARGS)
 
-sanitize: $(TESTS_ALONE)  ## run the kernel tests under the address and undefined-behaviour sanitizers
-	sh tools/sanitize.sh $(BIN)/python $(SPREAD) $(ARGS)
+sanitize: $(TESTS_ALONE)  ## run the kernel tests under the address and undefined-behaviour sanitizers (PART=0 to 2: a third)
+	sh tools/sanitize.sh $(BIN)/python $(or $(PART),all) $(SPREAD) $(ARGS)
 
 cuda-check: $(TESTS_ALONE) $(call group,cuda-check)  ## compile the CUDA kernels (CUDAARCHS=90a-real: for one target), read their machine code
 	sh tools/cuda_check.sh $(BIN)/python

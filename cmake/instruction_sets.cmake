@@ -1,13 +1,13 @@
 # Sets rnnkern_instruction_sets: those among which the package chooses when it is loaded. With
 # RNNKERN_INSTRUCTION_SETS=native it is only the one that this CPU and this system would choose,
 # which takes a third of the time of all, or less.
-if(NOT RNNKERN_INSTRUCTION_SETS MATCHES "^(all|native)$")
-  message(FATAL_ERROR
-    "rnnkern: RNNKERN_INSTRUCTION_SETS is '${RNNKERN_INSTRUCTION_SETS}', wanted all or native")
+if(NOT RNNKERN_INSTRUCTION_SETS MATCHES "^(all|native|baseline)$")
+  message(FATAL_ERROR "rnnkern: RNNKERN_INSTRUCTION_SETS is '${RNNKERN_INSTRUCTION_SETS}', "
+    "wanted all, native or baseline")
 endif()
 
 set(rnnkern_instruction_sets baseline)
-if(NOT CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
+if(NOT CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64" OR RNNKERN_INSTRUCTION_SETS STREQUAL "baseline")
   return()
 endif()
 if(RNNKERN_INSTRUCTION_SETS STREQUAL "all")
@@ -32,7 +32,9 @@ rnnkern_has(has_v4 AVX512F AVX512BW AVX512CD AVX512DQ AVX512VL)
 rnnkern_has(has_vnni AVX512VNNI)
 rnnkern_has(has_bf16 AVX512VNNI AVX512BF16)
 rnnkern_has(has_amx AMX_TILE AMX_BF16 AMX_INT8)
-if(has_bf16 AND has_amx AND NOT RNNKERN_AMX_STAND_IN)
+if(RNNKERN_AMX_STAND_IN)
+  set(has_amx ON)
+elseif(has_bf16 AND has_amx)
   # A system may refuse the tiles to a process, or not know them. It is asked each time.
   unset(tiles_compiled CACHE)
   unset(tiles_refused CACHE)

@@ -345,13 +345,32 @@ def _raised_by(module: nn.Module, x: Tensor) -> str:
     return "nothing"
 
 
+def _high_water() -> float:
+    """The most memory that this process has had, in MiB."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return int(status.partition("VmHWM:")[2].split()[0]) / 1024
+
+
+def peak_memory_of_a_loop(library: str, kind: str) -> float:
+    """MiB by which 100 steps of a cell and their backward pass raise the peak of the process."""
+    torch.set_num_threads(1)
+    cell = getattr({"rnnkern": rnnkern, "torch": nn}[library], kind)
+
+    def loop(module: Any, x: Any) -> None:
+        state = None
+        for step in x:
+            state = module(step, state)
+        (state if isinstance(state, torch.Tensor) else state[0]).sum().backward()
+
+    loop(cell(4, 4), torch.randn(3, 2, 4))
+    module, x = cell(256, 512), torch.randn(100, 32, 256)
+    before = _high_water()
+    loop(module, x)
+    return _high_water() - before
+
+
 def peak_memory(library: str, kind: str, mode: str) -> float:
     """MiB by which a call on a long sequence raises the peak of the process."""
-
-    def high_water() -> int:
-        status = Path("/proc/self/status").read_text(encoding="ascii")
-        return int(status.partition("VmHWM:")[2].split()[0])
-
     torch.set_num_threads(1)
     source: Any = {"rnnkern": rnnkern, "torch": nn}[library]
     layer = getattr(source, kind)
@@ -359,14 +378,14 @@ def peak_memory(library: str, kind: str, mode: str) -> float:
     small, x = layer(4, 4), torch.randn(3, 2, 4, requires_grad=True)
     small(x)[0].sum().backward()
     module, x = layer(128, 256), torch.randn(2000, 16, 128)
-    before = high_water()
+    before = _high_water()
     if mode == "training":
         module(x)[0].sum().backward()
     else:
         with torch.no_grad():
             y, _ = module(x)
             y.sum()
-    return (high_water() - before) / 1024
+    return _high_water() - before
 
 
 def script(path: str, *arguments: str) -> str:

@@ -439,15 +439,6 @@ def test_training_and_inference_agree(dtype: torch.dtype, form: str) -> None:
         assert_bitwise(call(), training)
 
 
-@pytest.mark.cpu_only
-def test_explain_says_that_backward_packs() -> None:
-    """Rows of 16-bit weights are no rows of a panel."""
-    module, x = build("LSTM", 64, 64), torch.randn(4, 2, 64)
-    assert "W_hh as they lie" in rnnkern.explain(module, x).splitlines()[2]
-    lines = rnnkern.explain(module.bfloat16(), x.bfloat16()).splitlines()
-    assert "W_ih packed into panels; W_hh packed into panels" in lines[2]
-
-
 @pytest.mark.filterwarnings("ignore::rnnkern.FallbackWarning")
 @pytest.mark.parametrize("kind", [*LAYERS, *CELLS])
 def test_autocast_does_not_widen_to_float64(kind: str) -> None:

@@ -53,9 +53,11 @@ def test_other_modules_do_not_matter() -> None:
     assert not asks(ASKING["flag first"], nn.Linear(3, 4))
 
 
-def test_a_dynamo_that_does_not_tell_is_named() -> None:
-    with pytest.raises(RuntimeError, match=r"builder\.breaks.*Set torch\._dynamo\.config\.allow_"):
-        asks("del module, given; return not config.allow_rnn", nn.LSTM(3, 4))
+@pytest.mark.parametrize("place", ["variables.builder", "symbolic_convert"])
+def test_a_dynamo_that_does_not_tell_is_named(place: str) -> None:
+    body = "del module, given; return not config.allow_rnn"
+    with pytest.raises(RuntimeError, match=rf"{place}\.breaks.*Set torch\._dynamo\.config\.allow_"):
+        asks(body, nn.LSTM(3, 4), f"torch._dynamo.{place}")
 
 
 def test_who_copies_the_configuration_gets_a_false_number() -> None:

@@ -7,11 +7,16 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import re
+from pathlib import Path
 
 import like_torch_nn
 import pytest
+import torch
 from like_torch_nn import ROWS, Difference
 from support import CELLS, LAYERS
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize, prune, stateless
 
 for _file in pkgutil.iter_modules(like_torch_nn.__path__):
     importlib.import_module(f"like_torch_nn.{_file.name}")
@@ -44,6 +49,46 @@ DIFFERENCES: dict[str, Difference] = {
         ["LSTM"],
     ),
 }
+
+
+# What no row names, because nothing of a recurrent module can reach it, or because rows do it
+# without its name.
+UNNAMED = {
+    "what object has": {*dir(object), "__doc__"},
+    "what has another name": {
+        *("__annotations__", "__delattr__", "__dict__", "__dir__", "__repr__", "__weakref__"),
+        *("_call_impl", "_wrapped_call_impl", "_compiled_call_impl", "_slow_forward"),
+        *("_get_backward_hooks", "_get_backward_pre_hooks", "_named_members"),
+        *("_maybe_warn_non_full_backward_hook", "_register_load_state_dict_pre_hook"),
+        *("_init_flat_weights", "clip_grad_norm", "bind", "PackedSequence_", "ParametrizationList"),
+        *("BasePruningMethod", "CustomFromMask", "LnStructured", "PruningContainer"),
+        *("RandomStructured", "RandomUnstructured", "NamedMemberAccessor"),
+    },
+    "a type or a constant": {"T_destination", "call_super_init", "dump_patches"},
+    "no module": {"invert_permutation", "pad_sequence"},
+    "other modules": {
+        *("convert_conv3d_weight_memory_format", "fuse_conv_bn_eval", "fuse_conv_bn_weights"),
+        *("fuse_linear_bn_eval", "fuse_linear_bn_weights"),
+    },
+}
+
+
+def test_every_member_and_function_of_torch_is_in_a_row_or_named_here() -> None:
+    """Of torch 2.13: a later one may have more, which would be looked at then."""
+    folder = Path(like_torch_nn.__path__[0])
+    words = set(re.findall(r"\w+", "".join(file.read_text() for file in folder.glob("*.py"))))
+    wanted = {name for kind in (*LAYERS, *CELLS) for name in dir(getattr(nn, kind))}
+    for module in (nn.utils, parametrizations, parametrize, prune, nn.utils.rnn, stateless):
+        wanted |= {
+            name
+            for name, value in vars(module).items()
+            if getattr(value, "__module__", "").startswith("torch.nn.utils")
+            and not name.startswith("_")
+        }
+    wanted -= set().union(*UNNAMED.values())
+    if torch.__version__.startswith("2.13"):
+        assert not wanted - words
+    assert len(wanted & words) > 100
 
 
 @pytest.mark.parametrize("row", ROWS)

@@ -1,10 +1,13 @@
-"""Peak memory of a long sequence, T=2000 N=16 I=128 H=256, in a process of its own."""
+"""Peak memory of a long sequence, T=2000 N=16 I=128 H=256, and of a loop of 100 steps of a cell.
+
+Each is measured in a process of its own.
+"""
 
 from __future__ import annotations
 
 import pytest
 import subprocesses
-from support import LAYERS, in_a_process
+from support import CELLS, LAYERS, in_a_process
 
 pytestmark = pytest.mark.cpu_only
 
@@ -20,3 +23,10 @@ def test_training_takes_less_than_half_of_torch() -> None:
 @pytest.mark.parametrize("kind", LAYERS)
 def test_inference_takes_its_output_and_little_more(kind: str) -> None:
     assert in_a_process(subprocesses.peak_memory, "rnnkern", kind, "inference") <= OUTPUT_MIB + 20
+
+
+@pytest.mark.parametrize("kind", CELLS)
+def test_a_loop_of_a_cell_takes_no_more_than_torch(kind: str) -> None:
+    ours = in_a_process(subprocesses.peak_memory_of_a_loop, "rnnkern", kind)
+    theirs = in_a_process(subprocesses.peak_memory_of_a_loop, "torch", kind)
+    assert ours <= theirs

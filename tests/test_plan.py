@@ -175,6 +175,48 @@ CPUS = [(V4, 16), (V3, 8), (V4_BF16, 16), (V4_DOUBLE, 8)]
 
 
 @pytest.mark.parametrize(("cpu", "lanes"), CPUS)
+@pytest.mark.parametrize("mode", ["RNN_TANH", "LSTM", "GRU"])
+def test_a_step_of_many_rows_broadcasts_and_a_sequence_packs(
+    mode: str, cpu: dict[str, int], lanes: int
+) -> None:
+    for threads in (1, 2, 64):
+        step, text = plan(mode, (1, 47, 300, 70), threads, cpu, deterministic=True)
+        assert BROADCAST in step["reads"], text
+        assert "each weight times a vector" in text
+        long, text = plan(mode, (200, 47, 300, 70), threads, cpu, deterministic=True)
+        assert long["reads"] == (PACKED, PACKED), text
+
+
+@pytest.mark.parametrize(("cpu", "lanes"), CPUS)
+@pytest.mark.parametrize("sizes", [(64, 65), (250, 200), (512, 513)], ids=str)
+@pytest.mark.parametrize("mode", ["RNN_TANH", "LSTM", "GRU"])
+def test_what_each_step_of_a_loop_packs(
+    mode: str, sizes: tuple[int, int], cpu: dict[str, int], lanes: int
+) -> None:
+    """Nothing up to 16 rows, but for the backward pass in 16 bits.
+
+    With many rows packing costs less than it gives within one step. A loop of 100 steps packs 100
+    times what a step packs.
+    """
+    for rows in (1, 2, 8, 16):
+        for threads in (1, 2, 64):
+            own = plan(mode, (1, rows, *sizes), threads, cpu)[0]["reads"]
+            assert PACKED not in own
+            own = plan(mode, (1, rows, *sizes), threads, cpu, backward=True)[0]["reads"]
+            assert own == ((IN_PLACE, IN_PLACE) if cpu["multiplies_in_place"] else (PACKED, PACKED))
+
+
+def test_backward_packs_where_rows_of_weights_are_no_rows_of_a_panel() -> None:
+    sizes = (4, 2, 64, 64)
+    found, text = plan("LSTM", sizes, backward=True)
+    assert found["reads"][1] == IN_PLACE
+    assert "W_hh as they lie" in text
+    found, text = plan("LSTM", sizes, cpu=V4_BF16, backward=True)
+    assert found["reads"] == (PACKED, PACKED)
+    assert "W_ih packed into panels; W_hh packed into panels" in text
+
+
+@pytest.mark.parametrize(("cpu", "lanes"), CPUS)
 def test_weights_are_packed_where_it_pays(cpu: dict[str, int], lanes: int) -> None:
     """Forward, of a single row: packing is repaid later if rows of weights are longer, and if they
     come from beyond the cache.

@@ -10,7 +10,7 @@ build=build/aarch64
 if [ "$*" = native ]; then
   build=$build-native
   emulator=
-  set --
+  set -- -DRNNKERN_INSTRUCTION_SETS=baseline
 elif [ $# -eq 0 ]; then
   for tool in aarch64-linux-gnu-g++ qemu-aarch64; do
     command -v "$tool" >/dev/null || {

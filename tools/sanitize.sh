@@ -1,64 +1,78 @@
 #!/bin/sh
-# Build the package a second time with g++'s address and undefined-behaviour sanitizers, into
-# build/sanitize, and run the program of tests/aarch64 on it, which checks every cell, pass and type
-# in seconds, with each instruction set; and the kernel tests in float32 and bfloat16, which go
-# through Python, with the best one. A third time with the CUDA kernels on their stand-in. AMX is
-# the stand-in of csrc/cpu/amx.h, so that it runs on CPUs that have none.
-# Usage, from the repository: tools/sanitize.sh PYTHON [pytest arguments]
+# Build with g++'s address and undefined-behaviour sanitizers, and test what was built, in three
+# parts:
+#   0  the package with the best instruction set: the kernel tests in float32 and bfloat16, which go
+#      through Python, in build/sanitize;
+#   1  the program of tests/aarch64, which checks every cell, pass and type in seconds, with each
+#      instruction set, in build/sanitize-program;
+#   2  the package with the CUDA kernels on their stand-in, in build/sanitize-simt.
+# AMX is the stand-in of csrc/cpu/amx.h, so that it runs on CPUs that have none.
+# Usage, from the repository, with cmake and ninja on the path: tools/sanitize.sh PYTHON PART [pytest
+# arguments], where PART is all, or a number whose remainder by three names the part.
 set -eu
 
 python=$1
-shift
+part=$2
+shift 2
+bin=$(dirname "$python")
 base=build/sanitize
-lib=$PWD/$base/lib
+export RNNKERN_SANITIZE=address,undefined
+export UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
 
 # `setup.py build` and not pip: it has its own folder for the objects and keeps them for next time.
-rm -rf "$lib"
-RNNKERN_SANITIZE=address,undefined RNNKERN_AMX_STAND_IN=ON RNNKERN_CUDA=OFF \
-  "$python" setup.py --quiet build --build-base "$base" --build-lib "$lib"
-
-extension=$(find "$lib/rnnkern" -name '_C*.so' | head -n 1)
-libasan=$(ldd "$extension" | awk '/libasan/ {print $3}')
-if [ -z "$libasan" ]; then
-  echo "sanitize: $extension was built without the address sanitizer" >&2
-  exit 1
-fi
-# Python does not link libstdc++, and the sanitizer looks up what throws exceptions when the
-# process starts.
-libstdcxx=$(ldd "$extension" | awk '/libstdc\+\+/ {print $3}')
-
-sanitized() {  # sanitized VARIABLE=VALUE... COMMAND...
-  env PYTHONMALLOC=malloc LD_PRELOAD="$libasan $libstdcxx" \
-    ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
-    UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 "$@"
+build() {  # build BASE VARIABLE=VALUE... Leaves the package in BASE/lib.
+  folder=$1
+  shift
+  rm -rf "$folder/lib"
+  env "$@" "$python" setup.py --quiet build --build-base "$folder" --build-lib "$PWD/$folder/lib"
 }
 
 # The script and not `python -m pytest`, which would put the repository's own package first on the
 # path. Without --capture=sys the sanitizer's report would end with the process in pytest's
 # capture file.
-run_tests() {  # run_tests LIB [pytest arguments]
-  tested=$1
+run_tests() {  # run_tests BASE [pytest arguments]
+  tested=$PWD/$1/lib
   shift
-  sanitized PYTHONPATH="$tested:$PWD/tools:$PWD/tests" RNNKERN_LOADED_FROM="$tested" \
-    RNNKERN_TEST_DEVICES=cpu \
-    "$(dirname "$python")/pytest" -m kernel -p loaded_from --capture=sys "$@"
+  extension=$(find "$tested/rnnkern" -name '_C*.so' | head -n 1)
+  libasan=$(ldd "$extension" | awk '/libasan/ {print $3}')
+  if [ -z "$libasan" ]; then
+    echo "sanitize: $extension was built without the address sanitizer" >&2
+    exit 1
+  fi
+  # Python does not link libstdc++, and the sanitizer looks up what throws exceptions when the
+  # process starts.
+  libstdcxx=$(ldd "$extension" | awk '/libstdc\+\+/ {print $3}')
+  # Python leaks what it has until it ends.
+  env PYTHONMALLOC=malloc LD_PRELOAD="$libasan $libstdcxx" \
+    ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
+    PYTHONPATH="$tested:$PWD/tools:$PWD/tests" RNNKERN_LOADED_FROM="$tested" \
+    RNNKERN_TEST_DEVICES=cpu "$bin/pytest" -m kernel -p loaded_from --capture=sys "$@"
 }
 
-echo "sanitize: the best instruction set"
-run_tests "$lib" tests -k 'not float64 and (bfloat16 or not float16)' "$@"
-build=$(dirname "$(find "$base" -name CMakeCache.txt | head -n 1)")
-"$(dirname "$python")/cmake" --build "$build" --target driver
-UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 "$build/driver"
-# The sets of this build: it has the stand-in for AMX alone, whatever the CPU has.
-isas=$(sanitized PYTHONPATH="$lib" "$python" tools/lower_isas.py)
-for isa in $isas; do
-  echo "sanitize: RNNKERN_ISA=$isa"
-  UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 RNNKERN_ISA=$isa "$build/driver"
-done
+package() {
+  echo "sanitize: the package, with the best instruction set"
+  build $base RNNKERN_AMX_STAND_IN=ON RNNKERN_INSTRUCTION_SETS=native RNNKERN_CUDA=OFF
+  run_tests $base tests -k 'not float64 and (bfloat16 or not float16)' "$@"
+}
 
-simt=$PWD/$base-simt/lib
-rm -rf "$simt"
-RNNKERN_SANITIZE=address,undefined RNNKERN_SIMT=ON \
-  "$python" setup.py --quiet build --build-base "$base-simt" --build-lib "$simt"
-echo "sanitize: the CUDA kernels, on the stand-in of tests/simt"
-run_tests "$simt" tests/simt/check_tiers.py -k 'float32 or bfloat16' "$@"
+program() {
+  echo "sanitize: the program, with each instruction set"
+  cmake -S . -B $base-program -G Ninja -DRNNKERN_DRIVER=ON \
+    -DRNNKERN_SANITIZE=$RNNKERN_SANITIZE -DRNNKERN_AMX_STAND_IN=ON
+  cmake --build $base-program --target driver
+  for isa in $($base-program/driver --sets); do
+    echo "sanitize: RNNKERN_ISA=$isa"
+    RNNKERN_ISA=$isa $base-program/driver
+  done
+}
+
+stand_in() {
+  echo "sanitize: the CUDA kernels, on the stand-in of tests/simt"
+  build $base-simt RNNKERN_SIMT=ON
+  run_tests $base-simt tests/simt/check_tiers.py -k 'float32 or bfloat16' "$@"
+}
+
+[ "$part" = all ] || part=$((part % 3))
+case $part in 0 | all) package "$@" ;; esac
+case $part in 1 | all) program ;; esac
+case $part in 2 | all) stand_in "$@" ;; esac

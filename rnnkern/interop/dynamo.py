@@ -34,7 +34,7 @@ class _OfRnnkern(int):
             return False
         own = list(frame.f_locals.values())
         asked = [each for each in [*own, *map(_value, own)] if isinstance(each, nn.Module)]
-        traces = place.startswith("torch._dynamo.variables")
+        traces = place.startswith(("torch._dynamo.variables", "torch._dynamo.symbolic_convert"))
         if traces and not asked and "value" not in frame.f_locals:
             raise RuntimeError(
                 "rnnkern cannot tell which module Dynamo asks about in "

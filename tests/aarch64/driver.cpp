@@ -376,8 +376,15 @@ void check_cell(const CellCase& cell, int bits, int* passed, int* failed) {
 }  // namespace
 }  // namespace rnnkern
 
-int main() {
+// With the argument --sets it prints the instruction sets that both it and this CPU have.
+int main(int count, char** arguments) {
   using namespace rnnkern;
+  if (count == 2 && arguments[1] == std::string("--sets")) {
+    for (const InstructionSet& set : instruction_sets()) {
+      if (set.supported()) std::puts(set.name);
+    }
+    return 0;
+  }
   const auto start = std::chrono::steady_clock::now();
   std::setvbuf(stdout, nullptr, _IOLBF, 0);
   int passed = 0, failed = 0;

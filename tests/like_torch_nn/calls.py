@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import (
     pack_sequence,
     pad_packed_sequence,
     unpack_sequence,
+    unpad_sequence,
 )
 
 from like_torch_nn import (
@@ -178,6 +179,7 @@ def packed_sequences(side: Side) -> Any:
     outputs, state = module(packed)
     padded = pad_packed_sequence(outputs, total_length=7, padding_value=-1.0)
     rows = unpack_sequence(outputs)
+    rows += unpad_sequence(*pad_packed_sequence(outputs))
     fields = outputs.batch_sizes, outputs.sorted_indices, outputs.unsorted_indices
     return type(outputs).__name__, padded, rows, fields, state, outputs.is_pinned()
 

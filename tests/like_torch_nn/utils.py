@@ -73,6 +73,7 @@ CHANGES: dict[str, Any] = {
         m, name, torch.arange(getattr(m, name).numel()).view_as(getattr(m, name)) % 2
     ),
     "pruned-in-rows": lambda m, name: prune.ln_structured(m, name, amount=1, n=2, dim=0),
+    "pruned-in-random-rows": lambda m, name: prune.random_structured(m, name, amount=2, dim=0),
     "pruned-twice": lambda m, name: [
         prune.random_unstructured(m, name, amount=0.2),
         prune.l1_unstructured(m, name, amount=0.2),
@@ -174,7 +175,9 @@ def clipped_gradients(side: Side) -> Any:
     norm = nn.utils.clip_grad_norm_(module.parameters(), 0.5, foreach=True)
     nn.utils.clip_grad_value_(module.parameters(), 0.01)
     total = nn.utils.get_total_norm([p.grad for p in module.parameters()])
-    return norm, total, [p.grad for p in module.parameters()]
+    seen = [p.grad.clone() for p in module.parameters()]
+    nn.utils.clip_grads_with_norm_(module.parameters(), 0.01, total)
+    return norm, total, seen, [p.grad for p in module.parameters()]
 
 
 @ROWS.row()
