@@ -67,8 +67,8 @@ def settle(module: Any, **given: Any) -> None:
 
     Raises:
         TypeError: a value is not a number, or ``orthogonal`` or ``layer_norm`` not a bool.
-        ValueError: a probability is outside ``[0, 1)``, ``forget_bias`` is not finite, or is given
-            without ``bias``.
+        ValueError: a probability is outside ``[0, 1)``, or ``forget_bias`` is not finite, or is
+            given without ``bias``, or for a cell without a gate f.
     """
     for name in OF_LAYERS:
         if given.get(name) is not None:
@@ -83,6 +83,10 @@ def settle(module: Any, **given: Any) -> None:
             raise ValueError(f"forget_bias must be finite, got {forget_bias}")
         if not module.bias:
             raise ValueError(f"forget_bias={forget_bias} needs bias=True, got bias=False")
+        cell = CELLS[mode_of(module)]
+        if "f" not in cell.names:
+            known = ", ".join(cell.names) or "none"
+            raise ValueError(f"forget_bias needs a gate named f, the gates of the cell are: {known}")
     is_normalised = given.pop("layer_norm")
     stored = {n: v for n, v in given.items() if v is not None and v is not False}
     for name, value in stored.items():
@@ -204,10 +208,11 @@ def _initialise(module: Any) -> None:
         if orthogonal and weight is not None:
             for gate in weight.split(H):
                 _be_orthogonal(gate)
-        if forget_bias is not None:  # rows of the gates i, f, g, o
+        if forget_bias is not None:
+            first = H * CELLS[mode_of(module)].names.index("f")
             for name, value in ((f"bias_ih{suffix}", forget_bias), (f"bias_hh{suffix}", 0)):
                 if name in parameters:
-                    parameters[name][H : 2 * H] = value
+                    parameters[name][first : first + H] = value
     for name in (name for own in module._gain_names for name in own):
         if name in parameters:
             parameters[name].fill_(0 if name.startswith("bias") else 1)

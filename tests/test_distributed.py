@@ -34,7 +34,8 @@ WORLD = 2
 class Model(nn.Module):
     def __init__(self, kind: str) -> None:
         super().__init__()
-        self.rnn = getattr(rnnkern, kind)(4, 6, num_layers=2, bidirectional=True)
+        own = [rnnkern.cells.peephole_lstm] if kind == "Recurrent" else []
+        self.rnn = getattr(rnnkern, kind)(*own, 4, 6, num_layers=2, bidirectional=True)
         self.head = nn.Linear(12, 3)
 
     def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
@@ -55,7 +56,7 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-CASES = [(engine, kind) for engine in ("ddp", "fsdp") for kind in LAYERS]
+CASES = [(engine, kind) for engine in ("ddp", "fsdp") for kind in (*LAYERS, "Recurrent")]
 
 
 def train_all() -> list[tuple[str, str]]:

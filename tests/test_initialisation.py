@@ -116,6 +116,20 @@ def test_only_an_lstm_has_a_forget_gate(kind: Any) -> None:
         kind(I, H, forget_bias=1.0)
 
 
+def test_forget_bias_of_an_own_cell_is_that_of_its_gate_f() -> None:
+    layer = rnnkern.Recurrent(rnnkern.cells.mgu, I, H, bidirectional=True, forget_bias=3)
+    assert rnnkern.cells.mgu.gates == ("f", "g")
+    for end in ("", "_reverse"):
+        bias = getattr(layer, f"bias_ih_l0{end}") + getattr(layer, f"bias_hh_l0{end}")
+        assert torch.equal(bias[:H], torch.full((H,), 3.0))
+        assert not (bias[H:] == 3).any()
+    assert str(layer).endswith("forget_bias=3.0)")
+    with pytest.raises(ValueError, match="needs a gate named f, the gates of the cell are: r, z, n"):
+        rnnkern.Recurrent(rnnkern.cells.gru, I, H, forget_bias=3)
+    with pytest.raises(ValueError, match="the gates of the cell are: none"):
+        rnnkern.Recurrent(rnnkern.cells.ind_rnn, I, H, forget_bias=3)
+
+
 def _with_a_parameter(name: str) -> Any:
     def cell(x: Any, h: Any, prev: Any, own: Any) -> Any:
         return rnnkern.tanh(x.a + h.a) + getattr(own, name) * prev.h

@@ -132,11 +132,7 @@ def test_cells_of_torch_nn(cell: OwnCell, listed: Callable[..., Any]) -> None:
     )
 
 
-@pytest.mark.parametrize(
-    "cell",
-    [strange, plain, leaky, cells.peephole_lstm, cells.mgu, cells.ind_rnn, cells.s_lstm],
-    ids=lambda c: c.name,
-)
+@pytest.mark.parametrize("cell", [*SHIPPED, strange, plain, leaky], ids=lambda cell: cell.name)
 def test_derivatives(cell: OwnCell, monkeypatch: pytest.MonkeyPatch) -> None:
     """With lengths and episodes, of the first and second order, also by differences."""
     module = rnnkern.Recurrent(cell, 2, 3, bidirectional=True, dtype=torch.float64)

@@ -29,9 +29,11 @@ class Recurrent(OwnRNN):
     Args:
         cell: what `rnnkern.cell` has made of a function.
         proj_size: only for a cell that does not read ``prev.h``.
+        forget_bias: the initial bias of the gate that is named f, as of `rnnkern.LSTM`.
 
     Raises:
         TypeError: ``cell`` is no such cell.
+        ValueError: ``forget_bias`` is given and the cell has no gate f.
 
     Example::
 
@@ -59,6 +61,7 @@ class Recurrent(OwnRNN):
         recurrent_dropout: float | None = None,
         zoneout: float | None = None,
         orthogonal: bool = False,
+        forget_bias: float | None = None,
     ) -> None:
         if not isinstance(cell, OwnCell):
             raise TypeError(
@@ -88,6 +91,7 @@ class Recurrent(OwnRNN):
             recurrent_dropout=recurrent_dropout,
             zoneout=zoneout,
             orthogonal=orthogonal,
+            forget_bias=forget_bias,
         )
 
     reset_parameters = constructor.reset_parameters
