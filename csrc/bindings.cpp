@@ -26,7 +26,7 @@ namespace rnnkern {
 namespace {
 
 // Why no kernel covers these tensors, or None. Gaps are the answer only if there is no other
-// reason.
+// reason. A lazily negated tensor has some, too: the kernels cover a dense copy of it.
 py::object refusal(py::handle x, py::handle h0, py::handle c0, const py::sequence& weights) {
   std::vector<py::object> all = {py::reinterpret_borrow<py::object>(x),
                                  py::reinterpret_borrow<py::object>(h0),
@@ -37,8 +37,8 @@ py::object refusal(py::handle x, py::handle h0, py::handle c0, const py::sequenc
   for (size_t i = 0; i < all.size(); ++i) {
     if (all[i].is_none()) continue;
     const char* reason = refusal_of(all[i], i ? &first : nullptr, i ? &other : &first);
-    if (reason && reason != kGaps) return py::str(reason);
-    if (reason) gaps = reason;
+    if (reason && reason != kGaps && reason != kNegated) return py::str(reason);
+    if (reason) gaps = kGaps;
   }
   return gaps ? py::object(py::str(gaps)) : py::object(py::none());
 }
@@ -339,8 +339,8 @@ py::object plain_backward(py::handle ctx, py::handle dy, py::handle dhn, py::han
   const py::object space = namespace_of(ctx);
   PyObject* const scanned = find_in(space.ptr(), scanned_name);
   PyObject* const own = find_in(space.ptr(), own_name);
-  if (!scanned || !own || find_in(space.ptr(), shared_name) || !PyTuple_CheckExact(scanned) ||
-      PyTuple_GET_SIZE(scanned) != 3) {
+  if (!scanned || !own || own == Py_False || find_in(space.ptr(), shared_name) ||
+      !PyTuple_CheckExact(scanned) || PyTuple_GET_SIZE(scanned) != 3) {
     return py::none();
   }
   const auto item = [](PyObject* tuple, Py_ssize_t i) {
@@ -368,7 +368,7 @@ py::object plain_backward(py::handle ctx, py::handle dy, py::handle dhn, py::han
   } catch (const Refused&) {
     return py::none();
   }
-  if (!is_kept && PyDict_SetItem(space.ptr(), own_name, Py_None) != 0)
+  if (!is_kept && PyDict_SetItem(space.ptr(), own_name, Py_False) != 0)
     throw py::error_already_set();
   py::tuple gradients(kRecordedBefore + made.size());
   for (size_t i = 0; i < kRecordedBefore; ++i) gradients[i] = py::none();

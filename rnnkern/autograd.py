@@ -151,13 +151,18 @@ def _saved(ctx: Any) -> tuple[Any, Any, bool, Tensor, list[Tensor]]:
     y, x, *tensors = ctx.saved_tensors
     if not hasattr(ctx, "own"):
         return y, tensors.pop(), False, x, tensors
+    if ctx.own is False:
+        raise RuntimeError(
+            "the backward pass of this layer or cell has used up what forward saved: it has run "
+            "before, and something raised an error after it. Call the module again"
+        )
     return y, ctx.own, not (getattr(ctx, "is_shared", False) or _graph_is_kept()), x, tensors
 
 
 def _forget(ctx: Any) -> None:
     """Frees what forward saved, as torch does with the tensors that it saves itself."""
     if hasattr(ctx, "own") and not _graph_is_kept():
-        ctx.own = None
+        ctx.own = False
 
 
 def _by_operators(

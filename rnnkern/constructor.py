@@ -86,7 +86,9 @@ def settle(module: Any, **given: Any) -> None:
         cell = CELLS[mode_of(module)]
         if "f" not in cell.names:
             known = ", ".join(cell.names) or "none"
-            raise ValueError(f"forget_bias needs a gate named f, the gates of the cell are: {known}")
+            raise ValueError(
+                f"forget_bias needs a gate named f, the gates of the cell are: {known}"
+            )
     is_normalised = given.pop("layer_norm")
     stored = {n: v for n, v in given.items() if v is not None and v is not False}
     for name, value in stored.items():

@@ -31,6 +31,9 @@ _M = TypeVar("_M", bound=nn.Module)
 LARGEST = 127
 """Integers of int8 weights lie between this and its negative."""
 
+_MOST_COLUMNS = 2**31 // (128 * LARGEST)
+"""Of int8 weights, because sums of their products have 32 bits (csrc/cpu/int8.h)."""
+
 _KEY = "frozen_"
 """What keys of a ``state_dict`` begin with, so that no other module takes them for its own."""
 
@@ -74,7 +77,7 @@ def freeze(model: _M, weights: torch.dtype | None = None) -> _M:
         TypeError: ``model`` is no ``torch.nn.Module``.
         ValueError: ``weights`` is another dtype, or the parameters of a recurrent module are not
             float32 as bfloat16 and int8 need them, not on the CPU, not of one dtype that the
-            kernels know, not finite (int8), or computed by a hook.
+            kernels know, not finite or with more than 132104 columns (int8), or computed by a hook.
 
     Example::
 
@@ -334,7 +337,10 @@ class _Frozen(nn.Module):
     def _unpacked(self) -> dict[str, Tensor]:
         """Copies of the weights by name, the matrices as they are kept, in torch's order."""
         wide = torch.float64 if self._computed == torch.float64 else torch.float32
-        matrices = {name: torch.empty(self._shape(name), dtype=wide) for name in self._matrices()}
+        matrices = {
+            name: torch.empty(self._shape(name), dtype=wide, device="cpu")
+            for name in self._matrices()
+        }
         self._packed.unpack(list(matrices.values()))
         return {
             name: matrices[name].to(self.weights)
@@ -410,7 +416,7 @@ class _Frozen(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Follows the model to another dtype, as parameters do. The kernels are of the CPU."""
-        probe = fn(torch.empty(0, dtype=self.dtype))
+        probe = fn(torch.empty(0, dtype=self.dtype, device="cpu"))
         if probe.device.type != "cpu" or probe.dtype not in DTYPES:
             raise RuntimeError(
                 f"{type(self).__name__} is for one of {DTYPES} on the CPU, and cannot become "
@@ -566,6 +572,11 @@ def quantized(weight: Tensor) -> tuple[Tensor, Tensor]:
     """A matrix as int8 and the scale of each row: ``weight = integers * scale[:, None]``."""
     if not torch.isfinite(weight).all():
         raise ValueError("weights=torch.int8 needs finite parameters, got NaN or infinity")
+    if weight.shape[1] > _MOST_COLUMNS:
+        raise ValueError(
+            f"weights=torch.int8 needs matrices of at most {_MOST_COLUMNS} columns, because longer "
+            f"sums do not fit into 32 bits, got {weight.shape[1]}"
+        )
     most = weight.abs().amax(1) if weight.shape[1] else weight.new_zeros(weight.shape[0])
     scale = most / LARGEST
     integers = (weight / scale.where(scale > 0, 1)[:, None]).round()

@@ -189,7 +189,7 @@ def one_step(z: Maybe) -> Any:
 
 
 def dense(z: Any) -> Any:
-    """The tensor, or a copy of it without gaps or lazy signs; None stays None.
+    """The tensor, or a copy of it without gaps, lazy signs or lazy zeros; None stays None.
 
     An instance of a subclass becomes a plain tensor, unless the subclass sees operators itself.
     """
@@ -197,4 +197,4 @@ def dense(z: Any) -> Any:
         return None
     if type(z) is not Tensor and type(z).__torch_dispatch__ is Tensor.__torch_dispatch__:
         z = z.as_subclass(Tensor)
-    return z.resolve_neg().contiguous()
+    return (z.clone() if z._is_zerotensor() else z).resolve_neg().contiguous()

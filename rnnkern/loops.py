@@ -24,6 +24,7 @@ from torch import Tensor
 
 _task: Callable[[], int] = torch._C._current_graph_task_id
 _use_count: Callable[[Tensor], int] | None = getattr(Tensor, "_use_count", None)
+_storage_use_count: Callable[[int], int] | None = getattr(torch._C, "_storage_Use_Count", None)
 
 
 class Sums:
@@ -48,6 +49,7 @@ class Sums:
                 or view.requires_grad != weight.requires_grad
                 or view.data_ptr() != weight.data_ptr()
                 or view.shape != weight.shape
+                or view.stride() != weight.stride()
             ):
                 return None
         return views  # type: ignore[return-value]
@@ -142,19 +144,20 @@ def go_on(loop: Loop | None, weight: Tensor, kept: Tensor) -> None:
     _loops[key] = loop
 
 
-def _holders(tensor: ref[Tensor]) -> tuple[int, int] | None:
-    """The numbers of references to a tensor, in Python and in C++."""
+def _holders(tensor: ref[Tensor]) -> tuple[int, int, int] | None:
+    """The numbers of references to a tensor, in Python and in C++, and to its memory."""
     found = tensor()
-    if found is None or _use_count is None:
+    if found is None or _use_count is None or _storage_use_count is None:
         return None
-    return sys.getrefcount(found), _use_count(found)
+    memory = found.untyped_storage()
+    return sys.getrefcount(found), _use_count(found), _storage_use_count(memory._cdata)
 
 
 @functools.cache
-def _alone() -> tuple[int, int] | None:
+def _alone() -> tuple[int, int, int] | None:
     """The references to a gradient that only autograd's buffer holds; None if torch cannot tell."""
     first: list[ref[Tensor]] = []
-    counted: list[tuple[int, int] | None] = []
+    counted: list[tuple[int, int, int] | None] = []
 
     class Step(torch.autograd.Function):
         @staticmethod

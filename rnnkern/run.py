@@ -17,7 +17,7 @@ from rnnkern.call import Call, is_compiling
 from rnnkern.interop.exporting import to_torch
 from rnnkern.kernels import Kernel, Refusal, Why
 from rnnkern.known_cells import CELLS
-from rnnkern.layer import Layer, Maybe, Operands, one_step
+from rnnkern.layer import Layer, Maybe, Operands, dense, one_step
 from rnnkern.options import Options
 from rnnkern.sequence import Steps
 
@@ -343,5 +343,5 @@ def is_covered(
 
 def _dense(operands: Operands) -> Operands:
     tensors = (operands.x, operands.h0, operands.c0, *operands.weights)
-    x, h0, c0, *weights = (t if t is None else t.contiguous() for t in tensors)
+    x, h0, c0, *weights = map(dense, tensors)
     return Operands(x, h0, c0, weights)

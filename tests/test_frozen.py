@@ -651,9 +651,35 @@ def test_wrong_models_and_weights() -> None:
         (lambda: rnnkern.freeze(nn.LSTM(3, 4, dtype=torch.complex64)), ValueError, "complex64"),
         (lambda: rnnkern.freeze(hooked), ValueError, "a hook computes weight_hh_l0"),
         (lambda: rnnkern.freeze(broken, torch.int8), ValueError, "finite"),
+        (lambda: rnnkern.freeze(nn.RNN(132105, 1), torch.int8), ValueError, "at most 132104 col"),
     ):
         with pytest.raises(error, match=words):
             call()
+
+
+@pytest.mark.parametrize("weights", [None, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_lazily_negated_operands(kind: str, weights: torch.dtype | None) -> None:
+    frozen = rnnkern.freeze(build(kind, 4, 6), weights)
+    x = torch.complex(torch.zeros(5, 3, 4), torch.randn(5, 3, 4))
+    h = torch.randn(1, 3, 6)
+    plain, negated = [(h, h)] * (kind == "LSTM") or [h], torch._neg_view(-h)
+    states = [(negated, h)] * (kind == "LSTM") or [negated]
+    for own, same in ((states[0], plain[0]), (None, None)):
+        options = {} if own is not None else {"lengths": torch.tensor([4, 0, 2])}
+        found, wanted = frozen(x.conj().imag, own, **options), frozen(-x.imag, same, **options)
+        assert_bitwise(flatten(found), flatten(wanted))
+
+
+@pytest.mark.parametrize("weights", [None, torch.int8])
+def test_another_default_device(weights: torch.dtype | None) -> None:
+    frozen = rnnkern.freeze(build("LSTM", 3, 4), weights)
+    wanted = dict(frozen.state_dict())
+    with torch.device("meta"):
+        assert_bitwise(dict(frozen.state_dict()), wanted)
+        assert_bitwise(dict(copy.deepcopy(frozen).state_dict()), wanted)
+        assert next(rnnkern.thaw(frozen).parameters()).device.type == "cpu"
+        frozen.float()
 
 
 # One step of a stream

@@ -124,7 +124,7 @@ def test_forget_bias_of_an_own_cell_is_that_of_its_gate_f() -> None:
         assert torch.equal(bias[:H], torch.full((H,), 3.0))
         assert not (bias[H:] == 3).any()
     assert str(layer).endswith("forget_bias=3.0)")
-    with pytest.raises(ValueError, match="needs a gate named f, the gates of the cell are: r, z, n"):
+    with pytest.raises(ValueError, match="named f, the gates of the cell are: r, z, n"):
         rnnkern.Recurrent(rnnkern.cells.gru, I, H, forget_bias=3)
     with pytest.raises(ValueError, match="the gates of the cell are: none"):
         rnnkern.Recurrent(rnnkern.cells.ind_rnn, I, H, forget_bias=3)

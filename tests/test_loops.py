@@ -353,6 +353,37 @@ def kept_by_hooks(module: nn.Module, x: Tensor) -> None:
         assert torch.equal(now, then)
 
 
+def memory_kept_by_hooks(module: nn.Module, x: Tensor) -> None:
+    """Of the gradients, and not the tensors."""
+    made = [module(x[0])]
+    for step in x[1:]:
+        made.append(module(step, made[-1]))
+    hs = [each if isinstance(each, Tensor) else each[0] for each in made]
+    kept: list[tuple[Tensor, Tensor]] = []
+    aliases = (Tensor.detach, lambda g: g[:1], Tensor.numpy)
+    for i, h in enumerate(hs):
+
+        def keep(given: Any, _: Any, alias: Any = aliases[i % 3]) -> None:
+            kept.extend((alias(g), alias(g.clone())) for g in given if g is not None)
+
+        h.grad_fn.register_hook(keep)
+    sum(h.square().sum() for h in hs).backward()
+    assert len(kept) >= 6
+    for now, then in kept:
+        assert (now == then).all()
+
+
+def other_strides(module: nn.Module, x: Tensor) -> None:
+    """Of a weight at the same place in memory."""
+    rows, columns = module.weight_hh.shape
+    wide = torch.arange(2.0 * rows * columns, dtype=x.dtype).sin().view(rows, 2 * columns) / columns
+    module.weight_hh.data = wide.flatten()[: rows * columns].view(rows, columns)
+    run(module, x)  # in whose graph the weight is not needed
+    before = run(module, x[:1])
+    module.weight_hh.data = wide[:, :columns]
+    (before.sum() + run(module, x).square().sum()).backward()
+
+
 def under_anomaly_mode(module: nn.Module, x: Tensor) -> None:
     with torch.autograd.set_detect_anomaly(True):
         run(module, x).square().sum().backward()
@@ -380,6 +411,8 @@ PROGRAMS = {
     "frozen-at-first": frozen_at_first,
     "frozen-between": frozen_between,
     "kept-by-hooks": kept_by_hooks,
+    "memory-kept-by-hooks": memory_kept_by_hooks,
+    "other-strides": other_strides,
     "under-anomaly-mode": under_anomaly_mode,
     "both-kinds": both_kinds,
     "accumulated-hooks": accumulated_hooks,

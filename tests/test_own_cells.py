@@ -45,6 +45,11 @@ def strange(x: Any, h: Any, prev: Any, own: Any) -> Any:
     return rnnkern.tanh(x.b / (2 + bounded)) + 0.1 * grown, c
 
 
+@rnnkern.cell(gates=("a",), states=("h",))
+def bent(x: Any, h: Any, prev: Any) -> Any:
+    return abs(x.a) + 0.5 * prev.h
+
+
 def by_reference(module: nn.Module, leaves: Leaves) -> Any:
     return module._torch_forward(leaves["x"], states_of(leaves))
 
@@ -152,6 +157,17 @@ def test_derivatives(cell: OwnCell, monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.autograd.gradgradcheck(outputs, operands, fast_mode=True)
     monkeypatch.setattr(second_order, "has_kernel", lambda _: False)  # by torch's operators
     assert torch.autograd.gradgradcheck(outputs, operands, fast_mode=True)
+
+
+def test_derivatives_of_abs_at_zero_are_those_of_torch() -> None:
+    module = rnnkern.Recurrent(bent, 1, 1, bias=False, dtype=torch.float64)
+    nn.init.ones_(module.weight_ih_l0)
+    nan = float("nan")
+    x = torch.tensor([0.0, -0.0, 2.0, -3.0, nan], dtype=torch.float64, requires_grad=True)
+    wanted = torch.autograd.grad(x.abs().sum(), x)[0]
+    found = torch.autograd.grad(module(x.view(1, -1, 1))[0].sum(), x, create_graph=True)[0]
+    torch.testing.assert_close(found.detach(), wanted, equal_nan=True)
+    assert torch.equal(torch.autograd.grad(found[:4].sum(), x)[0][:4], torch.zeros(4).double())
 
 
 def test_derivatives_of_gradients_of_samples() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import LAYERS, build, pair
+from support import CELLS, LAYERS, build, pair
 from torch import Tensor
 
 
@@ -91,3 +91,21 @@ def test_backward_writes_into_nothing_that_a_node_shows(kind: str) -> None:
     before = [t.detach().clone() for t in shown]
     y.sum().backward()
     assert all(torch.equal(t.detach(), b) for t, b in zip(shown, before, strict=True))
+
+
+@pytest.mark.parametrize("kind", [*LAYERS, *CELLS])
+def test_backward_after_a_hook_has_failed(kind: str) -> None:
+    """Of the node: backward has written over what was saved, and says so when it runs again."""
+    module, x = build(kind, 4, 6), torch.randn(5, 3, 4)[: 1 if kind in CELLS else 5]
+    y = module(x[0] if kind in CELLS else x)
+    y = y[0] if isinstance(y, tuple) else y
+
+    def fail(*_: object) -> None:
+        raise KeyError("once")
+
+    hook = y.grad_fn.register_hook(fail)
+    with pytest.raises(KeyError, match="once"):
+        y.sum().backward()
+    hook.remove()
+    with pytest.raises(RuntimeError, match="Call the module again"):
+        y.sum().backward()

@@ -29,6 +29,7 @@ inline TensorView view_of(py::handle object, const char* name) {
 }
 
 constexpr const char* kGaps = "gaps along the last axis, or overlapping rows";
+constexpr const char* kNegated = "lazily negated tensor";
 constexpr const char* kNoMemory =
     "no plain memory behind a tensor (meta, sparse, quantized or wrapped)";
 
@@ -80,7 +81,7 @@ inline const char* refusal_of(py::handle object, const TensorView* like, TensorV
   const py::object negated =
       py::reinterpret_steal<py::object>(PyObject_CallOneArg(api.is_neg, object.ptr()));
   if (!negated) throw py::error_already_set();
-  if (negated.ptr() == Py_True) return "lazily negated tensor";
+  if (negated.ptr() == Py_True) return kNegated;
   if (t.ndim && elements && t.shape[t.ndim - 1] > 1 && view->stride(t.ndim - 1) != 1) return kGaps;
   // Rows of a matrix may overlap, or be one row for all, unless a library multiplies them.
   if ((t.device.type != dlpack::kCpu || cuda::kIsStandIn) && t.ndim == 2 && t.shape[0] > 1 &&

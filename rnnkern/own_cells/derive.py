@@ -160,7 +160,7 @@ def _of_softplus(g: Expression, x: Expression, y: Expression) -> Any:
 
 _OF_ONE: dict[str, _Numbers] = {
     "neg": lambda g, x, y: -g,
-    "abs": lambda g, x, y: _where(x < 0.0, -g, _where(x > 0.0, g, g * x)),
+    "abs": lambda g, x, y: _where(x < 0.0, -g, _where(x > 0.0, g, 0.0)),
     "exp": lambda g, x, y: g * y,
     "log": lambda g, x, y: g / x,
     "rsqrt": lambda g, x, y: g * -0.5 * (y * y * y),
