@@ -378,10 +378,9 @@ def other_strides(module: nn.Module, x: Tensor) -> None:
     rows, columns = module.weight_hh.shape
     wide = torch.arange(2.0 * rows * columns, dtype=x.dtype).sin().view(rows, 2 * columns) / columns
     module.weight_hh.data = wide.flatten()[: rows * columns].view(rows, columns)
-    run(module, x)  # in whose graph the weight is not needed
-    before = run(module, x[:1])
+    before = run(module, x[:3])
     module.weight_hh.data = wide[:, :columns]
-    (before.sum() + run(module, x).square().sum()).backward()
+    (before.sum() + run(module, x[3:]).square().sum()).backward()
 
 
 def under_anomaly_mode(module: nn.Module, x: Tensor) -> None:
