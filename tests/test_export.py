@@ -354,6 +354,22 @@ def test_onnx(name: str, by_table: bool) -> None:
         torch.testing.assert_close(run_onnx(model, given), tree_leaves(module(*given)), **own)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_biases_do_not_open_the_gates_past_the_end_of_a_row(dtype: torch.dtype) -> None:
+    class Ragged(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = build("LSTM", 3, 4, dtype=dtype).requires_grad_(False)
+            self.layer.bias_ih_l0[:4] = 1e6
+
+        def forward(self, x: Tensor, lengths: Tensor) -> Any:
+            return self.layer(x, lengths=lengths)
+
+    module, x, lengths = Ragged(), torch.randn(5, 3, 3, dtype=dtype), torch.tensor([2, 5, 0])
+    program = torch.export.export(module, (x, lengths))
+    torch.testing.assert_close(program.module()(x, lengths), module(x, lengths))
+
+
 def test_onnx_of_a_cell() -> None:
     module, x = build("LSTMCell", 4, 6).eval(), torch.randn(3, 4)
     model, _ = exported_to_onnx(module, (x,))

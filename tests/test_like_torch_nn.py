@@ -40,6 +40,7 @@ DIFFERENCES: dict[str, Difference] = {
         "all weights are saved",
         ["RNN", "GRU", *CELLS],
     ),
+    "operands_with_other_memory": ("the operands themselves are saved", (*LAYERS, *CELLS)),
     "an_input_changed_that_backward_does_not_need": (
         "the input is saved",
         ["RNN", "GRU", *CELLS],

@@ -31,9 +31,6 @@ _OPERATORS = {
 }
 """Each has the overloads ``input``, of a padded batch, and ``data``, of a packed one."""
 
-_SATURATED = 1e4
-"""A sum at which a sigmoid is exactly 0 or 1 in every dtype, float16 included."""
-
 
 def exported(
     x: Tensor,
@@ -174,9 +171,12 @@ def _taken(z: Tensor, axis: int, steps: Tensor) -> Tensor:
 
 
 def _frozen(w_ih: Tensor) -> Tensor:
-    """Weights ``[4 * H, 1]`` of an input that, at 1, keeps the cell state of an LSTM as it is."""
-    H = w_ih.shape[0] // 4
-    shut, kept = w_ih.new_full((H, 1), -_SATURATED), w_ih.new_full((H, 1), _SATURATED)
+    """Weights ``[4 * H, 1]`` of an input that, at 1, keeps the cell state of an LSTM as it is.
+
+    They outweigh everything else in the sum of a gate.
+    """
+    H, most = w_ih.shape[0] // 4, 3e4 if w_ih.dtype == torch.float16 else 1e30
+    shut, kept = w_ih.new_full((H, 1), -most), w_ih.new_full((H, 1), most)
     return torch.cat((shut, kept, w_ih.new_zeros(2 * H, 1)))  # input gate 0, forget gate 1
 
 

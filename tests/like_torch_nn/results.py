@@ -95,6 +95,16 @@ def an_input_changed_that_backward_does_not_need(side: Side) -> Any:
     return type(attempt(loss.backward)).__name__
 
 
+@ROWS.row()
+def operands_with_other_memory(side: Side) -> Any:
+    module, x = side.make(), side.x(requires_grad=True)
+    loss = loss_of(module(x))
+    for operand in (x, *module.parameters()):
+        operand.data = operand.data + 1
+    loss.backward()
+    return x.grad, [p.grad for p in module.parameters()]
+
+
 @ROWS.row("RNN", "GRU", "LSTMCell", "GRUCell")
 def outputs_changed_before_backward(side: Side) -> Any:
     """Those of LSTM and RNNCell may not be with torch.nn either."""
