@@ -26,7 +26,7 @@ namespace rnnkern {
 namespace {
 
 // Why no kernel covers these tensors, or None. Gaps are the answer only if there is no other
-// reason. A lazily negated tensor has some, too: the kernels cover a dense copy of it.
+// reason. They stand for lazy signs, too: the kernels cover a dense copy of either.
 py::object refusal(py::handle x, py::handle h0, py::handle c0, const py::sequence& weights) {
   std::vector<py::object> all = {py::reinterpret_borrow<py::object>(x),
                                  py::reinterpret_borrow<py::object>(h0),

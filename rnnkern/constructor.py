@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rnnkern.call import mode_of
-from rnnkern.known_cells import CELLS, name_of
+from rnnkern.known_cells import CELLS, is_own, name_of
 
 DEFAULTS = {
     "recurrent_dropout": 0.0,
@@ -83,9 +83,8 @@ def settle(module: Any, **given: Any) -> None:
             raise ValueError(f"forget_bias must be finite, got {forget_bias}")
         if not module.bias:
             raise ValueError(f"forget_bias={forget_bias} needs bias=True, got bias=False")
-        cell = CELLS[mode_of(module)]
-        if "f" not in cell.names:
-            known = ", ".join(cell.names) or "none"
+        if "f" not in _gates(module):
+            known = ", ".join(_gates(module))
             raise ValueError(
                 f"forget_bias needs a gate named f, the gates of the cell are: {known}"
             )
@@ -211,13 +210,19 @@ def _initialise(module: Any) -> None:
             for gate in weight.split(H):
                 _be_orthogonal(gate)
         if forget_bias is not None:
-            first = H * CELLS[mode_of(module)].names.index("f")
+            first = H * _gates(module).index("f")
             for name, value in ((f"bias_ih{suffix}", forget_bias), (f"bias_hh{suffix}", 0)):
                 if name in parameters:
                     parameters[name][first : first + H] = value
     for name in (name for own in module._gain_names for name in own):
         if name in parameters:
             parameters[name].fill_(0 if name.startswith("bias") else 1)
+
+
+def _gates(module: Any) -> tuple[str, ...]:
+    """The names of the gates, in the order of their rows in the weights."""
+    mode = mode_of(module)
+    return module.cell.gates if is_own(mode) else CELLS[mode].names
 
 
 def _suffixes(module: Any) -> list[str]:

@@ -108,7 +108,7 @@ def _lines(call: Call, x: Tensor, has_gaps: bool) -> list[str]:
         f"T={T} N={N} I={module.input_size} H={module.hidden_size} layers={layers} directions={D}"
     ]
     if has_gaps:
-        lines.append("a tensor has gaps along its last axis: copied first")
+        lines.append("a tensor has gaps along its last axis or a lazy sign: copied first")
     for i in range(layers):
         features = module.input_size if i == 0 else D * kernel.out
         for name, back in (("forward", False), ("backward", True)):

@@ -32,7 +32,7 @@ LARGEST = 127
 """Integers of int8 weights lie between this and its negative."""
 
 _MOST_COLUMNS = 2**31 // (128 * LARGEST)
-"""Of int8 weights, because sums of their products have 32 bits (csrc/cpu/int8.h)."""
+"""Columns that a matrix of int8 may have: sums of its products have 32 bits (csrc/cpu/int8.h)."""
 
 _KEY = "frozen_"
 """What keys of a ``state_dict`` begin with, so that no other module takes them for its own."""

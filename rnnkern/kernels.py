@@ -29,7 +29,7 @@ class Why(enum.Enum):
     MODE = enum.auto()  # torch is in a mode in which no kernel may run
     OPERAND = enum.auto()  # no kernel covers an operand
     CELL = enum.auto()  # a cell that a user has written has no kernels here
-    GAPS = enum.auto()  # the kernels cover the operands after a copy without gaps
+    GAPS = enum.auto()  # the kernels cover dense copies of the operands
 
 
 class Refusal(NamedTuple):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rnnkern.known_cells import CELLS, MODES
 from rnnkern.sequence import Steps
@@ -195,6 +195,7 @@ def dense(z: Any) -> Any:
     """
     if z is None:
         return None
-    if type(z) is not Tensor and type(z).__torch_dispatch__ is Tensor.__torch_dispatch__:
+    kind = type(z)
+    if kind not in (Tensor, nn.Parameter) and kind.__torch_dispatch__ is Tensor.__torch_dispatch__:
         z = z.as_subclass(Tensor)
     return (z.clone() if z._is_zerotensor() else z).resolve_neg().contiguous()

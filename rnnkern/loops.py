@@ -24,7 +24,8 @@ from torch import Tensor
 
 _task: Callable[[], int] = torch._C._current_graph_task_id
 _use_count: Callable[[Tensor], int] | None = getattr(Tensor, "_use_count", None)
-_storage_use_count: Callable[[int], int] | None = getattr(torch._C, "_storage_Use_Count", None)
+_memory: Callable[[Tensor], int] | None = getattr(torch._C, "_storage_address", None)
+_memory_use_count: Callable[[int], int] | None = getattr(torch._C, "_storage_Use_Count", None)
 
 
 class Sums:
@@ -147,10 +148,10 @@ def go_on(loop: Loop | None, weight: Tensor, kept: Tensor) -> None:
 def _holders(tensor: ref[Tensor]) -> tuple[int, int, int] | None:
     """The numbers of references to a tensor, in Python and in C++, and to its memory."""
     found = tensor()
-    if found is None or _use_count is None or _storage_use_count is None:
+    if found is None or _use_count is None or _memory is None or _memory_use_count is None:
         return None
-    memory = found.untyped_storage()
-    return sys.getrefcount(found), _use_count(found), _storage_use_count(memory._cdata)
+    # A storage of Python would be one more holder, for as long as the memory lives.
+    return sys.getrefcount(found), _use_count(found), _memory_use_count(_memory(found))
 
 
 @functools.cache

@@ -117,16 +117,19 @@ def test_only_an_lstm_has_a_forget_gate(kind: Any) -> None:
 
 
 def test_forget_bias_of_an_own_cell_is_that_of_its_gate_f() -> None:
-    layer = rnnkern.Recurrent(rnnkern.cells.mgu, I, H, bidirectional=True, forget_bias=3)
+    options = {"num_layers": 2, "bidirectional": True, "forget_bias": 3}
+    layer = rnnkern.Recurrent(rnnkern.cells.mgu, I, H, **options)
     assert rnnkern.cells.mgu.gates == ("f", "g")
-    for end in ("", "_reverse"):
-        bias = getattr(layer, f"bias_ih_l0{end}") + getattr(layer, f"bias_hh_l0{end}")
-        assert torch.equal(bias[:H], torch.full((H,), 3.0))
-        assert not (bias[H:] == 3).any()
-    assert str(layer).endswith("forget_bias=3.0)")
+    for module in (layer, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        module.reset_parameters()
+        for end in ("_l0", "_l0_reverse", "_l1", "_l1_reverse"):
+            bias = getattr(module, f"bias_ih{end}") + getattr(module, f"bias_hh{end}")
+            assert torch.equal(bias[:H], torch.full((H,), 3.0))
+            assert not (bias[H:] == 3).any()
+        assert str(module).endswith("forget_bias=3.0)")
     with pytest.raises(ValueError, match="named f, the gates of the cell are: r, z, n"):
         rnnkern.Recurrent(rnnkern.cells.gru, I, H, forget_bias=3)
-    with pytest.raises(ValueError, match="the gates of the cell are: none"):
+    with pytest.raises(ValueError, match="the gates of the cell are: a"):
         rnnkern.Recurrent(rnnkern.cells.ind_rnn, I, H, forget_bias=3)
 
 

@@ -40,6 +40,11 @@ DIFFERENCES: dict[str, Difference] = {
         "all weights are saved",
         ["RNN", "GRU", *CELLS],
     ),
+    "a_bias_changed_before_backward": ("all weights are saved", ["RNN", "GRU", *CELLS]),
+    "backward_again_after_a_hook_has_failed": (
+        "backward writes over what was saved",
+        (*LAYERS, *CELLS),
+    ),
     "operands_with_other_memory": ("the operands themselves are saved", (*LAYERS, *CELLS)),
     "an_input_changed_that_backward_does_not_need": (
         "the input is saved",
@@ -52,12 +57,16 @@ DIFFERENCES: dict[str, Difference] = {
 }
 
 
+class _Plain:
+    number: int
+
+
+OF_EVERY_CLASS = {*dir(_Plain)}
 # What no row names, because nothing of a recurrent module can reach it, or because rows do it
 # without its name.
 UNNAMED = {
-    "what object has": {*dir(object), "__doc__"},
     "what has another name": {
-        *("__annotations__", "__delattr__", "__dict__", "__dir__", "__repr__", "__weakref__"),
+        *("__delattr__", "__dir__", "__repr__"),
         *("_call_impl", "_wrapped_call_impl", "_compiled_call_impl", "_slow_forward"),
         *("_get_backward_hooks", "_get_backward_pre_hooks", "_named_members"),
         *("_maybe_warn_non_full_backward_hook", "_register_load_state_dict_pre_hook"),
@@ -74,8 +83,8 @@ UNNAMED = {
 }
 
 
-def test_every_member_and_function_of_torch_is_in_a_row_or_named_here() -> None:
-    """Of torch 2.13: a later one may have more, which would be looked at then."""
+def test_every_member_and_function_of_torch_is_named() -> None:
+    """In the files of the rows or above. Another torch than 2.13 may have more, or fewer."""
     folder = Path(like_torch_nn.__path__[0])
     words = set(re.findall(r"\w+", "".join(file.read_text() for file in folder.glob("*.py"))))
     wanted = {name for kind in (*LAYERS, *CELLS) for name in dir(getattr(nn, kind))}
@@ -86,9 +95,10 @@ def test_every_member_and_function_of_torch_is_in_a_row_or_named_here() -> None:
             if getattr(value, "__module__", "").startswith("torch.nn.utils")
             and not name.startswith("_")
         }
-    wanted -= set().union(*UNNAMED.values())
+    unnamed = set().union(*UNNAMED.values())
     if torch.__version__.startswith("2.13"):
-        assert not wanted - words
+        assert wanted - words - OF_EVERY_CLASS <= unnamed
+        assert unnamed <= wanted
     assert len(wanted & words) > 100
 
 

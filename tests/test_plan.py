@@ -193,11 +193,7 @@ def test_a_step_of_many_rows_broadcasts_and_a_sequence_packs(
 def test_what_each_step_of_a_loop_packs(
     mode: str, sizes: tuple[int, int], cpu: dict[str, int], lanes: int
 ) -> None:
-    """Nothing up to 16 rows, but for the backward pass in 16 bits.
-
-    With many rows packing costs less than it gives within one step. A loop of 100 steps packs 100
-    times what a step packs.
-    """
+    """Nothing up to 16 rows, but for the backward pass in 16 bits."""
     for rows in (1, 2, 8, 16):
         for threads in (1, 2, 64):
             own = plan(mode, (1, rows, *sizes), threads, cpu)[0]["reads"]

@@ -1,4 +1,4 @@
-"""Print the instruction sets that can be forced here besides the one in use, one per line."""
+"""The instruction sets that can be forced here besides the one in use."""
 
 import os
 import subprocess
@@ -20,7 +20,3 @@ def _is_supported(isa: str) -> bool:
     command = [sys.executable, "-c", "import rnnkern"]
     environment = os.environ | {"RNNKERN_ISA": isa}
     return not subprocess.run(command, env=environment, capture_output=True).returncode
-
-
-if __name__ == "__main__":
-    print(*lower_isas(), sep="\n")

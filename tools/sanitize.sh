@@ -7,8 +7,9 @@
 #      instruction set, in build/sanitize-program;
 #   2  the package with the CUDA kernels on their stand-in, in build/sanitize-simt.
 # AMX is the stand-in of csrc/cpu/amx.h, so that it runs on CPUs that have none.
-# Usage, from the repository, with cmake and ninja on the path: tools/sanitize.sh PYTHON PART [pytest
-# arguments], where PART is all, or a number whose remainder by three names the part.
+# Usage, from the repository, with cmake and ninja on the path:
+#   tools/sanitize.sh PYTHON PART [pytest arguments]
+# PART is all, or a number whose remainder by three names the part.
 set -eu
 
 python=$1
@@ -42,7 +43,7 @@ run_tests() {  # run_tests BASE [pytest arguments]
   # Python does not link libstdc++, and the sanitizer looks up what throws exceptions when the
   # process starts.
   libstdcxx=$(ldd "$extension" | awk '/libstdc\+\+/ {print $3}')
-  # Python leaks what it has until it ends.
+  # Python does not free everything when it ends, so leaks are not looked for.
   env PYTHONMALLOC=malloc LD_PRELOAD="$libasan $libstdcxx" \
     ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
     PYTHONPATH="$tested:$PWD/tools:$PWD/tests" RNNKERN_LOADED_FROM="$tested" \
@@ -60,7 +61,9 @@ program() {
   cmake -S . -B $base-program -G Ninja -DRNNKERN_DRIVER=ON \
     -DRNNKERN_SANITIZE=$RNNKERN_SANITIZE -DRNNKERN_AMX_STAND_IN=ON
   cmake --build $base-program --target driver
-  for isa in $($base-program/driver --sets); do
+  sets=$($base-program/driver --sets)
+  [ -n "$sets" ]
+  for isa in $sets; do
     echo "sanitize: RNNKERN_ISA=$isa"
     RNNKERN_ISA=$isa $base-program/driver
   done

@@ -31,6 +31,11 @@ _OPERATORS = {
 }
 """Each has the overloads ``input``, of a padded batch, and ``data``, of a packed one."""
 
+_LARGE = 3e4
+"""A finite number of every dtype. Its square outweighs all else in the sum of a gate; in float16,
+which has no such number, it is infinite, and a sigmoid of it is still 0 or 1.
+"""
+
 
 def exported(
     x: Tensor,
@@ -152,7 +157,7 @@ def _with_lengths(
         own = list(weights[d * layer.tensors : (d + 1) * layer.tensors])
         own_x = x if d == 0 else _taken(x, axis, turned)
         if layer.has_cell_state:
-            own_x = torch.cat((own_x, (~active).to(x.dtype)), -1)
+            own_x = torch.cat((own_x, (~active).to(x.dtype) * _LARGE), -1)
             own[0] = torch.cat((own[0], _frozen(own[0])), 1)
         h, c = h0[d : d + 1], None if c0 is None else c0[d : d + 1]
         y, _, cn = _node(one_way, Operands(own_x, h, c, own), training)
@@ -171,12 +176,9 @@ def _taken(z: Tensor, axis: int, steps: Tensor) -> Tensor:
 
 
 def _frozen(w_ih: Tensor) -> Tensor:
-    """Weights ``[4 * H, 1]`` of an input that, at 1, keeps the cell state of an LSTM as it is.
-
-    They outweigh everything else in the sum of a gate.
-    """
-    H, most = w_ih.shape[0] // 4, 3e4 if w_ih.dtype == torch.float16 else 1e30
-    shut, kept = w_ih.new_full((H, 1), -most), w_ih.new_full((H, 1), most)
+    """Weights ``[4 * H, 1]`` of an input that keeps the cell state of an LSTM if it is `_LARGE`."""
+    H = w_ih.shape[0] // 4
+    shut, kept = w_ih.new_full((H, 1), -_LARGE), w_ih.new_full((H, 1), _LARGE)
     return torch.cat((shut, kept, w_ih.new_zeros(2 * H, 1)))  # input gate 0, forget gate 1
 
 

@@ -29,7 +29,8 @@ class Recurrent(OwnRNN):
     Args:
         cell: what `rnnkern.cell` has made of a function.
         proj_size: only for a cell that does not read ``prev.h``.
-        forget_bias: the initial bias of the gate that is named f, as of `rnnkern.LSTM`.
+        forget_bias: the initial bias of the gate that is named f, as of `rnnkern.LSTM`. What the
+            gate does is the cell's matter: if it is large in an MGU, the state is replaced.
 
     Raises:
         TypeError: ``cell`` is no such cell.

@@ -84,6 +84,28 @@ def a_weight_changed_that_backward_does_not_need(side: Side) -> Any:
 
 
 @ROWS.row()
+def a_bias_changed_before_backward(side: Side) -> Any:
+    module = side.make()
+    loss = loss_of(module(side.x()))
+    with torch.no_grad():
+        getattr(module, side.weight.replace("weight", "bias")).add_(1)
+    return type(attempt(loss.backward)).__name__
+
+
+@ROWS.row()
+def backward_again_after_a_hook_has_failed(side: Side) -> Any:
+    y = first(side.make()(side.x()))
+
+    def fail(*_: Any) -> None:
+        raise KeyError("once")
+
+    hook = y.grad_fn.register_hook(fail)
+    told = [type(attempt(y.sum().backward)).__name__]
+    hook.remove()
+    return [*told, type(attempt(y.sum().backward)).__name__]
+
+
+@ROWS.row()
 def an_input_changed_that_backward_does_not_need(side: Side) -> Any:
     """W_ih has no gradient."""
     module = side.make()
@@ -370,6 +392,7 @@ GIVEN: dict[str, Any] = {
     "none": lambda y: None,
     "nan": lambda y: torch.full_like(y, float("nan")),
     "negated": lambda y: torch._neg_view(torch.ones_like(y)),
+    "lazy-zero": lambda y: torch._efficientzerotensor(tuple(y.shape)),
 }
 
 
