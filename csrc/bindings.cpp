@@ -181,16 +181,19 @@ bool are_worth_sums(const Layer& layer, dlpack::Device device) {
   return elements >= kElements && !cuda::kIsStandIn && device.type == dlpack::kCpu;
 }
 
+// Whether autocast or a profiler has to see a call, which is then no plain one.
+bool must_be_seen(dlpack::Device device) { return is_autocast(device) || is_profiled(); }
+
 // The outputs of a plain call, with initial states or without. Returns nothing if the call is not a
-// plain one, or if autocast or a profiler has to see it. `record` makes the outputs
-// differentiable; `record_in_loop` does it if sums pay, unless it is null.
+// plain one. `record` makes the outputs differentiable; `record_in_loop` does it if sums pay,
+// unless it is null.
 std::optional<py::tuple> plain_outputs(const std::optional<PlainModule>& plain, py::handle x,
                                        py::handle hx, dlpack::Device device, py::handle record,
                                        py::handle record_in_loop = {}) {
   if (!plain) return std::nullopt;
   const auto& [layer, weights] = *plain;
   const std::optional<PlainStates> states = plain_states(layer, hx);
-  if (!states || is_autocast(device) || is_profiled()) return std::nullopt;
+  if (!states) return std::nullopt;
   const bool training = wants_gradient(weights, std::array<py::handle, 1>{x}, *states);
   Outputs made =
       forward_any(layer, x, (*states)[0], (*states)[1], weights, py::none(), {training, training});
@@ -204,7 +207,7 @@ std::optional<py::tuple> plain_outputs(const std::optional<PlainModule>& plain, 
 py::object plain_call(py::handle module, py::handle x, py::handle hx, py::handle record) {
   if (!may_be_viewed(x)) return py::none();
   const dlpack::Tensor input = view_of(x, "input").tensor;
-  if (input.ndim != 3) return py::none();
+  if (input.ndim != 3 || must_be_seen(input.device)) return py::none();
   const auto outputs =
       plain_outputs(plain_module(module, input.shape[2]), x, hx, input.device, record);
   if (!outputs) return py::none();
@@ -218,6 +221,8 @@ py::object plain_cell(py::handle module, py::handle x, py::handle hx, py::handle
   if (!may_be_viewed(x)) return py::none();
   const dlpack::Tensor input = view_of(x, "input").tensor;
   if (input.ndim != 1 && input.ndim != 2) return py::none();
+  // Asked before the weights are read, because a module may compute them, and would once more.
+  if (must_be_seen(input.device)) return py::none();
   const auto outputs = plain_outputs(plain_cell_module(module, input.shape[input.ndim - 1]), x, hx,
                                      input.device, record, record_in_loop);
   if (!outputs) return py::none();

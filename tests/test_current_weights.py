@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from support import LAYERS, build, reverted
+from support import CELLS, LAYERS, build, reverted
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import register_parametrization
 
 import rnnkern
+from rnnkern import forward
 
 Module = Callable[..., Any]
 
@@ -121,3 +123,38 @@ def test_dropped_weights_have_gradients() -> None:
     theirs(x)[0].sum().backward()
     for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(mine.grad, other.grad * 0.5)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("kind", CELLS)
+def test_a_parametrized_cell_is_a_plain_call_that_computes_its_weights_once(
+    kind: str, grad: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Counted(nn.Module):
+        calls = 0
+
+        def forward(self, weight: Tensor) -> Tensor:
+            self.calls += 1
+            return weight * 0.5
+
+    cell, x = build(kind, 3, 4), torch.randn(2, 3)
+    theirs = reverted(cell)
+    counted = Counted()
+    register_parametrization(cell, "weight_hh", counted)
+    register_parametrization(theirs, "weight_hh", Counted())
+    monkeypatch.setattr(forward, "_checked_cell", None)
+    counted.calls = 0
+    seen: list[list[Any]] = []
+    with torch.set_grad_enabled(grad):
+        for module in (cell, theirs):
+            state = module(x)
+            state = module(x, state)
+            h = state if isinstance(state, Tensor) else state[0]
+            if grad:
+                h.sum().backward()
+            seen.append([h.detach(), *(p.grad for p in module.parameters())])
+    assert counted.calls == 2
+    for a, b in zip(*seen, strict=True):
+        torch.testing.assert_close(a, b)
+    register_parametrization(cell, "bias_ih", Counted())
+    cell(x)

@@ -68,6 +68,12 @@ struct CellAttributes {
                                                  "bias_ih",     "bias_hh"};
 };
 
+// Whether an attribute is a weight of a cell. Those of a layer are in a list.
+template <typename Attributes>
+constexpr bool is_weight(int i) {
+  return std::is_same_v<Attributes, CellAttributes> && i >= CellAttributes::kWeightIh;
+}
+
 template <typename Attributes>
 PyObject* name_of(int i) {
   static const auto interned = [] {
@@ -131,9 +137,12 @@ inline bool has_methods_of(py::handle theirs, py::handle type) {
 // What is found out about a class of modules, once.
 struct ModuleClass {
   // Attributes of such modules are in the module's own namespace, and the methods that forward
-  // calls are torch.nn's. So the class neither has the attributes, as properties for example, nor
-  // looks them up in a way of its own.
+  // calls are torch.nn's. So the class neither has the attributes, but for `properties`, nor looks
+  // them up in a way of its own.
   bool plain = false;
+  // The weights of such a cell that are properties of the class, as torch.nn.utils.parametrize
+  // makes them: bits by CellAttributes::Name. A call asks for each of them once, as torch.nn's.
+  unsigned properties = 0;
   // The cell of a class such as LSTMCell. Nothing for RNNCell, because each module has its
   // nonlinearity.
   std::optional<CellId> cell;
@@ -152,7 +161,13 @@ ModuleClass look_at_class(py::handle type) {
   found.plain = type.attr("__getattribute__").is(base.attr("__getattribute__")) &&
                 has_methods_of(theirs, type);
   for (int i = 0; i < Attributes::kCount; ++i) {
-    found.plain = found.plain && !py::hasattr(type, name_of<Attributes>(i));
+    if (!py::hasattr(type, name_of<Attributes>(i))) continue;
+    const py::object attribute = py::getattr(type, name_of<Attributes>(i));
+    if (is_weight<Attributes>(i) && Py_IS_TYPE(attribute.ptr(), &PyProperty_Type)) {
+      found.properties |= 1u << i;
+    } else {
+      found.plain = false;
+    }
   }
   // A cell of torch.nn asks for its weights by name, so its class may give others. A layer has them
   // in a list.
@@ -285,8 +300,9 @@ inline std::optional<PlainModule> plain_cell_module(py::handle module, int64_t f
   const auto own = [&](A::Name name) { return find_in(space.ptr(), name_of<A>(name)); };
   const std::optional<CellId> cell = type.cell ? type.cell : elman_cell(own(A::kNonlinearity));
   PyObject *const input = own(A::kInput), *const hidden = own(A::kHidden),
-                  *const parameters = own(A::kParameters);
-  if (!cell || !input || !hidden || !parameters || !PyDict_CheckExact(parameters) ||
+                  *const found = own(A::kParameters);
+  const auto parameters = py::reinterpret_borrow<py::object>(found ? found : Py_None);
+  if (!cell || !input || !hidden || !PyDict_CheckExact(parameters.ptr()) ||
       is_normalised(space.ptr())) {
     return std::nullopt;
   }
@@ -295,20 +311,23 @@ inline std::optional<PlainModule> plain_cell_module(py::handle module, int64_t f
   PlainWeights weights;
   int missing = 0;
   for (A::Name name : {A::kWeightIh, A::kWeightHh, A::kBiasIh, A::kBiasHh}) {
-    PyObject* weight = find_in(parameters, name_of<A>(name));
     // The caller may have put another tensor into the module's namespace.
-    if (!weight || own(name)) return std::nullopt;
-    if (weight == Py_None) {
+    if (own(name)) return std::nullopt;
+    const bool is_property = type.properties & 1u << name;
+    auto weight =
+        is_property
+            ? py::reinterpret_steal<py::object>(PyObject_GetAttr(module.ptr(), name_of<A>(name)))
+            : py::reinterpret_borrow<py::object>(find_in(parameters.ptr(), name_of<A>(name)));
+    if (is_property && !weight) throw py::error_already_set();
+    if (!weight) return std::nullopt;
+    if (weight.is_none()) {
+      if (name == A::kWeightIh || name == A::kWeightHh) return std::nullopt;
       ++missing;
     } else {
-      weights.tensors[weights.count++] = py::reinterpret_borrow<py::object>(weight);
+      weights.tensors[weights.count++] = std::move(weight);
     }
   }
-  // No biases at all, or both.
-  if (missing && (missing != 2 || find_in(parameters, name_of<A>(A::kBiasIh)) != Py_None ||
-                  find_in(parameters, name_of<A>(A::kBiasHh)) != Py_None)) {
-    return std::nullopt;
-  }
+  if (missing == 1) return std::nullopt;  // no biases at all, or both
   return PlainModule{Layer(*cell, 1, *size, 0, missing == 0, false, false, true), weights};
 }
 
