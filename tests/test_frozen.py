@@ -663,9 +663,9 @@ def test_lazily_negated_operands(kind: str, weights: torch.dtype | None) -> None
     frozen = rnnkern.freeze(build(kind, 4, 6), weights)
     x = torch.complex(torch.zeros(5, 3, 4), torch.randn(5, 3, 4))
     h = torch.randn(1, 3, 6)
-    plain, negated = [(h, h)] * (kind == "LSTM") or [h], torch._neg_view(-h)
-    states = [(negated, h)] * (kind == "LSTM") or [negated]
-    for own, same in ((states[0], plain[0]), (None, None)):
+    negated = torch._neg_view(-h)
+    states = ((negated, h), (h, h)) if kind == "LSTM" else (negated, h)
+    for own, same in (states, (None, None)):
         options = {} if own is not None else {"lengths": torch.tensor([4, 0, 2])}
         found, wanted = frozen(x.conj().imag, own, **options), frozen(-x.imag, same, **options)
         assert_bitwise(flatten(found), flatten(wanted))

@@ -341,12 +341,17 @@ def frozen_between(module: nn.Module, x: Tensor) -> None:
     torch.cat(parts).square().sum().backward()
 
 
-def kept_by_hooks(module: nn.Module, x: Tensor) -> None:
-    """Of nodes: one keeps the gradients, one puts others in their place."""
+def hidden_states(module: nn.Module, x: Tensor) -> list[Tensor]:
+    """Of all steps, as the cell returns them."""
     made = [module(x[0])]
     for step in x[1:]:
         made.append(module(step, made[-1]))
-    hs = [each if isinstance(each, Tensor) else each[0] for each in made]
+    return [each if isinstance(each, Tensor) else each[0] for each in made]
+
+
+def kept_by_hooks(module: nn.Module, x: Tensor) -> None:
+    """Of nodes: one keeps the gradients, one puts others in their place."""
+    hs = hidden_states(module, x)
     kept: list[tuple[Tensor, Tensor]] = []
 
     def keep(given: Any, _: Any) -> None:
@@ -366,10 +371,7 @@ def kept_by_hooks(module: nn.Module, x: Tensor) -> None:
 
 def memory_kept_by_hooks(module: nn.Module, x: Tensor) -> None:
     """Of the gradients, and not the tensors."""
-    made = [module(x[0])]
-    for step in x[1:]:
-        made.append(module(step, made[-1]))
-    hs = [each if isinstance(each, Tensor) else each[0] for each in made]
+    hs = hidden_states(module, x)
     kept: list[tuple[Tensor, Tensor]] = []
     aliases = (Tensor.detach, lambda g: g[:1], Tensor.numpy)
     for i, h in enumerate(hs):
