@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import rnnkern
+from benchmarks import rows
+from benchmarks.rows import Effort, Row
 from rnnkern.bench import timing
 
 SHAPES = (
@@ -101,33 +103,61 @@ def training(module: Any, x: Tensor, dy: Tensor) -> timing.Call:
     return both
 
 
+COMPILED = "compiled"
+MORE = "more than eager"
+MORE_OF_NOTHING = "more of a layer that computes nothing"
+
+
+def measure(kind: str, T: int, N: int, I: int, H: int, effort: Effort) -> Iterator[Row]:
+    """A row of each pass. Its speed-ups are those of our compiled call."""
+    torch._dynamo.reset()
+    x, dy = torch.randn(T, N, I), torch.randn(T, N, H)
+    theirs, ours = getattr(nn, kind)(I, H), getattr(rnnkern, kind)(I, H)
+    nothing = Nothing(ours, kind)
+    modules = {
+        "eager": ours,
+        COMPILED: torch.compile(ours),
+        "torch.nn": theirs,
+        "torch.nn compiled": torch.compile(theirs),
+        "nothing": nothing,
+        "nothing compiled": torch.compile(nothing),
+    }
+    for title, call in (("inference", inference), ("forward and backward", training)):
+        samples = rows.in_turn({name: call(m, x, dy) for name, m in modules.items()}, effort)
+        us = {name: statistics.median(own) * 1e6 for name, own in samples.items()}
+        us[MORE] = _more(samples[COMPILED], samples["eager"])
+        us[MORE_OF_NOTHING] = _more(samples["nothing compiled"], samples["nothing"])
+        yield rows.row(
+            f"compiled, {title}, threads: {torch.get_num_threads()}",
+            f"{kind} T{T} N{N} I{I} H{H}",
+            samples,
+            COMPILED,
+            us=us,
+            shown=["eager", COMPILED, MORE, MORE_OF_NOTHING],
+            speedup=rows.over(samples, COMPILED, ("torch.nn", "torch.nn compiled")),
+        )
+
+
+def _more(compiled: list[float], eager: list[float]) -> float:
+    """The median of the differences within a round, in microseconds."""
+    return statistics.median(a - b for a, b in zip(compiled, eager, strict=True)) * 1e6
+
+
+def compiled(effort: Effort) -> Iterator[Row]:
+    """Each shape."""
+    for kind, *sizes in SHAPES[: 1 if effort.quick else None]:
+        yield from measure(kind, *sizes, effort)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seconds", type=float, default=3.0, help="for a row")
     options = parser.parse_args()
-    print(f"{timing.cpu_name()}, torch {torch.__version__}, threads: {options.threads}")
-    print("us a call; 'more': median of the pairwise differences of compiled and eager calls\n")
-    print(f"{'':43}{'torch.nn':^20}{'rnnkern':^28}{'nothing':^28}")
-    print(f"{'':43}{'eager':>10}{'compiled':>10}" + f"{'eager':>10}{'compiled':>10}{'more':>8}" * 2)
+    print(f"{timing.cpu_name()}, torch {torch.__version__}")
     with timing.threads_set(options.threads):
-        for kind, T, N, I, H in SHAPES:
-            torch._dynamo.reset()
-            x, dy = torch.randn(T, N, I), torch.randn(T, N, H)
-            theirs, ours = getattr(nn, kind)(I, H), getattr(rnnkern, kind)(I, H)
-            modules = [theirs, ours, Nothing(ours, kind)]
-            each = [m for module in modules for m in (module, torch.compile(module))]
-            for name, call in (("inference", inference), ("forward+backward", training)):
-                seconds = timing.time_in_turn(
-                    [call(m, x, dy) for m in each], budget_s=options.seconds, min_rounds=3
-                )
-                us = [statistics.median(samples) * 1e6 for samples in seconds]
-                row = f"{us[0]:10.1f}{us[1]:10.1f}"
-                for i in (2, 4):
-                    more = [b - a for a, b in zip(seconds[i], seconds[i + 1], strict=True)]
-                    row += f"{us[i]:10.1f}{us[i + 1]:10.1f}{statistics.median(more) * 1e6:+8.1f}"
-                shape = f"{kind} T{T} N{N} I{I} H{H}"
-                print(f"{shape:26}{name:17}{row}", flush=True)
+        for made in compiled(Effort(options.seconds)):
+            print(rows.line(made), flush=True)
 
 
 if __name__ == "__main__":

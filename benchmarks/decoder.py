@@ -1,21 +1,26 @@
 """A decoder: 100 steps of a cell with attention between them, and one backward pass.
 
+    python -m benchmarks.decoder [--threads N] [--autocast] [--seconds S]
+
 What a step costs in a loop, where autograd sums the gradients that every step has for the same
-weights, and under ``--autocast``, where all steps of a pass are in one region.
-``python -m benchmarks.decoder`` prints both libraries, timed in turn.
+weights, and under ``--autocast``, where all steps of a pass are in one region. Both libraries are
+timed in turn.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from itertools import product
 from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 
 import rnnkern
+from benchmarks import rows
+from benchmarks.rows import OURS, Effort, Row
 from rnnkern import tolerance
 from rnnkern.bench import timing
 from rnnkern.bench.workloads import STEP_CELLS
@@ -86,42 +91,46 @@ def check(ours: Decoder, theirs: Decoder, embedded: Tensor, source: Tensor) -> N
             raise SystemExit(f"wrong results: {verdict}")
 
 
+def measure(kind: str, batch: int, hidden: int, autocast: bool, effort: Effort) -> Iterator[Row]:
+    """A row of each pass of a decoder, after a check of its results."""
+    torch.manual_seed(0)
+    theirs, ours = (Decoder(library, kind, hidden) for library in (nn, rnnkern))
+    ours.load_state_dict(theirs.state_dict())
+    embedded = torch.randn(STEPS, batch, EMBEDDING)
+    source = torch.randn(batch, SOURCE, hidden)
+    check(ours, theirs, embedded, source)
+    pairs = zip(
+        ("inference", "forward and backward"),
+        calls(ours, embedded, source, autocast),
+        calls(theirs, embedded, source, autocast),
+        strict=True,
+    )
+    of = "autocast to bfloat16" if autocast else "float32"
+    for title, own, other in pairs:
+        samples = rows.in_turn({OURS: own, "torch.nn": other}, effort)
+        table = f"decoder of {STEPS} steps, {title}, {of}, threads: {torch.get_num_threads()}"
+        yield rows.row(table, f"{kind} N{batch} H{hidden}", samples, group=kind)
+
+
+def decoders(effort: Effort, autocasts: Iterable[bool] = (False, True)) -> Iterator[Row]:
+    """Each cell in each size."""
+    sizes = SIZES[: 1 if effort.quick else None]
+    for autocast, kind, (batch, hidden) in product(autocasts, STEP_CELLS, sizes):
+        yield from measure(kind, batch, hidden, autocast, effort)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--autocast", action="store_true", help="to bfloat16")
-    parser.add_argument("--budget", type=float, default=2.0, help="seconds a row")
-    arguments = parser.parse_args()
-    print(f"{timing.cpu_name()}, torch {torch.__version__}, threads: {arguments.threads}")
-    kind_of_call = "autocast to bfloat16" if arguments.autocast else "float32"
-    print(f"{STEPS} steps, source of {SOURCE}, {kind_of_call}\n")
-    print(
-        f"{'cell':10}{'N':>4}{'H':>5}  {'pass':17}{'torch.nn':>10}{'rnnkern':>10}{'speed-up':>10}"
-    )
-    with timing.threads_set(arguments.threads):
-        for kind in STEP_CELLS:
-            for rows, hidden in SIZES:
-                torch.manual_seed(0)
-                theirs, ours = (Decoder(library, kind, hidden) for library in (nn, rnnkern))
-                ours.load_state_dict(theirs.state_dict())
-                embedded = torch.randn(STEPS, rows, EMBEDDING)
-                source = torch.randn(rows, SOURCE, hidden)
-                check(ours, theirs, embedded, source)
-                pairs = zip(
-                    ("inference", "forward+backward"),
-                    calls(ours, embedded, source, arguments.autocast),
-                    calls(theirs, embedded, source, arguments.autocast),
-                    strict=True,
-                )
-                for name, own, other in pairs:
-                    pair = timing.time_pair(own, other, budget_s=arguments.budget, min_pairs=3)
-                    print(
-                        f"{kind:10}{rows:4}{hidden:5}  {name:17}{pair.their_us / 1e3:7.2f} ms"
-                        f"{pair.us / 1e3:7.2f} ms{pair.speedup:9.2f}x",
-                        flush=True,
-                    )
+    parser.add_argument("--seconds", type=float, default=2.0, help="for a row")
+    options = parser.parse_args()
+    print(f"{timing.cpu_name()}, torch {torch.__version__}")
+    with timing.threads_set(options.threads):
+        for made in decoders(Effort(options.seconds), [options.autocast]):
+            print(rows.line(made), flush=True)
 
 
 if __name__ == "__main__":

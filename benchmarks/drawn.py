@@ -20,25 +20,15 @@ from collections.abc import Iterator
 
 import torch
 
-from benchmarks import peers, rows
+from benchmarks import layers, rows
 from benchmarks.rows import BEST, OURS, Effort, Row
 from rnnkern.bench import timing
-from rnnkern.bench.workloads import (
-    CELLS,
-    FORWARD,
-    FORWARD_BACKWARD,
-    STEP_CELLS,
-    Workload,
-    check_case,
-    draw_case,
-    flops,
-    grad_mode,
-)
+from rnnkern.bench.workloads import CELLS, STEP_CELLS, Workload, flops
 
 MOST_STEPS, MOST_ROWS, MOST_FEATURES, MOST_UNITS = 500, 300, 1200, 1600
 #: A larger draw would take seconds a call, and is drawn again.
 MOST_FLOPS = 3e10
-#: Draws of each layer in docs/benchmarks.md.
+#: Draws of each layer and each cell in docs/benchmarks.md.
 REPORTED = 30
 
 
@@ -59,22 +49,14 @@ def draw(generator: random.Random, cell: str) -> Workload:
 
 def measure(cell: str, workload: Workload, effort: Effort) -> Iterator[Row]:
     """A row of each pass."""
-    case, threads = draw_case(cell, workload), torch.get_num_threads()
-    wrong = {k: str(v) for k, v in check_case(case, torch.float32).items() if not v}
-    if wrong:
-        raise SystemExit(f"{cell} {workload.name}: {wrong}")
-    for pass_name in (FORWARD, FORWARD_BACKWARD):
-        with_peers = pass_name == FORWARD and cell in CELLS
-        calls = peers.calls(case, threads) if with_peers else peers.module_calls(case, pass_name)
-        with grad_mode(pass_name):
-            samples = rows.in_turn(calls, effort)
-        table = f"drawn sizes, {pass_name}, threads: {threads}"
-        yield rows.row(table, f"{cell} {workload.name}", samples, group=cell)
+    title = "drawn sizes of cells" if cell in STEP_CELLS else "drawn sizes"
+    case_name = f"{cell} {workload.name}"
+    yield from layers.checked(title, cell, workload, effort, case_name=case_name)
 
 
 def drawn(effort: Effort) -> Iterator[Row]:
-    """The first draws of each layer."""
-    for cell in CELLS:
+    """The first draws of each layer and each cell."""
+    for cell in (*CELLS, *STEP_CELLS):
         generator = random.Random(0)
         for _ in range(1 if effort.quick else REPORTED):
             yield from measure(cell, draw(generator, cell), effort)

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Iterable, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -22,6 +23,8 @@ from torch.nn.utils.rnn import pack_sequence
 from torch.utils.checkpoint import checkpoint
 
 import rnnkern
+from benchmarks import rows
+from benchmarks.rows import OURS, Effort, Row
 from rnnkern.bench import timing
 
 T, N, I, H = 12, 4, 24, 48
@@ -290,28 +293,43 @@ ENTRIES: dict[str, Callable[[Place], Call]] = {
 }
 
 
+def measure(name: str, effort: Effort) -> Row:
+    """The row of one way to call. It has a time and a speed-up for each kind of module."""
+    us, speedup = {}, {}
+    for kind in KINDS:
+        ours, theirs = (ENTRIES[name](Place(library, kind)) for library in (rnnkern, nn))
+        calls = {OURS: ours, "torch.nn": theirs}
+        try:
+            theirs()
+        except (RuntimeError, NotImplementedError):
+            del calls["torch.nn"]
+        samples = rows.in_turn(calls, effort)
+        us[kind] = statistics.median(samples[OURS]) * 1e6
+        if "torch.nn" in samples:
+            speedup[f"{kind} over torch.nn"] = rows.ratio(samples, OURS, "torch.nn")
+    table = f"ways to call, threads: {torch.get_num_threads()}"
+    return {"table": table, "case": name, "us": us, "shown": [*us], "speedup": speedup}
+
+
+def entry_points(effort: Effort, names: Iterable[str] = ENTRIES) -> Iterator[Row]:
+    """Every way to call."""
+    for name in list(names)[: 3 if effort.quick else None]:
+        yield measure(name, effort)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--seconds", type=float, default=0.5, help="for a row")
+    parser.add_argument("--seconds", type=float, default=0.5, help="for each kind of module")
     parser.add_argument("--entry", default=",".join(ENTRIES))
     options = parser.parse_args()
-    print(f"{timing.cpu_name()}, torch {torch.__version__}, threads: {options.threads}")
-    print(f"torch.nn / rnnkern in us, speed-up\n\n{'':20}" + "".join(f"{k:>28}" for k in KINDS))
+    unknown = set(options.entry.split(",")) - set(ENTRIES)
+    if unknown:
+        parser.error(f"--entry: some of {','.join(ENTRIES)}, got {', '.join(sorted(unknown))}")
+    print(f"{timing.cpu_name()}, torch {torch.__version__}")
     with timing.threads_set(options.threads):
-        for name in options.entry.split(","):
-            cells = []
-            for kind in KINDS:
-                ours, theirs = (ENTRIES[name](Place(library, kind)) for library in (rnnkern, nn))
-                try:
-                    theirs()
-                except (RuntimeError, NotImplementedError):
-                    ours()
-                    cells.append(f"{'torch.nn cannot':>28}")
-                    continue
-                pair = timing.time_pair(ours, theirs, budget_s=options.seconds, min_pairs=3)
-                cells.append(f"{pair.their_us:10.1f} /{pair.us:8.1f}{pair.speedup:7.2f}x")
-            print(f"{name:20}{''.join(cells)}", flush=True)
+        for made in entry_points(Effort(options.seconds), options.entry.split(",")):
+            print(rows.line(made), flush=True)
 
 
 if __name__ == "__main__":

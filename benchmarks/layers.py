@@ -2,7 +2,7 @@
 
 Inference in float32 is compared with every peer and with frozen layers (`benchmarks.frozen`), all
 in the same rounds. Forward+backward, and both passes in bfloat16, are compared with torch.nn. So
-are both passes while one of T, N and H grows.
+are the modules of a single step in every type, and both passes while one of T, N and H grows.
 """
 
 from __future__ import annotations
@@ -23,14 +23,18 @@ from rnnkern.bench.workloads import (
     FORWARD,
     FORWARD_BACKWARD,
     GATES,
+    STEP_CELLS,
     Workload,
+    check_case,
     draw_case,
     flops,
     grad_mode,
+    load_step_workloads,
     load_workloads,
 )
 
 TITLES = {FORWARD: "inference", FORWARD_BACKWARD: "forward and backward"}
+CELL_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 # One of T, N and H grows, the others stay the same.
 SWEEP_BASE = {"steps": 64, "batch": 16, "input_size": 128, "hidden_size": 128}
@@ -138,7 +142,44 @@ def of_limit(
 
 
 def case_of(cell: str, w: Workload) -> str:
-    return f"{cell} {w.name}, T{w.steps} N{w.batch} I{w.input_size} H{w.hidden_size}"
+    steps = "" if w.is_step else f"T{w.steps} "
+    return f"{cell} {w.name}, {steps}N{w.batch} I{w.input_size} H{w.hidden_size}"
+
+
+def checked(
+    title: str,
+    cell: str,
+    workload: Workload,
+    effort: Effort,
+    dtype: torch.dtype = torch.float32,
+    case_name: str = "",
+) -> Iterator[Row]:
+    """A row of each pass, after a check of all that it computes.
+
+    Inference of a layer in float32 is compared with the peers too.
+    """
+    case, threads = draw_case(cell, workload), torch.get_num_threads()
+    wrong = {k: str(v) for k, v in check_case(case, dtype).items() if not v}
+    if wrong:
+        raise SystemExit(f"{cell} {workload.name}, {dtype}: {wrong}")
+    for pass_name, pass_title in TITLES.items():
+        with_peers = pass_name == FORWARD and cell in CELLS and dtype == torch.float32
+        calls = (
+            peers.calls(case, threads) if with_peers else peers.module_calls(case, pass_name, dtype)
+        )
+        with grad_mode(pass_name):
+            samples = rows.in_turn(calls, effort)
+        table = f"{title}, {pass_title}, threads: {threads}"
+        yield rows.row(table, case_name or case_of(cell, workload), samples, group=cell)
+
+
+def cells(effort: Effort) -> Iterator[Row]:
+    """Every module of a single step at each of its workloads, in every type of the CPU."""
+    workloads = list(load_step_workloads().values())[: 1 if effort.quick else None]
+    for dtype in CELL_TYPES[: 2 if effort.quick else None]:
+        name = str(dtype).removeprefix("torch.")
+        for cell, workload in product(STEP_CELLS, workloads):
+            yield from checked(f"cells, {name}", cell, workload, effort, dtype)
 
 
 def layers(effort: Effort, threads: Iterable[int]) -> Iterator[Row]:

@@ -26,11 +26,14 @@ import torch
 import rnnkern
 from benchmarks import peers, report_page, rows
 from benchmarks.busy import busy
+from benchmarks.compiled import compiled
+from benchmarks.decoder import decoders
 from benchmarks.drawn import drawn
+from benchmarks.entry_points import entry_points
 from benchmarks.everyday import everyday
 from benchmarks.frozen import stream_row
 from benchmarks.gpu.page import HEADING as GPU_HEADING
-from benchmarks.layers import layers, sweeps
+from benchmarks.layers import cells, layers, sweeps
 from benchmarks.models import models
 from benchmarks.options import options
 from benchmarks.own_cells import own_cells
@@ -77,6 +80,41 @@ SECTIONS = (
         " `FrozenLayer.step` ([frozen modules](frozen.md)).",
         layers_and_streams,
         0.5,
+    ),
+    Section(
+        "cells",
+        "Cells",
+        "One step by `RNNCell`, `LSTMCell` or `GRUCell`, from a given state that asks for a"
+        " gradient too.",
+        on_each(cells),
+        0.3,
+    ),
+    Section(
+        "decoder",
+        "Cells in a loop",
+        "A decoder: 100 steps of a cell with attention between them, and one backward pass"
+        " (`python -m benchmarks.decoder`).",
+        on_each(decoders),
+        0.7,
+    ),
+    Section(
+        "entry_points",
+        "Ways to call",
+        "A small layer (T=12, N=4, I=24, H=48) or a cell of the same sizes, called in other ways"
+        " than plainly. Where a cell has no speed-up, torch.nn cannot be called like that"
+        " (`python -m benchmarks.entry_points`).",
+        on_each(entry_points),
+        0.2,
+    ),
+    Section(
+        "compiled",
+        "Compiled calls",
+        "Layers under torch.compile. The speed-ups are those of the compiled call. What it takes"
+        " more than the eager one is the median of the differences within a round, and so it is"
+        " for a layer of the same operands and outputs that computes nothing"
+        " (`python -m benchmarks.compiled`).",
+        on_each(compiled),
+        1.0,
     ),
     Section(
         "precision",

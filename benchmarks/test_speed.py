@@ -1,14 +1,14 @@
 """rnnkern and torch.nn side by side: a group for each cell, workload and pass, a row for each.
 
-They run on the CPU in float32 and, if there is a GPU, there in every dtype that it has. The
-modules, inputs, calls and checks are those of ``rnnkern compare`` (rnnkern/bench/workloads.py).
+Layers run on the CPU in float32, and the modules of a single step in every type. If there is a GPU,
+all of them run there in every dtype that it has. The modules, inputs, calls and checks are those of ``rnnkern compare`` (rnnkern/bench/workloads.py).
 Here one library is timed after the other, so the ratio depends on a quiet machine. ``rnnkern
 compare`` times them in turn.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -28,6 +28,7 @@ from rnnkern.bench.workloads import (
     PRECISIONS,
     Case,
     Precision,
+    Workload,
     check_case,
     default_precisions,
     draw_case,
@@ -59,8 +60,8 @@ class Checked:
 
     @property
     def where(self) -> str:
-        """The part of a group's name for the device, which is empty on the CPU."""
-        return "" if self.device == "cpu" else f" {self.device} {self.precision.name}"
+        """The part of a group's name for what is not float32 on the CPU."""
+        return "".join(f" {part}" for part in unusual(self.device, self.precision))
 
     def call(self, library: ModuleType, pass_name: str) -> Callable[[], object]:
         """The timed call, which on a GPU waits for the GPU."""
@@ -109,19 +110,33 @@ def checked_notebook(request: pytest.FixtureRequest) -> Checked:
     return Checked(case, device, precision)
 
 
+def unusual(device: str, precision: Precision) -> tuple[str, ...]:
+    """The device and the precision, as far as they are not the CPU and float32."""
+    if device == "cpu":
+        return () if precision.name == "float32" else (precision.name,)
+    return device, precision.name
+
+
+def precisions(device: str, workload: Workload) -> Iterable[Precision]:
+    """A single step is short enough for every type."""
+    if device != "cpu" or not workload.is_step:
+        return default_precisions(device)
+    return (precision for precision in PRECISIONS.values() if not precision.tf32)
+
+
 def cases() -> Iterator[tuple[str, str, str, Precision]]:
     """Cell, name of the workload, device and dtype of every case."""
     for device in DEVICES:
         for name, workload in (load_workloads(device) | load_step_workloads()).items():
             for cell in workload.cells:
-                for precision in default_precisions(device):
+                for precision in precisions(device, workload):
                     yield cell, name, device, precision
 
 
 def name_of(param: tuple[str, str, str, Precision]) -> str:
     """The part of a test id that names a case."""
     cell, name, device, precision = param
-    return f"{name}-{cell}" if device == "cpu" else f"{name}-{cell}-{device}-{precision.name}"
+    return "-".join((name, cell, *unusual(device, precision)))
 
 
 @pytest.fixture(scope="module", params=cases(), ids=name_of)

@@ -82,6 +82,7 @@ struct Wanted {
   bool training = false;
   bool keeps_y = false;  // the caller hands y on, and whoever gets it may change it
   bool cells = false;    // save the cell states of all steps in any case
+  bool saves_bytes = false;  // what is saved may be a bytearray
   const Frozen* packed_weights = nullptr;  // of this layer alone
 };
 
@@ -120,7 +121,7 @@ Outputs forward_of(const Layer& layer, py::handle x, py::handle h0, py::handle c
   if (!wanted.training) parts = {.cells = wanted.cells ? parts.cells : 0};
   if (parts.elements()) {
     T* data = nullptr;
-    made.saved = o.make(dense({parts.elements()}), &data);
+    made.saved = o.make_saved(parts.elements(), wanted.saves_bytes, &data);
     parts.place(data, &f);
     copy_of_y = data + parts.before_output();
   }
@@ -132,7 +133,7 @@ Outputs forward_of(const Layer& layer, py::handle x, py::handle h0, py::handle c
   if (wanted.training && is_copied) {
     std::memcpy(copy_of_y, f.y.data, size_t(parts.output) * sizeof(T));
   } else if (wanted.training) {
-    made.kept_y = keeps_y ? o.keep_rows(made.y) : made.y;
+    made.kept_y = keeps_y ? o.keep_rows(made.y, f.y, z.D * z.O) : made.y;
   }
   return made;
 }
@@ -188,17 +189,18 @@ bool must_be_seen(dlpack::Device device) { return is_autocast(device) || is_prof
 // plain one. `record` makes the outputs differentiable; `record_in_loop` does it if sums pay,
 // unless it is null.
 std::optional<py::tuple> plain_outputs(const std::optional<PlainModule>& plain, py::handle x,
-                                       py::handle hx, dlpack::Device device, py::handle record,
-                                       py::handle record_in_loop = {}) {
+                                       py::handle readable_x, py::handle hx, dlpack::Device device,
+                                       py::handle record, py::handle record_in_loop = {}) {
   if (!plain) return std::nullopt;
   const auto& [layer, weights] = *plain;
   const std::optional<PlainStates> states = plain_states(layer, hx);
   if (!states) return std::nullopt;
   const bool training = wants_gradient(weights, std::array<py::handle, 1>{x}, *states);
-  Outputs made =
-      forward_any(layer, x, (*states)[0], (*states)[1], weights, py::none(), {training, training});
-  if (!training) return outputs_of(std::move(made));
   const bool sums = record_in_loop && are_worth_sums(layer, device);
+  const Wanted wanted = {.training = training, .keeps_y = training, .saves_bytes = !sums};
+  Outputs made = forward_any(layer, readable_x, readable((*states)[0]), (*states)[1], weights,
+                             py::none(), wanted);
+  if (!training) return outputs_of(std::move(made));
   return recorded(sums ? record_in_loop : record, layer, x, weights, *states, std::move(made));
 }
 
@@ -206,10 +208,11 @@ std::optional<py::tuple> plain_outputs(const std::optional<PlainModule>& plain, 
 // the call is not a plain one.
 py::object plain_call(py::handle module, py::handle x, py::handle hx, py::handle record) {
   if (!may_be_viewed(x)) return py::none();
-  const dlpack::Tensor input = view_of(x, "input").tensor;
+  const py::object seen = readable(x);
+  const dlpack::Tensor input = view_of(seen, "input").tensor;
   if (input.ndim != 3 || must_be_seen(input.device)) return py::none();
   const auto outputs =
-      plain_outputs(plain_module(module, input.shape[2]), x, hx, input.device, record);
+      plain_outputs(plain_module(module, input.shape[2]), x, seen, hx, input.device, record);
   if (!outputs) return py::none();
   if (outputs->size() == 2) return *outputs;
   return py::make_tuple((*outputs)[0], py::make_tuple((*outputs)[1], (*outputs)[2]));
@@ -219,12 +222,13 @@ py::object plain_call(py::handle module, py::handle x, py::handle hx, py::handle
 py::object plain_cell(py::handle module, py::handle x, py::handle hx, py::handle record,
                       py::handle record_in_loop) {
   if (!may_be_viewed(x)) return py::none();
-  const dlpack::Tensor input = view_of(x, "input").tensor;
+  const py::object seen = readable(x);
+  const dlpack::Tensor input = view_of(seen, "input").tensor;
   if (input.ndim != 1 && input.ndim != 2) return py::none();
   // Asked before the weights are read, because a module may compute them, and would once more.
   if (must_be_seen(input.device)) return py::none();
-  const auto outputs = plain_outputs(plain_cell_module(module, input.shape[input.ndim - 1]), x, hx,
-                                     input.device, record, record_in_loop);
+  const auto outputs = plain_outputs(plain_cell_module(module, input.shape[input.ndim - 1]), x, seen,
+                                     hx, input.device, record, record_in_loop);
   if (!outputs) return py::none();
   if (outputs->size() == 2) return *outputs;
   return (*outputs)[0];
@@ -323,8 +327,9 @@ py::tuple backward_any(const Layer& layer, py::handle x, py::handle h0, py::hand
                        py::handle saved, py::handle dy, py::handle dhn, py::handle dcn,
                        const py::sequence& wanted, bool overwrite, const py::sequence& sums,
                        const CallOptions& options = {}, py::handle dcells = py::none()) {
-  return with_element_of(layer, x, [&](auto element) {
-    return backward_of<decltype(element)>(layer, x, h0, c0, weights, steps, y, saved, dy, dhn, dcn,
+  const py::object seen = readable(x), seen_h0 = readable(h0);
+  return with_element_of(layer, seen, [&](auto element) {
+    return backward_of<decltype(element)>(layer, seen, seen_h0, c0, weights, steps, y, saved, dy, dhn, dcn,
                                           wanted, overwrite, sums, options, dcells);
   });
 }
@@ -438,9 +443,12 @@ PYBIND11_MODULE(_C, m) {
              bool cells, py::handle options, const Frozen* packed_weights) {
             const bool training =
                 asked ? *asked : wants_gradient(weights, std::array<py::handle, 3>{x, h0, c0});
-            Outputs made =
-                forward_any(layer, x, h0, c0, weights, steps,
-                            {training, keeps_y, cells, packed_weights}, CallOptions::of(options));
+            const Wanted wanted = {.training = training,
+                                   .keeps_y = keeps_y,
+                                   .cells = cells,
+                                   .packed_weights = packed_weights};
+            Outputs made = forward_any(layer, readable(x), readable(h0), c0, weights, steps, wanted,
+                                       CallOptions::of(options));
             py::object kept_y = std::move(made.kept_y), saved = std::move(made.saved);
             return py::make_tuple(outputs_of(std::move(made)), training, std::move(kept_y),
                                   std::move(saved));

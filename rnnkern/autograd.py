@@ -21,6 +21,9 @@ Scanned = tuple[Any, ...]
 For a step of a loop also the `Sums` of the graph.
 """
 
+Saved = Tensor | bytearray | None
+"""What forward saves: a flat tensor, or its bytes if it is small, because these are made faster."""
+
 
 def _graph_is_kept() -> bool:
     return torch._C._autograd._get_current_graph_task_keep_graph()
@@ -45,7 +48,7 @@ class Scan(torch.autograd.Function):
         scanned: Scanned,
         outputs: tuple[Tensor, ...],
         y: Tensor | None,
-        saved: Tensor | None,
+        saved: Saved,
         x: Tensor,
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
@@ -56,7 +59,7 @@ class Scan(torch.autograd.Function):
             ctx.own = saved
             ctx.save_for_backward(y, x, *tensors)
         else:
-            ctx.save_for_backward(y, x, *tensors, saved)
+            ctx.save_for_backward(y, x, *tensors, _as_tensor(saved, x))
         return outputs
 
     @staticmethod
@@ -156,7 +159,15 @@ def _saved(ctx: Any) -> tuple[Any, Any, bool, Tensor, list[Tensor]]:
             "the backward pass of this layer or cell has used up what forward saved: it has run "
             "before, and something raised an error after it. Call the module again"
         )
-    return y, ctx.own, not (getattr(ctx, "is_shared", False) or _graph_is_kept()), x, tensors
+    saved = _as_tensor(ctx.own, x)
+    return y, saved, not (getattr(ctx, "is_shared", False) or _graph_is_kept()), x, tensors
+
+
+def _as_tensor(saved: Saved, x: Tensor) -> Tensor | None:
+    """A tensor over the bytes, with the dtype of x."""
+    if isinstance(saved, bytearray):
+        return torch.frombuffer(saved, dtype=x.dtype)
+    return saved
 
 
 def _forget(ctx: Any) -> None:

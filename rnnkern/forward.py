@@ -45,6 +45,8 @@ class FallbackWarning(UserWarning):
     """
 
 
+# Faster than `is_compiling`, which plain calls notice.
+is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 _tracing_state = torch._C._get_tracing_state
 _function_modes = torch._C._len_torch_function_stack
 
@@ -65,7 +67,7 @@ def forward(
     if lengths is None and reset is None and reset_to is None and not return_cells:
         # The plain call is tried without inspecting the call: the kernel refuses what it does not
         # cover before it computes anything. Only then is the call read.
-        if is_compiling():
+        if is_dynamo_compiling():
             result = traced.layer(self, input, hx)
         elif _function_modes() and (refusal := _refusal_of_mode(self)):
             return _by_torch(self, input, hx, refusal)
@@ -74,6 +76,8 @@ def forward(
                 result = kernels.plain_call(self, input, hx, record)
             except kernels.RefusedError:
                 result = None
+            if result is None and is_compiling():  # torch.export without Dynamo
+                result = traced.layer(self, input, hx)
         if result is not None:
             return result
     return _checked(self, _Given(input, hx, lengths, reset, reset_to, return_cells))
@@ -143,7 +147,7 @@ def _checked(module: Any, given: _Given) -> Any:
 
 def cell(self: Any, input: Any, hx: Any = None) -> Any:
     """``forward`` of `rnnkern.RNNCell`, `rnnkern.LSTMCell` and `rnnkern.GRUCell`."""
-    if is_compiling():  # as in `forward`
+    if is_dynamo_compiling():  # as in `forward`
         result = traced.cell(self, input, hx)
     elif _function_modes() and (refusal := _refusal_of_mode(self)):
         return _by_torch(self, input, hx, refusal)
@@ -152,6 +156,8 @@ def cell(self: Any, input: Any, hx: Any = None) -> Any:
             result = kernels.plain_cell(self, input, hx, record_cell, record_cell_in_loop)
         except kernels.RefusedError:
             result = None
+        if result is None and is_compiling():
+            result = traced.cell(self, input, hx)
     if result is not None:
         return result
     return _checked_cell(self, input, hx)

@@ -68,26 +68,35 @@ def test_the_benchmark_of_a_busy_machine_runs(run, monkeypatch: pytest.MonkeyPat
     ]
 
 
-def test_the_benchmark_of_entry_points_runs(run) -> None:  # type: ignore[no-untyped-def]
+def test_the_benchmark_of_entry_points_runs(
+    run,  # type: ignore[no-untyped-def]
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     names = "packed,vmapped,functional_cell"
     lines = run(entry_points, "--seconds", "0", "--threads", "1", "--entry", names)
-    assert [line.split()[0] for line in lines[-3:]] == names.split(",")
-    assert lines[-2].count("torch.nn cannot") == 3
+    assert [line.split(": ")[2] for line in lines[1:]] == names.split(",")
+    assert [line.count("over torch.nn") for line in lines[1:]] == [3, 0, 3]
+    with pytest.raises(SystemExit):
+        run(entry_points, "--entry", "packed,unpacked")
+    assert "got unpacked" in capsys.readouterr().err
 
 
 def test_the_benchmark_of_compiled_calls_runs(run, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.setattr(compiled, "SHAPES", (("GRU", 3, 2, 2, 4),))
     lines = run(compiled, "--seconds", "0", "--threads", "1")
-    rows = [line.split() for line in lines if line.startswith("GRU T3 N2 I2 H4")]
-    assert [row[5] for row in rows] == ["inference", "forward+backward"]
-    assert [len(row[6:]) for row in rows] == [8, 8]
+    assert [line.split(", ")[1] for line in lines[1:]] == ["inference", "forward and backward"]
+    for line in lines[1:]:
+        assert "GRU T3 N2 I2 H4" in line
+        assert f"{compiled.MORE} " in line
+        assert "over torch.nn compiled" in line
 
 
 def test_the_benchmark_of_a_decoder_runs(run, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.setattr(decoder, "SIZES", ((2, 70),))
     monkeypatch.setattr(decoder, "STEPS", 5)
-    lines = run(decoder, "--budget", "0", "--threads", "1")
-    assert len([line for line in lines if line.endswith("x")]) == 6
+    lines = run(decoder, "--seconds", "0", "--threads", "1")
+    cells = ["RNNCell", "LSTMCell", "GRUCell"]
+    assert [line.split(": ")[2].split()[0] for line in lines[1:]] == [c for c in cells for _ in "ab"]
 
 
 def test_the_everyday_cases_run(run, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]

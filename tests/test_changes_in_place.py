@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import LAYERS, build, pack_rows
+from support import CELLS, LAYERS, build, pack_rows
 from torch import Tensor, nn
 
 Module = Callable[..., Any]
@@ -144,3 +144,81 @@ def test_an_output_that_does_not_change_is_not_copied() -> None:
     y.data.mul_(2)
     assert not is_shared(y)
     assert torch.equal(y, 2 * before)
+
+
+def address(tensor: Tensor) -> int:
+    """Where a tensor is. `data_ptr` would make it leave memory that it shares."""
+    return tensor.const_data_ptr()
+
+
+shares_memory = pytest.mark.skipif(
+    not hasattr(Tensor, "const_data_ptr"), reason="this torch does not tell where a copy is"
+)
+
+
+@shares_memory
+@pytest.mark.parametrize("kind", [*LAYERS, *CELLS])
+def test_backward_does_not_copy_the_output(kind: str) -> None:
+    """What it keeps of a large output stays in the same memory, also if backward runs twice."""
+    cell = kind in CELLS
+    x = torch.randn(64, 4) if cell else torch.randn(40, 16, 4)
+    made = build(kind, 4, 100)(x)
+    y = made[0] if isinstance(made, tuple) else made
+    assert y.grad_fn is not None
+    kept = y.grad_fn.saved_tensors[0]  # type: ignore[attr-defined]
+    for _ in range(2):
+        y.sum().backward(retain_graph=True)
+        assert address(kept) == address(y)
+        assert torch._C._is_cow_tensor(y)
+    y.data.mul_(2)
+    assert address(kept) != address(y)
+    torch.testing.assert_close(2 * kept, y.detach())
+
+
+@shares_memory
+@pytest.mark.parametrize("kind", [*LAYERS, *CELLS])
+def test_the_next_call_does_not_copy_the_output(kind: str) -> None:
+    """As an input, as a state, and in the backward pass of the call that has read it."""
+    module, x, cell = build(kind, 100, 100), torch.randn(64, 100), kind in CELLS
+
+    def outputs(made: Any) -> tuple[Tensor, ...]:
+        if not cell:
+            return (made[0],)
+        return made if isinstance(made, tuple) else (made,)
+
+    def gradients(first: tuple[Tensor, ...]) -> Any:
+        state = first if len(first) == 2 else first[0]
+        second = module(first[0], state) if cell else module(first[0])
+        loss = outputs(second)[0].square().sum()
+        return torch.autograd.grad(loss, [*module.parameters(), *first])
+
+    first = outputs(module(x if cell else x.view(4, 16, 100)))
+    at = address(first[0])
+    got = gradients(tuple(z.detach().requires_grad_() for z in first))
+    assert torch._C._is_cow_tensor(first[0])
+    assert address(first[0]) == at
+    wanted = gradients(tuple(z.detach().clone().requires_grad_() for z in first))
+    for mine, other in zip(got, wanted, strict=True):
+        torch.testing.assert_close(mine, other)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_what_a_small_call_saves_is_bytes_until_somebody_looks(kind: str) -> None:
+    module, x = build(kind, 4, 6), torch.randn(5, 3, 4)
+    y = module(x)[0]
+    assert type(y.grad_fn.own) is bytearray
+    wanted = torch.autograd.grad(y.sum(), list(module.parameters()))
+    seen = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        seen.append(tensor)
+        return tensor.clone()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = module(x)[0]
+    assert all(type(tensor) in (Tensor, nn.Parameter) for tensor in seen)
+    assert not hasattr(y.grad_fn, "own")
+    for mine, other in zip(
+        torch.autograd.grad(y.sum(), list(module.parameters())), wanted, strict=True
+    ):
+        torch.testing.assert_close(mine, other)

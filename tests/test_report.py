@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from benchmarks import (
+    compiled,
+    decoder,
     drawn,
     everyday,
     layers,
@@ -109,6 +111,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(everyday, "LONG_STEPS", 50)
     monkeypatch.setattr(everyday, "SERVING_S", 0.01)
     monkeypatch.setattr(drawn, "MOST_FLOPS", 1e6)
+    monkeypatch.setattr(compiled, "SHAPES", (("GRU", 3, 2, 2, 4),))
+    monkeypatch.setattr(decoder, "STEPS", 3)
     monkeypatch.setattr("benchmarks.busy.SAMPLE_S", 1e-4)
 
 

@@ -37,46 +37,43 @@ inline Shape dense(std::initializer_list<int64_t> sizes) {
   return shape;
 }
 
-// A small tensor is handed to torch together with its memory, header and data in one block. That
-// takes half the time of asking torch for one, which counts if a call takes a few microseconds.
-struct SmallTensor {
+// A tensor that torch is handed with its memory, and gives back: DLPack's managed tensor.
+struct ManagedTensor {
+  using Release = void (*)(ManagedTensor*);
+
   struct {
     uint32_t major = 1, minor = 0;
   } version;
   void* context = nullptr;
-  void (*release)(SmallTensor*) = [](SmallTensor* self) { Delete()(self); };
+  Release release;
   uint64_t flags = 0;
   dlpack::Tensor tensor;
   Shape shape;
 
-  // Data begins at a cache line, as torch's does. The block itself need not, because malloc would
-  // be slower.
-  static constexpr size_t kAlignment = 64, kMaxBytes = 16 * 1024;
+  ManagedTensor(Release how, void* data, dlpack::Device device, dlpack::DataType dtype,
+                const Shape& given)
+      : release(how), shape(given) {
+    tensor = {data, device, shape.axes, dtype, shape.sizes, shape.strides, 0};
+  }
+  ManagedTensor(const ManagedTensor&) = delete;
+  ManagedTensor& operator=(const ManagedTensor&) = delete;
 
   struct Delete {
-    void operator()(SmallTensor* self) const {
-      self->~SmallTensor();
-      ::operator delete(self);
-    }
+    void operator()(ManagedTensor* self) const { self->release(self); }
   };
-  static std::unique_ptr<SmallTensor, Delete> make(const Shape& shape, dlpack::DataType dtype,
-                                                   size_t bytes) {
-    void* block = ::operator new(sizeof(SmallTensor) + kAlignment + bytes);
-    return std::unique_ptr<SmallTensor, Delete>(new (block) SmallTensor(shape, dtype));
-  }
-
- private:
-  SmallTensor(const Shape& given, dlpack::DataType dtype) : shape(given) {
-    const auto end = reinterpret_cast<uintptr_t>(this + 1);
-    tensor = {reinterpret_cast<void*>((end + kAlignment - 1) / kAlignment * kAlignment),
-              {dlpack::kCpu, 0},
-              shape.axes,
-              dtype,
-              shape.sizes,
-              shape.strides,
-              0};
-  }
 };
+using OwnedTensor = std::unique_ptr<ManagedTensor, ManagedTensor::Delete>;
+
+inline py::object handed_to_torch(OwnedTensor owned) {
+  void* result = nullptr;
+  if (api.exchange->managed_to_object(owned.get(), &result) != 0) throw py::error_already_set();
+  owned.release();  // torch's now
+  return py::reinterpret_steal<py::object>(static_cast<PyObject*>(result));
+}
+
+// A small tensor is handed to torch together with its memory, header and data in one block. That
+// takes half the time of asking torch for one, which counts if a call takes a few microseconds.
+constexpr size_t kMostSmallBytes = 16 * 1024;
 
 struct NewTensor {
   py::object object;
@@ -84,18 +81,41 @@ struct NewTensor {
 };
 
 inline NewTensor new_small_tensor(const Shape& shape, dlpack::DataType dtype, size_t bytes) {
-  auto small = SmallTensor::make(shape, dtype, bytes);
-  void* result = nullptr;
-  if (api.exchange->managed_to_object(small.get(), &result) != 0) throw py::error_already_set();
-  void* data = small.release()->tensor.data;  // torch's now
-  return {py::reinterpret_steal<py::object>(static_cast<PyObject*>(result)), data};
+  // Data begins at a cache line, as torch's does. The block itself need not, because malloc would
+  // be slower.
+  constexpr size_t kAlignment = 64;
+  void* const block = ::operator new(sizeof(ManagedTensor) + kAlignment + bytes);
+  const uintptr_t end = reinterpret_cast<uintptr_t>(block) + sizeof(ManagedTensor);
+  void* const data = reinterpret_cast<void*>((end + kAlignment - 1) / kAlignment * kAlignment);
+  const auto release = [](ManagedTensor* self) {
+    self->~ManagedTensor();
+    ::operator delete(self);
+  };
+  OwnedTensor owned(new (block) ManagedTensor(release, data, {dlpack::kCpu, 0}, dtype, shape));
+  return {handed_to_torch(std::move(owned)), data};
 }
 
-// Whether a tensor of that size is made as a SmallTensor.
+// A tensor over memory that `owner` keeps. Torch may give it back in any thread.
+inline void release_owner(ManagedTensor* self) {
+  if (Py_IsInitialized()) {
+    const py::gil_scoped_acquire acquired;
+    Py_DECREF(static_cast<PyObject*>(self->context));
+  }
+  delete self;
+}
+inline py::object tensor_over(void* data, dlpack::Device device, dlpack::DataType dtype,
+                              const Shape& shape, py::object owner,
+                              ManagedTensor::Release release = release_owner) {
+  OwnedTensor owned(new ManagedTensor(release, data, device, dtype, shape));
+  owned->context = owner.release().ptr();
+  return handed_to_torch(std::move(owned));
+}
+
+// Whether a tensor of that size is made by new_small_tensor.
 inline bool is_small(dlpack::Device device, const Shape& shape, dlpack::DataType dtype,
                      bool deterministic) {
   return device.type == dlpack::kCpu && !deterministic &&
-         shape.elements() * (dtype.bits / 8) <= double(SmallTensor::kMaxBytes);
+         shape.elements() * (dtype.bits / 8) <= double(kMostSmallBytes);
 }
 
 // A new tensor of the dtype and device of `like`, which are given once more. torch's own allocator

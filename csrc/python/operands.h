@@ -8,6 +8,7 @@
 
 #include "cuda/kernels.h"
 #include "python/layer.h"
+#include "python/lazy_copies.h"
 #include "python/new_tensor.h"
 #include "python/torch.h"
 #include "scan.h"
@@ -33,11 +34,6 @@ constexpr const char* kNegated = "lazily negated tensor";
 constexpr const char* kNoMemory =
     "no plain memory behind a tensor (meta, sparse, quantized or wrapped)";
 
-// A plain tensor or parameter, and no subclass that computes in its own way.
-inline bool is_tensor(py::handle object) {
-  const PyTypeObject* type = Py_TYPE(object.ptr());
-  return type == api.tensor || type == api.parameter;
-}
 // The mode of torch comes before the view: if a transform has wrapped x, torch takes a millisecond
 // to refuse one.
 inline bool may_be_viewed(py::handle x) { return is_tensor(x) && !mode_refusal(); }
@@ -277,12 +273,9 @@ class Operands {
     out->step = steps.is_packed() ? 0 : steps.N * features;
     return make(rows_shape(features), &out->data);
   }
-  // The rows as they are now, whatever becomes of `made`: torch copies it when one of the two is
-  // written to.
-  py::object keep_rows(const py::object& made) const {
-    PyObject* kept = PyObject_CallOneArg(api.lazy_clone, made.ptr());
-    if (!kept) throw py::error_already_set();
-    return py::reinterpret_steal<py::object>(kept);
+  // The rows of make_rows as they are now, whatever becomes of `made`.
+  py::object keep_rows(const py::object& made, const Rows<T>& rows, int64_t features) const {
+    return lazy_copy(made, rows.data, device(), dlpack::kDataType<T>, rows_shape(features));
   }
   // Whether there are so few rows that copying them takes less time than `keep_rows`.
   bool are_few_rows(int64_t features) const {
@@ -341,8 +334,14 @@ class Operands {
             .output = with_output ? sizes.D * steps.total * sizes.O : 0};
   }
 
-  // What was saved, as autograd hands it back: hooks may have made another tensor of it.
+  // What was saved: bytes, or as autograd hands it back, where hooks may have made another tensor.
   T* saved_data(py::handle object, int64_t elements) const {
+    if (PyByteArray_CheckExact(object.ptr())) {
+      if (PyByteArray_GET_SIZE(object.ptr()) != elements * int64_t(sizeof(T))) {
+        throw Refused("what forward saved has another size");
+      }
+      return reinterpret_cast<T*>(PyByteArray_AS_STRING(object.ptr()));
+    }
     const TensorView v = view(object, "what forward saved");
     v.expect_shape({elements});
     return v.data<T>();
@@ -358,6 +357,18 @@ class Operands {
       if (v.size(i) > 1 && v.stride(i) != wanted.strides[i]) v.fail("is not dense");
     }
     return v.data<const T>();
+  }
+  // Memory of the graph alone. If it is small it is a bytearray, which takes a fifth of the time of
+  // a tensor (`rnnkern.autograd` makes one of it if somebody wants to see it).
+  py::object make_saved(int64_t elements, bool may_be_bytes, T** data) const {
+    const Shape shape = dense({elements});
+    if (!may_be_bytes || !is_small(device(), shape, dlpack::kDataType<T>, deterministic)) {
+      return make(shape, data);
+    }
+    PyObject* made = PyByteArray_FromStringAndSize(nullptr, elements * int64_t(sizeof(T)));
+    if (!made) throw py::error_already_set();
+    *data = reinterpret_cast<T*>(PyByteArray_AS_STRING(made));
+    return py::reinterpret_steal<py::object>(made);
   }
   py::object make_slots(T** data) const { return make(slots_shape(), data); }
 

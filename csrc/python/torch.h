@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "dlpack_view.h"
@@ -24,12 +25,15 @@ struct TorchApi {
   PyTypeObject *tensor, *parameter;
   // Methods of torch.Tensor, as plain functions of a tensor.
   PyObject *is_neg, *new_empty_strided, *contiguous;
-  // Makes a copy of a tensor when the tensor or the copy is written to.
-  PyObject* lazy_clone;
+  // Makes a copy of a tensor when the tensor or the copy is written to. `is_lazy` tells whether a
+  // tensor is one of such a pair, and `address` where its memory is; null if this torch lacks them.
+  PyObject *lazy_clone, *is_lazy, *address;
+  std::vector<std::pair<PyObject*, dlpack::DataType>> dtypes;  // of torch, and as DLPack has them
   // Questions without arguments.
   PyObject *num_threads, *deterministic, *grad_enabled, *inference_mode;
   PyObject* graph_is_kept;  // by the backward pass under way
   PyObject *autocast_on_cpu, *autocast_on_cuda;
+  PyObject* autocast_on_any;  // faster than either; null if this torch lacks it
   // Names how float32 is multiplied on a GPU: by recurrent layers of cuDNN, and by everything else.
   PyObject *cudnn_enabled, *float32_of_layers, *float32_of_products;
   PyObject* matmul_precision;  // torch.get_float32_matmul_precision: a string
@@ -57,6 +61,12 @@ inline bool is_true(py::handle object) {
 
 inline bool is_so(PyObject* question) { return is_true(ask(question)); }
 
+inline bool is_so(PyObject* question, py::handle object) {
+  PyObject* answer = PyObject_CallOneArg(question, object.ptr());
+  if (!answer) throw py::error_already_set();
+  return is_true(py::reinterpret_steal<py::object>(answer));
+}
+
 // Null if there is none. `name` is an interned string.
 inline PyObject* find_in(PyObject* dict, PyObject* name) {
   PyObject* found = PyDict_GetItemWithError(dict, name);
@@ -64,7 +74,14 @@ inline PyObject* find_in(PyObject* dict, PyObject* name) {
   return found;
 }
 
+// A plain tensor or parameter, and no subclass that computes in its own way.
+inline bool is_tensor(py::handle object) {
+  const PyTypeObject* type = Py_TYPE(object.ptr());
+  return type == api.tensor || type == api.parameter;
+}
+
 inline bool is_autocast(dlpack::Device device) {
+  if (api.autocast_on_any && !is_so(api.autocast_on_any)) return false;
   return is_so(device.type == dlpack::kCuda ? api.autocast_on_cuda : api.autocast_on_cpu);
 }
 
@@ -124,6 +141,15 @@ inline void bind_torch() {
   api.new_empty_strided = keep(type.attr("new_empty_strided"));
   api.contiguous = keep(type.attr("contiguous"));
   api.lazy_clone = keep(py::getattr(package, "_lazy_clone", type.attr("clone")));
+  const auto keep_if_any = [&](const py::object& from, const char* name) {
+    return py::hasattr(from, name) ? keep(from.attr(name)) : nullptr;
+  };
+  api.is_lazy = keep_if_any(core, "_is_cow_tensor");
+  api.address = keep_if_any(type, "const_data_ptr");
+  api.dtypes = {{keep(package.attr("float32")), dlpack::kDataType<float>},
+                {keep(package.attr("float64")), dlpack::kDataType<double>},
+                {keep(package.attr("bfloat16")), dlpack::kDataType<Bf16>},
+                {keep(package.attr("float16")), dlpack::kDataType<F16>}};
   api.num_threads = keep(package.attr("get_num_threads"));
   api.deterministic = keep(core.attr("_get_deterministic_algorithms"));
   api.grad_enabled = keep(package.attr("is_grad_enabled"));
@@ -131,6 +157,7 @@ inline void bind_torch() {
   api.graph_is_kept = keep(core.attr("_autograd").attr("_get_current_graph_task_keep_graph"));
   const py::object partial = py::module_::import("functools").attr("partial"),
                    autocast = package.attr("is_autocast_enabled");
+  api.autocast_on_any = keep_if_any(core, "_is_any_autocast_enabled");
   api.autocast_on_cpu = keep(partial(autocast, "cpu"));
   api.autocast_on_cuda = keep(partial(autocast, "cuda"));
   const py::object precision = core.attr("_get_fp32_precision_getter");

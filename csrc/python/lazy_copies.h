@@ -1,0 +1,60 @@
+// Copies of outputs that torch makes when somebody writes to one of the two. Reading needs care,
+// too: torch makes the copy as soon as it is asked for the memory in a way that allows writing, as
+// DLPack does. So what kernels read here are tensors of their own over the same memory.
+#pragma once
+
+#include <atomic>
+
+#include "python/new_tensor.h"
+#include "python/torch.h"
+
+namespace rnnkern {
+
+// How many copies of ours are alive. While there are none, nobody has to ask whether an operand
+// shares its memory with one.
+inline std::atomic<int64_t> lazy_copies = 0;
+
+// What `made`, whose memory this is, has in it now, whatever becomes of it.
+inline py::object lazy_copy(const py::object& made, void* data, dlpack::Device device,
+                            dlpack::DataType dtype, const Shape& shape) {
+  PyObject* answer = PyObject_CallOneArg(api.lazy_clone, made.ptr());
+  if (!answer) throw py::error_already_set();
+  py::object copy = py::reinterpret_steal<py::object>(answer);
+  if (!api.is_lazy || !is_so(api.is_lazy, copy)) return copy;
+  // The owner is seen by nobody, so nobody makes it leave this memory.
+  lazy_copies.fetch_add(1, std::memory_order_relaxed);
+  return tensor_over(data, device, dtype, shape, std::move(copy), [](ManagedTensor* self) {
+    lazy_copies.fetch_sub(1, std::memory_order_relaxed);
+    release_owner(self);
+  });
+}
+
+// The operand for kernels to read: itself, or a tensor over its memory if it shares that with a
+// lazy copy.
+inline py::object readable(py::handle operand) {
+  const py::object own = py::reinterpret_borrow<py::object>(operand);
+  if (lazy_copies.load(std::memory_order_relaxed) == 0 || !api.address || !is_tensor(operand) ||
+      !is_so(api.is_lazy, operand) || is_so(api.is_neg, operand) ||
+      !own.attr("is_cpu").cast<bool>()) {
+    return own;
+  }
+  const py::tuple sizes = own.attr("shape"), strides = own.attr("stride")();
+  const py::object dtype = own.attr("dtype");
+  Shape shape = {int(sizes.size()), {}, {}};
+  if (shape.axes > kMaxAxes) return own;
+  for (int i = 0; i < shape.axes; ++i) {
+    shape.sizes[i] = sizes[size_t(i)].cast<int64_t>();
+    shape.strides[i] = strides[size_t(i)].cast<int64_t>();
+  }
+  for (const auto& [known, type] : api.dtypes) {
+    if (dtype.ptr() != known) continue;
+    PyObject* address = PyObject_CallOneArg(api.address, operand.ptr());
+    if (!address) throw py::error_already_set();
+    void* const data = PyLong_AsVoidPtr(address);
+    Py_DECREF(address);
+    return tensor_over(data, {dlpack::kCpu, 0}, type, shape, own);
+  }
+  return own;
+}
+
+}  // namespace rnnkern
