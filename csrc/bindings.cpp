@@ -80,8 +80,8 @@ struct Outputs {
 // What the caller of a forward pass wants of it.
 struct Wanted {
   bool training = false;
-  bool keeps_y = false;  // the caller hands y on, and whoever gets it may change it
-  bool cells = false;    // save the cell states of all steps in any case
+  bool keeps_y = false;      // the caller hands y on, and whoever gets it may change it
+  bool cells = false;        // save the cell states of all steps in any case
   bool saves_bytes = false;  // what is saved may be a bytearray
   const Frozen* packed_weights = nullptr;  // of this layer alone
 };
@@ -227,8 +227,8 @@ py::object plain_cell(py::handle module, py::handle x, py::handle hx, py::handle
   if (input.ndim != 1 && input.ndim != 2) return py::none();
   // Asked before the weights are read, because a module may compute them, and would once more.
   if (must_be_seen(input.device)) return py::none();
-  const auto outputs = plain_outputs(plain_cell_module(module, input.shape[input.ndim - 1]), x, seen,
-                                     hx, input.device, record, record_in_loop);
+  const auto outputs = plain_outputs(plain_cell_module(module, input.shape[input.ndim - 1]), x,
+                                     seen, hx, input.device, record, record_in_loop);
   if (!outputs) return py::none();
   if (outputs->size() == 2) return *outputs;
   return (*outputs)[0];
@@ -329,8 +329,8 @@ py::tuple backward_any(const Layer& layer, py::handle x, py::handle h0, py::hand
                        const CallOptions& options = {}, py::handle dcells = py::none()) {
   const py::object seen = readable(x), seen_h0 = readable(h0);
   return with_element_of(layer, seen, [&](auto element) {
-    return backward_of<decltype(element)>(layer, seen, seen_h0, c0, weights, steps, y, saved, dy, dhn, dcn,
-                                          wanted, overwrite, sums, options, dcells);
+    return backward_of<decltype(element)>(layer, seen, seen_h0, c0, weights, steps, y, saved, dy,
+                                          dhn, dcn, wanted, overwrite, sums, options, dcells);
   });
 }
 

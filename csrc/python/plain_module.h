@@ -2,6 +2,7 @@
 // microseconds. Whatever that machinery could change is left to Python.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <deque>
 #include <optional>
@@ -14,14 +15,28 @@
 
 namespace rnnkern {
 
-// Weights in torch's flat order.
-struct PlainWeights {
+// Weights in torch's flat order, with references to them. Most layers have four, so only as many
+// are touched as there are.
+class PlainWeights {
+ public:
   static constexpr size_t kMax = kMaxDirections * (5 + kMaxParameters);
-  std::array<py::object, kMax> tensors;
-  size_t count = 0;
 
-  size_t size() const { return count; }
-  py::handle operator[](size_t i) const { return tensors[i]; }
+  PlainWeights() = default;
+  PlainWeights(PlainWeights&& other) noexcept : count_(std::exchange(other.count_, 0)) {
+    std::copy_n(other.tensors_, count_, tensors_);
+  }
+  PlainWeights& operator=(PlainWeights&&) = delete;
+  ~PlainWeights() {
+    for (size_t i = 0; i < count_; ++i) Py_DECREF(tensors_[i]);
+  }
+
+  void add(py::object weight) { tensors_[count_++] = weight.release().ptr(); }
+  size_t size() const { return count_; }
+  py::handle operator[](size_t i) const { return tensors_[i]; }
+
+ private:
+  PyObject* tensors_[kMax];
+  size_t count_ = 0;
 };
 
 struct PlainModule {
@@ -259,15 +274,14 @@ inline std::optional<PlainModule> plain_module(py::handle module, int64_t featur
       PyList_GET_SIZE(found[A::kWeights]) != Py_ssize_t(count)) {
     return std::nullopt;
   }
-  PlainModule plain = {
+  const auto layer =
       Layer(*cell, found[A::kBidirectional] == Py_True ? 2 : 1, *hidden, *proj,
-            found[A::kBias] == Py_True, found[A::kBatchFirst] == Py_True, false, false),
-      {}};
-  PlainWeights& weights = plain.weights;
+            found[A::kBias] == Py_True, found[A::kBatchFirst] == Py_True, false, false);
+  PlainWeights weights;
   // Parameters are mostly in the order of their names, and then need not be looked up.
   Py_ssize_t place = 0;
-  for (; weights.count < count; ++weights.count) {
-    const auto i = Py_ssize_t(weights.count);
+  while (weights.size() < count) {
+    const auto i = Py_ssize_t(weights.size());
     PyObject *name = PyList_GET_ITEM(found[A::kWeightNames], i), *key = nullptr, *weight = nullptr;
     if (!PyDict_Next(found[A::kParameters], &place, &key, &weight) || !is_same_name(key, name)) {
       weight = find_in(found[A::kParameters], name);
@@ -277,9 +291,9 @@ inline std::optional<PlainModule> plain_module(py::handle module, int64_t featur
         find_in(space.ptr(), name)) {
       return std::nullopt;
     }
-    weights.tensors[weights.count] = py::reinterpret_borrow<py::object>(weight);
+    weights.add(py::reinterpret_borrow<py::object>(weight));
   }
-  return plain;
+  return PlainModule{layer, std::move(weights)};
 }
 
 inline std::optional<CellId> elman_cell(PyObject* nonlinearity) {
@@ -324,11 +338,12 @@ inline std::optional<PlainModule> plain_cell_module(py::handle module, int64_t f
       if (name == A::kWeightIh || name == A::kWeightHh) return std::nullopt;
       ++missing;
     } else {
-      weights.tensors[weights.count++] = std::move(weight);
+      weights.add(std::move(weight));
     }
   }
   if (missing == 1) return std::nullopt;  // no biases at all, or both
-  return PlainModule{Layer(*cell, 1, *size, 0, missing == 0, false, false, true), weights};
+  return PlainModule{Layer(*cell, 1, *size, 0, missing == 0, false, false, true),
+                     std::move(weights)};
 }
 
 }  // namespace rnnkern
