@@ -1,9 +1,9 @@
 """rnnkern and torch.nn side by side: a group for each cell, workload and pass, a row for each.
 
 Layers run on the CPU in float32, and the modules of a single step in every type. If there is a GPU,
-all of them run there in every dtype that it has. The modules, inputs, calls and checks are those of ``rnnkern compare`` (rnnkern/bench/workloads.py).
-Here one library is timed after the other, so the ratio depends on a quiet machine. ``rnnkern
-compare`` times them in turn.
+all of them run there in every dtype that it has. The modules, inputs, calls and checks are those of
+``rnnkern compare`` (rnnkern/bench/workloads.py). Here one library is timed after the other, so the
+ratio depends on a quiet machine. ``rnnkern compare`` times them in turn.
 """
 
 from __future__ import annotations

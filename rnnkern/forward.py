@@ -172,7 +172,13 @@ def _checked_cell(module: Any, input: Any, hx: Any) -> Any:
         return module._torch_forward(input, hx)
     # Under torch.func a gradient of our operators takes a millisecond, and one of torch.nn's cell a
     # fraction of it. But torch.nn's cell has no rules for the other transforms.
-    if not compiling and ops.only_differentiated() and getattr(input, "is_cpu", False):
+    if (
+        not compiling
+        and ops.transformed()
+        and isinstance(input, Tensor)
+        and input.is_cpu
+        and ops.only_differentiated(input, module.weight_hh)
+    ):
         _refuse_what_torch_does_not(module, input, hx)
         return module._torch_forward(input, hx)
     call = read_cell(module, input, hx)

@@ -96,7 +96,9 @@ def test_the_benchmark_of_a_decoder_runs(run, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(decoder, "STEPS", 5)
     lines = run(decoder, "--seconds", "0", "--threads", "1")
     cells = ["RNNCell", "LSTMCell", "GRUCell"]
-    assert [line.split(": ")[2].split()[0] for line in lines[1:]] == [c for c in cells for _ in "ab"]
+    assert [line.split(": ")[2].split()[0] for line in lines[1:]] == [
+        c for c in cells for _ in "ab"
+    ]
 
 
 def test_the_everyday_cases_run(run, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
