@@ -84,6 +84,10 @@ def main(arguments: list[str] | None = None) -> None:
                 for _ in range(options.draws)
                 for made in measure(cell, draw(generator, cell), Effort(options.seconds, 5))
             ]
+            for made in of_cell:
+                if not made["us"]:
+                    print(made["case"], flush=True)
+            of_cell = [made for made in of_cell if made["us"]]
             for table in dict.fromkeys(made["table"] for made in of_cell):
                 seen = [m["speedup"][BEST] for m in of_cell if m["table"] == table]
                 below = sum(speedup < 1 for speedup in seen)

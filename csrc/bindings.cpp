@@ -176,7 +176,7 @@ py::tuple recorded(py::handle record, const Layer& layer, py::handle x, const Pl
 // (rnnkern/loops.py). That costs about 3 us for each step, and autograd adds kElements in that
 // time.
 bool are_worth_sums(const Layer& layer, dlpack::Device device) {
-  constexpr double kElements = 1 << 14;  // of weight_hh
+  constexpr double kElements = 1 << 15;  // of weight_hh
   const double elements =
       double(known_shape(layer.cell).gates) * double(layer.hidden) * double(layer.hidden);
   return elements >= kElements && !cuda::kIsStandIn && device.type == dlpack::kCpu;

@@ -67,8 +67,8 @@ packed_weights=None)`` returns
 - whether a gradient has to be recorded; torch's modes and the operands say so if ``training`` is
   None;
 - y for backward. With ``keeps_y`` it stays the same if the caller changes the output. A small y is
-  then None, because a copy of it is the last part of the next tensor. A large y is copied by torch
-  as soon as one of the two is written to;
+  then None, because a copy of it is the last part of the next tensor. A large one is a tensor over
+  the same memory; torch copies the output as soon as it is written to;
 - None, or one flat tensor of what else backward needs: activated slots ``[D, rows, S * H]``, cell
   states ``[D, rows, H]``, with zoneout also those before it, hidden states before a projection or
   zoneout ``[D, rows, H]``, and what normalisation has made (``csrc/cpu/normalised.h``), as far as
@@ -282,7 +282,8 @@ plain_call = _C.plain_call
 None if the call is not that of one layer, if the module is changed in a way that only Python sees,
 or if a mode of torch forbids it. If a gradient is wanted, the outputs pass through
 ``record((kernel, None, number of states), outputs, y, saved, x, *weights, *states)``
-(`rnnkern.autograd.record`).
+(`rnnkern.autograd.record`). What is saved may be a bytearray, with the numbers of the tensor that
+``Kernel.forward`` saves.
 
 Raises:
     RefusedError: an operand does not fit, or no kernel covers it.
