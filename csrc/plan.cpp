@@ -88,7 +88,7 @@ Reading cheapest_reading(const Problem& problem, const Machine& machine, int64_t
   const double packed = (machine.by_tiles ? tiles * kTile : total) +
                         (large(z, z.I + z.O, machine) ? costs.packing_of_large : costs.packing);
   const double dots = total * (costs.dots + kSumOfLanes / vectors);
-  const bool converts = !machine.multiplies_in_place && machine.group == 1;
+  const bool converts = machine.converts && machine.group == 1;
   const double broadcast =
       (machine.by_tiles ? tiles * kTileAsItLies : double(problem.T) * filled * kBroadcast) +
       double(problem.T) * (filled * kTransposition / vectors + (converts ? kConversion : 0));

@@ -17,6 +17,7 @@ struct Machine {
   int element_bytes = 4;              // of a weight in the type that the products take
   int group = 1;                      // elements of a weight that one lane holds
   bool multiplies_in_place = true;    // a row of weights serves as one of a panel
+  bool converts = false;              // products take weights in another type than that of tensors
   bool rounded_for_products = false;  // weights have more bits than the products take
   bool by_tiles = false;              // 16 rows cost little more than one
   int64_t l2_bytes = 1 << 20;         // second-level cache of one core

@@ -165,6 +165,7 @@ class Machine:
         element_bytes: int,
         group: int,
         multiplies_in_place: bool,
+        converts: bool,
         rounded_for_products: bool,
         by_tiles: bool,
         l2_bytes: int,

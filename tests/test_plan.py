@@ -17,6 +17,7 @@ V4 = {
     "element_bytes": 4,
     "group": 1,
     "multiplies_in_place": True,
+    "converts": False,
     "rounded_for_products": False,
     "by_tiles": False,
     "l2_bytes": 2**20,
@@ -273,7 +274,7 @@ def test_weights_are_packed_where_they_become_fewer_bytes() -> None:
 
 def test_weights_that_are_converted_are_broadcast_later() -> None:
     """float16 is multiplied as float32."""
-    converted = V4 | {"multiplies_in_place": False}
+    converted = V4 | {"converts": True}
     assert plan("GRU", (8, 16, 64, 64), 1, V4)[0]["reads"] == (PACKED, PACKED)
     assert plan("GRU", (4, 16, 512, 512), 1, V4)[0]["reads"] == (BROADCAST, BROADCAST)
     assert plan("GRU", (4, 16, 64, 64), 1, converted)[0]["reads"] == (PACKED, PACKED)

@@ -94,9 +94,15 @@ template <typename T>
 using Panel = std::conditional_t<std::is_same_v<T, F32ByBf16> && std::is_same_v<Operand<T>, float>,
                                  Bf16, Compute<T>>;
 
-// Whether rows of weights can be rows of a panel without conversion.
+// Whether products take weights in another type than that of tensors. One of fewer bits is widened
+// when it is read.
 template <typename T>
-constexpr bool kMultipliedInPlace = std::is_same_v<T, Compute<T>>;
+constexpr bool kConverted = !std::is_same_v<T, Operand<T>>;
+// Whether rows of weights can be rows of a panel as they are: a lane holds one number, and no bits
+// are dropped.
+template <typename T>
+constexpr bool kMultipliedInPlace =
+    std::is_same_v<Operand<T>, Compute<T>> && sizeof(T) <= sizeof(Panel<T>);
 
 // For operands E: how many k a group has, and how many groups K elements have.
 template <typename E>

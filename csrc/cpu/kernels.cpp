@@ -44,6 +44,7 @@ Kernels<T> kernels() {
   machine.element_bytes = kPanelBytes<T>;
   machine.group = kGroup<Operand<T>>;
   machine.multiplies_in_place = kMultipliedInPlace<T>;
+  machine.converts = kConverted<T>;
   machine.rounded_for_products = kRoundedForProducts<T>;
   machine.by_tiles = kByTiles<Operand<T>>;
   Kernels<T> made = {};
