@@ -563,22 +563,18 @@ PYBIND11_MODULE(_C, m) {
   });
   py::class_<Machine>(m, "Machine")
       .def(py::init([](int threads, int lanes, int tile_rows, int element_bytes, int group,
-                       bool multiplies_in_place, bool converts, bool rounded_for_products, bool by_tiles,
-                       int64_t l2_bytes) {
-             return Machine{threads,
-                            lanes,
-                            tile_rows,
-                            element_bytes,
-                            group,
-                            multiplies_in_place,
-                            converts,
-                            rounded_for_products,
-                            by_tiles,
-                            l2_bytes};
+                       bool multiplies_in_place, bool converts, bool rounded_for_products,
+                       bool by_tiles, int64_t l2_bytes) {
+             return Machine{threads,   lanes,
+                            tile_rows, element_bytes,
+                            group,     multiplies_in_place,
+                            converts,  rounded_for_products,
+                            by_tiles,  l2_bytes};
            }),
            py::kw_only(), py::arg("threads"), py::arg("lanes"), py::arg("tile_rows"),
-           py::arg("element_bytes"), py::arg("group"), py::arg("multiplies_in_place"), py::arg("converts"),
-           py::arg("rounded_for_products"), py::arg("by_tiles"), py::arg("l2_bytes"))
+           py::arg("element_bytes"), py::arg("group"), py::arg("multiplies_in_place"),
+           py::arg("converts"), py::arg("rounded_for_products"), py::arg("by_tiles"),
+           py::arg("l2_bytes"))
       .def_readonly("rounded_for_products", &Machine::rounded_for_products);
   m.def("machine", [](const Layer& layer, int threads, py::handle x) {
     return with_element_of(layer, x,
