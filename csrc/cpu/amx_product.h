@@ -21,9 +21,10 @@ namespace RNNKERN_NAMESPACE {
 template <typename E>
 class TileProduct {
  public:
-  // The same as `product` in gemm.h. K is a multiple of a tile's.
+  // The same as `product` in gemm.h. K is a multiple of a tile's. If there are `tails`, the rows a
+  // end before the last tile, and the tails are there in place of them, side by side.
   TileProduct(int vectors, int64_t rows, int64_t first, int64_t K, const E* const* a,
-              const float* panel, float* acc, int64_t acc_row)
+              const float* panel, float* acc, int64_t acc_row, const E* tails = nullptr)
       : vectors_(vectors),
         rows_(rows),
         first_(first),
@@ -33,7 +34,8 @@ class TileProduct {
                               : 0),
         panel_(panel),
         acc_(acc),
-        acc_row_(acc_row) {}
+        acc_row_(acc_row),
+        tails_(tails) {}
 
   template <bool kAdds>
   void run() const {
@@ -122,22 +124,31 @@ class TileProduct {
     const E *left = a_[row] + first_ + k,
             *left_lower = kLower ? a_[row + kTileHeight] + first_ + k : nullptr;
     if constexpr (kIntegers) left += kScaleBytes, left_lower += kLower ? kScaleBytes : 0;
-    for (; depth > 0; depth -= kTileDepth<E>) {
+    const auto add_tile = [&](int64_t stride) __attribute__((always_inline)) {
       load_tile<6>(panel, kTileBytes);
-      load_tile<4>(left, left_stride_);
+      load_tile<4>(left, stride);
       multiply_tiles<E, 0, 4, 6>();
       if constexpr (kWide) {
         load_tile<7>(panel + vector, kTileBytes);
         multiply_tiles<E, 1, 4, 7>();
       }
       if constexpr (kLower) {
-        load_tile<5>(left_lower, left_stride_);
+        load_tile<5>(left_lower, stride);
         multiply_tiles<E, 2, 5, 6>();
         if constexpr (kWide) multiply_tiles<E, 3, 5, 7>();
       }
+    };
+    const bool has_tail = tails_ && k + depth == K_;
+    for (depth -= has_tail * kTileDepth<E>; depth > 0; depth -= kTileDepth<E>) {
+      add_tile(left_stride_);
       panel += kTileHeight * kL;
       left += kTileDepth<E>;
       if constexpr (kLower) left_lower += kTileDepth<E>;
+    }
+    if (has_tail) {
+      left = tails_ + row * kTileDepth<E>;
+      if constexpr (kLower) left_lower = left + kTileHeight * kTileDepth<E>;
+      add_tile(kTileDepth<E> * int64_t(sizeof(E)));
     }
   }
 
@@ -158,6 +169,7 @@ class TileProduct {
   const float* const panel_;
   float* const acc_;
   const int64_t acc_row_;
+  const E* const tails_;
 };
 
 }  // namespace RNNKERN_NAMESPACE

@@ -306,15 +306,17 @@ TileFunction<E, P> tile_of(int vectors, int64_t rows, bool adds) {
 
 // acc[m][..] += a[m][first..first+K) x panel for `rows` rows; the rows of acc are padded to whole
 // vectors. The panel has panel_row lanes. With kAdds false, acc is written. For tiles, all K are
-// given at once, and the 16 rows of a tile are at equal distances.
+// given at once, and the 16 rows of a tile are at equal distances; `tails` are as TileProduct has
+// them.
 template <typename E, bool kAdds = true, typename P>
 void product(int vectors, int64_t rows, int64_t first, int64_t K, const E* const* a, const P* panel,
-             int64_t panel_row, Compute<E>* acc, int64_t acc_row) {
+             int64_t panel_row, Compute<E>* acc, int64_t acc_row,
+             [[maybe_unused]] const E* tails = nullptr) {
   static_assert(kDepth % kGroup<E> == 0, "a block is whole groups");
 #ifdef RNNKERN_AMX
   if constexpr (kByTiles<E>) {
     if (!std::is_same_v<E, I8> || rows >= kRowsWorthTilesOfIntegers) {
-      TileProduct<E>(vectors, rows, first, filled<E>(K), a, panel, acc, acc_row)
+      TileProduct<E>(vectors, rows, first, filled<E>(K), a, panel, acc, acc_row, tails)
           .template run<kAdds>();
       return;
     }
@@ -638,13 +640,27 @@ class LeftRows {
       return reinterpret_cast<const E* const*>(rows_);  // of numbers that are stored as E
     }
   }
-  // The same if each `run` rows are at equal distances. Tiles read these without a copy if the
-  // tiles are whole.
-  const E* const* as_they_lie(int64_t count, [[maybe_unused]] int64_t run) const {
+  // The same if each `run` rows are at equal distances. Tiles read these without a copy if their
+  // rows are. If the last columns fill no tile, only these are copied.
+  struct AsTheyLie {
+    const E* const* rows;
+    const E* tails;  // of `product`
+  };
+  AsTheyLie as_they_lie(int64_t count, [[maybe_unused]] int64_t run) const {
     if constexpr (kByTiles<E> && std::is_same_v<T, E>) {
-      if (run % kLanes<T> == 0 && columns_ == filled<E>(columns_)) return rows_;
+      constexpr int64_t kDeep = filled<E>(1);  // of a tile
+      const int64_t whole = columns_ / kDeep * kDeep;
+      if (run % kLanes<T> == 0 && whole == columns_) return {rows_, nullptr};
+      if (run % kLanes<T> == 0) {
+        for (int64_t i = 0; i < count; ++i) {
+          E* const tail = copies_ + i * kDeep;
+          copy_row(tail, rows_[i] + whole, 0, columns_ - whole);
+          zero_row(tail, columns_ - whole, kDeep);
+        }
+        return {rows_, copies_};
+      }
     }
-    return operands(count);
+    return {operands(count), nullptr};
   }
   BatchRows<T> batch(int64_t count) const {
     if constexpr (kRoundedForProducts<T>) return {operands(count), nullptr};

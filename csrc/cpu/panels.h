@@ -175,7 +175,7 @@ struct StepWeights {
     }
     acc += Panels::slot_at(kFirstSlot, width);
     const int64_t count = kShape.gates * units;
-    const E* const* left = weights.as_they_lie(count, units);
+    const auto left = weights.as_they_lie(count, units);
     alignas(kVectorBytes) Compute<T> sums[Panels::kAccWidth * kWidth];
     constexpr bool kFromAcc = kByTiles<E>;
     for (int64_t m = 0; m < rows; m += kWidth) {
@@ -199,9 +199,9 @@ struct StepWeights {
       }
       const int64_t depth = kFromAcc ? K : kDepth;
       for (int64_t k = 0; k < K; k += depth) {
-        product<E, kFromAcc>(int(lanes / kLanes<T>), count, k, min_of(depth, K - k), left,
+        product<E, kFromAcc>(int(lanes / kLanes<T>), count, k, min_of(depth, K - k), left.rows,
                              across + m * groups_in_memory<E>(K) + groups<E>(k) * lanes, lanes,
-                             sums, lanes);
+                             sums, lanes, left.tails);
         for_blocks(
             [&](const Compute<T>* sum, int64_t units_left, Compute<T>* to, int64_t rows_left) {
               transpose_to<!kFromAcc>(sum, lanes, units_left, rows_left, to, acc_row,
