@@ -76,6 +76,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"--cell: some of {','.join(kinds)}, got {options.cell}")
     print(f"{timing.cpu_name()}, torch {torch.__version__}, threads: {options.threads}")
     found: list[Row] = []
+    failed: list[str] = []
     with timing.threads_set(options.threads):
         for cell in cells:
             generator = random.Random(options.seed)  # a cell's draws do not depend on the others
@@ -84,9 +85,7 @@ def main(arguments: list[str] | None = None) -> None:
                 for _ in range(options.draws)
                 for made in measure(cell, draw(generator, cell), Effort(options.seconds, 5))
             ]
-            for made in of_cell:
-                if not made["us"]:
-                    print(made["case"], flush=True)
+            failed += [made["case"] for made in of_cell if not made["us"]]
             of_cell = [made for made in of_cell if made["us"]]
             for table in dict.fromkeys(made["table"] for made in of_cell):
                 seen = [m["speedup"][BEST] for m in of_cell if m["table"] == table]
@@ -102,9 +101,11 @@ def main(arguments: list[str] | None = None) -> None:
         best = rows.fastest_other(made)
         print(
             f"{made['speedup'][BEST]:6.2f}x  {made['case']:33}"
-            f"{made['table'].removeprefix('drawn sizes, '):33}"
+            f"{made['table'].partition(', ')[2]:33}"
             f"{made['us'][OURS]:11.1f}{made['us'][best]:11.1f}  {best}"
         )
+    if failed:
+        raise SystemExit("\n".join(dict.fromkeys(failed)))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 INSIDE = "RNNKERN_INSTRUCTIONS_FOLDER"
-# Requests to callgrind, from its manual's header.
+# Requests to callgrind, from its header valgrind/callgrind.h.
 DUMP, ZERO, START, STOP = (0x43540000 + number for number in (0, 1, 4, 5))
 # mov rax, rdi; xor edx, edx; four rotations of rdi and xchg rbx, rbx, which valgrind takes for a
 # request; ret.
@@ -43,7 +43,8 @@ class Callgrind:
         self._call = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)
 
     def _ask(self, request: int) -> None:
-        self._call(ctypes.addressof((ctypes.c_uint64 * 6)(request)))
+        words = (ctypes.c_uint64 * 6)(request)
+        self._call(ctypes.addressof(words))
 
     def count(self, call: object, calls: int) -> float:
         """Instructions of one call."""

@@ -101,7 +101,7 @@ SECTIONS = (
         "entry_points",
         "Ways to call",
         "A small layer (T=12, N=4, I=24, H=48) or a cell of the same sizes, called in other ways"
-        " than plainly. Where a cell has no speed-up, torch.nn cannot be called like that"
+        " than plainly. Where there is no speed-up, torch.nn cannot be called like that"
         " (`python -m benchmarks.entry_points`).",
         on_each(entry_points),
         0.2,
@@ -109,9 +109,9 @@ SECTIONS = (
     Section(
         "compiled",
         "Compiled calls",
-        "Layers under torch.compile. The speed-ups are those of the compiled call. What it takes"
-        " more than the eager one is the median of the differences within a round, and so it is"
-        " for a layer of the same operands and outputs that computes nothing"
+        'Layers under torch.compile. The speed-ups are those of the compiled call. "More than'
+        ' eager" is the median of the differences between both calls within a round. A layer of'
+        " the same operands and outputs that computes nothing shows what torch's part of that is"
         " (`python -m benchmarks.compiled`).",
         on_each(compiled),
         1.0,

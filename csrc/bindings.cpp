@@ -189,7 +189,7 @@ bool must_be_seen(dlpack::Device device) { return is_autocast(device) || is_prof
 // plain one. `record` makes the outputs differentiable; `record_in_loop` does it if sums pay,
 // unless it is null.
 std::optional<py::tuple> plain_outputs(const std::optional<PlainModule>& plain, py::handle x,
-                                       py::handle readable_x, py::handle hx, dlpack::Device device,
+                                       py::handle x_as_read, py::handle hx, dlpack::Device device,
                                        py::handle record, py::handle record_in_loop = {}) {
   if (!plain) return std::nullopt;
   const auto& [layer, weights] = *plain;
@@ -198,7 +198,7 @@ std::optional<py::tuple> plain_outputs(const std::optional<PlainModule>& plain, 
   const bool training = wants_gradient(weights, std::array<py::handle, 1>{x}, *states);
   const bool sums = record_in_loop && are_worth_sums(layer, device);
   const Wanted wanted = {.training = training, .keeps_y = training, .saves_bytes = !sums};
-  Outputs made = forward_any(layer, readable_x, readable((*states)[0]), (*states)[1], weights,
+  Outputs made = forward_any(layer, x_as_read, as_read((*states)[0]), (*states)[1], weights,
                              py::none(), wanted);
   if (!training) return outputs_of(std::move(made));
   return recorded(sums ? record_in_loop : record, layer, x, weights, *states, std::move(made));
@@ -208,7 +208,7 @@ std::optional<py::tuple> plain_outputs(const std::optional<PlainModule>& plain, 
 // the call is not a plain one.
 py::object plain_call(py::handle module, py::handle x, py::handle hx, py::handle record) {
   if (!may_be_viewed(x)) return py::none();
-  const py::object seen = readable(x);
+  const py::object seen = as_read(x);
   const dlpack::Tensor input = view_of(seen, "input").tensor;
   if (input.ndim != 3 || must_be_seen(input.device)) return py::none();
   const auto outputs =
@@ -222,7 +222,7 @@ py::object plain_call(py::handle module, py::handle x, py::handle hx, py::handle
 py::object plain_cell(py::handle module, py::handle x, py::handle hx, py::handle record,
                       py::handle record_in_loop) {
   if (!may_be_viewed(x)) return py::none();
-  const py::object seen = readable(x);
+  const py::object seen = as_read(x);
   const dlpack::Tensor input = view_of(seen, "input").tensor;
   if (input.ndim != 1 && input.ndim != 2) return py::none();
   // Asked before the weights are read, because a module may compute them, and would once more.
@@ -327,7 +327,7 @@ py::tuple backward_any(const Layer& layer, py::handle x, py::handle h0, py::hand
                        py::handle saved, py::handle dy, py::handle dhn, py::handle dcn,
                        const py::sequence& wanted, bool overwrite, const py::sequence& sums,
                        const CallOptions& options = {}, py::handle dcells = py::none()) {
-  const py::object seen = readable(x), seen_h0 = readable(h0);
+  const py::object seen = as_read(x), seen_h0 = as_read(h0);
   return with_element_of(layer, seen, [&](auto element) {
     return backward_of<decltype(element)>(layer, seen, seen_h0, c0, weights, steps, y, saved, dy,
                                           dhn, dcn, wanted, overwrite, sums, options, dcells);
@@ -447,7 +447,7 @@ PYBIND11_MODULE(_C, m) {
                                    .keeps_y = keeps_y,
                                    .cells = cells,
                                    .packed_weights = packed_weights};
-            Outputs made = forward_any(layer, readable(x), readable(h0), c0, weights, steps, wanted,
+            Outputs made = forward_any(layer, as_read(x), as_read(h0), c0, weights, steps, wanted,
                                        CallOptions::of(options));
             py::object kept_y = std::move(made.kept_y), saved = std::move(made.saved);
             return py::make_tuple(outputs_of(std::move(made)), training, std::move(kept_y),

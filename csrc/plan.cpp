@@ -43,9 +43,11 @@ constexpr double kTransposition = 0.7, kConversion = 1.5;
 constexpr double kRowsOfTile = 16, kTile = 2, kTileAsItLies = 2.5;
 // In the backward pass the rows of the weights are already rows of a panel, and packing only moves
 // them together. It pays for many reads, in one step or in several, or if the rows are such a
-// distance apart that all of them compete for the same places in the cache.
+// distance apart that all of them compete for the same places in the cache. Every tile widens
+// weights of fewer bits again.
 constexpr int64_t kBytesOfSamePlace = 4096;
 constexpr int64_t kReadsInPlace = 64, kReadsInPlaceOfSamePlace = 3;
+constexpr int64_t kReadsInPlaceOfWidened = 16;
 constexpr int64_t kReadsInPlaceOfOneStep = 300, kReadsInPlaceOfOneStepOfSamePlace = 48;
 
 // Rounding float32 weights to bfloat16 while they are packed costs about 8 products of one row of
@@ -171,9 +173,10 @@ Plan plan_backward(const Problem& problem, const Machine& machine, double work) 
         problem.T == 1 ? same_place ? kReadsInPlaceOfOneStepOfSamePlace : kReadsInPlaceOfOneStep
         : same_place   ? kReadsInPlaceOfSamePlace
                        : kReadsInPlace;
+    const int64_t limit = machine.converts ? std::min(most, kReadsInPlaceOfWidened) : most;
     // If a row is shorter than a vector, the vector would reach beyond the next row.
     const bool packed = problem.deterministic || !machine.multiplies_in_place ||
-                        columns < machine.lanes || problem.total > most;
+                        columns < machine.lanes || problem.total > limit;
     return packed ? Reading::kPacked : Reading::kInPlace;
   };
   plan.input = reading(problem.sizes.I);

@@ -59,7 +59,7 @@ class Scan(torch.autograd.Function):
             ctx.own = saved
             ctx.save_for_backward(y, x, *tensors)
         else:
-            ctx.save_for_backward(y, x, *tensors, _as_tensor(saved, x))
+            ctx.save_for_backward(y, x, *tensors, _as_tensor(saved, x.dtype))
         return outputs
 
     @staticmethod
@@ -90,7 +90,8 @@ def _backward(
         return (None,) * len(ctx.needs_input_grad)
     if torch.is_grad_enabled() or ops.transformed() or ops.has_modes():
         return _by_operators(ctx, dy, dhn, dcn)
-    y, saved, overwrite, x, tensors = _saved(ctx)
+    dtype = next(g.dtype for g in (dy, dhn, dcn) if g is not None)
+    y, saved, overwrite, x, tensors = _saved(ctx, dtype)
     kernel, steps, states, *sums = ctx.scanned
     h0, c0, weights = _initial_states(tensors, states)
     wanted = ctx.needs_input_grad[4:]
@@ -103,7 +104,6 @@ def _backward(
         if ops.are_batches(dy, dhn, dcn):
             return _by_operators(ctx, dy, dhn, dcn)
         # Saved tensors come back as their hooks return them: any of them may be at fault.
-        dtype = next(g.dtype for g in (dy, dhn, dcn) if g is not None)
         plain: list[Any] = [
             None if t is None else dense(t.to(dtype)) for t in (x, y, saved, dy, dhn, dcn, *tensors)
         ]
@@ -149,7 +149,7 @@ def record_cell_in_loop(
     return record_cell(scanned, outputs, y, saved, x, *tensors)
 
 
-def _saved(ctx: Any) -> tuple[Any, Any, bool, Tensor, list[Tensor]]:
+def _saved(ctx: Any, dtype: torch.dtype) -> tuple[Any, Any, bool, Tensor, list[Tensor]]:
     """``y, saved``, whether backward may write over what was saved, x, and the other operands."""
     y, x, *tensors = ctx.saved_tensors
     if not hasattr(ctx, "own"):
@@ -159,14 +159,17 @@ def _saved(ctx: Any) -> tuple[Any, Any, bool, Tensor, list[Tensor]]:
             "the backward pass of this layer or cell has used up what forward saved: it has run "
             "before, and something raised an error after it. Call the module again"
         )
-    saved = _as_tensor(ctx.own, x)
+    saved = _as_tensor(ctx.own, dtype)
     return y, saved, not (getattr(ctx, "is_shared", False) or _graph_is_kept()), x, tensors
 
 
-def _as_tensor(saved: Saved, x: Tensor) -> Tensor | None:
-    """A tensor over the bytes, with the dtype of x."""
+def _as_tensor(saved: Saved, dtype: torch.dtype) -> Tensor | None:
+    """A tensor over the bytes, whose numbers have the dtype of the layer.
+
+    Gradients have it too. The input may come back from a hook with another one.
+    """
     if isinstance(saved, bytearray):
-        return torch.frombuffer(saved, dtype=x.dtype)
+        return torch.frombuffer(saved, dtype=dtype)
     return saved
 
 
@@ -184,9 +187,9 @@ def _by_operators(
     Nothing that was saved is freed or overwritten, because derivatives of this may read it.
     """
     ctx.is_shared = True
-    y, saved, _, x, tensors = _saved(ctx)
-    kernel, steps, states = ctx.scanned[:3]
     dtype = next(g.dtype for g in (dy, dhn, dcn) if g is not None)
+    y, saved, _, x, tensors = _saved(ctx, dtype)
+    kernel, steps, states = ctx.scanned[:3]
     y, saved, x, *tensors = (  # as hooks of saved tensors have returned them
         t if t is None or t.dtype == dtype else t.to(dtype) for t in (y, saved, x, *tensors)
     )

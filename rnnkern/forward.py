@@ -69,7 +69,7 @@ def forward(
         # cover before it computes anything. Only then is the call read.
         if is_dynamo_compiling():
             result = traced.layer(self, input, hx)
-        elif _function_modes() and (refusal := _refusal_of_mode(self)):
+        elif _function_modes() and not is_compiling() and (refusal := _refusal_of_mode(self)):
             return _by_torch(self, input, hx, refusal)
         else:
             try:
@@ -149,7 +149,7 @@ def cell(self: Any, input: Any, hx: Any = None) -> Any:
     """``forward`` of `rnnkern.RNNCell`, `rnnkern.LSTMCell` and `rnnkern.GRUCell`."""
     if is_dynamo_compiling():  # as in `forward`
         result = traced.cell(self, input, hx)
-    elif _function_modes() and (refusal := _refusal_of_mode(self)):
+    elif _function_modes() and not is_compiling() and (refusal := _refusal_of_mode(self)):
         return _by_torch(self, input, hx, refusal)
     else:
         try:
@@ -177,7 +177,7 @@ def _checked_cell(module: Any, input: Any, hx: Any) -> Any:
         and ops.transformed()
         and isinstance(input, Tensor)
         and input.is_cpu
-        and ops.only_differentiated(input, module.weight_hh)
+        and ops.only_differentiated(input, module._parameters.get("weight_hh"))
     ):
         _refuse_what_torch_does_not(module, input, hx)
         return module._torch_forward(input, hx)

@@ -13,6 +13,7 @@ import os
 import runpy
 import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -395,3 +396,26 @@ def script(path: str, *arguments: str) -> str:
     with importable(Path(path).parent), redirect_stdout(io.StringIO()) as said:
         runpy.run_path(path, run_name="__main__")
     return said.getvalue()
+
+
+def moves_while_read() -> int:
+    """How often a thread has read an output, which another one has meanwhile made to leave memory
+    that its graph then frees.
+    """
+    torch.set_num_threads(1)
+    read = []
+    for _ in range(20):
+        y: Any = build("RNN", 1, 64)(torch.zeros(4000, 64, 1))[0]
+        seen, layer = y.detach(), build("RNN", 64, 128)
+
+        def run(layer: Any = layer, seen: Any = seen) -> None:
+            with torch.no_grad():
+                read.append(layer(seen)[0])
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        time.sleep(0.005)
+        seen.numpy()
+        y = None
+        thread.join()
+    return len(read)

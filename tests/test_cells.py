@@ -227,6 +227,25 @@ def test_broadcast_weights_have_the_bits_of_packed_ones(kind: str, dtype: torch.
     assert torch.equal(long[:20], torch.cat(one))
 
 
+@pytest.mark.cpu_only
+@pytest.mark.kernel
+@pytest.mark.usefixtures("deterministic")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("inputs", [33, 250, 257, 289])
+@pytest.mark.parametrize("kind", ["RNN", "LSTM", "GRU"])
+def test_broadcast_weights_whose_columns_fill_no_tile(
+    kind: str, inputs: int, dtype: torch.dtype
+) -> None:
+    """The bits are those of packed weights, for units that fill tiles and units that do not."""
+    for units in (32, 40, 64):
+        module = build(kind, inputs, units, dtype=dtype)
+        packed = rnnkern.freeze(module)
+        for rows in (16, 17, 33):
+            x = torch.randn(1, rows, inputs).to(dtype)
+            with torch.no_grad():
+                assert torch.equal(module(x)[0], packed(x)[0])
+
+
 @pytest.mark.kernel
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize("form", CELL_FORMS)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+import subprocesses
 import torch
-from support import CELLS, LAYERS, build, pack_rows
+from support import CELLS, LAYERS, build, in_a_process, pack_rows
 from torch import Tensor, nn
+
+import rnnkern
 
 Module = Callable[..., Any]
 
@@ -222,3 +226,42 @@ def test_what_a_small_call_saves_is_bytes_until_somebody_looks(kind: str) -> Non
         torch.autograd.grad(y.sum(), list(module.parameters())), wanted, strict=True
     ):
         torch.testing.assert_close(mine, other)
+
+
+def test_an_output_may_move_while_another_thread_reads_it() -> None:
+    assert in_a_process(subprocesses.moves_while_read) == 20
+
+
+@pytest.mark.parametrize("to", ["to_sparse", "to_sparse_csr", "to_mkldnn"])
+def test_a_waiting_graph_changes_no_other_call(to: str) -> None:
+    """While a large output has a lazy copy, operands without plain memory are what they were."""
+    module, x = build("RNNCell", 3, 5), getattr(torch.eye(3), to)()
+
+    def result() -> Any:
+        try:
+            with torch.no_grad(), warnings.catch_warnings():
+                warnings.simplefilter("ignore", rnnkern.FallbackWarning)
+                return module(x).shape
+        except (RuntimeError, TypeError, NotImplementedError) as error:
+            return str(error)
+
+    alone = result()
+    waiting, _ = build("GRU", 4, 33)(torch.randn(40, 16, 4))
+    assert torch._C._is_cow_tensor(waiting)
+    assert result() == alone
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float64, torch.float32), (torch.float32, torch.float64)])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_small_calls_whose_input_a_hook_has_converted(
+    kind: str, dtypes: tuple[torch.dtype, torch.dtype]
+) -> None:
+    own, other = dtypes
+    module = build(kind, 4, 6, dtype=own)
+    x = torch.randn(5, 3, 4).to(own).requires_grad_()
+    wanted = torch.autograd.grad(module(x)[0].sum(), [x, *module.parameters()])
+    y = module(x)[0]
+    y.grad_fn._raw_saved_tensors[1].register_hooks(lambda t: t.to(other), lambda t: t)
+    got = torch.autograd.grad(y.sum(), [x, *module.parameters()])
+    for mine, theirs in zip(got, wanted, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)

@@ -203,6 +203,14 @@ def test_what_each_step_of_a_loop_packs(
             assert own == ((IN_PLACE, IN_PLACE) if cpu["multiplies_in_place"] else (PACKED, PACKED))
 
 
+@pytest.mark.parametrize(("rows", "reads"), [(1, IN_PLACE), (16, IN_PLACE), (17, PACKED)])
+def test_backward_reads_weights_of_fewer_bits_in_place_for_few_rows(rows: int, reads: str) -> None:
+    """float16, which every tile widens again."""
+    converted = V4 | {"converts": True}
+    own = plan("LSTM", (1, rows, 300, 300), cpu=converted, backward=True)[0]["reads"]
+    assert own == (reads, reads)
+
+
 def test_backward_packs_where_rows_of_weights_are_no_rows_of_a_panel() -> None:
     sizes = (4, 2, 64, 64)
     found, text = plan("LSTM", sizes, backward=True)

@@ -253,6 +253,21 @@ def test_vectorized_jacobians_of_torch_autograd(form: str) -> None:
 
 
 @pytest.mark.parametrize("kind", CELLS)
+def test_a_gradient_asks_for_parametrized_weights_once(kind: str) -> None:
+    class Counted(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            seen.append(weight)
+            return 2 * weight
+
+    seen: list[Tensor] = []
+    module = build(kind, 2, 3)
+    nn.utils.parametrize.register_parametrization(module, "weight_hh", Counted())
+    seen.clear()
+    grad(loss_of(module))(weights_of(module), torch.randn(5, 2))
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("kind", CELLS)
 def test_cells_under_transforms(kind: str) -> None:
     module = build(kind, 2, 3, dtype=torch.float64)
     theirs = oracle.twin(module, torch.float64)

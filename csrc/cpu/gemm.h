@@ -94,15 +94,22 @@ template <typename T>
 using Panel = std::conditional_t<std::is_same_v<T, F32ByBf16> && std::is_same_v<Operand<T>, float>,
                                  Bf16, Compute<T>>;
 
-// Whether products take weights in another type than that of tensors. One of fewer bits is widened
-// when it is read.
+// Whether products take weights in another type than that of tensors.
 template <typename T>
 constexpr bool kConverted = !std::is_same_v<T, Operand<T>>;
-// Whether rows of weights can be rows of a panel as they are: a lane holds one number, and no bits
-// are dropped.
+// Whether that takes few instructions.
+#if defined(__AVX512F__) || defined(__F16C__)
+template <typename T>
+constexpr bool kConvertedFast = true;
+#else
+template <typename T>
+constexpr bool kConvertedFast = !std::is_same_v<T, F16>;
+#endif
+// Whether rows of weights can be rows of a panel as they are: a lane holds one number, which the
+// tile widens if it has fewer bits than the products take, and no bits are dropped.
 template <typename T>
 constexpr bool kMultipliedInPlace =
-    std::is_same_v<Operand<T>, Compute<T>> && sizeof(T) <= sizeof(Panel<T>);
+    std::is_same_v<Operand<T>, Compute<T>> && sizeof(T) <= sizeof(Panel<T>) && kConvertedFast<T>;
 
 // For operands E: how many k a group has, and how many groups K elements have.
 template <typename E>

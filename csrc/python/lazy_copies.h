@@ -29,13 +29,21 @@ inline py::object lazy_copy(const py::object& made, void* data, dlpack::Device d
   });
 }
 
+// Whether torch says so. It has no answer for tensors without plain memory.
+inline bool shares_lazily(py::handle operand) {
+  PyObject* answer = PyObject_CallOneArg(api.is_lazy, operand.ptr());
+  if (answer) return is_true(py::reinterpret_steal<py::object>(answer));
+  PyErr_Clear();
+  return false;
+}
+
 // The operand for kernels to read: itself, or a tensor over its memory if it shares that with a
-// lazy copy.
-inline py::object readable(py::handle operand) {
+// lazy copy. The owner of that memory is another lazy copy: another thread may make the operand
+// leave it, by `numpy` for example, while a kernel reads it. On a GPU, torch makes the copy.
+inline py::object as_read(py::handle operand) {
   const py::object own = py::reinterpret_borrow<py::object>(operand);
   if (lazy_copies.load(std::memory_order_relaxed) == 0 || !api.address || !is_tensor(operand) ||
-      !is_so(api.is_lazy, operand) || is_so(api.is_neg, operand) ||
-      !own.attr("is_cpu").cast<bool>()) {
+      !shares_lazily(operand) || is_so(api.is_neg, operand) || !own.attr("is_cpu").cast<bool>()) {
     return own;
   }
   const py::tuple sizes = own.attr("shape"), strides = own.attr("stride")();
@@ -48,11 +56,10 @@ inline py::object readable(py::handle operand) {
   }
   for (const auto& [known, type] : api.dtypes) {
     if (dtype.ptr() != known) continue;
-    PyObject* address = PyObject_CallOneArg(api.address, operand.ptr());
-    if (!address) throw py::error_already_set();
-    void* const data = PyLong_AsVoidPtr(address);
-    Py_DECREF(address);
-    return tensor_over(data, {dlpack::kCpu, 0}, type, shape, own);
+    py::object owner = py::reinterpret_borrow<py::object>(api.lazy_clone)(own);
+    void* const data =
+        PyLong_AsVoidPtr(py::reinterpret_borrow<py::object>(api.address)(owner).ptr());
+    return tensor_over(data, {dlpack::kCpu, 0}, type, shape, std::move(owner));
   }
   return own;
 }

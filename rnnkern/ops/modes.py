@@ -34,7 +34,7 @@ _depth = torch._C._functorch.get_dynamic_layer_stack_depth
 _is_tracked = torch._C._functorch.is_gradtrackingtensor
 
 
-def only_differentiated(*operands: Tensor) -> bool:
+def only_differentiated(*operands: Maybe) -> bool:
     """Whether transforms of `torch.func` are active, and all of them are gradients.
 
     ``operands`` are some of those of the call.
@@ -42,7 +42,7 @@ def only_differentiated(*operands: Tensor) -> bool:
     if not torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return False
     # One transform that has wrapped an operand for gradients: this costs less than the whole stack.
-    if _depth() == 1 and any(map(_is_tracked, operands)):
+    if _depth() == 1 and any(z is not None and _is_tracked(z) for z in operands):
         return True
     stack = torch._C._functorch.get_interpreter_stack() or ()
     return all(each.key() == torch._C._functorch.TransformType.Grad for each in stack)
