@@ -47,7 +47,7 @@ constexpr double kRowsOfTile = 16, kTile = 2, kTileAsItLies = 2.5;
 // weights of fewer bits again.
 constexpr int64_t kBytesOfSamePlace = 4096;
 constexpr int64_t kReadsInPlace = 64, kReadsInPlaceOfSamePlace = 3;
-constexpr int64_t kReadsInPlaceOfWidened = 16;
+constexpr int64_t kReadsInPlaceOfWidened = 24;
 constexpr int64_t kReadsInPlaceOfOneStep = 300, kReadsInPlaceOfOneStepOfSamePlace = 48;
 
 // Rounding float32 weights to bfloat16 while they are packed costs about 8 products of one row of

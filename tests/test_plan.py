@@ -203,7 +203,7 @@ def test_what_each_step_of_a_loop_packs(
             assert own == ((IN_PLACE, IN_PLACE) if cpu["multiplies_in_place"] else (PACKED, PACKED))
 
 
-@pytest.mark.parametrize(("rows", "reads"), [(1, IN_PLACE), (16, IN_PLACE), (17, PACKED)])
+@pytest.mark.parametrize(("rows", "reads"), [(1, IN_PLACE), (24, IN_PLACE), (25, PACKED)])
 def test_backward_reads_weights_of_fewer_bits_in_place_for_few_rows(rows: int, reads: str) -> None:
     """float16, which every tile widens again."""
     converted = V4 | {"converts": True}
