@@ -24,6 +24,7 @@ from rnnkern.bench.workloads import (
     FORWARD_BACKWARD,
     GATES,
     STEP_CELLS,
+    STEP_PRECISIONS,
     Workload,
     check_case,
     draw_case,
@@ -34,7 +35,6 @@ from rnnkern.bench.workloads import (
 )
 
 TITLES = {FORWARD: "inference", FORWARD_BACKWARD: "forward and backward"}
-CELL_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 # One of T, N and H grows, the others stay the same.
 SWEEP_BASE = {"steps": 64, "batch": 16, "input_size": 128, "hidden_size": 128}
@@ -180,10 +180,9 @@ def checked(
 def cells(effort: Effort) -> Iterator[Row]:
     """Every module of a single step at each of its workloads, in every type of the CPU."""
     workloads = list(load_step_workloads().values())[: 1 if effort.quick else None]
-    for dtype in CELL_TYPES[: 2 if effort.quick else None]:
-        name = str(dtype).removeprefix("torch.")
+    for own in STEP_PRECISIONS[: 2 if effort.quick else None]:
         for cell, workload in product(STEP_CELLS, workloads):
-            yield from checked(f"cells, {name}", cell, workload, effort, dtype)
+            yield from checked(f"cells, {own.name}", cell, workload, effort, own.dtype)
 
 
 def layers(effort: Effort, threads: Iterable[int]) -> Iterator[Row]:

@@ -8,7 +8,7 @@ ratio depends on a quiet machine. ``rnnkern compare`` times them in turn.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -26,9 +26,9 @@ from rnnkern.bench.workloads import (
     FORWARD_GRAD,
     PASSES,
     PRECISIONS,
+    STEP_PRECISIONS,
     Case,
     Precision,
-    Workload,
     check_case,
     default_precisions,
     draw_case,
@@ -61,7 +61,7 @@ class Checked:
     @property
     def where(self) -> str:
         """The part of a group's name for what is not float32 on the CPU."""
-        return "".join(f" {part}" for part in unusual(self.device, self.precision))
+        return "".join(f" {part}" for part in suffixes(self.device, self.precision))
 
     def call(self, library: ModuleType, pass_name: str) -> Callable[[], object]:
         """The timed call, which on a GPU waits for the GPU."""
@@ -110,33 +110,27 @@ def checked_notebook(request: pytest.FixtureRequest) -> Checked:
     return Checked(case, device, precision)
 
 
-def unusual(device: str, precision: Precision) -> tuple[str, ...]:
-    """The device and the precision, as far as they are not the CPU and float32."""
+def suffixes(device: str, precision: Precision) -> tuple[str, ...]:
+    """Parts of a name: device and precision, as far as they are not the CPU and float32."""
     if device == "cpu":
         return () if precision.name == "float32" else (precision.name,)
     return device, precision.name
-
-
-def precisions(device: str, workload: Workload) -> Iterable[Precision]:
-    """A single step is short enough for every type."""
-    if device != "cpu" or not workload.is_step:
-        return default_precisions(device)
-    return (precision for precision in PRECISIONS.values() if not precision.tf32)
 
 
 def cases() -> Iterator[tuple[str, str, str, Precision]]:
     """Cell, name of the workload, device and dtype of every case."""
     for device in DEVICES:
         for name, workload in (load_workloads(device) | load_step_workloads()).items():
+            in_every_type = device == "cpu" and workload.is_step
             for cell in workload.cells:
-                for precision in precisions(device, workload):
+                for precision in STEP_PRECISIONS if in_every_type else default_precisions(device):
                     yield cell, name, device, precision
 
 
 def name_of(param: tuple[str, str, str, Precision]) -> str:
     """The part of a test id that names a case."""
     cell, name, device, precision = param
-    return "-".join((name, cell, *unusual(device, precision)))
+    return "-".join((name, cell, *suffixes(device, precision)))
 
 
 @pytest.fixture(scope="module", params=cases(), ids=name_of)

@@ -173,8 +173,8 @@ py::tuple recorded(py::handle record, const Layer& layer, py::handle x, const Pl
 }
 
 // Whether it pays that the steps of a loop add the gradients of these weights to one sum
-// (rnnkern/loops.py). That costs about 3 us for each step, and autograd adds kElements in that
-// time.
+// (rnnkern/loops.py). With fewer than kElements, that takes longer than autograd's additions: a
+// decoder of RNNCell with 128 units took 1.1 times as long with it.
 bool are_worth_sums(const Layer& layer, dlpack::Device device) {
   constexpr double kElements = 1 << 15;  // of weight_hh
   const double elements =

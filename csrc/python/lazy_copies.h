@@ -17,9 +17,7 @@ inline std::atomic<int64_t> lazy_copies = 0;
 // What `made`, whose memory this is, has in it now, whatever becomes of it.
 inline py::object lazy_copy(const py::object& made, void* data, dlpack::Device device,
                             dlpack::DataType dtype, const Shape& shape) {
-  PyObject* answer = PyObject_CallOneArg(api.lazy_clone, made.ptr());
-  if (!answer) throw py::error_already_set();
-  py::object copy = py::reinterpret_steal<py::object>(answer);
+  py::object copy = ask(api.lazy_clone, made);
   if (!api.is_lazy || !is_so(api.is_lazy, copy)) return copy;
   // The owner is seen by nobody, so nobody makes it leave this memory.
   lazy_copies.fetch_add(1, std::memory_order_relaxed);
@@ -56,9 +54,8 @@ inline py::object as_read(py::handle operand) {
   }
   for (const auto& [known, type] : api.dtypes) {
     if (dtype.ptr() != known) continue;
-    py::object owner = py::reinterpret_borrow<py::object>(api.lazy_clone)(own);
-    void* const data =
-        PyLong_AsVoidPtr(py::reinterpret_borrow<py::object>(api.address)(owner).ptr());
+    py::object owner = ask(api.lazy_clone, own);
+    void* const data = PyLong_AsVoidPtr(ask(api.address, owner).ptr());
     return tensor_over(data, {dlpack::kCpu, 0}, type, shape, std::move(owner));
   }
   return own;

@@ -74,10 +74,7 @@ inline const char* refusal_of(py::handle object, const TensorView* like, TensorV
   int64_t elements = 1;
   for (int i = 0; i < t.ndim; ++i) elements *= t.shape[i];
   if (elements && !t.data) return kNoMemory;
-  const py::object negated =
-      py::reinterpret_steal<py::object>(PyObject_CallOneArg(api.is_neg, object.ptr()));
-  if (!negated) throw py::error_already_set();
-  if (negated.ptr() == Py_True) return kNegated;
+  if (is_so(api.is_neg, object)) return kNegated;
   if (t.ndim && elements && t.shape[t.ndim - 1] > 1 && view->stride(t.ndim - 1) != 1) return kGaps;
   // Rows of a matrix may overlap, or be one row for all, unless a library multiplies them.
   if ((t.device.type != dlpack::kCpu || cuda::kIsStandIn) && t.ndim == 2 && t.shape[0] > 1 &&
@@ -358,8 +355,8 @@ class Operands {
     }
     return v.data<const T>();
   }
-  // Memory of the graph alone. If it is small it is a bytearray, which takes a fifth of the time of
-  // a tensor (`rnnkern.autograd` makes one of it if somebody wants to see it).
+  // Memory of the graph alone. If it is small it is a bytearray, which is made faster than a tensor
+  // (`rnnkern.autograd` makes one of it if somebody wants to see it).
   py::object make_saved(int64_t elements, bool may_be_bytes, T** data) const {
     const Shape shape = dense({elements});
     if (!may_be_bytes || !is_small(device(), shape, dlpack::kDataType<T>, deterministic)) {
@@ -575,9 +572,7 @@ class Operands {
 
   // The copy lives as long as these operands.
   py::handle dense_copy(py::handle object) {
-    PyObject* copy = PyObject_CallOneArg(api.contiguous, object.ptr());
-    if (!copy) throw py::error_already_set();
-    copies_.push_back(py::reinterpret_steal<py::object>(copy));
+    copies_.push_back(ask(api.contiguous, object));
     return copies_.back();
   }
 

@@ -61,11 +61,13 @@ inline bool is_true(py::handle object) {
 
 inline bool is_so(PyObject* question) { return is_true(ask(question)); }
 
-inline bool is_so(PyObject* question, py::handle object) {
+// The same of an object.
+inline py::object ask(PyObject* question, py::handle object) {
   PyObject* answer = PyObject_CallOneArg(question, object.ptr());
   if (!answer) throw py::error_already_set();
-  return is_true(py::reinterpret_steal<py::object>(answer));
+  return py::reinterpret_steal<py::object>(answer);
 }
+inline bool is_so(PyObject* question, py::handle object) { return is_true(ask(question, object)); }
 
 // Null if there is none. `name` is an interned string.
 inline PyObject* find_in(PyObject* dict, PyObject* name) {

@@ -60,6 +60,8 @@ PRECISIONS = {
     "float16": Precision("float16", torch.float16),
     "float64": Precision("float64", torch.float64),
 }
+#: Of single steps on the CPU, which are short enough for every type.
+STEP_PRECISIONS = tuple(precision for precision in PRECISIONS.values() if not precision.tf32)
 
 
 @contextmanager
