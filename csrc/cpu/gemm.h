@@ -15,7 +15,7 @@
 // integers. If the CPU has no products of a 16-bit type, its numbers are multiplied as float.
 //
 // In a tile of 6 x 4 vectors, one group costs 24 multiply-adds, 4 loads of the panel and 6
-// broadcasts. Blocks of kDepth k keep the part of the panel near while all row tiles pass over it:
+// broadcasts; with half as many registers, in a tile of 3 x 4, 12, 4 and 3. Blocks of kDepth k keep the part of the panel near while all row tiles pass over it:
 // in the second-level cache, which delivers 256 bytes within 24 multiply-adds. Shorter blocks that
 // fit the first-level cache read and write the accumulators more often, which costs 2 % more.
 #pragma once
@@ -31,6 +31,19 @@ namespace rnnkern {
 namespace RNNKERN_NAMESPACE {
 
 constexpr int kPanelVectors = 4;
+// The rows of a register tile: its sums, the operands of the side that has fewer of them, and one
+// of the other side are all in registers. A sum that is not there is loaded and stored for every
+// group, and these wait for each other: a tile then takes twice as long.
+constexpr int kMostTileRows = 6;
+constexpr int tile_rows(int vectors) {
+  const auto registers = [=](int rows) {
+    return rows * vectors + (rows < vectors ? rows : vectors) + 1;
+  };
+  int rows = kMostTileRows;
+  while (registers(rows) > kRegisters) --rows;
+  return rows;
+}
+constexpr int kTileRows = tile_rows(kPanelVectors);
 constexpr int64_t kDepth = 256;
 constexpr int kAhead = 8;  // groups that are prefetched
 static_assert(kDepth * kPanelVectors * kVectorBytes <= 64 * 1024,
@@ -48,7 +61,9 @@ constexpr int64_t kRowsAtOnce = 4 * kTileHeight;
 template <typename E>
 constexpr bool kByTiles = false;
 constexpr int64_t kRowsAtOnce = 48;
-static_assert(kRowsAtOnce % kTileRows == 0, "these rows are whole tiles");
+static_assert(kRowsAtOnce % tile_rows(1) == 0 && kRowsAtOnce % tile_rows(2) == 0 &&
+                  kRowsAtOnce % tile_rows(3) == 0 && kRowsAtOnce % tile_rows(4) == 0,
+              "these rows are whole tiles");
 #endif
 
 // The lanes of a panel.
@@ -179,6 +194,11 @@ template <typename E>
 RNNKERN_INLINE E group_at(const E* row) {
   return *row;
 }
+// A vector of one group.
+template <typename E, typename Left>
+RNNKERN_INLINE Vec<E> broadcast(Left group) {
+  return group - Vec<E>{};  // minus zero keeps every number, also -0
+}
 // c + a * b, group by group; a is one group, or a vector of them.
 template <typename E, typename Left>
 RNNKERN_INLINE Vec<E> multiply_add(Left a, Vec<E> b, Vec<E> c) {
@@ -196,12 +216,16 @@ RNNKERN_INLINE Pair group_at(const Bf16* row) {
 // The last element of a row of odd length.
 RNNKERN_INLINE Pair half_group_at(const Bf16* row) { return {row->bits}; }
 template <>
+RNNKERN_INLINE Vec<Bf16> broadcast<Bf16>(Pair group) {
+  return (Vec<Bf16>)_mm512_set1_epi32(group.bits);
+}
+template <>
 RNNKERN_INLINE Vec<Bf16> multiply_add<Bf16>(Vec<Bf16> a, Vec<Bf16> b, Vec<Bf16> c) {
   return (Vec<Bf16>)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
 }
 template <>
 RNNKERN_INLINE Vec<Bf16> multiply_add<Bf16>(Pair a, Vec<Bf16> b, Vec<Bf16> c) {
-  return multiply_add<Bf16>((Vec<Bf16>)_mm512_set1_epi32(a.bits), b, c);
+  return multiply_add<Bf16>(broadcast<Bf16>(a), b, c);
 }
 #endif
 
@@ -224,24 +248,38 @@ void tile(int64_t k_begin, int64_t k_count, const E* const* a, const P* panel, i
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) c[m][v] = V{};
   }
+  const auto load_vector = [&](int v) __attribute__((always_inline)) {
+    if (kPrefetches && v % kPerLine == 0) {
+      // At the end this is no address of the panel any more, which a prefetch may have.
+      __builtin_prefetch(reinterpret_cast<const char*>(panel) +
+                         int64_t(sizeof(P)) * (kAhead * panel_row + v * kLanes<E>));
+    }
+    return V(load(panel + v * kLanes<E>));
+  };
+  // The operands of the side that has fewer of them are held.
   const auto add = [&](auto group) __attribute__((always_inline)) {
-    V b[kVectors];
+    if constexpr (kRows < kVectors) {
+      V left[kRows];
+#pragma GCC unroll 8
+      for (int m = 0; m < kRows; ++m) left[m] = broadcast<E>(group(row[m]));
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) {
-      b[v] = load(panel + v * kLanes<E>);
-      if (kPrefetches && v % kPerLine == 0) {
-        // At the end this is no address of the panel any more, which a prefetch may have.
-        __builtin_prefetch(reinterpret_cast<const char*>(panel) +
-                           int64_t(sizeof(P)) * (kAhead * panel_row + v * kLanes<E>));
+      for (int v = 0; v < kVectors; ++v) {
+        const V b = load_vector(v);
+#pragma GCC unroll 8
+        for (int m = 0; m < kRows; ++m) c[m][v] = multiply_add<E>(left[m], b, c[m][v]);
+      }
+    } else {
+      V b[kVectors];
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) b[v] = load_vector(v);
+#pragma GCC unroll 8
+      for (int m = 0; m < kRows; ++m) {
+        const auto left = group(row[m]);
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) c[m][v] = multiply_add<E>(left, b[v], c[m][v]);
       }
     }
     panel += panel_row;
-#pragma GCC unroll 8
-    for (int m = 0; m < kRows; ++m) {
-      const auto left = group(row[m]);
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) c[m][v] = multiply_add<E>(left, b[v], c[m][v]);
-    }
   };
   int64_t k = 0;
 #pragma GCC unroll 4
@@ -277,8 +315,9 @@ constexpr TileFunction<E, P> tile_function() {
 
 template <typename E, typename P, int kVectors, bool kAdds>
 TileFunction<E, P> tile_of(int64_t rows) {
-  static_assert(kTileRows <= 6, "extend the table");
-  constexpr auto at_most = [](int rows) { return rows < kTileRows ? rows : kTileRows; };
+  static_assert(kMostTileRows == 6, "extend the table");
+  constexpr int kMost = tile_rows(kVectors);
+  constexpr auto at_most = [](int rows) { return rows < kMost ? rows : kMost; };
   static constexpr TileFunction<E, P> kTable[6] = {
       tile_function<E, P, kVectors, at_most(1), kAdds>(),
       tile_function<E, P, kVectors, at_most(2), kAdds>(),
@@ -331,7 +370,8 @@ void product(int vectors, int64_t rows, int64_t first, int64_t K, const E* const
 #endif
   // Tiles are as equally high as can be, because a low one reads the panel for fewer products. The
   // first `higher` tiles have one row more. A single tile, of a small call, needs no division.
-  const int64_t tiles = max_of(1, ceil_div(rows, kTileRows));
+  const int64_t most_rows = tile_rows(vectors);
+  const int64_t tiles = max_of(1, ceil_div(rows, most_rows));
   const int64_t height = tiles == 1 ? rows : rows / tiles;
   const int64_t higher = rows - tiles * height;
   if constexpr (std::is_same_v<E, I8>) {
@@ -345,7 +385,7 @@ void product(int vectors, int64_t rows, int64_t first, int64_t K, const E* const
   // A sum of nothing is written too.
   for (int64_t k = 0; k < K || (k == 0 && !kAdds); k += most) {
     const bool adds = kAdds || k > 0;
-    const TileFunction<E, P> high = tile_of<E, P>(vectors, min_of(height + 1, kTileRows), adds),
+    const TileFunction<E, P> high = tile_of<E, P>(vectors, min_of(height + 1, most_rows), adds),
                              low = tile_of<E, P>(vectors, max_of(1, height), adds);
     const int64_t depth = min_of(most, K - k);
     const P* block = panel + groups<E>(k) * panel_row;
@@ -427,7 +467,7 @@ RNNKERN_INLINE Vec<T> load_groups(const T* p, int64_t n) {
 // read at once, each as a stream of its own, because a single stream is slower beyond the caches.
 // Lane i of a sum adds up the k that are i modulo the lanes, in ascending order, and the lanes are
 // added at the end. This does not depend on how many rows are read at once.
-constexpr int kDotLeftRows = kTileRows < 6 ? 2 : 4;
+constexpr int kDotLeftRows = kRegisters < 32 ? 2 : 4;
 
 // sums[m][i] += a[m] . w[i], lane by lane, for kRows rows of a and kRight rows of w.
 template <typename T, int kRows, int kRight>

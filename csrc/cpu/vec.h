@@ -15,17 +15,13 @@ namespace rnnkern {
 namespace RNNKERN_NAMESPACE {
 
 #if defined(__AVX512F__)
-constexpr int kVectorBytes = 64;
-constexpr int kTileRows = 6;  // 6 x 4 accumulators + 4 of the panel + 1 broadcast of 32 registers
+constexpr int kVectorBytes = 64, kRegisters = 32;
 #elif defined(__AVX2__)
-constexpr int kVectorBytes = 32;
-constexpr int kTileRows = 3;  // 3 x 4 accumulators + 1 + 3 of 16 registers
+constexpr int kVectorBytes = 32, kRegisters = 16;
 #elif defined(__aarch64__)
-constexpr int kVectorBytes = 16;
-constexpr int kTileRows = 6;
+constexpr int kVectorBytes = 16, kRegisters = 32;
 #else
-constexpr int kVectorBytes = 16;
-constexpr int kTileRows = 3;
+constexpr int kVectorBytes = 16, kRegisters = 16;
 #endif
 
 constexpr RNNKERN_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
