@@ -15,9 +15,10 @@
 // integers. If the CPU has no products of a 16-bit type, its numbers are multiplied as float.
 //
 // In a tile of 6 x 4 vectors, one group costs 24 multiply-adds, 4 loads of the panel and 6
-// broadcasts; with half as many registers, in a tile of 3 x 4, 12, 4 and 3. Blocks of kDepth k keep the part of the panel near while all row tiles pass over it:
-// in the second-level cache, which delivers 256 bytes within 24 multiply-adds. Shorter blocks that
-// fit the first-level cache read and write the accumulators more often, which costs 2 % more.
+// broadcasts; with half as many registers, in a tile of 3 x 4, 12, 4 and 3. Blocks of kDepth k keep
+// the part of the panel near while all row tiles pass over it: in the second-level cache, which
+// delivers 256 bytes within 24 multiply-adds. Shorter blocks that fit the first-level cache read
+// and write the accumulators more often, which costs 2 % more.
 #pragma once
 
 #ifdef RNNKERN_AMX
@@ -44,6 +45,9 @@ constexpr int tile_rows(int vectors) {
   return rows;
 }
 constexpr int kTileRows = tile_rows(kPanelVectors);
+// The most rows of a tile that is the only one. Two tiles of two rows would read each vector of a
+// panel for two rows alone, so four rows are multiplied by one half of the vectors, then the other.
+constexpr int lone_rows(int vectors) { return tile_rows(vectors) + (tile_rows(vectors) == 3); }
 constexpr int64_t kDepth = 256;
 constexpr int kAhead = 8;  // groups that are prefetched
 static_assert(kDepth * kPanelVectors * kVectorBytes <= 64 * 1024,
@@ -234,6 +238,13 @@ RNNKERN_INLINE Vec<Bf16> multiply_add<Bf16>(Pair a, Vec<Bf16> b, Vec<Bf16> c) {
 template <typename E, typename P, int kVectors, int kRows, bool kAdds>
 void tile(int64_t k_begin, int64_t k_count, const E* const* a, const P* panel, int64_t panel_row,
           Compute<E>* acc, int64_t acc_row) {
+  if constexpr (kRows > tile_rows(kVectors)) {
+    constexpr int kFirst = kVectors / 2, kLanesOfFirst = kFirst * kLanes<E>;
+    tile<E, P, kFirst, kRows, kAdds>(k_begin, k_count, a, panel, panel_row, acc, acc_row);
+    tile<E, P, kVectors - kFirst, kRows, kAdds>(k_begin, k_count, a, panel + kLanesOfFirst,
+                                                panel_row, acc + kLanesOfFirst, acc_row);
+    return;
+  }
   using V = Vec<E>;
   // A core loads as often as it multiplies. So a tile prefetches if it has no more loads than
   // multiply-adds. On a shared Intel Xeon the next lines of a panel come too late without it.
@@ -316,7 +327,7 @@ constexpr TileFunction<E, P> tile_function() {
 template <typename E, typename P, int kVectors, bool kAdds>
 TileFunction<E, P> tile_of(int64_t rows) {
   static_assert(kMostTileRows == 6, "extend the table");
-  constexpr int kMost = tile_rows(kVectors);
+  constexpr int kMost = std::is_same_v<E, I8> ? kRowsOfIntegers : lone_rows(kVectors);
   constexpr auto at_most = [](int rows) { return rows < kMost ? rows : kMost; };
   static constexpr TileFunction<E, P> kTable[6] = {
       tile_function<E, P, kVectors, at_most(1), kAdds>(),
@@ -350,6 +361,51 @@ TileFunction<E, P> tile_of(int vectors, int64_t rows, bool adds) {
   return tile_of<E, P, true>(vectors, rows);
 }
 
+// Whether a block of a panel is copied before its tiles read it. Its groups then follow each other,
+// while rows of a matrix whose distance is a large power of two compete for the same places in the
+// cache. And bfloat16 is widened once, which takes two instructions; float16 takes one.
+constexpr int64_t kRowsWorthCopying = 5 * kTileRows;
+template <typename E, typename P>
+bool worth_copying(int64_t rows, int64_t panel_row) {
+  return rows >= kRowsWorthCopying && (panel_row > 2 * kPanelWidth<E> || std::is_same_v<P, Bf16>);
+}
+template <typename E, typename P>
+void copy_block(int vectors, int64_t depth, const P* panel, int64_t panel_row, Compute<E>* to) {
+  for (int64_t k = 0; k < depth; ++k, panel += panel_row) {
+    for (int v = 0; v < vectors; ++v, to += kLanes<E>) {
+      __builtin_prefetch(panel + kAhead * panel_row + v * kLanes<E>);
+      store(to, Vec<E>(load(panel + v * kLanes<E>)));
+    }
+  }
+}
+
+// acc = or += a x a block of a panel, tile by tile.
+template <typename E, typename P>
+void multiply_block(int vectors, int64_t rows, int64_t first, int64_t depth, const E* const* a,
+                    const P* block, int64_t panel_row, bool adds, Compute<E>* acc,
+                    int64_t acc_row) {
+  // Tiles are as equally high as can be, because a low one reads the panel for fewer products. The
+  // first `higher` tiles have one row more. A single tile, of a small call, needs no division.
+  constexpr bool kIntegers = std::is_same_v<E, I8>;
+  const int64_t most = kIntegers ? kRowsOfIntegers : tile_rows(vectors);
+  const bool lone = rows <= (kIntegers ? most : lone_rows(vectors));
+  const int64_t tiles = lone ? 1 : ceil_div(rows, most);
+  const int64_t height = lone ? rows : rows / tiles;
+  const int64_t higher = rows - tiles * height;
+  int64_t m = 0;
+  if (higher > 0) {
+    const TileFunction<E, P> high = tile_of<E, P>(vectors, height + 1, adds);
+    for (int64_t i = 0; i < higher; ++i, m += height + 1) {
+      high(first, depth, a + m, block, panel_row, acc + m * acc_row, acc_row);
+    }
+  }
+  if (rows == 0) return;
+  const TileFunction<E, P> low = tile_of<E, P>(vectors, height, adds);
+  for (; m < rows; m += height) {
+    low(first, depth, a + m, block, panel_row, acc + m * acc_row, acc_row);
+  }
+}
+
 // acc[m][..] += a[m][first..first+K) x panel for `rows` rows; the rows of acc are padded to whole
 // vectors. The panel has panel_row lanes. With kAdds false, acc is written. For tiles, all K are
 // given at once, and the 16 rows of a tile are at equal distances; `tails` are as TileProduct has
@@ -368,33 +424,29 @@ void product(int vectors, int64_t rows, int64_t first, int64_t K, const E* const
     }
   }
 #endif
-  // Tiles are as equally high as can be, because a low one reads the panel for fewer products. The
-  // first `higher` tiles have one row more. A single tile, of a small call, needs no division.
-  const int64_t most_rows = tile_rows(vectors);
-  const int64_t tiles = max_of(1, ceil_div(rows, most_rows));
-  const int64_t height = tiles == 1 ? rows : rows / tiles;
-  const int64_t higher = rows - tiles * height;
   if constexpr (std::is_same_v<E, I8>) {
-    // Their tile takes the distance of vectors in place of the first k, which is zero.
+    // Their tile takes the distance of vectors in place of the first k, which is zero. Sums of
+    // integers have one scale each.
     const PanelLayout<E> layout(K, panel_row);
-    first = layout.at(kLanes<float>);
-    panel_row = layout.stride();
-  }
-  // Sums of integers have one scale each.
-  const int64_t most = std::is_same_v<E, I8> ? max_of(1, K) : kDepth;
-  // A sum of nothing is written too.
-  for (int64_t k = 0; k < K || (k == 0 && !kAdds); k += most) {
-    const bool adds = kAdds || k > 0;
-    const TileFunction<E, P> high = tile_of<E, P>(vectors, min_of(height + 1, most_rows), adds),
-                             low = tile_of<E, P>(vectors, max_of(1, height), adds);
-    const int64_t depth = min_of(most, K - k);
-    const P* block = panel + groups<E>(k) * panel_row;
-    int64_t m = 0;
-    for (int64_t i = 0; i < higher; ++i, m += height + 1) {
-      high(first + k, depth, a + m, block, panel_row, acc + m * acc_row, acc_row);
-    }
-    for (; m < rows; m += height) {
-      low(first + k, depth, a + m, block, panel_row, acc + m * acc_row, acc_row);
+    multiply_block<E>(vectors, rows, layout.at(kLanes<float>), max_of(1, K), a, panel,
+                      layout.stride(), kAdds, acc, acc_row);
+    return;
+  } else {
+    // A sum of nothing is written too.
+    for (int64_t k = 0; k < K || (k == 0 && !kAdds); k += kDepth) {
+      const int64_t depth = min_of(kDepth, K - k);
+      const P* block = panel + groups<E>(k) * panel_row;
+      const bool adds = kAdds || k > 0;
+      if constexpr (kGroup<E> == 1) {
+        if (worth_copying<E, P>(rows, panel_row)) {
+          alignas(kVectorBytes) Compute<E> copy[kDepth * kPanelWidth<E>];
+          copy_block<E>(vectors, depth, block, panel_row, copy);
+          multiply_block<E>(vectors, rows, first + k, depth, a, copy, vectors * kLanes<E>, adds,
+                            acc, acc_row);
+          continue;
+        }
+      }
+      multiply_block<E>(vectors, rows, first + k, depth, a, block, panel_row, adds, acc, acc_row);
     }
   }
 }

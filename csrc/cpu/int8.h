@@ -8,7 +8,9 @@
 //
 // The instructions of AVX512-VNNI and AMX multiply unsigned integers by signed ones. So the left
 // operand is q + 128 there, and each sum begins with -128 times the sum of its weights. Elsewhere
-// the left operand is q, and pairs of 16-bit integers are multiplied. All give the same integers.
+// the left operand is q. On x86-64 it is q as integers of 16 bits, those of the even k of a group
+// before those of the odd k, because pairs of 16-bit integers are multiplied. All give the same
+// integers.
 //
 // For a vector of 16 units, one instruction computes the products of one group with one row of a
 // tile: four times as many as with float.
@@ -38,13 +40,32 @@ constexpr int64_t kScaleBytes = 64;
 constexpr int64_t kScaleBytes = sizeof(float);
 #endif
 constexpr int kIntegersOfGroup = 4;
+RNNKERN_INLINE int32_t four_bytes_at(const char* p) {
+  int32_t bytes;
+  std::memcpy(&bytes, p, sizeof(bytes));
+  return bytes;
+}
+#if defined(__x86_64__) && !defined(__AVX512VNNI__)
+constexpr bool kLeftInPairs = true;
+struct LeftGroup {
+  int32_t even, odd;  // two integers each
+};
+RNNKERN_INLINE LeftGroup left_group_at(const char* p) {
+  return {four_bytes_at(p), four_bytes_at(p + sizeof(int32_t))};
+}
+#else
+constexpr bool kLeftInPairs = false;
+typedef int32_t LeftGroup;
+RNNKERN_INLINE LeftGroup left_group_at(const char* p) { return four_bytes_at(p); }
+#endif
+constexpr int64_t kLeftBytes = sizeof(LeftGroup) / kIntegersOfGroup;  // of one integer
 constexpr float kLargestInteger = 127;
 // The groups of a panel before its weights.
 constexpr int64_t kHeadOfIntegers = 2;
 
 // The bytes of a left operand of K columns.
 constexpr int64_t bytes_of_integers(int64_t K) {
-  return kScaleBytes + ceil_div(K, kLanes<float>) * kLanes<float>;
+  return kScaleBytes + ceil_div(K, kLanes<float>) * kLanes<float> * kLeftBytes;
 }
 RNNKERN_INLINE float scale_of(const I8* left) {
   float scale;
@@ -67,9 +88,17 @@ RNNKERN_INLINE int32_t largest_lane(Ints v) {
   }
 }
 
+// Of each four integers, those of even places first.
+template <int... i>
+RNNKERN_INLINE Bits16 even_before_odd(Bits16 q, std::integer_sequence<int, i...>) {
+  return __builtin_shufflevector(q, q, (i / 4 * 4 + i % 2 * 2 + i / 2 % 2)...);
+}
+RNNKERN_INLINE Bits16 even_before_odd(Bits16 q) {
+  return even_before_odd(q, std::make_integer_sequence<int, kLanes<float>>{});
+}
+
 // Writes one left operand. A NaN or infinity makes its scale NaN, and so the whole result.
 inline void quantize_row(const float* x, int64_t K, I8* to) {
-  using V = Vec<float>;
   typedef uint8_t Bytes __attribute__((vector_size(kLanes<float>)));
   // The bits of magnitudes, as integers, are in the order of the magnitudes, with infinity and NaN
   // above all.
@@ -89,34 +118,38 @@ inline void quantize_row(const float* x, int64_t K, I8* to) {
   // If a number below 2^22 is added to this, the lowest bits are its nearest integer.
   constexpr float kRound = 0x1.8p23f;
   for (int64_t k = 0; k < K; k += kLanes<float>) {
-    const V shifted = load_up_to(x + k, K - k) * reciprocal + kRound;
-    const Bytes q =
-        __builtin_convertvector(bit_cast<Bits32>(shifted), Bytes) ^ uint8_t(kLeftOffset);
-    std::memcpy(to + k, &q, sizeof(q));
+    const auto q = bit_cast<Bits32>(load_up_to(x + k, K - k) * reciprocal + kRound);
+    if constexpr (kLeftInPairs) {
+      const Bits16 ordered = even_before_odd(__builtin_convertvector(q, Bits16));
+      std::memcpy(to + k * kLeftBytes, &ordered, sizeof(ordered));
+    } else {
+      const Bytes bytes = __builtin_convertvector(q, Bytes) ^ uint8_t(kLeftOffset);
+      std::memcpy(to + k, &bytes, sizeof(bytes));
+    }
   }
 }
 
 // c + left . right, four products in each lane.
-RNNKERN_INLINE Ints add_products_of_group(int32_t left, Ints right, Ints c) {
+RNNKERN_INLINE Ints add_products_of_group(LeftGroup left, Ints right, Ints c) {
 #if defined(__AVX512VNNI__)
   return (Ints)_mm512_dpbusd_epi32((__m512i)c, _mm512_set1_epi32(left), (__m512i)right);
 #elif defined(__x86_64__)
-  // The even and the odd integers of both, as 16-bit ones.
+  // The even and the odd integers on the right, as 16-bit ones.
 #if defined(__AVX512BW__)
-  const __m512i a = _mm512_set1_epi32(left), b = (__m512i)right;
-  const __m512i even = _mm512_madd_epi16(_mm512_srai_epi16(_mm512_slli_epi16(a, 8), 8),
+  const auto b = (__m512i)right;
+  const __m512i even = _mm512_madd_epi16(_mm512_set1_epi32(left.even),
                                          _mm512_srai_epi16(_mm512_slli_epi16(b, 8), 8));
-  const __m512i odd = _mm512_madd_epi16(_mm512_srai_epi16(a, 8), _mm512_srai_epi16(b, 8));
+  const __m512i odd = _mm512_madd_epi16(_mm512_set1_epi32(left.odd), _mm512_srai_epi16(b, 8));
 #elif defined(__AVX2__)
-  const __m256i a = _mm256_set1_epi32(left), b = (__m256i)right;
-  const __m256i even = _mm256_madd_epi16(_mm256_srai_epi16(_mm256_slli_epi16(a, 8), 8),
+  const auto b = (__m256i)right;
+  const __m256i even = _mm256_madd_epi16(_mm256_set1_epi32(left.even),
                                          _mm256_srai_epi16(_mm256_slli_epi16(b, 8), 8));
-  const __m256i odd = _mm256_madd_epi16(_mm256_srai_epi16(a, 8), _mm256_srai_epi16(b, 8));
+  const __m256i odd = _mm256_madd_epi16(_mm256_set1_epi32(left.odd), _mm256_srai_epi16(b, 8));
 #else
-  const __m128i a = _mm_set1_epi32(left), b = (__m128i)right;
-  const __m128i even = _mm_madd_epi16(_mm_srai_epi16(_mm_slli_epi16(a, 8), 8),
-                                      _mm_srai_epi16(_mm_slli_epi16(b, 8), 8));
-  const __m128i odd = _mm_madd_epi16(_mm_srai_epi16(a, 8), _mm_srai_epi16(b, 8));
+  const auto b = (__m128i)right;
+  const __m128i even =
+      _mm_madd_epi16(_mm_set1_epi32(left.even), _mm_srai_epi16(_mm_slli_epi16(b, 8), 8));
+  const __m128i odd = _mm_madd_epi16(_mm_set1_epi32(left.odd), _mm_srai_epi16(b, 8));
 #endif
   return c + (Ints)even + (Ints)odd;
 #else
@@ -129,39 +162,53 @@ RNNKERN_INLINE Ints add_products_of_group(int32_t left, Ints right, Ints c) {
 #endif
 }
 
+// The vectors and rows that the sums and what their products need leave room for.
+#if defined(__AVX512VNNI__)
+constexpr int kVectorsOfIntegers = 4;
+#else
+constexpr int kVectorsOfIntegers = 2;
+#endif
+constexpr int kRowsOfIntegers = kRegisters < 32 ? 4 : 6;
+
 // The same as `tile` of gemm.h, for all K at once. `vector` and `panel_row` are the distances in
 // lanes of the panel from a vector to the next, and from a group to the next.
 template <int kVectors, int kRows>
 void tile_of_integers(int64_t vector, int64_t K, const I8* const* a, const float* panel,
                       int64_t panel_row, float* acc, int64_t acc_row) {
-  const auto ints = [](const float* p) { return *reinterpret_cast<const UnalignedInts*>(p); };
-  Ints c[kRows][kVectors];
-  const char* row[kRows];
-#pragma GCC unroll 8
-  for (int m = 0; m < kRows; ++m) {
-    row[m] = reinterpret_cast<const char*>(a[m]) + kScaleBytes;
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) c[m][v] = ints(panel + panel_row + v * vector);
-  }
-  const float* group = panel + kHeadOfIntegers * panel_row;
-  for (int64_t k = 0; k < K; k += kIntegersOfGroup, group += panel_row) {
-    Ints b[kVectors];
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) b[v] = ints(group + v * vector);
+  if constexpr (kVectors > kVectorsOfIntegers) {
+    constexpr int kFirst = kVectorsOfIntegers;
+    tile_of_integers<kFirst, kRows>(vector, K, a, panel, panel_row, acc, acc_row);
+    tile_of_integers<kVectors - kFirst, kRows>(vector, K, a, panel + kFirst * vector, panel_row,
+                                               acc + kFirst * kLanes<float>, acc_row);
+  } else {
+    const auto ints = [](const float* p) { return *reinterpret_cast<const UnalignedInts*>(p); };
+    Ints c[kRows][kVectors];
+    const char* row[kRows];
 #pragma GCC unroll 8
     for (int m = 0; m < kRows; ++m) {
-      int32_t left;
-      std::memcpy(&left, row[m] + k, sizeof(left));
+      row[m] = reinterpret_cast<const char*>(a[m]) + kScaleBytes;
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) c[m][v] = add_products_of_group(left, b[v], c[m][v]);
+      for (int v = 0; v < kVectors; ++v) c[m][v] = ints(panel + panel_row + v * vector);
     }
-  }
-#pragma GCC unroll 8
-  for (int m = 0; m < kRows; ++m) {
+    const float* group = panel + kHeadOfIntegers * panel_row;
+    for (int64_t k = 0; k < K; k += kIntegersOfGroup, group += panel_row) {
+      Ints b[kVectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) {
-      add_scaled(c[m][v], load(panel + v * vector), scale_of(a[m]),
-                 acc + m * acc_row + v * kLanes<float>);
+      for (int v = 0; v < kVectors; ++v) b[v] = ints(group + v * vector);
+#pragma GCC unroll 8
+      for (int m = 0; m < kRows; ++m) {
+        const LeftGroup left = left_group_at(row[m] + k * kLeftBytes);
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) c[m][v] = add_products_of_group(left, b[v], c[m][v]);
+      }
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < kRows; ++m) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
+        add_scaled(c[m][v], load(panel + v * vector), scale_of(a[m]),
+                   acc + m * acc_row + v * kLanes<float>);
+      }
     }
   }
 }
