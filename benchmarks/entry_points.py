@@ -298,12 +298,7 @@ def measure(name: str, effort: Effort) -> Row:
     us, speedup = {}, {}
     for kind in KINDS:
         ours, theirs = (ENTRIES[name](Place(library, kind)) for library in (rnnkern, nn))
-        calls = {OURS: ours, "torch.nn": theirs}
-        try:
-            theirs()
-        except (RuntimeError, NotImplementedError):
-            del calls["torch.nn"]
-        samples = rows.in_turn(calls, effort)
+        samples = rows.in_turn(rows.without_refused({OURS: ours, "torch.nn": theirs}), effort)
         us[kind] = statistics.median(samples[OURS]) * 1e6
         if "torch.nn" in samples:
             speedup[f"{kind} over torch.nn"] = rows.ratio(samples, OURS, "torch.nn")

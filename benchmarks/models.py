@@ -176,13 +176,11 @@ def measure(model: Model, effort: Effort) -> Iterator[Row]:
     check(model, theirs, ours, x)
     for pass_name, autocast in product(model.passes, (False, True)):
         with torch.set_grad_enabled(pass_name == TRAINING):
-            samples = rows.in_turn(
-                {
-                    name: call_of(module, x, pass_name, autocast)
-                    for name, module in ((OURS, ours), ("torch.nn", theirs))
-                },
-                effort,
-            )
+            calls = {
+                name: call_of(module, x, pass_name, autocast)
+                for name, module in ((OURS, ours), ("torch.nn", theirs))
+            }
+            samples = rows.in_turn(rows.without_refused(calls), effort)
         kind = "autocast to bfloat16" if autocast else "float32"
         threads = torch.get_num_threads()
         yield rows.row(f"models, {pass_name}, {kind}, threads: {threads}", model.case, samples)

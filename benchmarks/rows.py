@@ -67,6 +67,15 @@ def in_turn(calls: Mapping[str, Call], effort: Effort) -> dict[str, list[float]]
     return {name: s for name, s in zip(turns, samples, strict=True) if name in calls}
 
 
+def without_refused(calls: dict[str, Call]) -> dict[str, Call]:
+    """Leaves torch.nn out if it raises: on a CPU without AVX-512 for an LSTM under autocast."""
+    try:
+        calls["torch.nn"]()
+    except (RuntimeError, NotImplementedError):
+        return {name: call for name, call in calls.items() if name != "torch.nn"}
+    return calls
+
+
 def ratio(samples: Samples, own: str, other: str) -> float:
     """How many times as long the other call takes."""
     return PairTiming(samples[own], samples[other]).speedup

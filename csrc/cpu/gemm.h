@@ -361,9 +361,11 @@ TileFunction<E, P> tile_of(int vectors, int64_t rows, bool adds) {
   return tile_of<E, P, true>(vectors, rows);
 }
 
-// Whether a block of a panel is copied before its tiles read it. Its groups then follow each other,
-// while rows of a matrix whose distance is a large power of two compete for the same places in the
-// cache. And bfloat16 is widened once, which takes two instructions; float16 takes one.
+// Whether a block of a panel is copied before its tiles read it, which pays where tiles are low and
+// so read it often. Its groups then follow each other, while rows of a matrix whose distance is a
+// large power of two compete for the same places in the cache. And bfloat16 is widened once, which
+// takes two instructions; float16 takes one.
+constexpr bool kMayCopy = kTileRows == 3;
 constexpr int64_t kRowsWorthCopying = 5 * kTileRows;
 template <typename E, typename P>
 bool worth_copying(int64_t rows, int64_t panel_row) {
@@ -437,7 +439,7 @@ void product(int vectors, int64_t rows, int64_t first, int64_t K, const E* const
       const int64_t depth = min_of(kDepth, K - k);
       const P* block = panel + groups<E>(k) * panel_row;
       const bool adds = kAdds || k > 0;
-      if constexpr (kGroup<E> == 1) {
+      if constexpr (kMayCopy && kGroup<E> == 1) {
         if (worth_copying<E, P>(rows, panel_row)) {
           alignas(kVectorBytes) Compute<E> copy[kDepth * kPanelWidth<E>];
           copy_block<E>(vectors, depth, block, panel_row, copy);
