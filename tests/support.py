@@ -5,6 +5,7 @@ oracle.
 from __future__ import annotations
 
 import copy
+import functools
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -84,6 +85,17 @@ def cudnn(enabled: bool = True) -> Iterator[None]:
 def autocast(dtype: torch.dtype = torch.bfloat16, *, enabled: bool = True) -> torch.autocast:
     """`torch.autocast` for the device of the test."""
     return torch.autocast(torch.get_default_device().type, dtype=dtype, enabled=enabled)
+
+
+@functools.cache
+def torch_nn_autocasts_lstm() -> bool:
+    """Whether torch.nn.LSTM runs under autocast on this CPU. Without AVX-512 oneDNN refuses it."""
+    try:
+        with torch.device("cpu"), torch.no_grad(), torch.autocast("cpu"):
+            nn.LSTM(1, 1)(torch.ones(1, 1, 1))
+    except RuntimeError:
+        return False
+    return True
 
 
 def pack_rows(rows: list[Tensor], *, enforce_sorted: bool = True) -> PackedSequence:
