@@ -12,6 +12,7 @@ A row is a dictionary that JSON can hold:
 from __future__ import annotations
 
 import statistics
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from time import sleep
@@ -68,10 +69,13 @@ def in_turn(calls: Mapping[str, Call], effort: Effort) -> dict[str, list[float]]
 
 
 def without_refused(calls: dict[str, Call]) -> dict[str, Call]:
-    """Leaves torch.nn out if it raises: on a CPU without AVX-512 for an LSTM under autocast."""
+    """Leaves torch.nn out if it raises: it cannot be called like that, or not on this CPU (an LSTM
+    under autocast on x86-64 without AVX-512).
+    """
     try:
         calls["torch.nn"]()
-    except (RuntimeError, NotImplementedError):
+    except RuntimeError as error:
+        print(f"torch.nn is left out, because it raises {error!r:.100}", file=sys.stderr)
         return {name: call for name, call in calls.items() if name != "torch.nn"}
     return calls
 

@@ -46,7 +46,7 @@ from rnnkern import tolerance
 
 # T, N, I, H: tiny, one row, several rows per register tile with remainders, and enough work for two
 # threads.
-SIZES = [(4, 1, 3, 5), (3, 1, 65, 130), (5, 13, 7, 33), (2, 70, 40, 150)]
+SIZES = [(4, 1, 3, 5), (3, 1, 65, 130), (5, 13, 7, 33), (2, 70, 40, 150), (1, 17, 70, 67)]
 
 
 def cases() -> Iterator[tuple[str, nn.Module, Leaves]]:

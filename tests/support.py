@@ -9,7 +9,7 @@ import functools
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from socket import socket
 from typing import Any, TypeAlias
@@ -89,13 +89,24 @@ def autocast(dtype: torch.dtype = torch.bfloat16, *, enabled: bool = True) -> to
 
 @functools.cache
 def torch_nn_autocasts_lstm() -> bool:
-    """Whether torch.nn.LSTM runs under autocast on this CPU. Without AVX-512 oneDNN refuses it."""
+    """Whether torch.nn.LSTM runs under autocast on this CPU. On x86-64 without AVX-512 oneDNN
+    refuses it (Zen 3, torch 2.13).
+    """
+    with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+        lstm, x = nn.LSTM(1, 1), torch.ones(1, 1, 1)
     try:
-        with torch.device("cpu"), torch.no_grad(), torch.autocast("cpu"):
-            nn.LSTM(1, 1)(torch.ones(1, 1, 1))
-    except RuntimeError:
+        with torch.no_grad(), torch.autocast("cpu"):
+            lstm(x)
+    except RuntimeError as error:
+        if "primitive" not in str(error):
+            raise
         return False
     return True
+
+
+def without_onednn(is_so: bool) -> AbstractContextManager[None]:
+    """A context in which torch takes no kernels of oneDNN; if not ``is_so``, all is as it was."""
+    return torch.backends.mkldnn.flags(enabled=False) if is_so else nullcontext()
 
 
 def pack_rows(rows: list[Tensor], *, enforce_sorted: bool = True) -> PackedSequence:

@@ -23,6 +23,7 @@ from benchmarks import (
     precision,
     versions,
 )
+from benchmarks.rows import without_refused
 
 pytestmark = pytest.mark.cpu_only
 
@@ -134,6 +135,18 @@ def test_the_benchmark_of_models_runs(run) -> None:  # type: ignore[no-untyped-d
     lines = run(models, "--model", "Silero VAD", "--seconds", "0", "--threads", "1")
     assert "Silero VAD: in the manner of" in lines[1]
     assert [line.split(", ")[2] for line in lines[2:]] == ["float32", "autocast to bfloat16"]
+
+
+def test_torch_nn_is_left_out_where_it_raises(capsys: pytest.CaptureFixture[str]) -> None:
+    def refuse() -> None:
+        raise NotImplementedError
+
+    def own() -> None:
+        pass
+
+    assert without_refused({"rnnkern": own, "torch.nn": own}).keys() == {"rnnkern", "torch.nn"}
+    assert without_refused({"rnnkern": own, "torch.nn": refuse}) == {"rnnkern": own}
+    assert "because it raises NotImplementedError()" in capsys.readouterr().err
 
 
 def test_the_benchmark_of_frozen_layers_runs(run) -> None:  # type: ignore[no-untyped-def]

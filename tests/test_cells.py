@@ -193,7 +193,7 @@ def test_one_bias_missing(kind: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("rows", "I", "H"),
-    [(16, 40, 33), (31, 300, 65), (64, 65, 129), (70, 3, 70), (130, 17, 20)],
+    [(16, 40, 33), (17, 70, 67), (31, 300, 65), (64, 65, 129), (70, 3, 70), (130, 17, 20)],
     ids=str,
 )
 @pytest.mark.parametrize("form", CELL_FORMS)

@@ -25,6 +25,7 @@ from support import (
     initial_states,
     states_of,
     torch_nn_autocasts_lstm,
+    without_onednn,
 )
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
@@ -303,9 +304,10 @@ def test_autocast_of_a_program() -> None:
     if torch_nn_autocasts_lstm():
         torch.testing.assert_close(program(x), rnnkern.revert(module)(x))
         return
-    with torch.backends.mkldnn.flags(enabled=False):  # a module's results are float32 then
+    with without_onednn(True):  # results of a module are float32 then
         found, wanted = tree_leaves(program(x)), tree_leaves(rnnkern.revert(module)(x))
     for own, z in zip(found, wanted, strict=True):
+        assert own.dtype == torch.bfloat16
         torch.testing.assert_close(own.float(), z, rtol=0, atol=1e-2)
 
 
@@ -387,12 +389,8 @@ def test_programs_with_lengths_run_under_autocast_to_float16() -> None:
     case = CASES["LSTM-lengths"]
     module, given = case.build(), case.inputs(*SHAPES[0])
     program = torch.export.export(module, given).module()
-    runs = torch_nn_autocasts_lstm()
-    with (
-        torch.no_grad(),
-        torch.autocast("cpu", torch.float16),
-        torch.backends.mkldnn.flags(enabled=runs),
-    ):
+    refused = not torch_nn_autocasts_lstm()
+    with torch.no_grad(), torch.autocast("cpu", torch.float16), without_onednn(refused):
         found = program(*given)
     wanted = tree_leaves(module(*given))
     for own, z in zip(tree_leaves(found), wanted, strict=True):

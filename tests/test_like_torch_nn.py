@@ -57,7 +57,7 @@ DIFFERENCES: dict[str, Difference] = {
 }
 OF_SOME_CPUS: dict[str, Difference] = dict.fromkeys(
     ("within-autocast", "within-autocast-without-cache"),
-    ("torch.nn's raises on a CPU without AVX-512", ["LSTM"]),
+    ("torch.nn's raises on x86-64 without AVX-512", ["LSTM"]),
 )
 
 

@@ -32,10 +32,11 @@ namespace rnnkern {
 namespace RNNKERN_NAMESPACE {
 
 constexpr int kPanelVectors = 4;
-// The rows of a register tile: its sums, the operands of the side that has fewer of them, and one
-// of the other side are all in registers. A sum that is not there is loaded and stored for every
-// group, and these wait for each other: a tile then takes twice as long.
 constexpr int kMostTileRows = 6;
+// The rows of a register tile: its sums, the operands of the side that has fewer of them, and one
+// operand of the other side are all in registers. A sum that is not is loaded and stored for every
+// group, and these wait for each other, so a tile takes twice as long. Without a multiply-add, as
+// in the baseline of x86-64, the product needs one register more, and one sum does go that way.
 constexpr int tile_rows(int vectors) {
   const auto registers = [=](int rows) {
     return rows * vectors + (rows < vectors ? rows : vectors) + 1;
@@ -47,7 +48,7 @@ constexpr int tile_rows(int vectors) {
 constexpr int kTileRows = tile_rows(kPanelVectors);
 // The most rows of a tile that is the only one. Two tiles of two rows would read each vector of a
 // panel for two rows alone, so four rows are multiplied by one half of the vectors, then the other.
-constexpr int lone_rows(int vectors) { return tile_rows(vectors) + (tile_rows(vectors) == 3); }
+constexpr int lone_rows(int vectors) { return tile_rows(vectors) < 4 ? 4 : tile_rows(vectors); }
 constexpr int64_t kDepth = 256;
 constexpr int kAhead = 8;  // groups that are prefetched
 static_assert(kDepth * kPanelVectors * kVectorBytes <= 64 * 1024,
@@ -201,7 +202,7 @@ RNNKERN_INLINE E group_at(const E* row) {
 // A vector of one group.
 template <typename E, typename Left>
 RNNKERN_INLINE Vec<E> broadcast(Left group) {
-  return group - Vec<E>{};  // minus zero keeps every number, also -0
+  return group - Vec<E>{};  // x - 0 is x, also if x is -0
 }
 // c + a * b, group by group; a is one group, or a vector of them.
 template <typename E, typename Left>
@@ -243,69 +244,70 @@ void tile(int64_t k_begin, int64_t k_count, const E* const* a, const P* panel, i
     tile<E, P, kFirst, kRows, kAdds>(k_begin, k_count, a, panel, panel_row, acc, acc_row);
     tile<E, P, kVectors - kFirst, kRows, kAdds>(k_begin, k_count, a, panel + kLanesOfFirst,
                                                 panel_row, acc + kLanesOfFirst, acc_row);
-    return;
-  }
-  using V = Vec<E>;
-  // A core loads as often as it multiplies. So a tile prefetches if it has no more loads than
-  // multiply-adds. On a shared Intel Xeon the next lines of a panel come too late without it.
-  constexpr int kBytes = kLanes<E> * int(sizeof(P));  // of a vector of the panel
-  constexpr int kPerLine = kBytes < 64 ? 64 / kBytes : 1;
-  constexpr bool kPrefetches = kRows * kVectors >= kVectors + kRows + ceil_div(kVectors, kPerLine);
-  V c[kRows][kVectors];
-  const E* row[kRows];
+  } else {
+    using V = Vec<E>;
+    // A core loads as often as it multiplies. So a tile prefetches if it has no more loads than
+    // multiply-adds. On a shared Intel Xeon the next lines of a panel come too late without it.
+    constexpr int kBytes = kLanes<E> * int(sizeof(P));  // of a vector of the panel
+    constexpr int kPerLine = kBytes < 64 ? 64 / kBytes : 1;
+    constexpr bool kPrefetches =
+        kRows * kVectors >= kVectors + kRows + ceil_div(kVectors, kPerLine);
+    V c[kRows][kVectors];
+    const E* row[kRows];
 #pragma GCC unroll 8
-  for (int m = 0; m < kRows; ++m) {
-    row[m] = a[m] + k_begin;
+    for (int m = 0; m < kRows; ++m) {
+      row[m] = a[m] + k_begin;
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) c[m][v] = V{};
-  }
-  const auto load_vector = [&](int v) __attribute__((always_inline)) {
-    if (kPrefetches && v % kPerLine == 0) {
-      // At the end this is no address of the panel any more, which a prefetch may have.
-      __builtin_prefetch(reinterpret_cast<const char*>(panel) +
-                         int64_t(sizeof(P)) * (kAhead * panel_row + v * kLanes<E>));
+      for (int v = 0; v < kVectors; ++v) c[m][v] = V{};
     }
-    return V(load(panel + v * kLanes<E>));
-  };
-  // The operands of the side that has fewer of them are held.
-  const auto add = [&](auto group) __attribute__((always_inline)) {
-    if constexpr (kRows < kVectors) {
-      V left[kRows];
+    const auto load_vector = [&](int v) __attribute__((always_inline)) {
+      if (kPrefetches && v % kPerLine == 0) {
+        // At the end this is no address of the panel any more, which a prefetch may have.
+        __builtin_prefetch(reinterpret_cast<const char*>(panel) +
+                           int64_t(sizeof(P)) * (kAhead * panel_row + v * kLanes<E>));
+      }
+      return load(panel + v * kLanes<E>);
+    };
+    // The operands of the side that has fewer of them are held.
+    const auto add = [&](auto group) __attribute__((always_inline)) {
+      if constexpr (kRows < kVectors) {
+        V left[kRows];
 #pragma GCC unroll 8
-      for (int m = 0; m < kRows; ++m) left[m] = broadcast<E>(group(row[m]));
+        for (int m = 0; m < kRows; ++m) left[m] = broadcast<E>(group(row[m]));
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) {
+          const V b = load_vector(v);
+#pragma GCC unroll 8
+          for (int m = 0; m < kRows; ++m) c[m][v] = multiply_add<E>(left[m], b, c[m][v]);
+        }
+      } else {
+        V b[kVectors];
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) b[v] = load_vector(v);
+#pragma GCC unroll 8
+        for (int m = 0; m < kRows; ++m) {
+          const auto left = group(row[m]);
+#pragma GCC unroll 4
+          for (int v = 0; v < kVectors; ++v) c[m][v] = multiply_add<E>(left, b[v], c[m][v]);
+        }
+      }
+      panel += panel_row;
+    };
+    int64_t k = 0;
+#pragma GCC unroll 4
+    for (; k + kGroup<E> <= k_count; k += kGroup<E>) {
+      add([k](const E* r) { return group_at(r + k); });
+    }
+    if constexpr (kGroup<E> > 1) {
+      if (k < k_count) add([k](const E* r) { return half_group_at(r + k); });
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < kRows; ++m) {
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
-        const V b = load_vector(v);
-#pragma GCC unroll 8
-        for (int m = 0; m < kRows; ++m) c[m][v] = multiply_add<E>(left[m], b, c[m][v]);
+        Compute<E>* to = acc + m * acc_row + v * kLanes<E>;
+        store(to, kAdds ? load(to) + c[m][v] : c[m][v]);
       }
-    } else {
-      V b[kVectors];
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) b[v] = load_vector(v);
-#pragma GCC unroll 8
-      for (int m = 0; m < kRows; ++m) {
-        const auto left = group(row[m]);
-#pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) c[m][v] = multiply_add<E>(left, b[v], c[m][v]);
-      }
-    }
-    panel += panel_row;
-  };
-  int64_t k = 0;
-#pragma GCC unroll 4
-  for (; k + kGroup<E> <= k_count; k += kGroup<E>) {
-    add([k](const E* r) { return group_at(r + k); });
-  }
-  if constexpr (kGroup<E> > 1) {
-    if (k < k_count) add([k](const E* r) { return half_group_at(r + k); });
-  }
-#pragma GCC unroll 8
-  for (int m = 0; m < kRows; ++m) {
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) {
-      Compute<E>* to = acc + m * acc_row + v * kLanes<E>;
-      store(to, kAdds ? load(to) + c[m][v] : c[m][v]);
     }
   }
 }
@@ -361,51 +363,80 @@ TileFunction<E, P> tile_of(int vectors, int64_t rows, bool adds) {
   return tile_of<E, P, true>(vectors, rows);
 }
 
-// Whether a block of a panel is copied before its tiles read it, which pays where tiles are low and
-// so read it often. Its groups then follow each other, while rows of a matrix whose distance is a
-// large power of two compete for the same places in the cache. And bfloat16 is widened once, which
-// takes two instructions; float16 takes one.
-constexpr bool kMayCopy = kTileRows == 3;
-constexpr int64_t kRowsWorthCopying = 5 * kTileRows;
-template <typename E, typename P>
-bool worth_copying(int64_t rows, int64_t panel_row) {
-  return rows >= kRowsWorthCopying && (panel_row > 2 * kPanelWidth<E> || std::is_same_v<P, Bf16>);
-}
-template <typename E, typename P>
-void copy_block(int vectors, int64_t depth, const P* panel, int64_t panel_row, Compute<E>* to) {
-  for (int64_t k = 0; k < depth; ++k, panel += panel_row) {
-    for (int v = 0; v < vectors; ++v, to += kLanes<E>) {
-      __builtin_prefetch(panel + kAhead * panel_row + v * kLanes<E>);
-      store(to, Vec<E>(load(panel + v * kLanes<E>)));
-    }
+// How rows are divided among tiles: as equally high as can be, because a low one reads the panel
+// for fewer products. The first `higher` tiles have one row more. A single tile, of a small call,
+// needs no division.
+template <typename E>
+struct TileHeights {
+  int64_t height, higher;
+
+  TileHeights(int vectors, int64_t rows) {
+    static constexpr int kMost[] = {0, most(1), most(2), most(3), most(4)};
+    static constexpr int kAlone[] = {0, alone(1), alone(2), alone(3), alone(4)};
+    const int64_t tiles = rows <= kAlone[vectors] ? 1 : ceil_div(rows, kMost[vectors]);
+    height = tiles == 1 ? rows : rows / tiles;
+    higher = rows - tiles * height;
   }
-}
+
+  static constexpr int most(int vectors) {
+    return std::is_same_v<E, I8> ? kRowsOfIntegers : tile_rows(vectors);
+  }
+  static constexpr int alone(int vectors) {
+    return std::is_same_v<E, I8> ? kRowsOfIntegers : lone_rows(vectors);
+  }
+};
 
 // acc = or += a x a block of a panel, tile by tile.
 template <typename E, typename P>
-void multiply_block(int vectors, int64_t rows, int64_t first, int64_t depth, const E* const* a,
-                    const P* block, int64_t panel_row, bool adds, Compute<E>* acc,
-                    int64_t acc_row) {
-  // Tiles are as equally high as can be, because a low one reads the panel for fewer products. The
-  // first `higher` tiles have one row more. A single tile, of a small call, needs no division.
-  constexpr bool kIntegers = std::is_same_v<E, I8>;
-  const int64_t most = kIntegers ? kRowsOfIntegers : tile_rows(vectors);
-  const bool lone = rows <= (kIntegers ? most : lone_rows(vectors));
-  const int64_t tiles = lone ? 1 : ceil_div(rows, most);
-  const int64_t height = lone ? rows : rows / tiles;
-  const int64_t higher = rows - tiles * height;
+void multiply_block(int vectors, int64_t rows, const TileHeights<E>& heights, int64_t first,
+                    int64_t depth, const E* const* a, const P* block, int64_t panel_row, bool adds,
+                    Compute<E>* acc, int64_t acc_row) {
+  const int64_t height = heights.height;
   int64_t m = 0;
-  if (higher > 0) {
+  if (heights.higher > 0) {
     const TileFunction<E, P> high = tile_of<E, P>(vectors, height + 1, adds);
-    for (int64_t i = 0; i < higher; ++i, m += height + 1) {
+    for (int64_t i = 0; i < heights.higher; ++i, m += height + 1) {
       high(first, depth, a + m, block, panel_row, acc + m * acc_row, acc_row);
     }
   }
-  if (rows == 0) return;
+  if (height == 0) return;
   const TileFunction<E, P> low = tile_of<E, P>(vectors, height, adds);
   for (; m < rows; m += height) {
     low(first, depth, a + m, block, panel_row, acc + m * acc_row, acc_row);
   }
+}
+
+// Whether a block of a panel is copied before its tiles read it. This pays where tiles are low,
+// because they read it often: if its groups are far apart, as the rows of a matrix are, or if it is
+// bfloat16, which takes two instructions to widen. (float16 takes one.) Groups whose distance is a
+// large power of two also compete for the same places in the cache.
+constexpr bool kMayCopy = kRegisters < 32;
+constexpr int64_t kTilesWorthCopying = 5;
+template <typename E, typename P>
+bool worth_copying(int64_t rows, const TileHeights<E>& heights, int64_t panel_row) {
+  return rows >= kTilesWorthCopying * max_of(kTileRows, heights.height) &&
+         (panel_row > 2 * kPanelWidth<E> || std::is_same_v<P, Bf16>);
+}
+// The same as `multiply_block`, with the block copied. Not inlined, because the copy would be on
+// the stack of every product.
+template <typename E, typename P>
+__attribute__((noinline)) void multiply_copied_block(int vectors, int64_t rows,
+                                                     const TileHeights<E>& heights, int64_t first,
+                                                     int64_t depth, const E* const* a,
+                                                     const P* block, int64_t panel_row, bool adds,
+                                                     Compute<E>* acc, int64_t acc_row) {
+  alignas(kVectorBytes) Compute<E> copy[kDepth * kPanelWidth<E>];
+  const int64_t copy_row = vectors * kLanes<E>;
+  for (int64_t k = 0; k < depth; ++k) {
+    const P* const group = block + k * panel_row;
+    for (int64_t i = 0; i < copy_row; i += kLanes<E>) {
+      // At the end this is no address of the panel any more, which a prefetch may have.
+      __builtin_prefetch(reinterpret_cast<const char*>(group) +
+                         int64_t(sizeof(P)) * (kAhead * panel_row + i));
+      store(copy + k * copy_row + i, load(group + i));
+    }
+  }
+  multiply_block<E>(vectors, rows, heights, first, depth, a, copy, copy_row, adds, acc, acc_row);
 }
 
 // acc[m][..] += a[m][first..first+K) x panel for `rows` rows; the rows of acc are padded to whole
@@ -426,29 +457,26 @@ void product(int vectors, int64_t rows, int64_t first, int64_t K, const E* const
     }
   }
 #endif
+  const TileHeights<E> heights(vectors, rows);
   if constexpr (std::is_same_v<E, I8>) {
     // Their tile takes the distance of vectors in place of the first k, which is zero. Sums of
-    // integers have one scale each.
+    // integers have one scale each, so all K are one block.
     const PanelLayout<E> layout(K, panel_row);
-    multiply_block<E>(vectors, rows, layout.at(kLanes<float>), max_of(1, K), a, panel,
+    multiply_block<E>(vectors, rows, heights, layout.at(kLanes<float>), max_of(1, K), a, panel,
                       layout.stride(), kAdds, acc, acc_row);
-    return;
   } else {
     // A sum of nothing is written too.
     for (int64_t k = 0; k < K || (k == 0 && !kAdds); k += kDepth) {
       const int64_t depth = min_of(kDepth, K - k);
       const P* block = panel + groups<E>(k) * panel_row;
       const bool adds = kAdds || k > 0;
-      if constexpr (kMayCopy && kGroup<E> == 1) {
-        if (worth_copying<E, P>(rows, panel_row)) {
-          alignas(kVectorBytes) Compute<E> copy[kDepth * kPanelWidth<E>];
-          copy_block<E>(vectors, depth, block, panel_row, copy);
-          multiply_block<E>(vectors, rows, first + k, depth, a, copy, vectors * kLanes<E>, adds,
-                            acc, acc_row);
-          continue;
-        }
+      if (kMayCopy && worth_copying<E, P>(rows, heights, panel_row)) {
+        multiply_copied_block<E>(vectors, rows, heights, first + k, depth, a, block, panel_row,
+                                 adds, acc, acc_row);
+      } else {
+        multiply_block<E>(vectors, rows, heights, first + k, depth, a, block, panel_row, adds, acc,
+                          acc_row);
       }
-      multiply_block<E>(vectors, rows, first + k, depth, a, block, panel_row, adds, acc, acc_row);
     }
   }
 }

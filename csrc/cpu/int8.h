@@ -8,8 +8,9 @@
 //
 // The instructions of AVX512-VNNI and AMX multiply unsigned integers by signed ones. So the left
 // operand is q + 128 there, and each sum begins with -128 times the sum of its weights. Elsewhere
-// the left operand is q. On x86-64 it is q as integers of 16 bits, those of the even k of a group
-// before those of the odd k, because pairs of 16-bit integers are multiplied. All give the same
+// the left operand is q. Without these instructions, x86-64 multiplies pairs of 16-bit integers.
+// Two shifts widen the even integers of a group of weights, and one the odd ones. So the left
+// operand has integers of 16 bits there, in each group those of even k first. All give the same
 // integers.
 //
 // For a vector of 16 units, one instruction computes the products of one group with one row of a
@@ -162,7 +163,8 @@ RNNKERN_INLINE Ints add_products_of_group(LeftGroup left, Ints right, Ints c) {
 #endif
 }
 
-// The vectors and rows that the sums and what their products need leave room for.
+// The largest tile whose sums and operands are all in registers. Without AVX512-VNNI each vector on
+// the right becomes two.
 #if defined(__AVX512VNNI__)
 constexpr int kVectorsOfIntegers = 4;
 #else

@@ -95,7 +95,7 @@ RNNKERN_INLINE Vec<T> from_bits(Bits16 bits) {
   }
 #elif defined(__F16C__)
   if constexpr (std::is_same_v<T, F16>) return (Vec<T>)_mm256_cvtph_ps((__m128i)bits);
-  // One instruction, for which GCC takes four.
+  // One instruction, in place of which GCC 12 takes four.
   return widen<Vec<T>>(T{}, (Bits32)_mm256_cvtepu16_epi32((__m128i)bits));
 #endif
   return widen<Vec<T>>(T{}, __builtin_convertvector(bits, Bits32));

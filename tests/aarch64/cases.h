@@ -90,6 +90,7 @@ constexpr Case kCases[] = {
      2,
      {.plan = as_they_lie(Reading::kBroadcast, 2), .has_gaps = true}},
     {"weights broadcast, many rows", 1, 37, 5, 19, 1, {.plan = as_they_lie(Reading::kBroadcast)}},
+    {"weights as they lie, many rows", 1, 17, 70, 67, 1, {.plan = as_they_lie(Reading::kDots)}},
     {"long sums", 2, 3, 261, 5, 1},
     {"many rows", 41, 10, 2, 3, 1, {.dy = kUniform}},
     {"NaN and infinity", 4, 6, 3, 6, 2, {.resets = true, .is_special = true}},

@@ -131,7 +131,8 @@ void check_conversions(const Counts& counts) {
 
 // Products of rows and columns of integers, of which the last group is not whole.
 void check_integers(const Counts& counts) {
-  constexpr int64_t K = 37, kRows = kTileRows + 2, kColumns = 2 * kLanes<float>;
+  constexpr int kVectors = 3;
+  constexpr int64_t K = 37, kRows = kRowsOfIntegers + 2, kColumns = kVectors * kLanes<float>;
   constexpr float kScaleOfRows = 0.5f;
   const auto left = [](int64_t m, int64_t k) {
     return k == 0 ? 127 : int(m * 31 + k * 7) % 255 - 127;
@@ -155,7 +156,7 @@ void check_integers(const Counts& counts) {
     quantize_row(x.data(), K, row);
     a.push_back(row);
   }
-  product<I8>(2, kRows, 0, K, a.data(), panel.data(), kColumns, acc.data(), kColumns);
+  product<I8>(kVectors, kRows, 0, K, a.data(), panel.data(), kColumns, acc.data(), kColumns);
   bool equal = true;
   for (int64_t m = 0; m < kRows; ++m) {
     for (int64_t n = 0; n < kColumns; ++n) {
