@@ -36,7 +36,7 @@ constexpr int kMostTileRows = 6;
 // The rows of a register tile: its sums, the operands of the side that has fewer of them, and one
 // operand of the other side are all in registers. A sum that is not is loaded and stored for every
 // group, and these wait for each other, so a tile takes twice as long. Without a multiply-add, as
-// in the baseline of x86-64, the product needs one register more, and one sum does go that way.
+// in the baseline of x86-64, the product needs one register more, and some sums do go that way.
 constexpr int tile_rows(int vectors) {
   const auto registers = [=](int rows) {
     return rows * vectors + (rows < vectors ? rows : vectors) + 1;
@@ -465,18 +465,13 @@ void product(int vectors, int64_t rows, int64_t first, int64_t K, const E* const
     multiply_block<E>(vectors, rows, heights, layout.at(kLanes<float>), max_of(1, K), a, panel,
                       layout.stride(), kAdds, acc, acc_row);
   } else {
+    const auto multiply = kMayCopy && worth_copying<E, P>(rows, heights, panel_row)
+                              ? multiply_copied_block<E, P>
+                              : multiply_block<E, P>;
     // A sum of nothing is written too.
     for (int64_t k = 0; k < K || (k == 0 && !kAdds); k += kDepth) {
-      const int64_t depth = min_of(kDepth, K - k);
-      const P* block = panel + groups<E>(k) * panel_row;
-      const bool adds = kAdds || k > 0;
-      if (kMayCopy && worth_copying<E, P>(rows, heights, panel_row)) {
-        multiply_copied_block<E>(vectors, rows, heights, first + k, depth, a, block, panel_row,
-                                 adds, acc, acc_row);
-      } else {
-        multiply_block<E>(vectors, rows, heights, first + k, depth, a, block, panel_row, adds, acc,
-                          acc_row);
-      }
+      multiply(vectors, rows, heights, first + k, min_of(kDepth, K - k), a,
+               panel + groups<E>(k) * panel_row, panel_row, kAdds || k > 0, acc, acc_row);
     }
   }
 }
