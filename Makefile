@@ -115,23 +115,23 @@ wheels-cuda: $(call group,wheels)  ## the same for CUDA, in an hour: needs no nv
 test-aarch64: $(call group,build)  ## check the CPU kernels on AArch64 under QEMU (ARGS=native: on this CPU)
 	sh tools/aarch64.sh $(ARGS)
 
-sanitize: $(TESTS_ALONE)  ## run the kernel tests under the address and undefined-behaviour sanitizers (PART=0 to 2: a third)
+sanitize: $(TESTS_ALONE)  ## run the kernel tests under the address and undefined-behaviour sanitizers (PART=0 to 5: a sixth)
 	sh tools/sanitize.sh $(BIN)/python $(or $(PART),all) $(SPREAD) $(ARGS)
 
 cuda-check: $(TESTS_ALONE) $(call group,cuda-check)  ## compile the CUDA kernels (CUDAARCHS=90a-real: for one target), read their machine code
-	sh tools/cuda_check.sh $(BIN)/python
+	sh tools/cuda_check.sh $(BIN)/python $(or $(PART),all) $(SPREAD) $(ARGS)
 
 cuda-sanitize: $(TESTS)  ## tests on a GPU under compute-sanitizer's memcheck and racecheck
 	sh tools/cuda_sanitize.sh $(BIN)/python $(ARGS)
 
-simt: $(TESTS_ALONE)  ## run kernel tests on the CUDA kernels, on a stand-in for the GPU (ARGS: of pytest)
-	sh tools/simt.sh $(BIN)/python $(SPREAD) $(ARGS)
+simt: $(TESTS_ALONE)  ## run kernel tests on the CUDA kernels, on a stand-in for the GPU (PART=0, 1: a half)
+	sh tools/simt.sh $(BIN)/python $(or $(PART),all) $(SPREAD) $(ARGS)
 
 ptx: $(TESTS_ALONE)  ## test nvcc's PTX of the CUDA kernels on that stand-in; needs nvcc (PART=0 to 3: a quarter of it)
 	sh tools/ptx.sh $(BIN)/python $(or $(PART),all) $(SPREAD) $(ARGS)
 
-toy-cell: $(WITH_TORCH) $(call group,test)  ## add a cell to a copy of the sources and test it there (ARGS: of pytest)
-	$(BIN)/python tools/toy_cell.py $(SPREAD) $(ARGS)
+toy-cell: $(WITH_TORCH) $(call group,test)  ## add a cell to a copy of the sources and test it there (PART=0, 1: on the CPU, the stand-in)
+	$(BIN)/python tools/toy_cell.py $(if $(PART),--part $(PART)) $(SPREAD) $(ARGS)
 
 own-cells: $(TESTS)  ## run the kernel tests on three cells that are written in Python
 	PYTHONPATH=tests:tests/own_cells RNNKERN_CACHE=build/cells $(PYTEST) -p three_cells -m kernel \

@@ -49,6 +49,7 @@ class CMakeBuild(build_ext):
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target}",
             f"-DRNNKERN_SANITIZE={os.environ.get('RNNKERN_SANITIZE', '')}",
+            f"-DRNNKERN_SANITIZED={os.environ.get('RNNKERN_SANITIZED', '')}",
             f"-DRNNKERN_AMX_STAND_IN={os.environ.get('RNNKERN_AMX_STAND_IN', 'OFF')}",
             f"-DRNNKERN_SIMT={os.environ.get('RNNKERN_SIMT', 'OFF')}",
             f"-DRNNKERN_CUDA={os.environ.get('RNNKERN_CUDA', 'AUTO')}",

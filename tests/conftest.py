@@ -40,9 +40,6 @@ os.environ.setdefault("RNNKERN_CACHE", str(ROOT / "build" / "cells"))
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line(
-        "markers", "kernel: numerics of the kernels alone, the part that runs under the sanitizers"
-    )
     # A test that falls back to torch.nn without meaning to tests nothing.
     config.addinivalue_line("filterwarnings", "error::rnnkern.FallbackWarning")
     # Nor should users read what is meant for the authors of an extension.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from test_machines import KIB, machines, share
+from test_machines import KIB, machines, share, third
 
 pytestmark = pytest.mark.cpu_only
 
@@ -21,13 +21,14 @@ def test_every_set_cache_and_number_of_threads_is_on_a_machine(sets: list[str]) 
     assert {machine["RNNKERN_TEST_THREADS"] for machine in described} == {"1", "2", "64"}
 
 
-def test_in_27_parts_every_file_meets_every_machine() -> None:
-    files = ["a", "b", "c", "d"]
+def test_in_81_parts_every_file_meets_every_machine() -> None:
+    files = [f"{i:02}" for i in range(17)]
     met: dict[str, set[tuple[str, ...]]] = {name: set() for name in files}
-    for part in range(27):
-        described, _ = next(machines(SETS, part))
-        shares = [share(files, place, len(described), part) for place in range(len(described))]
-        assert sorted(itertools.chain(*shares)) == files
+    for part in range(81):
+        chosen, turn = third(files, part)
+        described, _ = next(machines(SETS, turn))
+        shares = [share(chosen, place, len(described), turn) for place in range(len(described))]
+        assert sorted(itertools.chain(*shares)) == chosen
         for machine, names in zip(described, shares, strict=True):
             for name in names:
                 met[name].add(tuple(machine.values()))

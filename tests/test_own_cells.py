@@ -28,6 +28,7 @@ from rnnkern.own_cells.cell import OwnCell
 
 pytestmark = [
     pytest.mark.cpu_only,
+    pytest.mark.own_cells,
     pytest.mark.skipif(kernels.IS_STAND_IN, reason="kernels of own cells are for CPUs"),
 ]
 

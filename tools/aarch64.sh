@@ -1,6 +1,6 @@
 #!/bin/sh
 # Build the CPU kernels for AArch64, with the flags of the package and warnings as errors, into a
-# program that checks every cell, pass and type without Python (tests/aarch64), and run it on QEMU's
+# program that checks every cell, pass and type without Python (tests/standalone), and run it on QEMU's
 # emulation of that processor. Debian's packages for it are g++-aarch64-linux-gnu and qemu-user.
 # With `native` it is built for this CPU and runs without QEMU: the quick way to debug the program.
 # Usage, from the repository, with cmake and ninja on the path: tools/aarch64.sh [native]
@@ -28,6 +28,6 @@ else
   exit 1
 fi
 
-cmake -S . -B "$build" -G Ninja -DRNNKERN_DRIVER=ON -DCMAKE_CXX_FLAGS=-Werror "$@"
-cmake --build "$build" --target driver --parallel "$(nproc)"
-$emulator "$build/driver"
+cmake -S . -B "$build" -G Ninja -DRNNKERN_STANDALONE=ON -DCMAKE_CXX_FLAGS=-Werror "$@"
+cmake --build "$build" --target standalone --parallel "$(nproc)"
+$emulator "$build/standalone"

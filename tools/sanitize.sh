@@ -1,15 +1,16 @@
 #!/bin/sh
-# Build with g++'s address and undefined-behaviour sanitizers, and test what was built, in three
-# parts:
-#   0  the package with the best instruction set: the kernel tests in float32 and bfloat16, which go
-#      through Python, in build/sanitize;
-#   1  the program of tests/aarch64, which checks every cell, pass and type in seconds, with each
-#      instruction set, in build/sanitize-program;
-#   2  the package with the CUDA kernels on their stand-in, in build/sanitize-simt.
-# AMX is the stand-in of csrc/cpu/amx.h, so that it runs on CPUs that have none.
+# Build with g++'s address and undefined-behaviour sanitizers, and test what was built, in six parts:
+#   0, 1  the package with the best instruction set: the kernel tests, which go through Python, in
+#         float32 and in bfloat16, in build/sanitize;
+#   2, 3  the program of tests/standalone, which checks every cell, pass and type in seconds, with
+#         each instruction set without AVX-512 and with it, in build/sanitize-program;
+#   4, 5  the package with the CUDA kernels on their stand-in, in float32 and in bfloat16, in
+#         build/sanitize-simt.
+# A part of one type leaves the kernels of the others unsanitized. AMX is the stand-in of
+# csrc/cpu/amx.h, so that it runs on CPUs that have none.
 # Usage, from the repository, with cmake and ninja on the path:
 #   tools/sanitize.sh PYTHON PART [pytest arguments]
-# PART is all, or a number whose remainder by three names the part.
+# PART is all, or a number whose remainder by six names the part.
 set -eu
 
 python=$1
@@ -50,32 +51,42 @@ run_tests() {  # run_tests BASE [pytest arguments]
     RNNKERN_TEST_DEVICES=cpu "$bin/pytest" -m kernel -p loaded_from --capture=sys "$@"
 }
 
-package() {
-  echo "sanitize: the package, with the best instruction set"
-  build $base RNNKERN_AMX_STAND_IN=ON RNNKERN_INSTRUCTION_SETS=native RNNKERN_CUDA=OFF
-  run_tests $base tests -k 'not float64 and (bfloat16 or not float16)' "$@"
+frozen_only='F32ByBf16;F32ByI8;F32By3Bf16'
+
+package() {  # package ELEMENT PYTEST_K [pytest arguments]
+  echo "sanitize: the package, with the best instruction set, $1"
+  build $base RNNKERN_SANITIZED="$1;$frozen_only" RNNKERN_AMX_STAND_IN=ON \
+    RNNKERN_INSTRUCTION_SETS=native RNNKERN_CUDA=OFF
+  selected=$2
+  shift 2
+  run_tests $base tests -k "$selected" "$@"
 }
 
-program() {
-  echo "sanitize: the program, with each instruction set"
-  cmake -S . -B $base-program -G Ninja -DRNNKERN_DRIVER=ON \
+program() {  # program INSTRUCTION_SETS
+  echo "sanitize: the program, with each instruction set of $1"
+  cmake -S . -B $base-program -G Ninja -DRNNKERN_STANDALONE=ON "-DRNNKERN_INSTRUCTION_SETS=$1" \
     -DRNNKERN_SANITIZE=$RNNKERN_SANITIZE -DRNNKERN_AMX_STAND_IN=ON
-  cmake --build $base-program --target driver
-  sets=$($base-program/driver --sets)
-  [ -n "$sets" ]
-  for isa in $sets; do
+  cmake --build $base-program --target standalone
+  for isa in $($base-program/standalone --sets); do
     echo "sanitize: RNNKERN_ISA=$isa"
-    RNNKERN_ISA=$isa $base-program/driver
+    RNNKERN_ISA=$isa $base-program/standalone
   done
 }
 
-stand_in() {
-  echo "sanitize: the CUDA kernels, on the stand-in of tests/simt"
-  build $base-simt RNNKERN_SIMT=ON
-  run_tests $base-simt tests/simt/check_tiers.py -k 'float32 or bfloat16' "$@"
+stand_in() {  # stand_in ELEMENT PYTEST_K [pytest arguments]
+  echo "sanitize: the CUDA kernels, on the stand-in of tests/simt, $1"
+  build $base-simt RNNKERN_SANITIZED="$1" RNNKERN_SIMT=ON
+  selected=$2
+  shift 2
+  run_tests $base-simt tests/simt/check_tiers.py -k "$selected" "$@"
 }
 
-[ "$part" = all ] || part=$((part % 3))
-case $part in 0 | all) package "$@" ;; esac
-case $part in 1 | all) program ;; esac
-case $part in 2 | all) stand_in "$@" ;; esac
+in_part() {
+  [ "$part" = all ] || [ $((part % 6)) = "$1" ]
+}
+if in_part 0; then package float 'not float64 and not float16 and not bfloat16' "$@"; fi
+if in_part 1; then package Bf16 bfloat16 "$@"; fi
+if in_part 2; then program 'baseline;x86_64_v3'; fi
+if in_part 3; then program 'x86_64_v4;x86_64_v4_vnni;x86_64_v4_bf16;x86_64_v4_amx'; fi
+if in_part 4; then stand_in float float32 "$@"; fi
+if in_part 5; then stand_in Bf16 bfloat16 "$@"; fi

@@ -2,11 +2,14 @@
 # Build the package a second time with the CUDA kernels in place of the CPU's, as plain C++ on the
 # stand-in of tests/simt, into build/simt, and run kernel tests on it: the package's own, for the
 # operands are ordinary tensors.
-# Usage, from the repository: tools/simt.sh PYTHON [pytest arguments]
+# Usage, from the repository: tools/simt.sh PYTHON PART [pytest arguments]
+# PART is all, or a number: an even one for the tests of the package's cells, an odd one for cells
+# that are written in Python and for the barriers.
 set -eu
 
 python=$1
-shift
+part=$2
+shift 2
 base=build/simt
 lib=$PWD/$base/lib
 
@@ -18,15 +21,22 @@ run_tests() {
   PYTHONPATH="$lib:$PWD/tools:$PWD/tests:$PWD/tests/own_cells" RNNKERN_LOADED_FROM="$lib" RNNKERN_TEST_DEVICES=cpu \
     "$(dirname "$python")/pytest" -m 'kernel and not cpu_only' -p loaded_from "$@"
 }
-tests="tests/test_cells.py tests/test_sequences.py"
-run_tests tests/simt/check_tiers.py "$@"
-# shellcheck disable=SC2086
-RNNKERN_CUDA_TIER=resident run_tests $tests "$@"
-# shellcheck disable=SC2086
-RNNKERN_CUDA_TIER=stepwise run_tests $tests -k 'float32 or LSTM' "$@"
+in_part() {
+  [ "$part" = all ] || [ $((part % 2)) = "$1" ]
+}
 
-# Second derivatives are of the stepwise tier, whatever tier is named.
-run_tests tests/test_second_order.py "$@"
+cells_of_the_package() {
+  tests="tests/test_cells.py tests/test_sequences.py"
+  run_tests tests/simt/check_tiers.py "$@"
+  # shellcheck disable=SC2086
+  RNNKERN_CUDA_TIER=resident run_tests $tests "$@"
+  # shellcheck disable=SC2086
+  RNNKERN_CUDA_TIER=stepwise run_tests $tests -k 'float32 or LSTM' "$@"
+  # Second derivatives are of the stepwise tier, whatever tier is named.
+  run_tests tests/test_second_order.py "$@"
+}
+if in_part 0; then cells_of_the_package "$@"; fi
+in_part 1 || exit 0
 
 # Cells that are written in Python are compiled for the stand-in when they are first called.
 own_cells() {

@@ -1,18 +1,21 @@
 """Add a cell that torch.nn does not have, as docs/tour.md says how, to a copy of the tree in
 build/toy-cell; and run the kernel tests on it there, on the CPU's kernels and on those for CUDA, on
-the stand-in of tests/simt.
+the stand-in of tests/simt. Part 0 is that of the CPU, part 1 that of the stand-in.
 
-Usage, from the repository: python tools/toy_cell.py [pytest arguments]
+Usage, from the repository: python tools/toy_cell.py [--part NUMBER] [pytest arguments]
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeAlias
 
 ROOT = Path(__file__).parent.parent
 COPY = ROOT / "build" / "toy-cell"
@@ -58,7 +61,8 @@ class CoupledLSTM(OwnRNN):
 # What is changed in the header of a cell, and what the compiler says then: what the cell misses, or
 # which value is not initialized because the cell does not do what its shape says.
 TOY, GRU = ("coupled_lstm.h", "CoupledLstm"), ("gru.h", "Gru")
-CONTRACT = (
+Change: TypeAlias = tuple[tuple[str, str], str, str, str]
+CONTRACT: tuple[Change, ...] = (
     (TOY, "kF", "kF", ""),
     (TOY, ".gates = 3", ".gates = 9", "a cell has kShape"),
     (TOY, "kMode", "kName", "a cell has kMode"),
@@ -88,20 +92,30 @@ SIMT_TESTS = ("test_sequences",)
 CHOSEN = "CoupledLSTM and not autocast"
 
 
-def main() -> None:
+PARTS = 2
+
+
+def main(given: list[str]) -> None:
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("--part", type=int, metavar="NUMBER")
+    options, arguments = parser.parse_known_args(given)
+    parts = range(PARTS) if options.part is None else [options.part % PARTS]
     copy()
     add_the_cell()
-    check_contract()
-    check_any_gates()
-    build("build_ext", "--inplace", RNNKERN_INSTRUCTION_SETS="native", RNNKERN_CUDA="OFF")
-    check_generated()
-    run_tests(COPY, CPU_TESTS)
-    base = Path("build") / "simt"
-    lib = COPY / base / "lib"
-    shutil.rmtree(lib, ignore_errors=True)
-    build("build", "--build-base", str(base), "--build-lib", str(lib), RNNKERN_SIMT="ON")
-    for tier in ("resident", "stepwise"):
-        run_tests(lib, SIMT_TESTS, RNNKERN_CUDA_TIER=tier)
+    if 0 in parts:
+        check_contract()
+        check_any_gates("cpu")
+        build("build_ext", "--inplace", RNNKERN_INSTRUCTION_SETS="native", RNNKERN_CUDA="OFF")
+        check_generated()
+        run_tests(COPY, CPU_TESTS, arguments)
+    if 1 in parts:
+        check_any_gates("cuda")
+        base = Path("build") / "simt"
+        lib = COPY / base / "lib"
+        shutil.rmtree(lib, ignore_errors=True)
+        build("build", "--build-base", str(base), "--build-lib", str(lib), RNNKERN_SIMT="ON")
+        for tier in ("resident", "stepwise"):
+            run_tests(lib, SIMT_TESTS, arguments, RNNKERN_CUDA_TIER=tier)
 
 
 def copy() -> None:
@@ -132,19 +146,26 @@ def add_the_cell() -> None:
 
 def check_contract() -> None:
     """The compiler says what a cell misses, and where it does not do what its shape says."""
-    changed = COPY / "changed" / "cells"  # before csrc on the path
-    for (header, cell), old, new, message in CONTRACT:
-        text = (COPY / "csrc" / "cells" / header).read_text()
-        assert old in text
-        shutil.rmtree(changed, ignore_errors=True)
-        changed.mkdir(parents=True)
-        (changed / header).write_text(text.replace(old, new))
-        command = [COMPILER, "-Ichanged", *OPTIONS, f"-DCELL={cell}", "-S", "-o", os.devnull]
-        command += [str(Path("tests") / "toy_cell" / "drivers.cpp")]
-        english = {**os.environ, "LC_ALL": "C"}
-        result = subprocess.run(command, cwd=COPY, env=english, capture_output=True, text=True)
-        if (result.returncode != 0) != bool(message) or message not in result.stderr:
-            sys.exit(f"toy_cell: {old} -> {new}: wanted {message!r}, got\n{result.stderr}")
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for wrong in filter(None, pool.map(wrong_about, range(len(CONTRACT)), CONTRACT)):
+            sys.exit(wrong)
+
+
+def wrong_about(number: int, change: Change) -> str:
+    """What is wrong with the compiler's answer to that change."""
+    (header, cell), old, new, message = change
+    text = (COPY / "csrc" / "cells" / header).read_text()
+    assert old in text
+    changed = COPY / f"changed_{number}"  # comes before csrc on the path
+    (changed / "cells").mkdir(parents=True, exist_ok=True)
+    (changed / "cells" / header).write_text(text.replace(old, new))
+    command = [COMPILER, f"-I{changed.name}", *OPTIONS, f"-DCELL={cell}", "-S", "-o", os.devnull]
+    command += [str(Path("tests") / "toy_cell" / "drivers.cpp")]
+    english = {**os.environ, "LC_ALL": "C"}
+    result = subprocess.run(command, cwd=COPY, env=english, capture_output=True, text=True)
+    if (result.returncode != 0) == bool(message) and message in result.stderr:
+        return ""
+    return f"toy_cell: {old} -> {new}: wanted {message!r}, got\n{result.stderr}"
 
 
 def check_generated() -> None:
@@ -153,24 +174,32 @@ def check_generated() -> None:
     cells.mkdir(parents=True, exist_ok=True)
     script = str(Path("tests") / "own_cells" / "weighted_sums.py")
     run([sys.executable, script, str(cells / "list.h")], PYTHONPATH=str(COPY))
-    check_any_gates("-Igenerated", "-DRNNKERN_CELL=WeightedSum11")
+    for name in ANY_GATES:
+        check_any_gates(name, "-Igenerated", "-DRNNKERN_CELL=WeightedSum11")
 
 
-def check_any_gates(*options: str) -> None:
-    """Made-up cells of 1 to 8 gates, in programs of their own, take the place of the list."""
-    stand_in = ["-DRNNKERN_SIMT", "csrc/cuda/plan.cpp", "tests/simt/library.cpp"]
-    for name, sources in {"cpu": [], "cuda": stand_in}.items():
-        program = str(COPY / f"any_gates_{name}")
-        own = [*options, "-Itests/any_gates", *OPTIONS, *sources, f"tests/any_gates/{name}.cpp"]
-        run([COMPILER, *own, "-o", program])
-        run([program])
+# The programs of tests/any_gates, with what each is compiled with.
+ANY_GATES = {
+    "cpu": [],
+    "cuda": ["-DRNNKERN_SIMT", "csrc/cuda/plan.cpp", "tests/simt/library.cpp"],
+}
+
+
+def check_any_gates(name: str, *options: str) -> None:
+    """Made-up cells of 1 to 8 gates, in a program of their own, take the place of the list."""
+    program = str(COPY / f"any_gates_{name}")
+    own = [*options, "-Itests/any_gates", *OPTIONS, *ANY_GATES[name], f"tests/any_gates/{name}.cpp"]
+    run([COMPILER, *own, "-o", program])
+    run([program])
 
 
 def build(*arguments: str, **environment: str) -> None:
     run([sys.executable, "setup.py", "--quiet", *arguments], **environment)
 
 
-def run_tests(package: Path, names: tuple[str, ...], **environment: str) -> None:
+def run_tests(
+    package: Path, names: tuple[str, ...], arguments: list[str], **environment: str
+) -> None:
     """The kernel tests of the toy cell, on the package in that folder."""
     path = [package, COPY / "tools", COPY / "tests", COPY / "tests" / "toy_cell"]
     run(
@@ -178,7 +207,7 @@ def run_tests(package: Path, names: tuple[str, ...], **environment: str) -> None
             str(Path(sys.executable).parent / "pytest"),
             *("-p", "loaded_from", "-p", "coupled_lstm", "-m", "kernel", "-k", CHOSEN),
             *(f"tests/{name}.py" for name in names),
-            *sys.argv[1:],
+            *arguments,
         ],
         PYTHONPATH=os.pathsep.join(map(str, path)),
         RNNKERN_LOADED_FROM=str(package),
@@ -194,4 +223,4 @@ def run(command: list[str], **environment: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -3,7 +3,7 @@
 //
 //   smoke FILE NAME T N I H [tf32]
 //
-// Each tier is compared with tests/aarch64/reference.h in float64, forward and backward, over the
+// Each tier is compared with tests/standalone/reference.h in float64, forward and backward, over the
 // first steps of the sequence. Then it is timed over all of them, and three things are checked that
 // need no reference of so many steps: the first outputs are still right, two runs give the same
 // bits, and the tiers agree. Each result is appended to FILE as a line of JSON as it comes. The
@@ -24,8 +24,8 @@
 #include <thread>
 #include <vector>
 
-#include "../../tests/aarch64/reference.h"
-#include "../../tests/aarch64/tolerance.h"
+#include "../../tests/standalone/reference.h"
+#include "../../tests/standalone/tolerance.h"
 #include "cuda/plan.h"
 #include "cuda/start.h"
 #include "smoke_device.h"
