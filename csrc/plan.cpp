@@ -29,11 +29,17 @@ constexpr int64_t kInputRows = 48, kInputRowsOfLarge = 256;
 // alone in its step waits for the weights however they are read. So it takes longer, and packing
 // costs fewer of them.
 struct Costs {
-  double packing, packing_of_large, dots;
+  double packing, packing_of_large, dots, dots_of_unaligned;
 };
-constexpr Costs kOfOneRow = {8, 16, 1}, kOfSeveralRows = {16, 24, 1.2};
-// A row by weights that are broadcast.
-constexpr double kBroadcast = 1.08;
+constexpr Costs kOfOneRow = {8, 16, 1, 1}, kOfSeveralRows = {16, 24, 1.2, 1.2};
+// With 16 registers only two rows share what is read of the weights, and not four. So each of them
+// takes longer, and longer yet if rows of weights are not whole vectors, because every other load
+// is then from two lines of the cache. Measured on an AMD EPYC (Zen 3).
+constexpr int kTileRowsOfFewRegisters = 3;
+constexpr Costs kOfSeveralRowsInFewRegisters = {16, 24, 1.33, 1.9};
+// A row by weights that are broadcast; and what a panel of one vector of rows takes besides, with
+// few registers, for each of them.
+constexpr double kBroadcast = 1.08, kLoneVector = 0.27;
 // Dot products end with sums of lanes. Their cost is in vectors of k.
 constexpr double kSumOfLanes = 3;
 // If weights are broadcast, the batch is transposed, and so are the sums. The cost is in vectors of
@@ -84,15 +90,23 @@ Reading cheapest_reading(const Problem& problem, const Machine& machine, int64_t
   const Sizes& z = problem.sizes;
   const double vectors = double(columns) / (machine.lanes * machine.group);
   const auto total = double(problem.total);
-  const Costs& costs = problem.N == 1 ? kOfOneRow : kOfSeveralRows;
+  const bool few_registers = machine.tile_rows <= kTileRowsOfFewRegisters;
+  const Costs& costs = problem.N == 1  ? kOfOneRow
+                       : few_registers ? kOfSeveralRowsInFewRegisters
+                                       : kOfSeveralRows;
+  const bool is_aligned = columns % (machine.lanes * machine.group) == 0;
   const double filled = double((problem.N + machine.lanes - 1) / machine.lanes * machine.lanes);
   const double tiles = double(problem.T) * std::ceil(filled / kRowsOfTile);
   const double packed = (machine.by_tiles ? tiles * kTile : total) +
                         (large(z, z.I + z.O, machine) ? costs.packing_of_large : costs.packing);
-  const double dots = total * (costs.dots + kSumOfLanes / vectors);
+  const double dots =
+      total * ((is_aligned ? costs.dots : costs.dots_of_unaligned) + kSumOfLanes / vectors);
   const bool converts = machine.converts && machine.group == 1;
+  const bool has_lone_vector =
+      int64_t(filled) / machine.lanes % kPanelVectors == 1 && few_registers;
+  const double as_it_lies = filled * kBroadcast + (has_lone_vector ? machine.lanes * kLoneVector : 0);
   const double broadcast =
-      (machine.by_tiles ? tiles * kTileAsItLies : double(problem.T) * filled * kBroadcast) +
+      (machine.by_tiles ? tiles * kTileAsItLies : double(problem.T) * as_it_lies) +
       double(problem.T) * (filled * kTransposition / vectors + (converts ? kConversion : 0));
   const bool may_dot = !problem.deterministic && columns >= 2 * machine.lanes;
   if (may_dot && dots <= packed && (!may_broadcast || dots <= broadcast)) return Reading::kDots;
@@ -123,7 +137,8 @@ void split_work(const Problem& problem, const Machine& machine, double work, Pla
   const int64_t tiles = (problem.N + machine.tile_rows - 1) / machine.tile_rows;
   const int64_t most_rows =
       std::max(splits_few_rows(problem, machine, *plan, parts) ? parts : 1, tiles / 2);
-  const int64_t panels = (problem.sizes.H + 4 * machine.lanes - 1) / (4 * machine.lanes);
+  const int64_t width = kPanelVectors * machine.lanes;
+  const int64_t panels = (problem.sizes.H + width - 1) / width;
   const auto step = int64_t(work * double(problem.N) / kFlopsPerThreadStep);
   const int64_t most_units = std::max<int64_t>(1, std::min(panels, step));
   int64_t rows = std::min(parts, most_rows), units = 1;

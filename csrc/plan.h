@@ -9,6 +9,9 @@
 
 namespace rnnkern {
 
+// The vectors of a panel of weights, or of rows of the batch if weights are broadcast.
+constexpr int kPanelVectors = 4;
+
 // What the plan needs to know about the machine and about the code that will run.
 struct Machine {
   int threads = 1;                    // at most

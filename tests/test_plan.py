@@ -238,10 +238,11 @@ def test_weights_are_packed_where_it_pays(cpu: dict[str, int], lanes: int) -> No
 @pytest.mark.parametrize(("cpu", "lanes"), CPUS)
 def test_weights_are_packed_earlier_for_several_rows(cpu: dict[str, int], lanes: int) -> None:
     """Dot products of several rows are slower than packed weights."""
+    aligned, unaligned = {3: (0.33, 0.9), 6: (0.2, 0.2)}[cpu["tile_rows"]]
     for l2_bytes, packing in ((2**27, 16), (2**18, 24)):
         machine = cpu | {"l2_bytes": l2_bytes}
-        for columns in (256, 512, 1024):
-            longest = packing / (0.2 + 3 * lanes * cpu["group"] / columns)
+        for columns, more in ((256, aligned), (511, unaligned), (1024, aligned)):
+            longest = packing / (more + 3 * lanes * cpu["group"] / columns)
             sizes = (3, columns, columns)
             below, above = int(longest / 3), int(longest / 3) + 1
             assert plan("GRU", (below, *sizes), 1, machine)[0]["reads"] == (DOTS, DOTS)
@@ -258,6 +259,26 @@ def test_weights_are_broadcast_where_rows_fill_vectors(cpu: dict[str, int], lane
     ):
         assert plan("LSTM", (1, rows, 512, 512), 1, cpu)[0]["reads"] == (wanted, wanted), rows
     assert plan("LSTM", (1000, lanes, 512, 512), 1, cpu)[0]["reads"] == (PACKED, PACKED)
+
+
+@pytest.mark.parametrize(
+    ("cpu", "columns", "rows", "reads"),
+    [
+        (V4, 511, (1, 9, 12, 17, 33), DOTS),
+        (V4, 511, (16, 32), BROADCAST),
+        (V3, 512, (1, 6, 7, 9, 17, 33), DOTS),
+        (V3, 512, (8, 16, 24), BROADCAST),
+        # Every other load is from two lines of the cache.
+        (V3, 511, (1, 5), DOTS),
+        (V3, 511, (8, 9, 12, 17, 33), BROADCAST),
+    ],
+)
+def test_dot_products_of_several_rows_take_longer_with_few_registers(
+    cpu: dict[str, int], columns: int, rows: tuple[int, ...], reads: str
+) -> None:
+    for N in rows:
+        found, text = plan("RNN_TANH", (1, N, columns, columns), 1, cpu)
+        assert found["reads"] == (reads, reads), (N, text)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 7, 64])

@@ -26,12 +26,12 @@
 #endif
 #include "cpu/int8.h"
 #include "cpu/rows.h"
+#include "plan.h"
 #include "workspace.h"
 
 namespace rnnkern {
 namespace RNNKERN_NAMESPACE {
 
-constexpr int kPanelVectors = 4;
 constexpr int kMostTileRows = 6;
 // The rows of a register tile: its sums, the operands of the side that has fewer of them, and one
 // operand of the other side are all in registers. A sum that is not is loaded and stored for every
