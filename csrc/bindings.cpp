@@ -335,9 +335,9 @@ py::tuple backward_any(const Layer& layer, py::handle x, py::handle h0, py::hand
 }
 
 // The backward pass of a recorded call: the gradients for autograd's node `ctx`
-// (rnnkern/autograd.py). None if they must be differentiable, if a mode of torch or a profiler has
-// to see the pass, if a hook has the saved tensors, if a loop sums its gradients, or if an operand
-// is refused.
+// (rnnkern/autograd.py). None if no gradient arrives, if what was saved is used up, if the
+// gradients must be differentiable, if a mode of torch or a profiler has to see the pass, if a hook
+// has the saved tensors, if a loop sums its gradients, or if an operand is refused.
 py::object plain_backward(py::handle ctx, py::handle dy, py::handle dhn, py::handle dcn) {
   static PyObject* const scanned_name = PyUnicode_InternFromString("scanned");
   static PyObject* const own_name = PyUnicode_InternFromString("own");

@@ -104,7 +104,8 @@ Reading cheapest_reading(const Problem& problem, const Machine& machine, int64_t
   const bool converts = machine.converts && machine.group == 1;
   const bool has_lone_vector =
       int64_t(filled) / machine.lanes % kPanelVectors == 1 && few_registers;
-  const double as_it_lies = filled * kBroadcast + (has_lone_vector ? machine.lanes * kLoneVector : 0);
+  const double as_it_lies =
+      filled * kBroadcast + (has_lone_vector ? machine.lanes * kLoneVector : 0);
   const double broadcast =
       (machine.by_tiles ? tiles * kTileAsItLies : double(problem.T) * as_it_lies) +
       double(problem.T) * (filled * kTransposition / vectors + (converts ? kConversion : 0));

@@ -16,7 +16,7 @@ constexpr int kPanelVectors = 4;
 struct Machine {
   int threads = 1;                    // at most
   int lanes = 4;                      // elements of one vector
-  int tile_rows = 3;                  // rows of one register tile
+  int tile_rows = 3;                  // rows of one register tile; with AMX half of a tile's
   int element_bytes = 4;              // of a weight in the type that the products take
   int group = 1;                      // elements of a weight that one lane holds
   bool multiplies_in_place = true;    // a row of weights serves as one of a panel

@@ -69,8 +69,8 @@ RNNKERN_INLINE int64_t active_rows(const Steps& s, int64_t t) {
 
 // Step number `index` of a scan over the rows [begin, end). The rows [begin, active_end) take part.
 // Those from `entering` on take part for the first time, those from `leaving` on for the last time.
-// In backward, `entering` is for their last step and `leaving` for their first. `enters` below is
-// always in the order of forward.
+// The backward pass goes the other way: there a row enters at its last step and leaves at its
+// first. The function `enters` below always means the order of forward.
 struct Visit {
   int64_t t;
   int64_t active_end, entering, leaving;
@@ -82,7 +82,8 @@ RNNKERN_INLINE int64_t active_at(const Steps& s, bool ascending, int64_t index) 
   return index < 0 || index >= s.T ? 0 : active_rows(s, ascending ? index : s.T - 1 - index);
 }
 
-// The same, from the numbers of active rows of the step before, of this step and of the one after.
+// The visit of step t, from the numbers of active rows of the step before it, of itself and of the
+// step after it, in scan order.
 RNNKERN_INLINE Visit visit(int64_t t, int64_t before, int64_t now, int64_t after, int64_t begin,
                            int64_t end) {
   const auto end_of = [&](int64_t active) {
@@ -98,8 +99,10 @@ RNNKERN_INLINE Visit visit(const Steps& s, bool ascending, int64_t index, int64_
                active_at(s, ascending, index), active_at(s, ascending, index + 1), begin, end);
 }
 
-// True if an episode begins at step t of a row, so that no state of another step enters it. In the
-// reverse direction the boundary is between t and t+1, and the initial state of a row still enters.
+// True if step t of a row begins with the state of a reset. Then neither the initial state nor that
+// of another step enters it. Forward, t is the first step of an episode. In the reverse direction t
+// is the last one, so the flag is that of t+1. A row whose last step is t begins there with its
+// initial state, whatever the flag of t+1 is.
 RNNKERN_INLINE bool cut(const Steps& s, int direction, int64_t t, int64_t rank) {
   if (!s.reset) return false;
   const int64_t begin = direction == 0 ? t : t + 1;
@@ -116,15 +119,26 @@ RNNKERN_INLINE bool enters(const Steps& s, int direction, int64_t t, int64_t ran
   return before < 0 || before >= s.T || rank >= active_rows(s, before);
 }
 
-// The state that enters step t of a row: the initial state, what the step before wrote or, if an
-// episode begins, that of `reset`. Zeros if such a state is null.
+// Whether step t of a row does not read what the step before wrote. Then `from` becomes what it
+// reads: the state of a reset or the initial one, or null for zeros.
+template <typename T>
+RNNKERN_INLINE bool begins_anew(const Steps& s, int direction, int64_t t, int64_t rank,
+                                const State<const T>& initial, const State<const T>& reset_to,
+                                const T** from) {
+  const bool is_cut = cut(s, direction, t, rank);
+  if (!is_cut && !enters(s, direction, t, rank)) return false;
+  *from = state_or_null(s, is_cut ? reset_to : initial, direction, rank);
+  return true;
+}
+
+// The state that enters step t of a row: that of `reset_to` if the step is cut, the initial state
+// in the row's first step, else what the step before wrote. Zeros if that state is null.
 template <typename T>
 RNNKERN_INLINE const T* previous_state(const Steps& s, int direction, int64_t t, int64_t rank,
                                        const Rows<const T>& states, const State<const T>& initial,
-                                       const T* zeros, const State<const T>& reset = {}) {
-  if (cut(s, direction, t, rank)) return reset.data ? state_at(s, reset, direction, rank) : zeros;
-  if (enters(s, direction, t, rank))
-    return initial.data ? state_at(s, initial, direction, rank) : zeros;
+                                       const T* zeros, const State<const T>& reset_to = {}) {
+  const T* from = nullptr;
+  if (begins_anew(s, direction, t, rank, initial, reset_to, &from)) return from ? from : zeros;
   return row_at(s, states, previous(direction, t), rank);
 }
 

@@ -54,7 +54,8 @@ class Scan(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.scanned = scanned
         ctx.set_materialize_grads(False)
-        # Backward may write over what forward saved, but not if a hook has been given it.
+        # ctx.own is what forward saved, or False once backward has used it up. It is missing if a
+        # hook has been given what was saved, which backward may then not write over.
         if _saved_tensor_hooks(True) is None:
             ctx.own = saved
             ctx.save_for_backward(y, x, *tensors)

@@ -79,7 +79,8 @@ def read(
         The call; or a refusal, `Why.INVALID`, if torch.nn has to raise its own error.
 
     Raises:
-        TypeError, ValueError: ``lengths`` or ``reset`` does not fit (`padded_steps`).
+        TypeError, ValueError: ``lengths`` or ``reset`` does not fit (`padded_steps`), or one is
+            given with a `PackedSequence`.
     """
     if isinstance(input, PackedSequence):
         if lengths is not None or reset is not None:

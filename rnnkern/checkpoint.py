@@ -67,11 +67,9 @@ def checkpointed(
     expect_no_own_method(module)
     asked = asked_of(module, reset, reset_to, False)
     if isinstance(input, PackedSequence):
-        if lengths is not None or reset is not None:
-            raise ValueError("a PackedSequence brings its own lengths; it takes no reset")
+        packed = read(module, input, hx, lengths, reset)
         padded, own = pad_packed_sequence(input, batch_first=module.batch_first)
         y, state = checkpointed(module, padded, hx, checkpoint_every=checkpoint_every, lengths=own)
-        packed = read(module, input, hx)
         dtype = None if isinstance(packed, Refusal) else autocast.dtype_of_results(packed)
         if dtype is not None:
             y, state = tree_map(lambda z: next(autocast.cast(dtype, z)), (y, state))
@@ -140,11 +138,13 @@ class _Segments:
             from rnnkern.own_cells.recurrent import Recurrent
 
             layer: Any = Recurrent(module.cell, *sizes, **arguments)
+        elif isinstance(module, modules.OwnRNN):
+            layer = type(module)(*sizes, **arguments)
         else:
             kind, _, nonlinearity = self.call.layer.mode.partition("_")
             if kind == "RNN":
                 arguments["nonlinearity"] = nonlinearity.lower()
-            layer = getattr(modules, kind, type(module))(*sizes, **arguments)
+            layer = getattr(modules, kind)(*sizes, **arguments)
         layer.train(module.training)
         named = dict(zip(layer._flat_weights_names, weights, strict=True))
         if d:

@@ -2,8 +2,8 @@
 
 Every call ends in one of four places: the kernels; the operators around them (`rnnkern.ops`), in
 modes of torch that see operators only; ``torch.nn``'s own path, if no kernel covers the call (it
-also raises torch's own errors for wrong input); or the reference in plain PyTorch, for ``lengths``
-and ``reset`` on inputs that no kernel covers.
+also raises torch's own errors for wrong input); or the reference in plain PyTorch, for what neither
+kernels nor torch.nn can run (`rnnkern.reference` lists it).
 """
 
 from __future__ import annotations
@@ -63,7 +63,9 @@ def forward(
     reset_to: Any = None,
     return_cells: bool = False,
 ) -> Any:
-    """``forward`` of `rnnkern.RNN`, `rnnkern.LSTM` and `rnnkern.GRU`."""
+    """``forward`` of `rnnkern.RNN`, `rnnkern.LSTM`, `rnnkern.GRU` and `rnnkern.Recurrent`. The class
+    documents the arguments.
+    """
     if lengths is None and reset is None and reset_to is None and not return_cells:
         # The plain call is tried without inspecting the call: the kernel refuses what it does not
         # cover before it computes anything. Only then is the call read.

@@ -161,7 +161,7 @@ Raises:
 """
 
 load_cuda_library = _C.load_cuda_library
-"""``load_cuda_library(path, mode, element, gpu)``: loads those for a GPU.
+"""``load_cuda_library(path, mode, element, device)``: loads those for a GPU.
 
 Raises:
     RuntimeError: as `load_library`; or the library was compiled from other headers, or this build
@@ -245,8 +245,8 @@ machine = _C.machine
 """``machine(kernel, threads, x)``: what a plan reads of this CPU, for that kernel on x's dtype."""
 
 plan = _C.plan
-"""``plan(kernel, machine, *, T, N, I, total, deterministic, backward, frozen=False)``: the plan and
-its text.
+"""``plan(kernel, machine, *, T, N, I, total, deterministic, backward, frozen=False,
+from_zeros=False)``: the plan and its text.
 """
 
 compiler: str = _C.compiler
@@ -299,8 +299,8 @@ if `are_worth_sums` (`rnnkern.autograd.record_cell`, `record_cell_in_loop`).
 plain_backward = _C.plain_backward
 """``plain_backward(ctx, dy, dhn, dcn)``: the gradients of all that ``record`` was given.
 
-It also takes calls with ``lengths`` and ``reset``. None if the backward pass is not a plain one: it
-must be differentiable, a mode of torch or a profiler has to see it, a hook has what was saved, a
+It also takes calls with ``lengths`` and ``reset``. None if no gradient arrives, if what was saved is
+used up, or if the backward pass is not a plain one: it must be differentiable, a mode of torch or a profiler has to see it, a hook has what was saved, a
 loop sums its gradients, or an operand is refused.
 """
 

@@ -45,25 +45,31 @@ EXTRA = """
     four arguments more than torch.nn's.
 
     Args:
-        lengths: int64 ``(N,)``, any order, any device, ``0 <= lengths[n] <= T``: row n ends after
-            that many steps. Outputs past the end are zero, and final states are those after the
-            row's last step, or the initial ones if its length is 0. The data is neither packed nor
-            sorted. Lengths on a GPU stay there, and a length out of range is an assertion of the
-            device, as an index out of range is for torch.
-        reset: bool ``(T, N)``, ``(N, T)`` with ``batch_first``: an episode begins at that step, and
-            the state is zeroed before it. In the reverse direction nothing passes from the
-            episode's first step to the step before it.
-        reset_to: the state with which an episode begins instead of zeros, shaped as ``hx``. It may
-            require a gradient. In the reverse direction it enters an episode at its last step.
+        lengths: int64 ``(N,)``, or ``()`` for an input without a batch; any order, any device,
+            ``0 <= lengths[n] <= T``. Row n ends after that many steps, and the reverse direction
+            begins there. What ``input`` holds past the end does not matter, and its gradient there
+            is zero. Outputs past the end are zero. Final states are those after the last step that
+            a direction takes, or the initial ones if the length is 0. The data is neither packed
+            nor sorted. If input and lengths are on a GPU, a length out of range is an assertion of
+            the device, as an index out of range is for torch. Default: None, T steps in every row.
+        reset: bool ``(T, N)``, ``(N, T)`` with ``batch_first``, ``(T,)`` for an input without a
+            batch; any device. An episode begins at that step, and the state is zeroed before it. At
+            step 0 it takes the place of ``hx``. In the reverse direction nothing passes from the
+            episode's first step to the step before it, and ``hx`` enters at the row's last step.
+            Final states are those of the last episode, in the reverse direction those of the
+            first. A flag past the end of a row has no effect. Default: None, no episode begins.
+        reset_to: the state with which an episode begins instead of zeros, of the shape, dtype and
+            device that ``hx`` must have. It may require a gradient. In the reverse direction it
+            enters an episode at its last step. Default: None, zeros.
         return_cells: an LSTM returns ``(output, state, cells)``: ``cells`` are the cell states of
             all steps of the last layer, ``(T, N, D * H)``, laid out as the output is.
 
     Raises:
         TypeError, ValueError: an option of the constructor has the wrong type, or is out of range.
         TypeError, ValueError: ``lengths``, ``reset`` or ``reset_to`` has the wrong type, dtype,
-            device, shape or range, or is given with a `PackedSequence`; ``reset_to`` without
-            ``reset``; ``return_cells`` of a layer without cell states. For everything else, what
-            ``torch.nn`` raises.
+            shape or range, ``reset_to`` is on another device than the input, or one of them is
+            given with a `PackedSequence`; ``reset_to`` without ``reset``; ``return_cells`` of a
+            layer without cell states. For everything else, what ``torch.nn`` raises.
 
     float32, float64, bfloat16 and float16 on the CPU and on GPUs run on rnnkern's kernels, under
     ``torch.autocast`` too. ``torch.nn`` runs anything else, with one `FallbackWarning` that says
@@ -174,8 +180,8 @@ class OwnRNN(nn.RNNBase):
     forward = forward
     __prepare_scriptable__ = scripting.refuse
     _instead_of_script = (
-        "torch.export.export writes its steps in torch's operators, and torch.compile runs its "
-        "kernels"
+        "torch.compile runs its kernels, and torch.export.export takes it inside "
+        "rnnkern.exporting_kernels()"
     )
 
     def __init__(self, mode: str, *sizes: Any, **options: Any) -> None:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from rnnkern.known_cells import name_of
 from rnnkern.layer import Layer, Maybe, Operands
 
 
@@ -49,12 +50,16 @@ def nodes(layer: Layer, operands: Operands, lengths: Maybe, reset: Maybe) -> tup
         raise NotImplementedError(
             f"{what} cannot be exported to ONNX, because no recurrent operator of ONNX {why}"
         )
+    operator = _OPERATORS.get(layer.mode)
+    if operator is None:
+        cell = name_of(layer.mode)
+        raise NotImplementedError(f"ONNX has no operator for {cell}: it cannot be exported")
     x, h0, c0, weights, _ = operands
     if x.dtype == torch.bfloat16:
         given = [t if t is None else t.float() for t in (x, h0, c0, *weights)]
         outputs = nodes(layer, Operands(given[0], given[1], given[2], given[3:]), lengths, None)
         return tuple(z.to(x.dtype) for z in outputs)
-    operator, D, H = _OPERATORS[layer.mode], layer.directions, layer.hidden(weights)
+    D, H = layer.directions, layer.hidden(weights)
 
     def of_all_directions(k: int) -> Tensor:
         own = weights[k :: layer.tensors]

@@ -1,7 +1,9 @@
 """One layer in plain PyTorch, step by step: what the kernels must compute.
 
-It runs if an input that no kernel covers comes with ``lengths``, ``reset`` or other `Options`, in
-forward mode inside forward mode, and for higher derivatives and transforms of calls with options.
+It runs calls with ``lengths``, ``reset`` or `Options` that no kernel covers or that
+``torch.jit.trace`` records; exported calls with `Options`; cells of a user that are exported, or
+that nothing compiles; forward mode inside forward mode; and higher derivatives and transforms of
+calls with options.
 """
 
 from __future__ import annotations
@@ -105,18 +107,18 @@ def _scan(
     biases = w[1 + cell.recurrent :] if layer.bias else (None, None)
     norms = _Norms(options.gains[d] if options.gains else (), biases, cell.recurrent)
     state = _initial_state(layer, operands, data[0], d, steps)
-    fresh = _ranked(layer, operands, (options.reset_h, options.reset_c), data[0], d, steps)
+    reset_to = _ranked(layer, operands, (options.reset_h, options.reset_c), data[0], d, steps)
     noise = _Noise(options, d, state, steps)
     active = None if steps is None or steps.active is None else steps.active.tolist()
     outputs, cells = [data[0]] * len(data), [data[0]] * len(data)
     for t in reversed(range(len(data))) if backwards else range(len(data)):
         rows = data[t].shape[0] if active is None else active[t]
         now = tuple(part[:rows] for part in state)
-        begins = _episode_begins(t, rows, backwards, layer.batch_first, steps)
-        if begins is not None:
+        is_cut = _cut(t, rows, backwards, layer.batch_first, steps)
+        if is_cut is not None:
             now = tuple(
-                torch.where(begins.to(p.device)[:, None], to[:rows], p)
-                for to, p in zip(fresh, now, strict=True)
+                torch.where(is_cut.to(p.device)[:, None], to[:rows], p)
+                for to, p in zip(reset_to, now, strict=True)
             )
         h = noise.dropped(now[0])
         a = norms.input(data[t][:rows], w[0])
@@ -200,10 +202,12 @@ class _Noise:
         return happens(p, seed, purpose, **own, rows=rows, units=shape[1])
 
 
-def _episode_begins(
+def _cut(
     t: int, count: int, backwards: bool, batch_first: bool, steps: Steps | None
 ) -> Tensor | None:
-    """Which of the first ``count`` rows enter step t with a zero state; None if no row does."""
+    """Which of the first ``count`` rows begin step t with the state of a reset, as ``cut`` in
+    csrc/steps.h says; None if there is no flag to ask.
+    """
     if steps is None or steps.reset is None:
         return None
     flags = steps.reset.t() if batch_first else steps.reset

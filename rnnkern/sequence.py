@@ -119,7 +119,7 @@ def ranked(lengths: Tensor, T: int) -> tuple[Tensor, Tensor]:
     return lengths.numel() - torch.searchsorted(descending.flip(0), steps, right=True), order
 
 
-def active_rows(steps: Steps) -> Tensor:
+def active_mask(steps: Steps) -> Tensor:
     """Bool ``[T, N]`` for a padded batch with ``lengths``: the row is active at that step."""
     assert steps.active is not None
     assert steps.order is not None

@@ -1,14 +1,14 @@
-"""Calls with options, the same for rnnkern's modules and for `noisy_oracle`."""
+"""Calls with options, the same for rnnkern's modules and for `options_oracle`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-import noisy_oracle
+import options_oracle
 import oracle
 import torch
-from noisy_oracle import Noise
+from options_oracle import Noise
 from support import Leaves, assert_agree, build, evaluate, leaves_for, states_of
 from torch import Tensor, nn
 
@@ -119,7 +119,7 @@ class Case:
 
     def oracle(self, module: nn.Module, own: Leaves) -> Any:
         arguments = self.arguments(own)
-        return noisy_oracle.run(module, own["x"], states_of(own), noise=self.noise, **arguments)
+        return options_oracle.run(module, own["x"], states_of(own), noise=self.noise, **arguments)
 
     def check(self, call: Callable[..., Any] | None = None) -> None:
         dtype = next(self.module.parameters()).dtype

@@ -24,6 +24,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.checkpoint import checkpoint
 
 import rnnkern
+from rnnkern import modules
 
 
 class Segmented(nn.Module):
@@ -123,6 +124,21 @@ def test_the_base_class_by_its_mode(mode: str) -> None:
     theirs.load_state_dict(module.state_dict())
     ours = flatten(rnnkern.checkpointed(module, x, checkpoint_every=2))
     torch.testing.assert_close(ours, flatten(theirs(x)))
+
+
+def test_a_cell_of_the_package_that_torch_nn_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its mode may begin with the name of a built-in module, which does not run it."""
+
+    class OwnGRU(modules.OwnRNN):
+        def __init__(self, *sizes: int, **options: Any) -> None:
+            super().__init__("GRU", *sizes, **options)
+
+    layer, x = OwnGRU(3, 5), torch.randn(7, 2, 3)
+    monkeypatch.delattr(modules, "GRU")
+    y, h_n = rnnkern.checkpointed(layer, x, checkpoint_every=3)
+    expected, expected_h_n = layer(x)
+    assert torch.equal(y, expected)
+    assert torch.equal(h_n, expected_h_n)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

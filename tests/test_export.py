@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import rnnkern
+from rnnkern import onnx
 
 pytestmark = [
     pytest.mark.cpu_only,
@@ -432,6 +433,13 @@ def test_onnx_by_tracing() -> None:
 def test_what_onnx_has_no_operator_for(name: str, message: str) -> None:
     case = CASES[name]
     with pytest.raises(torch.onnx.errors.OnnxExporterError, match=message):
+        exported_to_onnx(case.build(), case.inputs(*SHAPES[0]))
+
+
+def test_a_cell_that_onnx_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(onnx._OPERATORS, "GRU")
+    case = CASES["GRU"]
+    with pytest.raises(torch.onnx.errors.OnnxExporterError, match="ONNX has no operator for"):
         exported_to_onnx(case.build(), case.inputs(*SHAPES[0]))
 
 

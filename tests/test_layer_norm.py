@@ -10,7 +10,7 @@ import pickle
 from collections.abc import Callable
 from typing import Any
 
-import noisy_oracle
+import options_oracle
 import pytest
 import torch
 from options_cases import ON_A_GPU, Case, H, I, N, T, change_gains, tensors, twin
@@ -249,7 +249,7 @@ def test_numbers_far_from_zero(form: str) -> None:
         module.weight_ih_l0.copy_(1 + 0.01 * torch.randn_like(module.weight_ih_l0))
     x = torch.full((T, N, 8), 10.0)
     wide = twin(module, torch.float64)
-    wanted, _ = noisy_oracle.run(wide, x.double())
+    wanted, _ = options_oracle.run(wide, x.double())
     torch.testing.assert_close(module(x)[0].double(), wanted, rtol=0, atol=1e-4)
 
 
@@ -260,7 +260,7 @@ def test_a_row_of_equal_sums() -> None:
         nn.init.zeros_(weight)
     x = torch.randn(T, N, I)
     wide = twin(module, torch.float64)
-    torch.testing.assert_close(module(x)[0].double(), noisy_oracle.run(wide, x.double())[0])
+    torch.testing.assert_close(module(x)[0].double(), options_oracle.run(wide, x.double())[0])
 
 
 @pytest.mark.cpu_only

@@ -25,8 +25,11 @@ def test_inference_takes_its_output_and_little_more(kind: str) -> None:
     assert in_a_process(subprocesses.peak_memory, "rnnkern", kind, "inference") <= OUTPUT_MIB + 20
 
 
+def least_of_a_loop(library: str, kind: str) -> float:
+    """Of three processes, because the system sometimes gives one of them some megabytes more."""
+    return min(in_a_process(subprocesses.peak_memory_of_a_loop, library, kind) for _ in range(3))
+
+
 @pytest.mark.parametrize("kind", CELLS)
 def test_a_loop_of_a_cell_takes_no_more_than_torch(kind: str) -> None:
-    ours = in_a_process(subprocesses.peak_memory_of_a_loop, "rnnkern", kind)
-    theirs = in_a_process(subprocesses.peak_memory_of_a_loop, "torch", kind)
-    assert ours <= theirs
+    assert least_of_a_loop("rnnkern", kind) <= least_of_a_loop("torch", kind)

@@ -1,5 +1,5 @@
 """What a call may ask for besides the arguments of torch.nn: reset_to, return_cells, layer
-normalisation, recurrent dropout and zoneout, against the loop of `noisy_oracle`.
+normalisation, recurrent dropout and zoneout, against the loop of `options_oracle`.
 """
 
 from __future__ import annotations

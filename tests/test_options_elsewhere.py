@@ -8,11 +8,11 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
-import noisy_oracle
+import options_oracle
 import numpy as np
 import pytest
 import torch
-from noisy_oracle import Noise
+from options_oracle import Noise
 from options_cases import ON_A_GPU, RESET, Case, H, I, N, T, change_gains
 from support import Leaves, PassingMode, build, evaluate, leaves_for, states_of
 from torch import Tensor, nn
@@ -45,7 +45,7 @@ def test_an_option_of_a_class() -> None:
     x = torch.randn(T, N, I)
     module = Zoned(I, H).eval()
     torch.testing.assert_close(
-        module(x)[0], noisy_oracle.run(module, x, noise=Noise(zoneout=0.5, draws=False))[0]
+        module(x)[0], options_oracle.run(module, x, noise=Noise(zoneout=0.5, draws=False))[0]
     )
 
 

@@ -391,8 +391,8 @@ def test_reset_of_many_rows(form: str, threads: int) -> None:
 @pytest.mark.parametrize("kind", LAYERS)
 def test_reset_that_is_a_view(kind: str) -> None:
     module = build(kind, I, H, bidirectional=True)
-    ends = torch.rand(2 * T, 2 * N) < 0.4
-    for reset in (ends[::2, ::2], ends.t()[:T, :N], ends[:T, :1].expand(T, N)):
+    begins = torch.rand(2 * T, 2 * N) < 0.4
+    for reset in (begins[::2, ::2], begins.t()[:T, :N], begins[:T, :1].expand(T, N)):
         ours, theirs = with_reset(reset)
         check(module, leaves_for(module, T, N), ours, oracle_call=theirs)
 

@@ -230,10 +230,13 @@ def figures(kernel: Kernel) -> Figures:
     )
 
 
+GATES = {"Elman<Tanh>": 1, "Elman<Relu>": 1, "Lstm": 4, "Gru": 3}
+
+
 def cells_of_a_thread(name: str) -> int:
     """As Pairs in csrc/cuda/resident.cuh has it, of 256 threads."""
     rows, columns = (int(n) for n in re.findall(r"TileShape\{(\d+), (\d+)", name)[0])
-    gates = {"Lstm": 4, "Gru": 3}.get(name.split(", ")[2], 1) if "Forward" in name else 1
+    gates = GATES[name.split(", ")[2]] if "Forward" in name else 1
     at_once = 256 // (16 * rows // gates)
     return -(-8 * columns // at_once)
 

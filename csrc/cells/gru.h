@@ -33,6 +33,7 @@ struct Gru {
     s.slot[kN] = n;
   }
 
+  // dn is the gradient of W_in x + b_in + r m. So that of m is dn r, and that of r is dn m.
   template <typename V>
   static RNNKERN_INLINE void backward(Step<V>& s) {
     using Element = typename ValueTraits<V>::Element;

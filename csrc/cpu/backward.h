@@ -1,16 +1,17 @@
 // Backward pass of one layer, against scan order:
 //
 //   dh(t) = dy(t) + dh
-//   dslots(t), dc, dh' = cell_backward(slots(t), c(t), c(t-1), h(t-1), dh(t), dc)
-//   dh = dh' + dslots(t) x W_hh
+//   dslots(t), dc, dh_direct = cell_backward(slots(t), c(t), c(t-1), h(t-1), dh(t), dc)
+//   dh = dh_direct + (the first G slots of dslots(t)) x W_hh
 //
 // and after the loop, as products over all rows at once (gradients.h): dW_ih, dW_hh, dW_hr, biases
 // and dx.
 //
-// Only dslots x W_hh is inside the loop. W_hh [G*H, O] is read by its rows k, contiguous along the
-// result, so packing is a copy and not a transposition. A member of a team (pass.h) owns the same
-// units in dslots and in dh, and the barrier is between writing dslots(t) and reading all of it.
-// The gradients of a step overwrite the saved slots if the caller passes the same memory for both.
+// Only dslots x W_hh is inside the loop. W_hh [G*H, O] is read by its rows k, in the order of these
+// slots (GRU: m takes the rows of gate n), contiguous along the result, so packing is a copy and
+// not a transposition. A member of a team (pass.h) owns the same units in dslots and in dh, and the
+// barrier is between writing dslots(t) and reading all of it. The gradients of a step overwrite the
+// saved slots if the caller passes the same memory for both.
 //
 // Recurrent dropout multiplies dslots x W_hh by the mask of h(t-1). Zoneout (noise.h) splits dh and
 // dc in each step before the cell: the part that belongs to the states of the step before is held
@@ -48,7 +49,7 @@ class BackwardLoop {
       const T *h_prev, *c_prev, *h, *c, *slots, *dy;
       T *dslots, *dprojected;
       A *dh, *dc, *dm;
-    } by[kOrders];
+    } by[kOrders];  // by[k]: of order k
   };
   struct Scratch {
     LeftRows<T> dslots;     // [block_rows * kOrders][G*H]
@@ -212,8 +213,8 @@ class BackwardLoop {
       const Operands& of = directions_[d].by[k];
       auto& r = row.by[k];
       const auto previous = [&](const Rows<const T>& states, const State<const T>& initial,
-                                const State<const T>& reset) {
-        return previous_state(steps_, d, t, rank, states, initial, zeros_, reset);
+                                const State<const T>& reset_to) {
+        return previous_state(steps_, d, t, rank, states, initial, zeros_, reset_to);
       };
       r.dh = dh_.at(d, rank, k);
       r.dslots = row_at(steps_, of.dslots, t, rank);
@@ -276,7 +277,8 @@ class BackwardLoop {
                         [&](Range own) { each(dreset_c_, by_[kLast]->dreset_c, own); });
   }
 
-  // Adds the gradients of a state to the sums of a reset, if there are any, and clears them.
+  // Adds the gradients of a state to the sums of a reset, if these are wanted, and zeroes the
+  // gradients.
   template <typename Part>
   static void end_episode(const Carried& sums, const Carried& gradients, const Part& part,
                           int64_t rank, int order, Range own) {
@@ -518,7 +520,8 @@ class BackwardLoop {
     }
   }
 
-  // dh = dh' + dslots x W_hh, for the thread's own columns. Rows of dh are padded to whole panels.
+  // Adds the product to dh, for the thread's own columns. `cell` has left dh_direct there if the
+  // cell reads h, else dh is cleared first. Rows of dh are padded to whole panels.
   template <typename Part>
   void recurrent_product(const Part& part, const Scratch& scratch, int64_t count) const {
     constexpr int64_t kWidth = kPanelWidth<T>;

@@ -347,7 +347,7 @@ class ForwardScan : public Pass<ForwardScan<T, Cell>, T> {
     const Direction& of = directions_[d];
     RowPointers r = {};
     r.y = row_at(steps_, of.y, t, rank);
-    r.h_prev = Base::previous(d, t, rank, constant(of.y), f_.h0, f_.reset_h);
+    r.h_prev = Base::entering_state(d, t, rank, constant(of.y), f_.h0, f_.reset_h);
     r.h = r.y;
     if (of.unprojected.data) r.h = row_at(steps_, of.unprojected, f_.unprojected ? t : 0, rank);
     r.slots = row_or_null(steps_, of.slots, t, rank);
@@ -357,15 +357,14 @@ class ForwardScan : public Pass<ForwardScan<T, Cell>, T> {
       if (has_zoneout_) {
         point_to_carried(part, t, rank, &r);
       } else if (of.cells.data) {
-        r.c_prev = Base::previous(d, t, rank, constant(of.cells), f_.c0, f_.reset_c);
+        r.c_prev = Base::entering_state(d, t, rank, constant(of.cells), f_.c0, f_.reset_c);
         r.c = row_at(steps_, of.cells, t, rank);
       } else {  // in c_n
         r.c = state_at(steps_, f_.cn, d, rank);
         r.c_prev = r.c;
-        const bool is_cut = cut(steps_, d, t, rank);
-        if (is_cut || enters(steps_, d, t, rank)) {
-          const State<const T>& from = is_cut ? f_.reset_c : f_.c0;
-          r.c_prev = from.data ? state_at(steps_, from, d, rank) : Base::zeros();
+        const T* from = nullptr;
+        if (begins_anew(steps_, d, t, rank, f_.c0, f_.reset_c, &from)) {
+          r.c_prev = from ? from : Base::zeros();
         }
       }
     }
@@ -378,9 +377,8 @@ class ForwardScan : public Pass<ForwardScan<T, Cell>, T> {
     CellState* const carried = carried_.at(d, rank);
     r->c_prev = r->c = carried;
     r->saved_c = row_or_null(steps_, of.cells, t, rank);
-    const bool is_cut = cut(steps_, d, t, rank);
-    if (is_cut || enters(steps_, d, t, rank)) {
-      const T* from = state_or_null(steps_, is_cut ? f_.reset_c : f_.c0, d, rank);
+    const T* from = nullptr;
+    if (begins_anew(steps_, d, t, rank, f_.c0, f_.reset_c, &from)) {
       for_planes<kPlanes>(part.units, sizes_.H,
                           [&](Range own) { copy_or_zero_row(carried, from, own); });
     }

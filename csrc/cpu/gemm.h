@@ -7,8 +7,9 @@
 // accumulator of their own, which is then added: the result depends neither on the tile, nor on the
 // vector width, nor on the thread, and rounding grows with kDepth and K / kDepth, not with K. Three
 // exceptions have orders of their own, which do not depend on rows and threads either: pairs of
-// bfloat16, AMX tiles (amx_product.h), and weights read in place (dot_rows). Sums of integers are
-// exact (int8.h).
+// bfloat16, AMX tiles (amx_product.h), and dot products (dot_rows). A fourth depends on the vector
+// width: weights that backward reads in place (ColumnPanels::add), whose sums end with each gate
+// and before a last row that is copied. Sums of integers are exact (int8.h).
 //
 // A lane of a panel holds one *group* of consecutive k: one element; or a pair of bfloat16, if the
 // CPU multiplies pairs of them and adds both products to a float (for Bf16 and F32ByBf16); or four

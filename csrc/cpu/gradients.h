@@ -13,10 +13,11 @@
 // The operands are read through row pointers as everywhere else. So packed, ragged, reset and
 // batch-first sequences need no copy, and a call of a few microseconds needs no further library
 // calls. Blocks of kBlockRows rows are packed: the right operand into panels, the left one
-// transposed. Sums of at most kDepth rows are added to the result, so that rounding grows with
-// R / kDepth and kDepth, and not with R. Those of biases and gains are sums of sums of 16 rows.
-// Threads own rows of the weight gradients, and rows or columns of dx. Gradients of 16-bit weights
-// are summed in float, in memory of their own if there are several blocks, and rounded once.
+// transposed. The sum of a block consists of sums of at most kDepth rows and is added to the
+// result once, so that rounding grows with kDepth and R / kBlockRows, and not with R. Sums of
+// biases and gains are sums of sums of 16 rows. Threads own rows of the weight gradients, and rows
+// or columns of dx. Gradients of 16-bit weights are summed in float, in memory of their own if
+// there are several blocks, and rounded once.
 #pragma once
 
 #include "cpu/noisy_rows.h"
@@ -144,8 +145,8 @@ class Gradients {
     A* bias = nullptr;
     A* gain = nullptr;
   };
-  // One weight gradient: out[row_of(j)] (+)= sum over rows of left[j] * right, and the sum of left
-  // itself.
+  // One weight gradient: weight[row_of(j)] = or += the sum over rows of left[j] * right, and
+  // bias[row_of(j)] = or += that of left[j].
   template <typename Out>
   struct Target {
     int64_t rows, width;
@@ -239,7 +240,7 @@ class Gradients {
     bool add = to_.adds && (!kNarrow<T> || is_one_block());
     for (bool first = true;; first = false) {
       const int64_t count = rows.next(s.t, s.rank, block_rows_);
-      if (count == 0 && !first) break;
+      if (count == 0 && !first) break;  // without any rows, one empty block writes zeros
       for (int k = 0; k < terms_; ++k) {
         for (int m = 0; m < matrices(); ++m) {
           const Rows<const T> factor = left(k, d, m), other = right(k, d, m);
@@ -345,6 +346,7 @@ class Gradients {
       transpose_left(count, j, rows, s);
       for (int64_t p = 0; p < right.count(); ++p) {
         if constexpr (std::is_same_v<Out, A>) {
+          // A longer block is summed apart first.
           if (right.columns(p) % kLanes<T> == 0 && (!add || count <= kDepth)) {
             right.put(p, rows, left, to + p * kWidth, target.width, add);
             continue;
@@ -498,7 +500,8 @@ class Gradients {
   const Backward<T>& of_left(int k) const { return k == terms_ - 1 ? value_ : *tangent_; }
   const Backward<T>& of_right(int k) const { return k == 0 ? value_ : *tangent_; }
 
-  // The gradient of a matrix is left^T x right. For W_hh, right is y of the step before.
+  // The gradient of a matrix is left^T x right. For W_hh, right is the state that enters
+  // the step (previous_state).
   Rows<const T> left(int k, int d, int matrix) const {
     const Backward<T>& of = of_left(k);
     const int64_t width = normalised_width<T>(kShape, sizes_.H);

@@ -8,7 +8,8 @@
 namespace rnnkern {
 namespace RNNKERN_NAMESPACE {
 
-// Runs the pass of class Scan.
+// Runs the pass of class Scan. Its constructor lays out the workspace, which may be too small, and
+// so must not write to it.
 template <template <typename T, typename Cell> class Scan, typename Operands, typename... Plans>
 size_t run_scan(const Operands& operands, const Plans&... plans, Workspace workspace) {
   return with_cell(operands.sizes.cell, [&](auto cell) {

@@ -253,7 +253,7 @@ struct ColumnPanels {
 
   int64_t count() const { return ceil_div(width, kPanelWidth<T>); }
   int64_t lanes() const {
-    if (lies()) return copies_last_row() ? kPanelWidth<T> : 0;
+    if (is_read_in_place()) return copies_last_row() ? kPanelWidth<T> : 0;
     return count() * panel_lanes();
   }
   void take_room(Carver& carver) { packed = carver.take<Panel<T>>(lanes()); }
@@ -262,7 +262,7 @@ struct ColumnPanels {
   int64_t panel_lanes() const { return kParts<T> * kPanelWidth<T> * groups_in_memory<E>(K); }
   Panel<T>* panel(int64_t p) const { return packed + p * panel_lanes(); }
   // Whether the panels are read in place. No vector may reach beyond the next row.
-  bool lies() const { return !packs && row_stride >= kLanes<T>; }
+  bool is_read_in_place() const { return !packs && row_stride >= kLanes<T>; }
   bool copies_last_row() const { return width % kLanes<T> != 0; }
   const T* last_row() const { return w + (K - 1) * row_stride; }
 
@@ -276,7 +276,7 @@ struct ColumnPanels {
     if (kFrozenOnly<T> || transposed) {
       pack_transposed_rows(p);
     } else if constexpr (!kFrozenOnly<T>) {
-      if (!lies()) {
+      if (!is_read_in_place()) {
         pack_rows(p, [&](int64_t k) { return row_of(k); });
       } else if (p == count() - 1 && copies_last_row()) {
         pack_group<T>(
@@ -318,7 +318,7 @@ struct ColumnPanels {
   // acc[m][columns of p, whole vectors] += a[m] x this matrix.
   void add(int64_t p, int64_t rows, const E* const* a, Compute<T>* acc, int64_t acc_row) const {
     if constexpr (kMultipliedInPlace<T>) {
-      if (lies()) {
+      if (is_read_in_place()) {
         const bool copied = p == count() - 1 && copies_last_row();
         const int64_t depth = shape ? K / shape->gates : K;  // consecutive rows
         for (int64_t k = 0; k < K; k += depth) {
@@ -359,8 +359,8 @@ struct ColumnPanels {
                            });
   }
 
-  // The columns `own` of the rows to(m) = or += from(m) x this matrix, for m < rows. If it is null,
-  // which is zeros to add, this does nothing. `left` has room for kRowsAtOnce rows.
+  // The columns `own` of the rows to(m) = or += from(m) x this matrix, for m < rows. If w is null,
+  // the matrix is zeros, and nothing is written. `left` has room for kRowsAtOnce rows.
   template <typename From, typename To>
   void multiply_rows(Range own, int64_t rows, const LeftRows<T>& left, From from, To to,
                      bool adds) const {

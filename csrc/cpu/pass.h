@@ -86,9 +86,9 @@ class Pass {
     scratch_ = PerThread(plan_.threads, carver, [this](Carver& c) { driver().scratch(c); });
   }
 
-  // Runs all steps in scan order, in blocks of `block_steps` steps. For each block: gather(k, t,
-  // rank) for its active rows, numbered from 0 on, then prepare(rows), then for each step
-  // step(visit, k), where k is the number of its first row.
+  // Runs all steps in scan order, in blocks of `block_steps`. For each block it calls
+  // gather(k, t, rank) for the active rows, which k numbers from 0 on; then prepare(count); then
+  // step(visit, first) for each step, whose first row has the number `first`.
   template <typename Part, typename Gather, typename Prepare, typename Step>
   void for_blocks(const Part& part, int64_t block_steps, Gather gather, Prepare prepare,
                   Step step) const {
@@ -145,7 +145,7 @@ class Pass {
     });
   }
 
-  // The thread's columns of a step in the rows that have ended.
+  // Zeroes the thread's columns of a step in the rows that have ended.
   template <typename Part>
   void zero_padding(const Part& part, const Visit& v, const Rows<T>& rows) const {
     if (!steps_.active || steps_.is_packed()) return;
@@ -155,9 +155,10 @@ class Pass {
   }
 
   // The state that enters step t of a row.
-  const T* previous(int direction, int64_t t, int64_t rank, const Rows<const T>& states,
-                    const State<const T>& initial, const State<const T>& reset = {}) const {
-    return previous_state(steps_, direction, t, rank, states, initial, zeros_, reset);
+  const T* entering_state(int direction, int64_t t, int64_t rank, const Rows<const T>& states,
+                          const State<const T>& initial,
+                          const State<const T>& reset_to = {}) const {
+    return previous_state(steps_, direction, t, rank, states, initial, zeros_, reset_to);
   }
 
   // The features of the widest state.

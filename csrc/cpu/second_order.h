@@ -173,7 +173,7 @@ class SecondOrderScan : public Pass<SecondOrderScan<T, Cell>, T> {
         [&](int64_t k, int64_t t, int64_t rank) {
           part.scratch.x[k] = row_at(steps_, value_.x, t, rank);
           part.scratch.tangent_x[k] = row_or_null(steps_, tangent_.x, t, rank);
-          part.scratch.h[k] = Base::previous(d, t, rank, directions_[d].y, value_.h0);
+          part.scratch.h[k] = Base::entering_state(d, t, rank, directions_[d].y, value_.h0);
         },
         [&](int64_t count) { add_known_products(part, count); },
         [&](const Visit& v, int64_t first) { ascend(part, v, first); });
@@ -187,7 +187,7 @@ class SecondOrderScan : public Pass<SecondOrderScan<T, Cell>, T> {
     const Direction& of = directions_[d];
     const auto row = [&](const auto& rows) { return row_or_null(steps_, rows, t, rank); };
     const auto previous = [&](const Rows<const T>& states, const State<const T>& initial) {
-      return Base::previous(d, t, rank, states, initial);
+      return Base::entering_state(d, t, rank, states, initial);
     };
     RowPointers r = {};
     r.slots = row(of.slots);

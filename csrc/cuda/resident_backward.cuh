@@ -159,10 +159,10 @@ class ResidentBackward {
       }
       if (rank >= v.active_end) return;
       Step<A>& s = ahead_[p];
-      const bool enters = rank >= v.entering;
-      if (enters) s.dh += element_of(s_, b_.dhn, d_, rank, unit);
+      const bool is_last = rank >= v.entering;  // its last step, the first that this pass visits
+      if (is_last) s.dh += element_of(s_, b_.dhn, d_, rank, unit);
       if constexpr (kShape.cell_state) {
-        s.dc = enters ? element_of(s_, b_.dcn, d_, rank, unit) : carried_dc(turn, p);
+        s.dc = is_last ? element_of(s_, b_.dcn, d_, rank, unit) : carried_dc(turn, p);
       }
       to[p] = exchanged(i + 1, rank, unit);
     });

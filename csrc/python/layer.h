@@ -9,6 +9,8 @@
 
 namespace rnnkern {
 
+// A layer as the kernels know it. Python has it as rnnkern.kernels.Kernel; rnnkern.layer.Layer is
+// the same without H and O.
 struct Layer {
   CellId cell;
   int directions;

@@ -14,7 +14,8 @@ namespace rnnkern {
 // shares its memory with one.
 inline std::atomic<int64_t> lazy_copies = 0;
 
-// What `made`, whose memory this is, has in it now, whatever becomes of it.
+// A tensor with what `made`, whose memory this is, holds now. Later changes of `made` do not reach
+// it.
 inline py::object lazy_copy(const py::object& made, void* data, dlpack::Device device,
                             dlpack::DataType dtype, const Shape& shape) {
   py::object copy = ask(api.lazy_clone, made);

@@ -331,7 +331,7 @@ class Operands {
             .output = with_output ? sizes.D * steps.total * sizes.O : 0};
   }
 
-  // What was saved: bytes, or as autograd hands it back, where hooks may have made another tensor.
+  // What forward saved: bytes or a tensor. A hook may have replaced the tensor.
   T* saved_data(py::handle object, int64_t elements) const {
     if (PyByteArray_CheckExact(object.ptr())) {
       if (PyByteArray_GET_SIZE(object.ptr()) != elements * int64_t(sizeof(T))) {

@@ -85,7 +85,7 @@ class Direction:
         if not self.has_rec:
             self.w = self.w._replace(rec=self.x.new_zeros(self.recurrent, self.O))
         self.h: Tensor = frames.of(columns(y, d * self.O, (d + 1) * self.O), d)
-        self.active, self.kept = frames.active(d), frames.kept(d)
+        self.active, self.goes_on = frames.active(d), frames.goes_on(d)
         self.actives = [None] * frames.T if self.active is None else self.active.unbind(0)
         self.h_before = self.before(self.h, frames.state(at.h0, d, self.x, self.O))
         if linearized:
@@ -166,7 +166,7 @@ class Direction:
 
     def entering(self, t: int, state: Tensor) -> Tensor:
         """The state before step t, from the state after the step before."""
-        return state if self.kept is None else torch.where(self.kept[t], state, 0)
+        return state if self.goes_on is None else torch.where(self.goes_on[t], state, 0)
 
     def before(self, states: Tensor, first: Tensor) -> Tensor:
         """The states before each step."""
@@ -174,19 +174,19 @@ class Direction:
         if self.active is not None:
             earlier = torch.where(self.active[:-1], earlier, first)
         before = torch.cat((first[None], earlier))
-        return before if self.kept is None else torch.where(self.kept, before, 0)
+        return before if self.goes_on is None else torch.where(self.goes_on, before, 0)
 
     def after(self, z: Tensor, end: Maybe) -> Tensor:
         """z of the next step: 0 at the end of an episode, ``end`` at the end of a row."""
-        z = z if self.kept is None else torch.where(self.kept, z, 0)
+        z = z if self.goes_on is None else torch.where(self.goes_on, z, 0)
         last = torch.zeros_like(z[0]) if end is None else end
         rest = z[1:] if self.active is None else torch.where(self.active[1:], z[1:], last)
         return torch.cat((rest, last[None]))
 
     def handed_to_start(self, z: Tensor) -> Tensor:
         """z of the step that begins with the initial state, for each row."""
-        if self.kept is not None:
-            z = torch.where(self.kept, z, 0)
+        if self.goes_on is not None:
+            z = torch.where(self.goes_on, z, 0)
         if self.active is None:
             return z[0]
         earlier = torch.cat((torch.zeros_like(self.active[:1]), self.active[:-1]))

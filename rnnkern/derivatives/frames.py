@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rnnkern.layer import Gradients, Layer, Maybe, Operands
-from rnnkern.sequence import Steps, active_rows, is_packed
+from rnnkern.sequence import Steps, active_mask, is_packed
 
 if TYPE_CHECKING:
     from rnnkern.derivatives.direction import Moved
@@ -52,7 +52,7 @@ class Frames:
             self.T, self.N = (x.shape[1], x.shape[0]) if layer.batch_first else x.shape[:2]
             self.mask = None
             if steps is not None and steps.active is not None:
-                self.mask = active_rows(steps).to(x.device)
+                self.mask = active_mask(steps).to(x.device)
         self.reset: Maybe = None
         if steps is not None and steps.reset is not None:
             reset = steps.reset.to(x.device)
@@ -104,8 +104,8 @@ class Frames:
         """``[T, N, 1]``, whether a row is active."""
         return None if self.mask is None else self.directed(self._of_mask(), d)
 
-    def kept(self, d: int) -> Maybe:
-        """``[T, N, 1]``, whether a step begins with the state that the step before has left."""
+    def goes_on(self, d: int) -> Maybe:
+        """``[T, N, 1]``, whether no beginning of an episode cuts a step off from the one before."""
         if self.reset is None:
             return None
         reset = self.reset

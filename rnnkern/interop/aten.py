@@ -21,7 +21,7 @@ from torch import Tensor
 from rnnkern import onnx, reference
 from rnnkern.known_cells import CELLS, is_own, name_of
 from rnnkern.layer import PACKED, Layer, Maybe, Operands, unflatten
-from rnnkern.sequence import Steps, active_rows, ranked
+from rnnkern.sequence import Steps, active_mask, ranked
 
 _OPERATORS = {
     "LSTM": torch.ops.aten.lstm,
@@ -274,7 +274,7 @@ def _scan(x: Tensor, h0: Maybe, c0: Maybe, weights: list[Tensor], *rest: Any) ->
         outputs = _node(Layer(*layer), given, training, active)
     else:
         steps = Steps(active, order, reset, packed, placed)
-        lengths = None if active is None else active_rows(steps).sum(0)
+        lengths = None if active is None else active_mask(steps).sum(0)
         outputs = exported(x, h0, c0, weights, lengths, reset, *layer, training)
     return *outputs, x.new_empty(0)
 

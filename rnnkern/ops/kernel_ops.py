@@ -21,7 +21,7 @@ from rnnkern.interop.on_import import on_import
 from rnnkern.kernels import Kernel, Why
 from rnnkern.known_cells import CELLS
 from rnnkern.layer import PACKED, Layer, Maybe, Operands, dense, pieces
-from rnnkern.sequence import Steps, active_rows, check_range, ranked
+from rnnkern.sequence import Steps, active_mask, check_range, ranked
 
 
 def arguments(steps: Steps | None) -> tuple[Maybe, Maybe, Maybe, Maybe, bool]:
@@ -71,7 +71,7 @@ def ended_rows(steps: Steps | None) -> Maybe:
     """
     if steps is None or steps.active is None or steps.packed:
         return None
-    return ~active_rows(steps).reshape(-1, 1)
+    return ~active_mask(steps).reshape(-1, 1)
 
 
 def run_forward(
@@ -254,7 +254,7 @@ _define(
 
 
 def _ranked(lengths: Tensor, T: int) -> tuple[Tensor, Tensor]:
-    """As `rnnkern.sequence.ranked`, for unchecked lengths."""
+    """Checks the lengths; then as `rnnkern.sequence.ranked`."""
     check_range(lengths, T)
     return ranked(lengths, T)
 

@@ -96,6 +96,10 @@ class Recurrent(OwnRNN):
         )
 
     reset_parameters = constructor.reset_parameters
+    _instead_of_script = (
+        "torch.export.export writes its steps in torch's operators, and torch.compile runs its "
+        "kernels"
+    )
 
     def _change_weights(self) -> None:
         """Adds the cell's own parameters behind the weights of each direction, and takes those away
