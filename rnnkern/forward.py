@@ -63,8 +63,8 @@ def forward(
     reset_to: Any = None,
     return_cells: bool = False,
 ) -> Any:
-    """``forward`` of `rnnkern.RNN`, `rnnkern.LSTM`, `rnnkern.GRU` and `rnnkern.Recurrent`. The class
-    documents the arguments.
+    """``forward`` of `rnnkern.RNN`, `rnnkern.LSTM`, `rnnkern.GRU` and `rnnkern.Recurrent`, whose
+    classes document the arguments.
     """
     if lengths is None and reset is None and reset_to is None and not return_cells:
         # The plain call is tried without inspecting the call: the kernel refuses what it does not

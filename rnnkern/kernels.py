@@ -299,9 +299,10 @@ if `are_worth_sums` (`rnnkern.autograd.record_cell`, `record_cell_in_loop`).
 plain_backward = _C.plain_backward
 """``plain_backward(ctx, dy, dhn, dcn)``: the gradients of all that ``record`` was given.
 
-It also takes calls with ``lengths`` and ``reset``. None if no gradient arrives, if what was saved is
-used up, or if the backward pass is not a plain one: it must be differentiable, a mode of torch or a profiler has to see it, a hook has what was saved, a
-loop sums its gradients, or an operand is refused.
+It also takes calls with ``lengths`` and ``reset``. None if no gradient arrives, if what was saved
+is used up, or if the backward pass is not a plain one: it must be differentiable, a mode of torch
+or a profiler has to see it, a hook has what was saved, a loop sums its gradients, or an operand is
+refused.
 """
 
 multiplies_as_bfloat16 = _C.multiplies_as_bfloat16

@@ -8,12 +8,12 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
-import options_oracle
 import numpy as np
+import options_oracle
 import pytest
 import torch
-from options_oracle import Noise
 from options_cases import ON_A_GPU, RESET, Case, H, I, N, T, change_gains
+from options_oracle import Noise
 from support import Leaves, PassingMode, build, evaluate, leaves_for, states_of
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
