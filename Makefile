@@ -71,7 +71,7 @@ test: $(TESTS)  ## run the tests (ARGS="-k lstm": some of them)
 test-ecosystem: $(TESTS) $(call group,ecosystem)  ## run the tests in the models of other packages
 	$(PYTEST) tests -m ecosystem $(ARGS)
 
-test-machines: $(BUILT) $(TESTS)  ## run the tests as on other machines (PART=0, 1, 2...: each file on one)
+test-machines: $(BUILT) $(TESTS)  ## run the tests as on other machines (PART=0 to 80: a third of the files, each on one)
 	$(BIN)/python tools/test_machines.py $(if $(PART),--part $(PART)) $(SPREAD) $(ARGS)
 
 ifeq ($(filter test-torch,$(MAKECMDGOALS))$(TORCH),test-torch)

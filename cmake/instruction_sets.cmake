@@ -1,7 +1,7 @@
 # Sets rnnkern_instruction_sets: those among which the package chooses when it is loaded. With
 # RNNKERN_INSTRUCTION_SETS=native it is only the one that this CPU and this system would choose,
-# which takes a third of the time of all, or less. A list of sets is those alone; baseline is the one
-# that every CPU has.
+# which takes a third of the time of all, or less. A list of sets is those alone; baseline is the
+# one that every CPU has.
 set(rnnkern_instruction_sets baseline)
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
   list(APPEND rnnkern_instruction_sets x86_64_v3 x86_64_v4 x86_64_v4_vnni x86_64_v4_bf16
@@ -11,13 +11,15 @@ if(RNNKERN_INSTRUCTION_SETS STREQUAL "all")
   return()
 endif()
 if(NOT RNNKERN_INSTRUCTION_SETS STREQUAL "native")
-  foreach(name IN LISTS RNNKERN_INSTRUCTION_SETS)
-    if(NOT name IN_LIST rnnkern_instruction_sets)
-      list(JOIN rnnkern_instruction_sets ", " known)
-      message(FATAL_ERROR "rnnkern: RNNKERN_INSTRUCTION_SETS is '${RNNKERN_INSTRUCTION_SETS}', "
-        "wanted all, native or a list of these: ${known}")
-    endif()
-  endforeach()
+  set(unknown ${RNNKERN_INSTRUCTION_SETS})
+  if(unknown)
+    list(REMOVE_ITEM unknown ${rnnkern_instruction_sets})
+  endif()
+  if(unknown OR NOT RNNKERN_INSTRUCTION_SETS)
+    list(JOIN rnnkern_instruction_sets ", " known)
+    message(FATAL_ERROR "rnnkern: RNNKERN_INSTRUCTION_SETS is '${RNNKERN_INSTRUCTION_SETS}', "
+      "wanted all, native or a list of these: ${known}")
+  endif()
   set(rnnkern_instruction_sets ${RNNKERN_INSTRUCTION_SETS})
   return()
 endif()

@@ -1,7 +1,8 @@
 #!/bin/sh
 # Build the CPU kernels for AArch64, with the flags of the package and warnings as errors, into a
-# program that checks every cell, pass and type without Python (tests/standalone), and run it on QEMU's
-# emulation of that processor. Debian's packages for it are g++-aarch64-linux-gnu and qemu-user.
+# program that checks every cell, pass and type without Python (tests/standalone), and run it on
+# QEMU's emulation of that processor. Debian's packages for it are g++-aarch64-linux-gnu and
+# qemu-user.
 # With `native` it is built for this CPU and runs without QEMU: the quick way to debug the program.
 # Usage, from the repository, with cmake and ninja on the path: tools/aarch64.sh [native]
 set -eu

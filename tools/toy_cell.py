@@ -80,6 +80,7 @@ CONTRACT: tuple[Change, ...] = (
     (GRU, ", .reads_h = true", "", "::h_prev' may be used uninitialized"),
     (GRU, "s.dh_direct =", "const V direct =", "::dh_direct"),
 )
+PARTS = 2
 COMPILER = os.environ.get("CXX", "g++")
 OPTIONS = ["-std=c++20", "-O1", "-march=native", "-fopenmp", "-ffp-contract=fast", "-Wall"]
 OPTIONS += ["-Werror=uninitialized", "-Werror=maybe-uninitialized", "-Wno-unknown-pragmas"]
@@ -90,9 +91,6 @@ OPTIONS += ["-Icsrc", "-Itests/simt"]
 CPU_TESTS = ("test_sequences", "test_modules", "test_numerics", "test_16bit", "test_second_order")
 SIMT_TESTS = ("test_sequences",)
 CHOSEN = "CoupledLSTM and not autocast"
-
-
-PARTS = 2
 
 
 def main(given: list[str]) -> None:
@@ -157,7 +155,8 @@ def wrong_about(number: int, change: Change) -> str:
     text = (COPY / "csrc" / "cells" / header).read_text()
     assert old in text
     changed = COPY / f"changed_{number}"  # comes before csrc on the path
-    (changed / "cells").mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(changed, ignore_errors=True)
+    (changed / "cells").mkdir(parents=True)
     (changed / "cells" / header).write_text(text.replace(old, new))
     command = [COMPILER, f"-I{changed.name}", *OPTIONS, f"-DCELL={cell}", "-S", "-o", os.devnull]
     command += [str(Path("tests") / "toy_cell" / "drivers.cpp")]
