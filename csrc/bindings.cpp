@@ -594,6 +594,9 @@ PYBIND11_MODULE(_C, m) {
       .def_readonly("unit_blocks", &Plan::unit_blocks)
       .def_property_readonly("input", [](const Plan& p) { return reading_name(p.input); })
       .def_property_readonly("recurrent", [](const Plan& p) { return reading_name(p.recurrent); })
+      .def_property_readonly(
+          "by_dots",
+          [](const Plan& p) { return py::make_tuple(p.input_by_dots, p.recurrent_by_dots); })
       .def_readonly("block_steps", &Plan::block_steps);
   m.def(
       "plan",

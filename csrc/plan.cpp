@@ -40,6 +40,9 @@ constexpr Costs kOfSeveralRowsInFewRegisters = {16, 24, 1.33, 1.9};
 // A row by weights that are broadcast; and what a panel of one vector of rows takes besides, with
 // few registers, for each of them.
 constexpr double kBroadcast = 1.08, kLoneVector = 0.27;
+// The last rows may be in dot products, while the others fill vectors. The dot products read the
+// weights once more, which costs this much besides. Measured with 16 registers alone.
+constexpr double kRowsApart = 2;
 // Dot products end with sums of lanes. Their cost is in vectors of k.
 constexpr double kSumOfLanes = 3;
 // If weights are broadcast, the batch is transposed, and so are the sums. The cost is in vectors of
@@ -82,36 +85,55 @@ bool reads_recurrent(const Problem& problem) {
   return known_shape(problem.sizes.cell).recurrent && !problem.from_zeros;
 }
 
+struct Choice {
+  Reading reading;
+  int64_t by_dots = 0;  // of the last rows, if the matrix is broadcast
+};
+
 // How the forward pass reads a matrix of that many columns. This does not depend on the number of
 // threads, because dot products have their own bits.
-Reading cheapest_reading(const Problem& problem, const Machine& machine, int64_t columns,
-                         bool may_broadcast) {
-  if (problem.frozen || machine.rounded_for_products) return Reading::kPacked;
+Choice cheapest_reading(const Problem& problem, const Machine& machine, int64_t columns,
+                        bool may_broadcast) {
+  if (problem.frozen || machine.rounded_for_products) return {Reading::kPacked};
   const Sizes& z = problem.sizes;
   const double vectors = double(columns) / (machine.lanes * machine.group);
-  const auto total = double(problem.total);
+  const auto T = double(problem.T), total = double(problem.total);
   const bool few_registers = machine.tile_rows <= kTileRowsOfFewRegisters;
   const Costs& costs = problem.N == 1  ? kOfOneRow
                        : few_registers ? kOfSeveralRowsInFewRegisters
                                        : kOfSeveralRows;
   const bool is_aligned = columns % (machine.lanes * machine.group) == 0;
-  const double filled = double((problem.N + machine.lanes - 1) / machine.lanes * machine.lanes);
-  const double tiles = double(problem.T) * std::ceil(filled / kRowsOfTile);
-  const double packed = (machine.by_tiles ? tiles * kTile : total) +
+  const auto in_vectors = [&](int64_t rows) {
+    return (rows + machine.lanes - 1) / machine.lanes * machine.lanes;
+  };
+  const auto tiles = [&](int64_t rows) {
+    return std::ceil(double(in_vectors(rows)) / kRowsOfTile);
+  };
+  const double packed = (machine.by_tiles ? T * tiles(problem.N) * kTile : total) +
                         (large(z, z.I + z.O, machine) ? costs.packing_of_large : costs.packing);
-  const double dots =
-      total * ((is_aligned ? costs.dots : costs.dots_of_unaligned) + kSumOfLanes / vectors);
+  const double dot = (is_aligned ? costs.dots : costs.dots_of_unaligned) + kSumOfLanes / vectors;
+  const double dots = total * dot;
   const bool converts = machine.converts && machine.group == 1;
-  const bool has_lone_vector =
-      int64_t(filled) / machine.lanes % kPanelVectors == 1 && few_registers;
-  const double as_it_lies =
-      filled * kBroadcast + (has_lone_vector ? machine.lanes * kLoneVector : 0);
-  const double broadcast =
-      (machine.by_tiles ? tiles * kTileAsItLies : double(problem.T) * as_it_lies) +
-      double(problem.T) * (filled * kTransposition / vectors + (converts ? kConversion : 0));
+  const auto broadcast_of = [&](int64_t rows) {
+    const int64_t filled = in_vectors(rows);
+    const bool has_lone_vector = few_registers && filled / machine.lanes % kPanelVectors == 1;
+    const double as_it_lies =
+        double(filled) * kBroadcast + (has_lone_vector ? machine.lanes * kLoneVector : 0);
+    return T * ((machine.by_tiles ? tiles(rows) * kTileAsItLies : as_it_lies) +
+                double(filled) * kTransposition / vectors + (converts ? kConversion : 0));
+  };
   const bool may_dot = !problem.deterministic && columns >= 2 * machine.lanes;
-  if (may_dot && dots <= packed && (!may_broadcast || dots <= broadcast)) return Reading::kDots;
-  return may_broadcast && broadcast < packed ? Reading::kBroadcast : Reading::kPacked;
+  double broadcast = broadcast_of(problem.N);
+  int64_t by_dots = 0;
+  const bool may_be_apart = may_dot && few_registers && !machine.converts && problem.T == 1;
+  if (may_be_apart && problem.N > machine.lanes) {
+    const int64_t last = problem.N % machine.lanes;
+    const double apart = broadcast_of(problem.N - last) + kRowsApart + double(last) * dot;
+    if (apart < broadcast) broadcast = apart, by_dots = last;
+  }
+  if (may_dot && dots <= packed && (!may_broadcast || dots <= broadcast)) return {Reading::kDots};
+  if (may_broadcast && broadcast < packed) return {Reading::kBroadcast, by_dots};
+  return {Reading::kPacked};
 }
 
 // Whether rows are split although the parts do not fill their tiles. Every thread then reads all
@@ -169,14 +191,16 @@ bool worth_split(int64_t total, int64_t N, bool deterministic) {
 
 Plan plan_forward(const Problem& problem, const Machine& machine, bool may_broadcast) {
   Plan plan;
-  plan.input = cheapest_reading(problem, machine, problem.sizes.I, may_broadcast);
-  plan.recurrent = cheapest_reading(problem, machine, problem.sizes.O, may_broadcast);
+  const Choice input = cheapest_reading(problem, machine, problem.sizes.I, may_broadcast),
+               recurrent = cheapest_reading(problem, machine, problem.sizes.O, may_broadcast);
+  plan.input = input.reading, plan.input_by_dots = input.by_dots;
+  plan.recurrent = recurrent.reading, plan.recurrent_by_dots = recurrent.by_dots;
   split_work(problem, machine, flops_per_row(problem.sizes), &plan);
   const int64_t rows = std::max<int64_t>(1, problem.N / plan.row_blocks);
   const int64_t wanted =
       large(problem.sizes, problem.sizes.I, machine) ? kInputRowsOfLarge : kInputRows;
   plan.block_steps = std::clamp<int64_t>(wanted / rows, 1, std::max<int64_t>(1, problem.T));
-  if (!reads_recurrent(problem)) plan.recurrent = Reading::kNone;
+  if (!reads_recurrent(problem)) plan.recurrent = Reading::kNone, plan.recurrent_by_dots = 0;
   return plan;
 }
 
@@ -215,12 +239,13 @@ std::string describe(const Plan& plan, const Problem& problem, const Machine& ma
       : plan.threads > 1    ? "one thread per direction"
       : machine.threads > 1 ? "one thread: too little work to wake another"
                             : "one thread: no more are allowed";
-  const auto read = [&](Reading reading) {
+  const auto read = [&](Reading reading, int64_t by_dots) -> std::string {
     switch (reading) {
       case Reading::kPacked:
         return problem.frozen ? "packed before, when it was frozen" : "packed into panels";
       case Reading::kBroadcast:
-        return "as they lie, each weight times a vector of rows: it costs less to transpose these";
+        return "as they lie, each weight times a vector of rows: it costs less to transpose these" +
+               (by_dots ? " (rows by dot products: " + std::to_string(by_dots) + ")" : "");
       case Reading::kDots:
       case Reading::kInPlace:
       case Reading::kNone:
@@ -229,7 +254,7 @@ std::string describe(const Plan& plan, const Problem& problem, const Machine& ma
     return "as they lie: too few reads to repay packing";
   };
   const std::string recurrent =
-      plan.recurrent != Reading::kNone ? std::string("W_hh ") + read(plan.recurrent)
+      plan.recurrent != Reading::kNone ? "W_hh " + read(plan.recurrent, plan.recurrent_by_dots)
       : problem.from_zeros             ? "W_hh not read, because one step starts from zeros"
                                        : "no W_hh";
   const std::string steps = std::to_string(plan.block_steps);
@@ -238,7 +263,8 @@ std::string describe(const Plan& plan, const Problem& problem, const Machine& ma
                : "; input product of " + steps + (steps == "1" ? " step" : " steps") + " at once";
   std::snprintf(
       line, sizeof(line), "threads %d of %d (%s); W_ih %s; %s%s; %.3g MFLOP", plan.threads,
-      machine.threads, split, read(plan.input), recurrent.c_str(), block.c_str(),
+      machine.threads, split, read(plan.input, plan.input_by_dots).c_str(), recurrent.c_str(),
+      block.c_str(),
       (backward ? kBackwardWork : 1) * flops_per_row(problem.sizes) * double(problem.total) * 1e-6);
   return line;
 }

@@ -40,7 +40,8 @@ enum class Reading {
   kPacked,  // repacked into panels, once for all steps; of a frozen layer once for all calls
   kDots,    // in place, forward: dot products along its rows
   // In place, forward: each weight times a vector of batch rows. The batch is transposed instead of
-  // the weights. The bits are those of packed weights.
+  // the weights. The bits are those of packed weights, but for the last rows
+  // (`Plan::input_by_dots`).
   kBroadcast,
   kInPlace,  // in place, backward: its rows are already rows of panels
   kNone,     // there is no such matrix, or it is not read
@@ -51,6 +52,9 @@ struct Plan {
   int row_blocks = 1;   // independent parts of the batch
   int unit_blocks = 1;  // parts of the hidden units, with one barrier in each step
   Reading input = Reading::kPacked, recurrent = Reading::kPacked;  // of W_ih and W_hh
+  // How many of the last rows of the batch a matrix meets in dot products, although it is
+  // broadcast: they would leave most of a vector unused.
+  int64_t input_by_dots = 0, recurrent_by_dots = 0;
   int64_t block_steps = 1;  // steps whose input product is computed at once
 };
 

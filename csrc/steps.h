@@ -119,8 +119,8 @@ RNNKERN_INLINE bool enters(const Steps& s, int direction, int64_t t, int64_t ran
   return before < 0 || before >= s.T || rank >= active_rows(s, before);
 }
 
-// Whether step t of a row does not read what the step before wrote. Then `from` becomes what it
-// reads: the state of a reset or the initial one, or null for zeros.
+// Whether step t of a row begins with a state that no step wrote. Then `from` becomes that state:
+// of a reset, or the initial one. Null is zeros.
 template <typename T>
 RNNKERN_INLINE bool begins_anew(const Steps& s, int direction, int64_t t, int64_t rank,
                                 const State<const T>& initial, const State<const T>& reset_to,

@@ -52,7 +52,7 @@ def plan(
         backward=backward,
     )
     names = ("threads", "row_blocks", "unit_blocks", "block_steps")
-    reads = {"reads": (found.input, found.recurrent)}
+    reads = {"reads": (found.input, found.recurrent), "by_dots": found.by_dots}
     return {name: getattr(found, name) for name in names} | reads, text
 
 
@@ -73,6 +73,7 @@ def expect(
         "unit_blocks": units,
         "block_steps": steps,
         "reads": reads,
+        "by_dots": (0, 0),
     }
 
 
@@ -266,8 +267,8 @@ def test_weights_are_broadcast_where_rows_fill_vectors(cpu: dict[str, int], lane
     [
         (V4, 511, (1, 9, 12, 17, 33), DOTS),
         (V4, 511, (16, 32), BROADCAST),
-        (V3, 512, (1, 6, 7, 9, 17, 33), DOTS),
-        (V3, 512, (8, 16, 24), BROADCAST),
+        (V3, 512, (1, 6, 7, 9), DOTS),
+        (V3, 512, (8, 16, 17, 24, 33), BROADCAST),
         # Every other load is from two lines of the cache.
         (V3, 511, (1, 5), DOTS),
         (V3, 511, (8, 9, 12, 17, 33), BROADCAST),
@@ -281,6 +282,24 @@ def test_dot_products_of_several_rows_take_longer_with_few_registers(
         assert found["reads"] == (reads, reads), (N, text)
 
 
+def test_the_last_rows_of_one_step_may_be_apart_with_few_registers() -> None:
+    """Rows that fill whole vectors are broadcast, and the few others are in dot products."""
+    for rows, apart in ((16, 0), (17, 1), (19, 3), (23, 0), (24, 0), (33, 1), (47, 0)):
+        for threads in (1, 2, 64):
+            found, text = plan("LSTM", (1, rows, 512, 512), threads, V3)
+            assert found["reads"] == (BROADCAST, BROADCAST), text
+            assert found["by_dots"] == (apart, apart), text
+            assert text.count(f"rows by dot products: {apart}") == 2 * (apart > 0)
+    for sizes, cpu, deterministic in (
+        ((1, 33, 512, 512), V3, True),
+        ((2, 33, 512, 512), V3, False),
+        ((1, 33, 512, 512), V4, False),
+        ((1, 33, 512, 512), V3 | {"converts": True}, False),
+    ):
+        found, _ = plan("LSTM", sizes, 1, cpu, deterministic=deterministic)
+        assert found["by_dots"] == (0, 0)
+
+
 @pytest.mark.parametrize("threads", [1, 2, 7, 64])
 @pytest.mark.parametrize("T", [1, 3, 30])
 @pytest.mark.parametrize("N", [1, 15, 16, 33, 300])
@@ -289,9 +308,11 @@ def test_how_weights_are_read_does_not_depend_on_threads(
     N: int, T: int, H: int, threads: int
 ) -> None:
     for deterministic in (False, True):
-        own = {"deterministic": deterministic}
-        alone, here = (plan("GRU", (T, N, 40, H), n, **own)[0] for n in (1, threads))
-        assert here["reads"] == alone["reads"]
+        for cpu in (V3, V4):
+            own = {"cpu": cpu, "deterministic": deterministic}
+            alone, here = (plan("GRU", (T, N, 40, H), n, **own)[0] for n in (1, threads))
+            assert here["reads"] == alone["reads"]
+            assert here["by_dots"] == alone["by_dots"]
 
 
 def test_weights_are_packed_where_they_become_fewer_bytes() -> None:

@@ -35,6 +35,8 @@ SIZES = {
     "odd": (5, 13, 7, 129),
     "as-they-lie": (1, 5, 64, 256),  # an odd row by itself, on one thread or on two
     "broadcast": (2, 31, 64, 256),  # a vector that is not full
+    "apart": (1, 33, 64, 256),  # with 16 registers, the last row in dot products
+    "apart-on-threads": (1, 33, 512, 40),  # and rows split among many threads
 }
 
 
@@ -48,7 +50,7 @@ def test_outputs_do_not_depend_on_threads(form: str, sizes: str, dtype: torch.dt
     module = build_form(form, inputs, H, dtype=dtype, bidirectional=True, num_layers=2)
     leaves = leaves_for(module, T, N)
     one = evaluate(module, leaves, on_threads(plain, 1), backward=False)
-    for threads in (2, 3):
+    for threads in (2, 3, 8):
         assert_bitwise(evaluate(module, leaves, on_threads(plain, threads), backward=False), one)
         trained = evaluate(module, leaves, on_threads(plain, threads))
         alone = evaluate(module, leaves, on_threads(plain, 1))
@@ -64,6 +66,10 @@ def test_weights_lie_where_the_table_says_so(cpu: dict[str, int], l2_bytes: int)
         for sizes, wanted in (("as-they-lie", "dots"), ("broadcast", "broadcast")):
             found, text = plan("LSTM", SIZES[sizes], threads, cpu | {"l2_bytes": l2_bytes})
             assert found["reads"][1] == wanted, text
+    for name, row_blocks in (("apart", 1), ("apart-on-threads", 3)):
+        found, text = plan("RNN_TANH", SIZES[name], 3, cpu | {"l2_bytes": l2_bytes})
+        assert found["by_dots"][1] == (cpu == V3), text
+        assert found["row_blocks"] == row_blocks or cpu != V3, text
 
 
 @pytest.mark.cpu_only

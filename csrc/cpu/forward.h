@@ -161,7 +161,7 @@ class ForwardScan : public Pass<ForwardScan<T, Cell>, T> {
           part.scratch.x[k] = row_at(steps_, f_.x, t, rank);
         },
         [&](int64_t count) {
-          x = part.scratch.x.batch(count);
+          x = part.scratch.x.batch(count, rows_by_dots(part, count, plan_.input_by_dots));
           for (int64_t p = panels.begin; !fused() && p < panels.end; ++p) {
             input_product(part, p, x, count);
           }
@@ -186,12 +186,21 @@ class ForwardScan : public Pass<ForwardScan<T, Cell>, T> {
     add(weights.input, p, count, x, part.scratch.rows_of_w_ih, acc);
   }
 
+  // How many of the `count` active rows of a part are among the last `rows` of the batch. If there
+  // are such rows, the scan has one step.
+  int64_t rows_by_dots(const Part& part, int64_t count, int64_t rows) const {
+    return rows ? min_of(count, max_of(0, part.rows.begin + count - (steps_.N - rows))) : 0;
+  }
+
   template <Role role>
   static void add(const StepWeights<T, Cell, role>& w, int64_t p, int64_t count,
                   const BatchRows<T>& batch, const LeftRows<T>& rows_of_w, A* acc) {
     if constexpr (!kRoundedForProducts<T>) {
       if (batch.across) {
-        w.add_broadcast(p, count, batch.across, rows_of_w, acc, kAccWidth);
+        const int64_t across = batch.rows_across;
+        w.add_broadcast(p, across, batch.across, rows_of_w, acc, kAccWidth);
+        if (across < count)
+          w.add(p, count - across, batch.rows + across, acc + across * kAccWidth, kAccWidth);
         return;
       }
     }
@@ -216,7 +225,8 @@ class ForwardScan : public Pass<ForwardScan<T, Cell>, T> {
       from_zeros = from_zeros && rows[k].h_prev == Base::zeros();
     }
     if (masks_) drop(part, count);
-    const BatchRows<T> h = part.scratch.h.batch(count);
+    const BatchRows<T> h =
+        part.scratch.h.batch(count, rows_by_dots(part, count, plan_.recurrent_by_dots));
     // Every other step goes from the last panel to the first. It begins with the weights that the
     // step before has read last, which are still in the cache.
     const Range panels = Panels::panels_of(part.units);

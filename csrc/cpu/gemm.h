@@ -713,12 +713,14 @@ void transpose_to(const A* from, int64_t from_row, int64_t rows, int64_t count, 
   }
 }
 
-// The rows of the batch in a product, either as the left operand, or `across`: transposed into
-// panels as a right operand, with panel p packed as [groups of K][its rows, whole vectors].
+// The rows of the batch in a product, either as the left operand, or the first of them `across`:
+// transposed into panels as a right operand, with panel p packed as [groups of K][its rows, whole
+// vectors].
 template <typename T>
 struct BatchRows {
-  const Operand<T>* const* rows;  // null if they are across
+  const Operand<T>* const* rows;  // null if all are across
   const Compute<T>* across;
+  int64_t rows_across = 0;
 };
 
 // The rows of a tensor for a product, by pointers. They are read in place, or copied if the
@@ -787,11 +789,17 @@ class LeftRows {
     }
     return {operands(count), nullptr};
   }
-  BatchRows<T> batch(int64_t count) const {
-    if constexpr (kRoundedForProducts<T>) return {operands(count), nullptr};
-    if (!across_) return {operands(count), nullptr};
-    if constexpr (!kRoundedForProducts<T>) pack_across(count);
-    return {nullptr, across_};
+  // The first `count` rows, once they are set. If they are transposed, the last of them are left as
+  // they lie, unless rows have to be copied.
+  BatchRows<T> batch(int64_t count, int64_t as_they_lie = 0) const {
+    if constexpr (kRoundedForProducts<T>) {
+      return {operands(count), nullptr};
+    } else {
+      if (!across_) return {operands(count), nullptr};
+      const int64_t rows_across = kCopied ? count : count - as_they_lie;
+      pack_across(rows_across);
+      return {rows_across < count ? operands(count) : nullptr, across_, rows_across};
+    }
   }
 
  private:

@@ -500,8 +500,8 @@ class Gradients {
   const Backward<T>& of_left(int k) const { return k == terms_ - 1 ? value_ : *tangent_; }
   const Backward<T>& of_right(int k) const { return k == 0 ? value_ : *tangent_; }
 
-  // The gradient of a matrix is left^T x right. For W_hh, right is the state that enters
-  // the step (previous_state).
+  // The gradient of a matrix is left^T x right. For W_hh, right is the state that enters the step
+  // (previous_state).
   Rows<const T> left(int k, int d, int matrix) const {
     const Backward<T>& of = of_left(k);
     const int64_t width = normalised_width<T>(kShape, sizes_.H);

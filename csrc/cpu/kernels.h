@@ -24,8 +24,7 @@ template <typename T>
 struct Kernels {
   size_t (*forward)(const Forward<T>&, const Plan&, Workspace);
   size_t (*backward)(const Backward<T>&, const Plan&, Workspace);
-  // With a plan of the forward and one of the backward pass. Null unless T is float or
-  // double.
+  // With a plan of the forward and one of the backward pass. Null unless T is float or double.
   size_t (*second_order)(const SecondOrder<T>&, const Plan&, const Plan&, Workspace);
   // Forward with weights that `pack` has packed.
   size_t (*frozen)(const Forward<T>&, const Plan&, Workspace);

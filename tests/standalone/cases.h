@@ -54,6 +54,14 @@ constexpr Plan as_they_lie(Reading reading, int64_t block_steps = 1) {
   return plan;
 }
 
+constexpr Plan with_rows_apart(int64_t rows, int row_blocks) {
+  Plan plan = as_they_lie(Reading::kBroadcast);
+  plan.input_by_dots = plan.recurrent_by_dots = rows;
+  plan.threads = 2;
+  plan.row_blocks = row_blocks;
+  return plan;
+}
+
 // Name, T, N, I, H, D and options. Sizes are multiples of nothing: vectors are 4 float32 or 2
 // float64, panels 4 vectors.
 constexpr Case kCases[] = {
@@ -90,6 +98,20 @@ constexpr Case kCases[] = {
      2,
      {.plan = as_they_lie(Reading::kBroadcast, 2), .has_gaps = true}},
     {"weights broadcast, many rows", 1, 37, 5, 19, 1, {.plan = as_they_lie(Reading::kBroadcast)}},
+    {"weights broadcast, the last rows apart",
+     1,
+     19,
+     18,
+     21,
+     1,
+     {.plan = with_rows_apart(3, 3), .has_gaps = true}},
+    {"weights broadcast, the last of ragged rows apart",
+     1,
+     19,
+     18,
+     21,
+     2,
+     {.form = kRagged, .plan = with_rows_apart(8, 4)}},
     {"weights as they lie, many rows", 1, 17, 70, 67, 1, {.plan = as_they_lie(Reading::kDots)}},
     {"long sums", 2, 3, 261, 5, 1},
     {"many rows", 41, 10, 2, 3, 1, {.dy = kUniform}},
