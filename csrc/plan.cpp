@@ -41,7 +41,8 @@ constexpr Costs kOfSeveralRowsInFewRegisters = {16, 24, 1.33, 1.9};
 // few registers, for each of them.
 constexpr double kBroadcast = 1.08, kLoneVector = 0.27;
 // The last rows may be in dot products, while the others fill vectors. The dot products read the
-// weights once more, which costs this much besides. Measured with 16 registers alone.
+// weights once more, which costs this much besides. Measured with 16 registers. With 32 it is done
+// if rows of weights are not whole vectors, where dot products lose most.
 constexpr double kRowsApart = 2;
 // Dot products end with sums of lanes. Their cost is in vectors of k.
 constexpr double kSumOfLanes = 3;
@@ -125,7 +126,8 @@ Choice cheapest_reading(const Problem& problem, const Machine& machine, int64_t 
   const bool may_dot = !problem.deterministic && columns >= 2 * machine.lanes;
   double broadcast = broadcast_of(problem.N);
   int64_t by_dots = 0;
-  const bool may_be_apart = may_dot && few_registers && !machine.converts && problem.T == 1;
+  const bool may_be_apart = may_dot && (few_registers || !is_aligned) && !machine.converts &&
+                            !machine.by_tiles && problem.T == 1;
   if (may_be_apart && problem.N > machine.lanes) {
     const int64_t last = problem.N % machine.lanes;
     const double apart = broadcast_of(problem.N - last) + kRowsApart + double(last) * dot;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -111,8 +112,10 @@ def _lines(call: Call, x: Tensor, has_gaps: bool) -> list[str]:
         lines.append("a tensor has gaps along its last axis or a lazy sign: copied first")
     for i in range(layers):
         features = module.input_size if i == 0 else D * kernel.out
-        for name, back in (("forward", False), ("backward", True)):
-            from_zeros = T == 1 and call.given.h0 is None
-            plan = kernels.describe(kernel, x, T, N, features, back, from_zeros)
-            lines.append(f"layer {i} {name}: {plan}")
+        describe = partial(
+            kernels.describe, kernel, x, T=T, N=N, features=features,
+            from_zeros=T == 1 and call.given.h0 is None,
+        )  # fmt: skip
+        lines.append(f"layer {i} forward: {describe(backward=False)}")
+        lines.append(f"layer {i} backward: {describe(backward=True)}")
     return lines

@@ -328,11 +328,11 @@ def multiplied_as(kernel: Kernel, x: Tensor) -> str:
 
 
 def describe(
-    kernel: Kernel, x: Tensor, T: int, N: int, features: int, back: bool, from_zeros: bool
+    kernel: Kernel, x: Tensor, *, T: int, N: int, features: int, backward: bool, from_zeros: bool
 ) -> str:
     """Kernel and plan of one layer in words."""
     if x.device.type == "cuda":
-        return _C.cuda_describe(kernel, x, T=T, N=N, I=features, backward=back)
+        return _C.cuda_describe(kernel, x, T=T, N=N, I=features, backward=backward)
     _, text = plan(
         kernel,
         machine(kernel, torch.get_num_threads(), x),
@@ -341,7 +341,7 @@ def describe(
         I=features,
         total=x.numel() // x.size(-1),
         deterministic=torch.are_deterministic_algorithms_enabled(),
-        backward=back,
+        backward=backward,
         from_zeros=from_zeros,
     )
     return f"{instruction_set()}, {text}"

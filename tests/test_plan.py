@@ -265,8 +265,10 @@ def test_weights_are_broadcast_where_rows_fill_vectors(cpu: dict[str, int], lane
 @pytest.mark.parametrize(
     ("cpu", "columns", "rows", "reads"),
     [
-        (V4, 511, (1, 9, 12, 17, 33), DOTS),
-        (V4, 511, (16, 32), BROADCAST),
+        (V4, 512, (1, 9, 12, 17, 33), DOTS),
+        (V4, 512, (16, 32), BROADCAST),
+        (V4, 511, (1, 9, 12, 20), DOTS),
+        (V4, 511, (16, 17, 32, 33), BROADCAST),
         (V3, 512, (1, 6, 7, 9), DOTS),
         (V3, 512, (8, 16, 17, 24, 33), BROADCAST),
         # Every other load is from two lines of the cache.
@@ -282,18 +284,23 @@ def test_dot_products_of_several_rows_take_longer_with_few_registers(
         assert found["reads"] == (reads, reads), (N, text)
 
 
-def test_the_last_rows_of_one_step_may_be_apart_with_few_registers() -> None:
-    """Rows that fill whole vectors are broadcast, and the few others are in dot products."""
+def test_the_last_rows_of_one_step_may_be_apart() -> None:
+    """Rows that fill whole vectors are broadcast, and the few others are in dot products. With 32
+    registers only if rows of weights are not whole vectors.
+    """
     for rows, apart in ((16, 0), (17, 1), (19, 3), (23, 0), (24, 0), (33, 1), (47, 0)):
         for threads in (1, 2, 64):
             found, text = plan("LSTM", (1, rows, 512, 512), threads, V3)
             assert found["reads"] == (BROADCAST, BROADCAST), text
             assert found["by_dots"] == (apart, apart), text
             assert text.count(f"rows by dot products: {apart}") == 2 * (apart > 0)
+    for rows, apart in ((16, 0), (17, 1), (20, 0), (33, 1), (35, 3), (36, 0)):
+        assert plan("LSTM", (1, rows, 511, 511), 1, V4)[0]["by_dots"] == (apart, apart), rows
     for sizes, cpu, deterministic in (
         ((1, 33, 512, 512), V3, True),
         ((2, 33, 512, 512), V3, False),
         ((1, 33, 512, 512), V4, False),
+        ((1, 33, 511, 511), AMX, False),
         ((1, 33, 512, 512), V3 | {"converts": True}, False),
     ):
         found, _ = plan("LSTM", sizes, 1, cpu, deterministic=deterministic)

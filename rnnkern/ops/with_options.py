@@ -263,7 +263,8 @@ class _Scan(torch.autograd.Function):
         if torch.is_grad_enabled() or transformed() or are_batches(*gradients):
 
             def differentiable(*given: Maybe) -> list[Maybe]:
-                return _by_reference(ctx.values, x, others, weights, gains, given, wanted)
+                operands = (ctx.values, x, others, weights, gains)
+                return _by_reference(*operands, incoming=given, wanted=wanted)
 
             made = list(in_batches(differentiable, *gradients))
         else:
@@ -316,7 +317,8 @@ def _by_reference(
     others: Sequence[Maybe],
     weights: Sequence[Tensor],
     gains: Sequence[Tensor],
-    gradients: Sequence[Maybe],
+    *,
+    incoming: Sequence[Maybe],
     wanted: Sequence[bool],
 ) -> list[Maybe]:
     """The gradients by torch's own operators, differentiable if grad mode is on."""
@@ -331,7 +333,7 @@ def _by_reference(
         outputs = _reference(own_x, own_weights, own_others, own_gains, values)
         pairs = [
             (z, g)
-            for z, g in zip(outputs, gradients, strict=True)
+            for z, g in zip(outputs, incoming, strict=True)
             if z is not None and g is not None
         ]
         given = [z for z in (*operands, *own_gains) if z is not None]
