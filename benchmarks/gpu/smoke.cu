@@ -4,10 +4,10 @@
 //   smoke FILE NAME T N I H [tf32]
 //
 // Each tier is compared with tests/standalone/reference.h in float64, forward and backward, over
-// the first steps of the sequence. Then it is timed over all of them, and three things are checked that
-// need no reference of so many steps: the first outputs are still right, two runs give the same
-// bits, and the tiers agree. Each result is appended to FILE as a line of JSON as it comes. The
-// exit status is 0 if all is right.
+// the first steps of the sequence. Then it is timed over all of them, and three things are checked
+// that need no reference of so many steps: the first outputs are still right, two runs give the
+// same bits, and the tiers agree. Each result is appended to FILE as a line of JSON as it comes.
+// The exit status is 0 if all is right.
 //
 // benchmarks/gpu/run_all.py says how it is compiled, with RNNKERN_CELL and RNNKERN_ELEMENT. With
 // RNNKERN_SIMT it is plain C++ on the stand-in for a GPU (tests/test_gpu_run.py).
