@@ -34,8 +34,8 @@ struct Costs {
 constexpr Costs kOfOneRow = {8, 16, 1, 1}, kOfSeveralRows = {16, 24, 1.2, 1.2};
 // With 16 registers only two rows share what is read of the weights, and not four. So each of them
 // takes longer, and longer yet if rows of weights are not whole vectors, because every other load
-// is then from two lines of the cache. Measured on an AMD EPYC (Zen 3), of weights that the products
-// take as they are.
+// is then from two lines of the cache. Measured on an AMD EPYC (Zen 3), of weights that the
+// products take as they are.
 constexpr int kTileRowsOfFewRegisters = 3;
 constexpr Costs kOfSeveralRowsInFewRegisters = {16, 24, 1.33, 1.9};
 // A row by weights that are broadcast; and what a panel of one vector of rows takes besides, with

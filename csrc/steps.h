@@ -119,8 +119,24 @@ RNNKERN_INLINE bool enters(const Steps& s, int direction, int64_t t, int64_t ran
   return before < 0 || before >= s.T || rank >= active_rows(s, before);
 }
 
+// The state that enters step t of a row: that of `reset_to` if the step is cut, the initial state
+// in the row's first step, else what the step before wrote. Zeros if that state is null.
+template <typename T>
+RNNKERN_INLINE const T* previous_state(const Steps& s, int direction, int64_t t, int64_t rank,
+                                       const Rows<const T>& states, const State<const T>& initial,
+                                       const T* zeros, const State<const T>& reset_to = {}) {
+  if (cut(s, direction, t, rank)) {
+    return reset_to.data ? state_at(s, reset_to, direction, rank) : zeros;
+  }
+  if (enters(s, direction, t, rank)) {
+    return initial.data ? state_at(s, initial, direction, rank) : zeros;
+  }
+  return row_at(s, states, previous(direction, t), rank);
+}
+
 // Whether step t of a row begins with a state that no step wrote. Then `from` becomes that state:
-// of a reset, or the initial one. Null is zeros.
+// of a reset, or the initial one. Null is zeros. Not for GPUs, because `from` is in local memory
+// there.
 template <typename T>
 RNNKERN_INLINE bool begins_anew(const Steps& s, int direction, int64_t t, int64_t rank,
                                 const State<const T>& initial, const State<const T>& reset_to,
@@ -129,17 +145,6 @@ RNNKERN_INLINE bool begins_anew(const Steps& s, int direction, int64_t t, int64_
   if (!is_cut && !enters(s, direction, t, rank)) return false;
   *from = state_or_null(s, is_cut ? reset_to : initial, direction, rank);
   return true;
-}
-
-// The state that enters step t of a row: that of `reset_to` if the step is cut, the initial state
-// in the row's first step, else what the step before wrote. Zeros if that state is null.
-template <typename T>
-RNNKERN_INLINE const T* previous_state(const Steps& s, int direction, int64_t t, int64_t rank,
-                                       const Rows<const T>& states, const State<const T>& initial,
-                                       const T* zeros, const State<const T>& reset_to = {}) {
-  const T* from = nullptr;
-  if (begins_anew(s, direction, t, rank, initial, reset_to, &from)) return from ? from : zeros;
-  return row_at(s, states, previous(direction, t), rank);
 }
 
 }  // namespace RNNKERN_NAMESPACE
