@@ -242,7 +242,12 @@ def test_weights_are_packed_earlier_for_several_rows(cpu: dict[str, int], lanes:
     aligned, unaligned = {3: (0.33, 0.9), 6: (0.2, 0.2)}[cpu["tile_rows"]]
     for l2_bytes, packing in ((2**27, 16), (2**18, 24)):
         machine = cpu | {"l2_bytes": l2_bytes}
-        for columns, more in ((256, aligned), (511, unaligned), (1024, aligned)):
+        for columns, more in (
+            (256, aligned),
+            (511, unaligned),
+            (512, aligned),
+            (1024, aligned),
+        ):
             longest = packing / (more + 3 * lanes * cpu["group"] / columns)
             sizes = (3, columns, columns)
             below, above = int(longest / 3), int(longest / 3) + 1
